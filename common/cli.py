@@ -1,0 +1,314 @@
+"""The option contract every launcher keeps (design in README.md, "Options"), and the way from a shell to workers.
+
+    python -m common.cli zoo.wan21 train --size tiny --steps 10
+
+checks the options in one light process (no torch: `--help` and every refusal take well under two seconds and come
+before any process group), then starts `torchrun -m zoo.wan21.train` with the same options on every device.
+
+A recipe's `config.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
+from, in this order: the command line, the named layout of `parallel.toml`, the dataclass default. Bad input is
+`ValueError("<what is wrong>; expected <rule>; fix: <flag or file>")`: printed as one line, exit code 2.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import shlex
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+FROM_LAYOUT = "from_layout"
+
+
+def option(help: str, default: Any = None, *, group: str = "job", layout: bool = False) -> Any:
+    """A dataclass field shown by --help under `group`. layout=True: its default stands in parallel.toml."""
+    return field(default=default, metadata={"help": help, "group": group, FROM_LAYOUT: layout})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """Which model on how many devices."""
+
+    size: str = option("published size, or tiny", group="model")
+    weights: Path | None = option("released Hugging Face / diffusers folder (safetensors)", group="model")
+    layout: str = option("named layout of parallel.toml (default: the one named like the size)", group="layout")
+    tp: int = option("tensor parallel", 1, group="layout", layout=True)
+    sp: bool = option("sequence parallel over the tensor-parallel group", False, group="layout", layout=True)
+    pp: int = option("pipeline stages", 1, group="layout", layout=True)
+    vpp: int = option("model chunks per pipeline stage (interleaved 1F1B)", 1, group="layout", layout=True)
+    cp: int = option("context parallel", 1, group="layout", layout=True)
+    ulysses: int = option("ranks of --cp that exchange heads; the rest form a ring", None, group="layout", layout=True)
+    fsdp: bool = option("shard parameters over data parallel (ZeRO-3, FSDP2)", False, group="layout", layout=True)
+    micro_batch: int = option("samples per forward of one rank", 1, group="layout", layout=True)
+    global_batch: int = option("samples per optimizer step, whole cluster", None, group="layout", layout=True)
+    precision: Literal["fp32", "bf16"] = option("compute and weight precision", "bf16", group="layout", layout=True)
+    recompute: Literal["none", "selective", "full"] = option(
+        "activations recomputed in the backward", "none", group="layout", layout=True
+    )
+
+    @property
+    def world(self) -> int:
+        """Number of processes, from the launcher's or torchrun's environment."""
+        if "WORLD_SIZE" in os.environ:
+            return int(os.environ["WORLD_SIZE"])
+        return int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def ring(self) -> int:
+        """Ranks of the attention ring: cp = ulysses * ring."""
+        return self.cp // self.ulysses
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one rank per optimizer step."""
+        return self.global_batch // (self.micro_batch * self.dp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(LayoutOptions):
+    """What the training loop of common/train.py reads. A recipe's own training options extend this."""
+
+    data: Path | None = option("your data; formats in the recipe's README (default: the demo data)", group="data")
+    max_drop: float = option("share of rows that may be dropped before training refuses to start", 0.05, group="data")
+    workers: int = option("decoding processes per rank", 2, group="data", layout=True)
+
+    out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
+    steps: int = option("optimizer steps", None, group="run", layout=True)
+    seed: int = option("seed of weights, data order, noise", 0, group="run")
+    resume: str = option("auto (continue if the run folder holds a checkpoint), never, or a checkpoint", "auto", group="run")
+    save_every: int = option("steps between checkpoints (0: only at the end)", 500, group="run", layout=True)
+    keep: int = option("checkpoints kept", 2, group="run")
+    export: Path | None = option("write a released-format folder here at the end", group="run")
+    deterministic: bool = option("bitwise reproducible run", False, group="run")
+    log_every: int = option("steps between console lines", 1, group="run")
+    max_bad_steps: int = option("consecutive non-finite steps skipped before the run stops", 5, group="run")
+    profile_steps: str = option("steps to profile, e.g. 10-12", "", group="run")
+    profile_ranks: str = option("ranks to profile, e.g. 0,8", "0", group="run")
+
+    lr: float = option("peak learning rate", None, group="optimizer", layout=True)
+    min_lr: float = option("final learning rate", None, group="optimizer", layout=True)
+    lr_schedule: Literal["constant", "cosine", "linear", "WSD"] = option(
+        "decay after warm-up", "constant", group="optimizer", layout=True
+    )
+    warmup: int = option("warm-up steps", 0, group="optimizer", layout=True)
+    weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True)
+    beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True)
+    beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True)
+    adam_eps: float = option("AdamW epsilon", 1e-8, group="optimizer", layout=True)
+    clip: float = option("gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; fix: see --help")
+
+
+def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
+    """One dataclass field as one option; None stays None, so that the layout can fill it."""
+    kind = next((a for a in get_args(f.type) if a is not type(None)), f.type) if f.type != Literal else f.type
+    if get_origin(f.type) is Literal:
+        kwargs = {"choices": get_args(f.type)}
+    elif f.type is bool:
+        kwargs = {"action": argparse.BooleanOptionalAction}
+    else:
+        kwargs = {"type": kind, "metavar": kind.__name__.upper()}
+    shown = "from the layout" if f.metadata[FROM_LAYOUT] else f.default
+    text = f.metadata["help"] + ("" if shown in (None, "", False) else f" [{shown}]")
+    parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), default=None, **kwargs)
+
+
+def parse_options(cls: type, argv: list[str], description: str, layouts: Path, default_size: str) -> Any:
+    """argv -> a filled instance of the option dataclass `cls`.
+
+    `--help` prints the grouped options and exits 0.
+
+    Raises:
+        ValueError: unknown option or value (with the nearest name), unknown layout or layout key.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for f in fields.values():
+        group = f.metadata["group"]
+        _add(groups.setdefault(group, parser.add_argument_group(group)), f)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = ["--" + name.replace("_", "-") for name in fields]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise ValueError(f"unknown option {unknown[0]!r}; {hint}")
+
+    values = {name: f.default for name, f in fields.items()}
+    if "layout" in fields:
+        table = tomllib.loads(layouts.read_text())
+        size = given.size or (table[given.layout]["size"] if given.layout in table else default_size)
+        layout = given.layout or size
+        named = _pick(table, layout, size, layouts)
+        values.update({k: v for k, v in named.items() if k in fields}, size=size, layout=layout)
+    values.update({k: v for k, v in vars(given).items() if v is not None})
+    return cls(**values)
+
+
+def _pick(table: dict, layout: str, size: str, path: Path) -> dict:
+    """The named layout, checked: its keys must be layout options of some job, its size the one asked for."""
+    if layout not in table:
+        near = difflib.get_close_matches(layout, table, n=1) or [", ".join(table)]
+        raise ValueError(f"unknown layout or size {layout!r} in {path}; did you mean {near[0]}?")
+    named = table[layout]
+    allowed = {f.name for c in _subclasses(LayoutOptions) for f in dataclasses.fields(c) if f.metadata[FROM_LAYOUT]}
+    for key in named:
+        if key not in allowed | {"size", "source"}:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            raise ValueError(f"unknown key {key!r} in layout {layout!r}; fix: {path}" + (f" ({near[0]}?)" if near else ""))
+    if named["size"] != size:
+        raise ValueError(f"layout {layout!r} is for size {named['size']}, not {size}; fix: --size or --layout")
+    return named
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [cls, *(c for sub in cls.__subclasses__() for c in _subclasses(sub))]
+
+
+def divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | None) -> LayoutOptions:
+    """Everything about a layout that can be wrong before a process group exists; fills what it implies.
+
+    heads: attention heads; layers: transformer blocks; tokens: sequence length of a sample, None if it varies.
+
+    Raises:
+        ValueError: what does not divide what, and what would.
+    """
+    for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name}={getattr(o, name)}; expected at least 1; fix: --{name.replace('_', '-')}")
+    ulysses = o.cp if o.ulysses is None else o.ulysses
+    if o.cp % ulysses:
+        raise ValueError(f"ulysses={ulysses} does not divide cp={o.cp}; use {divisors(o.cp)}; fix: --ulysses")
+    if o.world % (o.tp * o.pp * o.cp):
+        raise ValueError(
+            f"tp*pp*cp = {o.tp}*{o.pp}*{o.cp} = {o.tp * o.pp * o.cp} does not divide {o.world} processes; "
+            "fix: NPROC, NNODES, --tp, --pp or --cp"
+        )
+    if heads % o.tp:
+        raise ValueError(f"tp={o.tp} does not divide {heads} attention heads (size {o.size}); use {divisors(heads)}; fix: --tp")
+    if heads // o.tp % ulysses:
+        raise ValueError(
+            f"ulysses={ulysses} does not divide the {heads // o.tp} heads of a tensor-parallel rank (size {o.size}, "
+            f"tp={o.tp}); use {divisors(heads // o.tp)}; fix: --ulysses (the rest of --cp becomes a ring)"
+        )
+    if o.sp and o.tp == 1:
+        raise ValueError("sp needs tp > 1: it splits the sequence over the tensor-parallel group; fix: --tp or --no-sp")
+    if o.vpp > 1 and o.pp == 1:
+        raise ValueError(f"vpp={o.vpp} needs pp > 1; fix: --pp or --vpp 1")
+    if layers % (o.pp * o.vpp):
+        raise ValueError(f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}")
+    if o.fsdp and (o.pp > 1 or o.tp > 1):
+        raise ValueError(f"fsdp with tp={o.tp}, pp={o.pp}; expected tp=pp=1 (cp is allowed); fix: --tp 1 --pp 1 or --no-fsdp")
+    split = o.cp * (o.tp if o.sp else 1)
+    if tokens is not None and tokens % split:
+        raise ValueError(
+            f"{tokens} tokens per sample are not divisible by {split} (cp={o.cp}{f', sp over tp={o.tp}' if o.sp else ''}); "
+            "fix: --cp, --no-sp, or another resolution"
+        )
+    batch = o.global_batch if o.global_batch is not None else o.micro_batch * o.dp
+    if batch % (o.micro_batch * o.dp):
+        raise ValueError(
+            f"global_batch={batch} is not a multiple of micro_batch*dp = {o.micro_batch}*{o.dp}; fix: --global-batch or --micro-batch"
+        )
+    if o.vpp > 1 and (batch // (o.micro_batch * o.dp)) % o.pp:
+        raise ValueError(
+            f"vpp={o.vpp} wants micro-batches ({batch // (o.micro_batch * o.dp)}) to be a multiple of pp={o.pp}; fix: --global-batch"
+        )
+    return dataclasses.replace(o, ulysses=ulysses, global_batch=batch)
+
+
+def rank_map(o: LayoutOptions) -> str:
+    """Which coordinates each rank has, in megatron-core's order tp-cp-dp-pp (fastest first)."""
+    rows = []
+    for rank in range(o.world):
+        tp, rest = rank % o.tp, rank // o.tp
+        cp, rest = rest % o.cp, rest // o.cp
+        rows.append(f"  rank {rank:4d}: tp {tp} cp {cp} dp {rest % o.dp} pp {rest // o.dp}")
+    return "\n".join(rows if len(rows) <= 16 else [*rows[:8], f"  … {o.world - 16} more …", *rows[-8:]])
+
+
+def to_toml(options: Any) -> str:
+    """A resolved option dataclass as TOML; unset options are left out."""
+    lines = []
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            text = str(value).lower()
+        elif isinstance(value, (int, float)):
+            text = repr(value)
+        else:
+            text = '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        lines.append(f"{f.name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def default_out(recipe: str, job: str) -> Path:
+    return Path("runs") / f"{recipe}-{job}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def exit_on_bad_input(function, *args):
+    """Run `function(*args)`; a ValueError, or a missing file, becomes one line on stderr and exit code 2."""
+    try:
+        return function(*args)
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+    config = importlib.import_module(f"{recipe}.config")
+    options = exit_on_bad_input(config.parse, script, argv)
+    if getattr(options, "out", None) is not None:
+        argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
+    os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
+    sys.exit(_torchrun(f"{recipe}.{script}", argv))
+
+
+def _torchrun(module: str, argv: list[str]) -> int:
+    """Start one process per device; return the exit code of the first rank that failed, 128+N if by signal N."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    env = os.environ
+    where = (
+        ["--nnodes", env["NNODES"], "--node-rank", env["NODE_RANK"], "--master-addr", env["MASTER_ADDR"]]
+        + ["--master-port", env.get("MASTER_PORT", "29500")]
+        if int(env.get("NNODES", 1)) > 1
+        else ["--standalone"]
+    )
+    args = get_args_parser().parse_args([*where, "--nproc-per-node", env.get("NPROC", "1"), "-m", module, *argv])
+    try:
+        run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} failed first, exit code {failure.exitcode}; see its message above", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

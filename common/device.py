@@ -1,0 +1,149 @@
+"""Which device this process runs on, and the one adapter that lets unmodified megatron-core run there.
+
+Importing this module is the zoo's only import-time side effect. It is idempotent, reads no argv, and must come
+before the first `import megatron`:
+
+    npu   torch_npu's own `transfer_to_npu` points torch.cuda at the NPU
+    cuda  nothing is changed
+    cpu   the handful of `torch.cuda` calls megatron-core makes get CPU stand-ins (`_install_cpu`)
+
+`ZOO_DEVICE=npu|cuda|cpu` overrides detection.
+"""
+
+import functools
+import os
+import resource
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every loader reads local folders; a name is never fetched behind the back
+
+import torch  # noqa: E402
+
+
+def _detect() -> str:
+    """'npu', 'cuda' or 'cpu': `ZOO_DEVICE` if set, else what the machine has."""
+    chosen = os.environ.get("ZOO_DEVICE", "")
+    if chosen not in ("", "npu", "cuda", "cpu"):
+        raise ValueError(f"ZOO_DEVICE={chosen!r}; expected npu, cuda or cpu; fix: export ZOO_DEVICE=cpu")
+    if chosen:
+        return chosen
+    if os.path.exists("/dev/davinci_manager"):
+        return "npu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+KIND = _detect()
+BACKEND = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[KIND]
+
+
+def current() -> torch.device:
+    """The device this rank computes on."""
+    return torch.device("cpu") if KIND == "cpu" else torch.device(KIND, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def name() -> str:
+    """Human-readable hardware name, for the performance record."""
+    if KIND == "cpu":
+        with open("/proc/cpuinfo") as f:
+            model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "unknown CPU")
+        return f"{model}, {os.cpu_count()} cores"
+    return getattr(torch, KIND).get_device_name()
+
+
+def synchronize() -> None:
+    if KIND != "cpu":
+        getattr(torch, KIND).synchronize()
+
+
+def memory_gib() -> float:
+    """Peak memory so far: allocated on the device, or the resident set of the process on cpu. GiB."""
+    if KIND == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return getattr(torch, KIND).max_memory_allocated() / 2**30
+
+
+class _Stream:
+    """A CUDA stream or event where everything is already in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return False
+
+    def wait_stream(self, *args):
+        pass
+
+    wait_event = record_event = record = wait = synchronize = wait_stream
+
+
+def _install_cpu() -> None:
+    """Stand-ins for what megatron-core 0.16 asks of torch.cuda. Values are those of a one-device machine."""
+    cpu, cuda = torch.device("cpu"), torch.cuda
+
+    def always(value):  # a new function per name: torch.compile's tables refuse one object under two names
+        return lambda *args, **kwargs: value
+
+    cuda.current_device, cuda.device_count = always(cpu), always(1)
+    cuda.set_device, cuda.synchronize, cuda.empty_cache = always(None), always(None), always(None)
+    cuda.is_current_stream_capturing = always(False)
+    cuda.Stream = cuda.Event = cuda.stream = _Stream
+    cuda.current_stream, cuda.default_stream = always(_Stream()), always(_Stream())
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+        module.manual_seed, module.manual_seed_all = always(None), always(None)  # torch.manual_seed calls these too
+
+    def to_cpu(device):
+        return cpu if device is not None and "cuda" in str(device) else device
+
+    def redirect(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if "device" in kwargs:
+                kwargs["device"] = to_cpu(kwargs["device"])
+            return function(*args, **kwargs)
+
+        return call
+
+    for factory in ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "as_tensor"):
+        setattr(torch, factory, redirect(getattr(torch, factory)))
+
+    move = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        args = tuple(to_cpu(a) if isinstance(a, (str, torch.device)) else a for a in args)
+        if "device" in kwargs:
+            kwargs["device"] = to_cpu(kwargs["device"])
+        return move(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+    # megatron's optimizers compare `param.type()` with "torch.cuda.BFloat16Tensor" and friends.
+    kind_of = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = kind_of(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    torch.Tensor.type = type_name
+
+    # megatron's FSDP2 wrapper builds its mesh for "cuda".
+    from torch.distributed import DeviceMesh
+
+    from_group = DeviceMesh.from_group
+    DeviceMesh.from_group = staticmethod(
+        lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs)
+    )
+
+
+if KIND == "npu":
+    import torch_npu  # noqa: F401
+    from torch_npu.contrib import transfer_to_npu  # noqa: F401
+elif KIND == "cpu" and not getattr(torch.cuda, "_zoo_adapter", False):
+    _install_cpu()
+    torch.cuda._zoo_adapter = True

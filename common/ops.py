@@ -1,0 +1,124 @@
+"""The fused ops: one plain function each, dispatched explicitly to npu (torch_npu), cuda or the reference.
+
+The npu branch calls `torch.ops.npu.<op>` with the published argument names of torch_npu 2.13, so it also runs over
+the contract the tests register on CPU. That is a contract check, not a run on Ascend.
+
+Shape legend: L tokens, B batch, H heads, E head dim, D hidden. Tokens come first, as megatron-core's sequence
+parallel wants them. Statistics and modulations are computed in fp32 whatever the input dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+
+from common import device
+
+BACKEND = device.KIND  # tests switch it to "npu" over the op contract
+
+
+def attention(q_LBHE: torch.Tensor, k_SBHE: torch.Tensor, v_SBHE: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(E)) v, every query seeing every key.
+
+    q [L, B, H, E], k and v [S, B, H, E], one dtype -> [L, B, H, E] contiguous.
+    """
+    H, E = q_LBHE.shape[2:]
+    if BACKEND == "npu":
+        q, k, v = (t.flatten(2) for t in (q_LBHE, k_SBHE, v_SBHE))  # [L, B, H*E], the layout SBH
+        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "SBH", scale=E**-0.5)[0].unflatten(2, (H, E))
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_LBHE, k_SBHE, v_SBHE))  # [B, H, L, E] views
+    return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).contiguous()
+
+
+def attention_with_lse(
+    q_BHLE: torch.Tensor, k_BHSE: torch.Tensor, v_BHSE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over one block of keys, and what is needed to merge it with other blocks.
+
+    q [B, H, L, E], k and v [B, H, S, E] -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E)) [B, H, L] fp32.
+    Not differentiable by itself: `parallel.ring_attention` pairs it with `attention_backward`.
+    """
+    H, E = q_BHLE.shape[1], q_BHLE.shape[3]
+    if BACKEND == "npu":
+        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BHSE, v_BHSE, H, "BNSD", scale=E**-0.5)
+        return out, (peak + total.log())[..., 0]  # both come as [B, H, L, 8], eight equal columns
+    if BACKEND == "cuda":
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BHSE, v_BHSE)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BHSE, v_BHSE)
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) of one key block, given the output and lse over *all* blocks. Shapes as above."""
+    if BACKEND == "npu":
+        peak = lse.unsqueeze(-1).expand(*lse.shape, 8).contiguous()
+        return torch.ops.npu.npu_fusion_attention_grad(
+            q,
+            k,
+            v,
+            dout,
+            q.shape[1],
+            "BNSD",
+            softmax_max=peak,
+            softmax_sum=torch.ones_like(peak),
+            attention_in=out,
+            scale_value=q.shape[3] ** -0.5,
+        )[:3]
+    if BACKEND == "cuda":
+        none = torch.empty(0, dtype=torch.uint64, device=q.device)
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, none, none
+        )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tp_size: int = 1) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., D/tp] -> [..., D/tp].
+
+    With tp_size > 1 the last dimension is one tensor-parallel shard of the normalised width: the sum of squares is
+    reduced over the tensor-parallel group in the forward and its gradient in the backward.
+    """
+    if tp_size == 1:
+        if BACKEND == "npu":
+            return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    squares = wide.square().sum(-1, keepdim=True)
+    # Every rank's output depends on the total, so the gradient of the total is summed over ranks too.
+    squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+    return (wide * torch.rsqrt(squares / (x.shape[-1] * tp_size) + eps) * weight).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over the last dimension with fp32 statistics, [..., D] -> [..., D]."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """adaLN: LayerNorm(x) without affine * (1 + scale) + shift. x [L, B, D], scale and shift fp32 [B, D]."""
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+
+
+def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x + y * gate in fp32, rounded once. x and y [L, B, D], gate fp32 [B, D]."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension, in fp32.
+
+    x [L, B, H, E]; rope [L, 1, 1, E/2, 2] fp32 holds (cos, sin) of each pair's angle -> [L, B, H, E].
+    """
+    if BACKEND == "npu":
+        cos, sin = (rope[..., i].repeat_interleave(2, dim=-1) for i in (0, 1))  # [L, 1, 1, E]
+        return torch.ops.npu.npu_rotary_mul(x_LBHE, cos.to(x_LBHE.dtype), sin.to(x_LBHE.dtype), "interleave")
+    pairs = torch.view_as_complex(x_LBHE.float().unflatten(-1, (-1, 2)))  # [L, B, H, E/2]
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x_LBHE.dtype)

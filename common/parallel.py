@@ -1,0 +1,297 @@
+"""Process groups, context parallelism and the wrapping of a model, on megatron-core.
+
+megatron-core does tensor, sequence, pipeline and data parallelism; here are the two ways of splitting attention over
+the context-parallel group and the one place that says in which order everything wraps.
+
+Shape legend: L tokens, B batch, H heads, E head dim, D hidden, cp = ulysses * ring.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    TorchFullyShardedDataParallel,
+    finalize_model_grads,
+)
+from megatron.core.distributed.torch_fully_sharded_data_parallel_config import TorchFullyShardedDataParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer import TransformerConfig
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from common import device, ops
+from common.cli import LayoutOptions
+
+_SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work on the same samples
+
+
+def initialize(o: LayoutOptions) -> None:
+    """Join the job torchrun started and build megatron-core's groups for the layout."""
+    global _SAMPLE_GROUP
+    if device.KIND != "cpu":
+        getattr(torch, device.KIND).set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(device.BACKEND, timeout=timedelta(minutes=30))
+    mpu.initialize_model_parallel(
+        o.tp,
+        o.pp,
+        o.vpp if o.vpp > 1 else None,
+        context_parallel_size=o.cp,
+        hierarchical_context_parallel_sizes=[o.ulysses, o.ring] if o.cp > 1 else None,
+        create_gloo_process_groups=dist.get_backend() != "fake",
+    )
+    generator = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
+    for ranks in generator.get_ranks("tp-cp-pp"):
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            _SAMPLE_GROUP = group
+
+
+def shutdown() -> None:
+    global _SAMPLE_GROUP
+    _SAMPLE_GROUP = None
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sample_group() -> dist.ProcessGroup:
+    """The ranks that work on the same samples (all of tensor, context and pipeline parallel)."""
+    return _SAMPLE_GROUP
+
+
+def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int) -> TransformerConfig:
+    """What megatron-core's layers and schedules want to know."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        tensor_model_parallel_size=o.tp,
+        pipeline_model_parallel_size=o.pp,
+        virtual_pipeline_model_parallel_size=o.vpp if o.vpp > 1 else None,
+        context_parallel_size=o.cp,
+        sequence_parallel=o.sp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=o.precision == "bf16",
+        use_cpu_initialization=True,  # allocate where `with torch.device(...)` says, the meta device included
+        perform_initialization=False,  # weights are loaded, or drawn independently of the layout (checkpoint.py)
+        transformer_impl="local",
+        recompute_granularity="full" if o.recompute == "full" else None,
+        recompute_method="uniform" if o.recompute == "full" else None,
+        recompute_num_layers=1 if o.recompute == "full" else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------ tensor parallel linears
+
+
+def column_linear(inputs: int, outputs: int, config: TransformerConfig) -> ColumnParallelLinear:
+    """y = x W^T + b with the outputs split over tp. Its input comes through `enter_tensor_parallel`, once for several
+    linears that share it, so the layer itself communicates nothing."""
+    layer = ColumnParallelLinear(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True)
+    layer.sequence_parallel = layer.allreduce_dgrad = False
+    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
+    return layer
+
+
+def row_linear(inputs: int, outputs: int, config: TransformerConfig) -> RowParallelLinear:
+    """y = sum over tp of x_r W_r^T, + b: all-reduce, or reduce-scatter over the tokens under sequence parallel."""
+    layer = RowParallelLinear(
+        inputs, outputs, config=config, init_method=None, bias=True, input_is_parallel=True, skip_bias_add=False
+    )
+    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
+    return layer
+
+
+def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """[L/tp, B, D] -> [L, B, D] under sequence parallel (backward: reduce-scatter), else x (backward: all-reduce)."""
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+    return copy_to_tensor_model_parallel_region(x)
+
+
+def mark_replicated(parameters, config: TransformerConfig) -> None:
+    """Parameters every tp rank holds whole but applies to its own tokens: their gradients are summed over tp."""
+    for parameter in parameters:
+        parameter.sequence_parallel = config.sequence_parallel
+
+
+def local_tokens(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """This rank's contiguous share of the first dimension: [L, ...] -> [L/cp, ...], or [L/cp/tp, ...] under sp."""
+    x = x.chunk(config.context_parallel_size)[mpu.get_context_parallel_rank()]
+    if config.sequence_parallel:
+        x = x.chunk(config.tensor_model_parallel_size)[mpu.get_tensor_model_parallel_rank()]
+    return x
+
+
+def gather_tokens(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Inverse of `local_tokens`, without gradient: [L/cp(/tp), ...] -> [L, ...] on every rank."""
+    for size, group in (
+        (config.tensor_model_parallel_size if config.sequence_parallel else 1, mpu.get_tensor_model_parallel_group()),
+        (config.context_parallel_size, mpu.get_context_parallel_group()),
+    ):
+        if size > 1:
+            out = x.new_empty(size * x.shape[0], *x.shape[1:])
+            dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+            x = out
+    return x
+
+
+# ------------------------------------------------------------------------------------------ context parallel attention
+
+
+def context_parallel_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Full attention over all tokens of the context-parallel group. q, k, v and the result [L/cp, B, H, E].
+
+    Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group, ring attention (arXiv:2310.01889)
+    passes keys and values around the outer one; each is nothing where its group has one rank.
+    """
+    if mpu.get_context_parallel_world_size() == 1:
+        return ops.attention(q, k, v)
+    ulysses, ring = mpu.get_hierarchical_context_parallel_groups()
+    if ulysses.size() > 1:
+        q, k, v = scatter_heads(torch.stack((q, k, v)), ulysses)  # 3 x [L/ring, B, H/ulysses, E]
+    if ring.size() > 1:
+        q, k, v = (t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
+        out = RingAttention.apply(q, k, v, ring).permute(2, 0, 1, 3)
+    else:
+        out = ops.attention(q, k, v)
+    return gather_heads(out, ulysses) if ulysses.size() > 1 else out
+
+
+def scatter_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All-to-all, tokens for heads: [3, L/n, B, H, E] -> [3, L, B, H/n, E] over a group of n."""
+    n = group.size()
+    x = x.unflatten(3, (n, -1)).permute(3, 1, 0, 2, 4, 5)  # [n, L/n, 3, B, H/n, E]
+    x = all_to_all(group, x.contiguous().flatten(0, 1))  # [L, 3, B, H/n, E], source ranks in token order
+    return x.transpose(0, 1)
+
+
+def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All-to-all, heads for tokens: [L, B, H/n, E] -> [L/n, B, H, E] over a group of n."""
+    n = group.size()
+    x = all_to_all(group, x.contiguous())  # [n source ranks * L/n, B, H/n, E]
+    return x.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+class RingAttention(torch.autograd.Function):
+    """Attention whose keys and values travel a ring while each rank keeps its queries. q, k, v [B, H, L/n, E].
+
+    Blocks are merged by their log-sum-exp; the backward gives every block the lse of the whole row, which makes
+    each block's gradient exact, and lets the key and value gradients travel home with their block.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, group):
+        n, out, lse = group.size(), None, None
+        block = torch.stack((k, v))
+        for step in range(n):
+            incoming, wait = _pass_on(block, group) if step < n - 1 else (None, None)
+            part, part_lse = ops.attention_with_lse(q, block[0], block[1])
+            if out is None:
+                out, lse = part.float(), part_lse
+            else:
+                total = torch.logaddexp(lse, part_lse)
+                out = out * (lse - total).exp().unsqueeze(-1) + part.float() * (part_lse - total).exp().unsqueeze(-1)
+                lse = total
+            if wait:
+                wait()
+                block = incoming
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        n, dout = ctx.group.size(), dout.contiguous()
+        dq = torch.zeros_like(q, dtype=torch.float32)
+        block = torch.stack((k, v))
+        dblock = torch.zeros_like(block, dtype=torch.float32)
+        for step in range(n):
+            incoming, wait = _pass_on(block, ctx.group) if step < n - 1 else (None, None)
+            dq_part, dk_part, dv_part = ops.attention_backward(dout, q, block[0], block[1], out, lse)
+            dq += dq_part
+            dblock[0] += dk_part
+            dblock[1] += dv_part
+            dblock, wait_gradient = _pass_on(dblock, ctx.group)  # after n passes it is home
+            wait_gradient()
+            if wait:
+                wait()
+                block = incoming
+        return dq.to(q.dtype), dblock[0].to(k.dtype), dblock[1].to(v.dtype), None
+
+
+def _pass_on(x: torch.Tensor, group: dist.ProcessGroup):
+    """Send x to the next rank of the ring while receiving the previous one's; returns (incoming, wait)."""
+    ranks, me, incoming = dist.get_process_group_ranks(group), group.rank(), torch.empty_like(x)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, ranks[(me + 1) % len(ranks)], group),
+            dist.P2POp(dist.irecv, incoming, ranks[me - 1], group),
+        ]
+    )
+    return incoming, lambda: [work.wait() for work in works]
+
+
+# ------------------------------------------------------------------------------------------ wrapping, in order
+
+
+def recomputed(block: torch.nn.Module, kind: str):
+    """The block's forward under activation recompute. selective: matmul and attention outputs are kept, the cheap
+    elementwise work between them is done again; full: only the block's input is kept."""
+    if kind == "none":
+        return block
+
+    def keep_expensive(ctx, op, *args, **kwargs):
+        name = op.name()
+        expensive = name.startswith(("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "npu::npu_fusion"))
+        return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+    extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}
+    # No dropout anywhere, so no RNG state to carry.
+    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+
+
+def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
+    """Global indices of the blocks in this rank's model chunk (interleaved: chunk v of stage p is v*pp + p)."""
+    per_chunk = layers // (o.pp * o.vpp)
+    first = (chunk * o.pp + mpu.get_pipeline_model_parallel_rank()) * per_chunk
+    return range(first, first + per_chunk)
+
+
+def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
+    """Data parallelism around the model chunks: megatron's DDP with the distributed optimizer's buffers and
+    overlapped gradient reduction, or FSDP2 over every block."""
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if o.fsdp:
+        ddp = TorchFullyShardedDataParallelConfig(reshard_after_forward=True, use_distributed_optimizer=False)
+        return [TorchFullyShardedDataParallel(config, ddp, chunks[0], sub_modules_to_wrap={block_type})]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=o.dp * o.cp > 1,
+        overlap_param_gather=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if ddp.overlap_grad_reduce and len(wrapped) > 1:
+        config.grad_sync_func = [w.start_grad_sync for w in wrapped]
+    return wrapped

@@ -1,0 +1,159 @@
+"""Released weights: safetensors folders read strictly, streamed slice by slice into any layout, and written back.
+
+Headers are read without torch, so that a wrong folder is refused before anything heavy is imported.
+Only safetensors: `.bin`, `.pt`, `.pth` are pickles from outside and are refused.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5 * 2**30  # released checkpoints are cut into files of about this size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a folder: where it lies and what its header says."""
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def index(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder's safetensors files, from their headers alone.
+
+    Raises:
+        ValueError: no safetensors there (pickled weights are named and refused), a file that is cut short, a tensor
+            stored twice, or an index.json that names files or tensors the folder lacks.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickles:
+            raise ValueError(
+                f"{folder} holds pickled weights ({', '.join(pickles[:3])}); expected *.safetensors: a pickle runs code "
+                "when it is read; fix: download the safetensors release or convert it with its own tools"
+            )
+        raise ValueError(f"{folder} holds no *.safetensors; fix: --weights")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for key, header in _header(file).items():
+            if key in entries:
+                raise ValueError(f"{key} is stored in both {entries[key].file.name} and {file.name}; fix: {folder}")
+            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]))
+    for listing in folder.glob("*.safetensors.index.json"):
+        promised = json.loads(listing.read_text())["weight_map"]
+        lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
+        if lost:
+            raise ValueError(f"{listing} promises {len(lost)} tensors that its files lack, first {lost[:3]}; fix: download again")
+    return entries
+
+
+def _header(file: Path) -> dict:
+    """The JSON header of a safetensors file: 8 bytes of length, then the header, then the data it describes."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"{file} is not a whole safetensors file ({size} bytes); fix: download it again")
+        header = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < 8 + length + end:
+        raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fix: download it again")
+    return header
+
+
+def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Strict: exactly the expected keys, each of the expected shape.
+
+    Raises:
+        ValueError: listing what is missing, extra and misshaped.
+    """
+    missing = sorted(expected.keys() - entries.keys())
+    extra = sorted(entries.keys() - expected.keys())
+    shapes = [
+        f"{k} is {list(entries[k].shape)}, expected {list(expected[k])}"
+        for k in sorted(expected.keys() & entries.keys())
+        if entries[k].shape != tuple(expected[k])
+    ]
+    problems = [
+        f"{len(found)} {kind}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
+        for kind, found in (("missing", missing), ("not of this model", extra), ("misshaped", shapes))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"weights in {where} do not fit: {'; '.join(problems)}; fix: --weights or --size")
+
+
+class Reader:
+    """Tensors, or shards of them, from memory-mapped files that are opened once."""
+
+    def __init__(self):
+        self._open: dict[Path, object] = {}
+
+    def read(self, entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1) -> "torch.Tensor":
+        """The tensor, or its `rank`-th of `size` equal slices along `dim`, in its stored dtype. Copies only that."""
+        from safetensors import safe_open
+
+        if entry.file not in self._open:
+            self._open[entry.file] = safe_open(entry.file, framework="pt")
+        if dim is None or size == 1:
+            return self._open[entry.file].get_tensor(entry.key)
+        view = self._open[entry.file].get_slice(entry.key)
+        n = entry.shape[dim] // size
+        return view[(slice(None),) * dim + (slice(rank * n, (rank + 1) * n),)]
+
+
+def save(folder: Path, shapes: dict[str, tuple[int, int]], read: Callable[[str], "torch.Tensor"], stem: str) -> None:
+    """Write tensors as `stem.safetensors`, cut into files of 5 GiB with an index where the whole is larger.
+
+    shapes: key -> (bytes, ignored order): decides the cut before a tensor is read; read(key) gives the tensor. Holds
+    one file's tensors at a time. Writes into a temporary folder first, so a half-written release is never seen.
+    """
+    from safetensors.torch import save_file
+
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for key, (size, _) in shapes.items():
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += size
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    if len(groups) == 1:
+        names = [f"{stem}.safetensors"]
+    for name, keys in zip(names, groups, strict=True):
+        save_file({key: read(key).contiguous() for key in keys}, partial / name, metadata={"format": "pt"})
+    if len(groups) > 1:
+        listing = {
+            "metadata": {"total_size": sum(size for size, _ in shapes.values())},
+            "weight_map": {key: name for name, keys in zip(names, groups, strict=True) for key in keys},
+        }
+        (partial / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def copy_other_files(source: Path, target: Path, skip: Iterable[str]) -> None:
+    """Everything of a released folder but the parts in `skip` (which the caller writes)."""
+    for item in source.iterdir():
+        if item.name in skip or item.name.startswith("."):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, target / item.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(item, target / item.name)

@@ -1,0 +1,144 @@
+"""Demo data: short mp4 clips of real handwritten digits that move in a captioned direction.
+
+    python -m zoo.wan21.demo.make_data --out data/wan21-demo
+
+writes `clips/*.mp4`, `train.jsonl` and `test.jsonl`, rows {"path": relative to the folder, "caption": text}, the format
+a user of the recipe would write. The images are the 1,797 8x8 scans of `sklearn.datasets.load_digits` (UCI optical
+recognition of handwritten digits, CC BY 4.0). One fifth of the images of each digit is never in a train clip: test
+clips, and every figure of `judge.py`, use only those.
+
+Ten digits and eight directions make 80 captions: chance is 10 % for the digit and 12.5 % for the direction.
+Shapes: F frames, S height and width in pixels.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from sklearn.datasets import load_digits
+
+FRAMES, SIZE, FPS = 13, 48, 16  # 4 x 6 x 6 latents, 36 DiT tokens: divisible by 4 for context and sequence parallel runs
+DIGIT = 20.0  # side in pixels of the 8x8 scan in the clip
+TRAVEL = 18.0  # pixels between the digit's places in the first and the last frame
+JITTER = 2.0  # pixels, on each axis, of the middle of the path
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTIONS = {  # phrase -> unit step (x to the right, y down)
+    "to the right": (1.0, 0.0),
+    "down and to the right": (0.5**0.5, 0.5**0.5),
+    "down": (0.0, 1.0),
+    "down and to the left": (-(0.5**0.5), 0.5**0.5),
+    "to the left": (-1.0, 0.0),
+    "up and to the left": (-(0.5**0.5), -(0.5**0.5)),
+    "up": (0.0, -1.0),
+    "up and to the right": (0.5**0.5, -(0.5**0.5)),
+}
+
+
+def caption(digit: int, direction: str) -> str:
+    return f"a handwritten {DIGITS[digit]} moves {direction}"
+
+
+def digit_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 8, 8) in 0..1 and labels (N,) of the train or of the held-out part; the split does not depend on a
+    seed, so that weights, judge and data of different runs agree on what was never seen."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)
+    order = np.random.default_rng(1797).permutation(len(images))
+    held_out = np.concatenate([(of_digit := order[labels[order] == d])[: len(of_digit) // 5] for d in range(10)])
+    chosen = np.setdiff1d(order, held_out) if train else np.sort(held_out)
+    return images[chosen], labels[chosen]
+
+
+def render(image: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """(8, 8) in 0..1 and centres (F, 2) as x, y in pixels -> (F, S, S) uint8, grey on black, sub-pixel positions."""
+    scale = DIGIT / image.shape[0]
+    frames = np.empty((len(centers), SIZE, SIZE), np.uint8)
+    padded = np.pad(image, 2)  # the cubic kernel needs its zeros
+    for frame, (x, y) in zip(frames, centers, strict=True):
+        offset = scale * (padded.shape[0] - 1) / 2
+        matrix = np.array([[scale, 0, x - offset], [0, scale, y - offset]])
+        moved = cv2.warpAffine(padded, matrix, (SIZE, SIZE), flags=cv2.INTER_CUBIC)
+        frame[:] = np.clip(np.rint(moved * 255), 0, 255)
+    return frames
+
+
+def path_centers(direction: str, rng: np.random.Generator) -> np.ndarray:
+    """Centres (F, 2) of a path through the jittered middle of the frame, at constant speed."""
+    middle = (SIZE - 1) / 2 + rng.uniform(-JITTER, JITTER, 2)
+    along = np.linspace(-TRAVEL / 2, TRAVEL / 2, FRAMES)[:, None]
+    return middle + along * np.array(DIRECTIONS[direction])
+
+
+def write_mp4(path: Path, frames: np.ndarray) -> None:
+    """Frames (F, S, S) uint8 grey -> H.264 file."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, FPS)
+        stream.codec_context.thread_count = 1
+        for grey in frames:
+            frame = av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, axis=2), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_split(folder: Path, split: str, count: int, seed: int) -> None:
+    """`count` clips, every caption equally often (as far as `count` is a multiple of 80)."""
+    images, labels = digit_images(train=split == "train")
+    rng = np.random.default_rng([seed, split == "train"])
+    pools = {d: rng.permutation(np.flatnonzero(labels == d)) for d in range(10)}
+    with open(folder / f"{split}.jsonl", "w") as rows:
+        for i in range(count):
+            digit, direction = i % 10, list(DIRECTIONS)[i // 10 % 8]
+            image = images[pools[digit][i // 10 % len(pools[digit])]]
+            name = f"clips/{split}-{i:05d}.mp4"
+            write_mp4(folder / name, render(image, path_centers(direction, rng)))
+            rows.write(json.dumps({"path": name, "caption": caption(digit, direction)}) + "\n")
+
+
+def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0) -> Path:
+    """Write the clips under `out` and return it. A complete folder of the same settings is reused, any other folder
+    that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done."""
+    out = Path(out)
+    settings = json.dumps({"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE})
+    files = {"clips", "train.jsonl", "test.jsonl", "demo.json"}
+    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if found == files and (out / "demo.json").read_text() == settings:
+        return out
+    if found - files:
+        raise ValueError(f"{out} holds {sorted(found - files)[0]}; expected a new or a demo data folder; fix: --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        (building / "clips").mkdir()
+        write_split(building, "train", train, seed)
+        write_split(building, "test", test, seed)
+        (building / "demo.json").write_text(settings)
+        building.chmod(0o755)  # mkdtemp's is 0700
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; a complete one is reused")
+    parser.add_argument("--train", type=int, default=1920, help="train clips (default %(default)s)")
+    parser.add_argument("--test", type=int, default=320, help="test clips of held-out images (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    args = parser.parse_args()
+    print(make(args.out, args.train, args.test, args.seed))
+
+
+if __name__ == "__main__":
+    main()

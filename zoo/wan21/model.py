@@ -1,0 +1,246 @@
+"""Wan2.1 text-to-video diffusion transformer, on megatron-core.
+
+Paper: Wan: Open and Advanced Large-Scale Video Generative Models, arXiv:2503.20314.
+Reference implementations: Wan-Video/Wan2.1 @ 9737cba9 `wan/modules/model.py` (Apache-2.0) and
+`diffusers.WanTransformer3DModel` 0.42.1 (Apache-2.0). Parameter names are those of the original checkpoint.
+
+What is unusual:
+- The RMSNorm of queries and keys spans all heads, before they are split: tensor parallelism reduces its sum of squares.
+- Text embeddings are cut to their true length and padded with zeros to `text_len` *before* the text MLP, and every
+  padded position is attended to: there is no mask.
+- One time embedding feeds all blocks: each block adds its own learnt `modulation` [1, 6, D] to the same 6 rows.
+- Cross-attention is normalised with affine (`norm3`) and has no gate; the other two norms have no parameters.
+- Rotary embedding over (frame, row, column) with the head dimension split 44/42/42 (of 128), interleaved pairs.
+
+Parallelism: tokens first. Under tensor parallelism heads and FFN columns are split; under sequence parallelism
+everything between the linears holds L/tp tokens. Context parallelism splits the tokens for the whole network and meets
+only in self-attention. A pipeline stage hands one tensor on: its tokens, then the 6 modulation rows, the time
+embedding row and the text rows, so their gradients flow back through the schedule like the tokens' own.
+
+Shape legend: B batch, C latent channels, F H W latent frames, rows, columns, L tokens of this rank, D hidden,
+N heads of this rank, E head dim, T text tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from common import ops, parallel
+
+from .config import WanConfig
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self, config: WanConfig, mc: TransformerConfig):
+        super().__init__()
+        self.config, self.mc = config, mc
+        self.q = parallel.column_linear(config.dim, config.dim, mc)
+        self.k = parallel.column_linear(config.dim, config.dim, mc)
+        self.v = parallel.column_linear(config.dim, config.dim, mc)
+        self.o = parallel.row_linear(config.dim, config.dim, mc)
+        self.norm_q = ShardedRMSNorm(config, mc)
+        self.norm_k = ShardedRMSNorm(config, mc)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
+        E = self.config.head_dim
+        x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
+        q = self.norm_q(self.q(x)[0]).unflatten(2, (-1, E))  # [L, B, N, E]
+        k = self.norm_k(self.k(x)[0]).unflatten(2, (-1, E))
+        v = self.v(x)[0].unflatten(2, (-1, E))
+        q, k = ops.rotary_interleaved(q, rope), ops.rotary_interleaved(k, rope)
+        x = parallel.context_parallel_attention(q, k, v)  # [L, B, N, E]
+        return self.o(x.flatten(2))[0]
+
+
+class WanCrossAttention(nn.Module):
+    def __init__(self, config: WanConfig, mc: TransformerConfig):
+        super().__init__()
+        self.config, self.mc = config, mc
+        self.q = parallel.column_linear(config.dim, config.dim, mc)
+        self.k = parallel.column_linear(config.dim, config.dim, mc)
+        self.v = parallel.column_linear(config.dim, config.dim, mc)
+        self.o = parallel.row_linear(config.dim, config.dim, mc)
+        self.norm_q = ShardedRMSNorm(config, mc)
+        self.norm_k = ShardedRMSNorm(config, mc)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """x [L(/tp), B, D], text [T, B, D] (in the tensor-parallel region) -> [L(/tp), B, D]."""
+        E = self.config.head_dim
+        x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
+        q = self.norm_q(self.q(x)[0]).unflatten(2, (-1, E))  # [L, B, N, E]
+        k = self.norm_k(self.k(text)[0]).unflatten(2, (-1, E))  # [T, B, N, E]
+        v = self.v(text)[0].unflatten(2, (-1, E))
+        return self.o(ops.attention(q, k, v).flatten(2))[0]
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over the full width of which this rank holds D/tp."""
+
+    def __init__(self, config: WanConfig, mc: TransformerConfig):
+        super().__init__()
+        self.eps, self.tp = config.eps, mc.tensor_model_parallel_size
+        self.weight = nn.Parameter(torch.empty(config.dim // self.tp, dtype=mc.params_dtype))
+        parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D/tp] -> [..., D/tp]."""
+        return ops.rms_norm(x, self.weight, self.eps, self.tp)
+
+
+class WanBlock(nn.Module):
+    def __init__(self, config: WanConfig, mc: TransformerConfig):
+        super().__init__()
+        self.config, self.mc = config, mc
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=mc.params_dtype))
+        self.self_attn = WanSelfAttention(config, mc)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps, dtype=mc.params_dtype)
+        self.cross_attn = WanCrossAttention(config, mc)
+        self.ffn = nn.ModuleDict(
+            {
+                "0": parallel.column_linear(config.dim, config.ffn_dim, mc),
+                "2": parallel.row_linear(config.ffn_dim, config.dim, mc),
+            }
+        )
+        parallel.mark_replicated([self.modulation, self.norm3.weight, self.norm3.bias], mc)
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, rope: torch.Tensor):
+        """x [L(/tp), B, D], modulation [6, B, D], text [T, B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
+        eps = self.config.eps
+        rows = modulation.float() + self.modulation.float().transpose(0, 1)  # [6, B, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(0)
+
+        y = self.self_attn(ops.layer_norm_modulate(x, scale1, shift1, eps), rope)
+        x = ops.gate_residual(x, y, gate1)
+
+        x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text)
+
+        y = parallel.enter_tensor_parallel(ops.layer_norm_modulate(x, scale2, shift2, eps), self.mc)
+        y = self.ffn["2"](F.gelu(self.ffn["0"](y)[0], approximate="tanh"))[0]  # [L, B, F/tp] in between
+        return ops.gate_residual(x, y, gate2)
+
+
+class WanDiT(MegatronModule):
+    """One pipeline stage's chunk of the transformer: `layers` are the global indices of its blocks.
+
+    `first` chunks embed, `last` ones project out; blocks keep their global index as name, so checkpoints do not know
+    about the pipeline.
+    """
+
+    def __init__(
+        self, config: WanConfig, mc: TransformerConfig, layers: range, first: bool, last: bool, recompute: str = "none"
+    ):
+        super().__init__(mc)
+        self.wan, self.first, self.last, self.recompute = config, first, last, recompute
+        D, dtype = config.dim, mc.params_dtype
+        if first:
+            self.patch_embedding = nn.Conv3d(config.in_dim, D, config.patch_size, config.patch_size, dtype=dtype)
+            self.text_embedding = _mlp(config.text_dim, D, D, nn.GELU("tanh"), dtype)
+            self.time_embedding = _mlp(config.freq_dim, D, D, nn.SiLU(), dtype)
+            self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D, dtype=dtype))
+            shared = [self.patch_embedding, self.time_embedding, self.time_projection]
+            parallel.mark_replicated((p for module in shared for p in module.parameters()), mc)
+        self.blocks = nn.ModuleDict({str(i): WanBlock(config, mc) for i in layers})
+        if last:
+            self.head = nn.ParameterDict({"modulation": torch.empty(1, 2, D, dtype=dtype)})
+            self.head["head"] = nn.Linear(D, config.out_dim * math.prod(config.patch_size), dtype=dtype)
+            parallel.mark_replicated(self.head.parameters(), mc)
+        self._input: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensor) -> None:
+        """Called by the pipeline schedule: what the previous stage sent, or None."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, latents: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """latents [B, C, F, H, W], t [B] in [0, 1000], text [B, T, text_dim] zero-padded.
+
+        Returns this rank's share of the predicted velocity as tokens [L(/tp), B, C*patch] (see `unpatchify`), or, on
+        all but the last pipeline stage, the tensor handed on [L(/tp) + 7 + T, B, D].
+        """
+        dtype = self.config.params_dtype
+        if self.first:
+            x = parallel.local_tokens(patchify(latents, self.wan.patch_size), self.config).to(dtype)
+            x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # [L(/tp), B, D]
+            temb = self.time_embedding(sinusoid(t, self.wan.freq_dim).to(dtype))  # [B, D]
+            modulation = self.time_projection(temb).unflatten(1, (6, -1)).transpose(0, 1)  # [6, B, D]
+            text = self.text_embedding(text.transpose(0, 1).to(dtype))  # [T, B, D]
+            temb = temb.unsqueeze(0)  # [1, B, D]
+        else:
+            rest = self._input.shape[0] - 7 - text.shape[1]
+            x, modulation, temb, text_rows = self._input.split([rest, 6, 1, text.shape[1]])
+            text = text_rows
+        _, _, *grid = latents.shape
+        rope = rotary_table(grid, self.wan, latents.device)  # [F*H*W, 1, 1, E/2, 2]
+        rope = rope.chunk(self.config.context_parallel_size)[parallel.mpu.get_context_parallel_rank()]
+
+        # Every block's keys and values read the same text: one all-reduce of its gradient instead of one per block.
+        keys = parallel.copy_to_tensor_model_parallel_region(text)
+        for block in self.blocks.values():
+            x = parallel.recomputed(block, self.recompute)(x, modulation, keys, rope)
+
+        if not self.last:
+            return torch.cat((x, modulation, temb, text))
+        shift, scale = (self.head["modulation"].float().transpose(0, 1) + temb.float()).unbind(0)  # [B, D] each
+        return self.head["head"](ops.layer_norm_modulate(x, scale, shift, self.wan.eps))  # [L(/tp), B, C*patch]
+
+
+def _mlp(inputs: int, hidden: int, outputs: int, activation: nn.Module, dtype: torch.dtype) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden, dtype=dtype), activation, nn.Linear(hidden, outputs, dtype=dtype))
+
+
+def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """[B, C, F, H, W] -> [L, B, C*pt*ph*pw], tokens in (frame, row, column) order, patch entries as the convolution's
+    weight has them."""
+    B, C, F_, H, W = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(B, C, F_ // pt, pt, H // ph, ph, W // pw, pw)
+    return x.permute(2, 4, 6, 0, 1, 3, 5, 7).flatten(4).flatten(0, 2)
+
+
+def unpatchify(tokens: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> torch.Tensor:
+    """Head output [L, B, pt*ph*pw*C] (channel fastest, as released) -> [B, C, F, H, W]; grid = (F, H, W) in latents."""
+    (F_, H, W), (pt, ph, pw) = grid, patch
+    x = tokens.unflatten(2, (pt, ph, pw, -1)).unflatten(0, (F_ // pt, H // ph, W // pw))
+    return x.permute(3, 7, 0, 4, 1, 5, 2, 6).reshape(tokens.shape[1], -1, F_, H, W)
+
+
+def velocity_tokens(v: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """[B, C, F, H, W] -> [L, B, pt*ph*pw*C], the order of the head's output: inverse of `unpatchify`."""
+    return patchify(v, patch).unflatten(2, (v.shape[1], -1)).transpose(2, 3).flatten(2)
+
+
+def sinusoid(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Timestep features [B] -> [B, width] fp32: cosines, then sines, of t / 10000^(i / (width/2))."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+_ROPE_CACHE: dict = {}
+
+
+def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> torch.Tensor:
+    """(cos, sin) of every token's angles [F*H*W, 1, 1, E/2, 2] fp32 for a latent grid (F, H, W) before patching.
+
+    The head dimension is shared out as rows and columns 2*(E//6) each, frames the rest; angles in float64.
+    """
+    key = (*grid, config.head_dim, device)
+    if key not in _ROPE_CACHE:
+        sizes = [n // p for n, p in zip(grid, config.patch_size, strict=True)]
+        side = 2 * (config.head_dim // 6)
+        angles = []
+        for axis, (n, width) in enumerate(zip(sizes, (config.head_dim - 2 * side, side, side), strict=True)):
+            inverse = 1e4 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+            view = [1, 1, 1, -1]
+            view[axis] = n
+            angles.append(torch.outer(torch.arange(n, dtype=torch.float64), inverse).view(view).expand(*sizes, -1))
+        angles = torch.cat(angles, dim=-1).flatten(0, 2)[:, None, None]  # [L, 1, 1, E/2]
+        if len(_ROPE_CACHE) > 64:  # dynamic resolutions: bounded
+            _ROPE_CACHE.clear()
+        _ROPE_CACHE[key] = torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+    return _ROPE_CACHE[key]
