@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -51,6 +52,8 @@ class LayoutOptions:
     recompute: Literal["none", "selective", "full"] = option(
         "activations recomputed in the backward", "none", group="layout", layout=True
     )
+    dry_run: bool = option("say what would run, check everything checkable, run nothing", False, group="run")
+    print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
 
     @property
     def world(self) -> int:
@@ -85,7 +88,9 @@ class TrainOptions(LayoutOptions):
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True)
     seed: int = option("seed of weights, data order, noise", 0, group="run")
-    resume: str = option("auto (continue if the run folder holds a checkpoint), never, or a checkpoint", "auto", group="run")
+    resume: str = option(
+        "auto (continue if the run folder holds a checkpoint), never, or a checkpoint", "auto", group="run"
+    )
     save_every: int = option("steps between checkpoints (0: only at the end)", 500, group="run", layout=True)
     keep: int = option("checkpoints kept", 2, group="run")
     export: Path | None = option("write a released-format folder here at the end", group="run")
@@ -100,7 +105,7 @@ class TrainOptions(LayoutOptions):
     lr_schedule: Literal["constant", "cosine", "linear", "WSD"] = option(
         "decay after warm-up", "constant", group="optimizer", layout=True
     )
-    warmup: int = option("warm-up steps", 0, group="optimizer", layout=True)
+    warmup: int = option("warm-up steps (at most steps - 1)", 0, group="optimizer", layout=True)
     weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True)
     beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True)
     beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True)
@@ -115,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
     """One dataclass field as one option; None stays None, so that the layout can fill it."""
-    kind = next((a for a in get_args(f.type) if a is not type(None)), f.type) if f.type != Literal else f.type
+    kind = next((a for a in get_args(f.type) if a is not type(None)), f.type)  # Path | None -> Path
     if get_origin(f.type) is Literal:
         kwargs = {"choices": get_args(f.type)}
     elif f.type is bool:
@@ -127,10 +132,11 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
     parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), default=None, **kwargs)
 
 
-def parse_options(cls: type, argv: list[str], description: str, layouts: Path, default_size: str) -> Any:
+def parse_options(cls: type, argv: list[str], description: str, layouts: Path, default_size: Callable) -> Any:
     """argv -> a filled instance of the option dataclass `cls`.
 
-    `--help` prints the grouped options and exits 0.
+    `--help` prints the grouped options and exits 0. default_size(weights folder or None) names the size if neither
+    --size nor --layout does.
 
     Raises:
         ValueError: unknown option or value (with the nearest name), unknown layout or layout key.
@@ -151,7 +157,8 @@ def parse_options(cls: type, argv: list[str], description: str, layouts: Path, d
     values = {name: f.default for name, f in fields.items()}
     if "layout" in fields:
         table = tomllib.loads(layouts.read_text())
-        size = given.size or (table[given.layout]["size"] if given.layout in table else default_size)
+        named_by_layout = table.get(given.layout, {}).get("size")
+        size = given.size or named_by_layout or default_size(given.weights)
         layout = given.layout or size
         named = _pick(table, layout, size, layouts)
         values.update({k: v for k, v in named.items() if k in fields}, size=size, layout=layout)
@@ -169,7 +176,9 @@ def _pick(table: dict, layout: str, size: str, path: Path) -> dict:
     for key in named:
         if key not in allowed | {"size", "source"}:
             near = difflib.get_close_matches(key, allowed, n=1)
-            raise ValueError(f"unknown key {key!r} in layout {layout!r}; fix: {path}" + (f" ({near[0]}?)" if near else ""))
+            raise ValueError(
+                f"unknown key {key!r} in layout {layout!r}; fix: {path}" + (f" ({near[0]}?)" if near else "")
+            )
     if named["size"] != size:
         raise ValueError(f"layout {layout!r} is for size {named['size']}, not {size}; fix: --size or --layout")
     return named
@@ -203,7 +212,9 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
             "fix: NPROC, NNODES, --tp, --pp or --cp"
         )
     if heads % o.tp:
-        raise ValueError(f"tp={o.tp} does not divide {heads} attention heads (size {o.size}); use {divisors(heads)}; fix: --tp")
+        raise ValueError(
+            f"tp={o.tp} does not divide {heads} attention heads (size {o.size}); use {divisors(heads)}; fix: --tp"
+        )
     if heads // o.tp % ulysses:
         raise ValueError(
             f"ulysses={ulysses} does not divide the {heads // o.tp} heads of a tensor-parallel rank (size {o.size}, "
@@ -214,9 +225,13 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
     if o.vpp > 1 and o.pp == 1:
         raise ValueError(f"vpp={o.vpp} needs pp > 1; fix: --pp or --vpp 1")
     if layers % (o.pp * o.vpp):
-        raise ValueError(f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}")
+        raise ValueError(
+            f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}"
+        )
     if o.fsdp and (o.pp > 1 or o.tp > 1):
-        raise ValueError(f"fsdp with tp={o.tp}, pp={o.pp}; expected tp=pp=1 (cp is allowed); fix: --tp 1 --pp 1 or --no-fsdp")
+        raise ValueError(
+            f"fsdp with tp={o.tp}, pp={o.pp}; expected tp=pp=1 (cp is allowed); fix: --tp 1 --pp 1 or --no-fsdp"
+        )
     split = o.cp * (o.tp if o.sp else 1)
     if tokens is not None and tokens % split:
         raise ValueError(
@@ -279,6 +294,13 @@ def main() -> None:
     recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
     config = importlib.import_module(f"{recipe}.config")
     options = exit_on_bad_input(config.parse, script, argv)
+    if getattr(options, "print_config", False):
+        print(to_toml(options), end="")
+        return
+    if getattr(options, "dry_run", False):
+        print(config.dry_run(options))
+        return
+    exit_on_bad_input(config.prepare, options)
     if getattr(options, "out", None) is not None:
         argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))

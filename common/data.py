@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """`frames` that a decoder will show, mean `fps`, and height and width after the rotation in the metadata."""
+    """`frames` that a decoder will show, mean `fps` (0 for a still), height and width after the metadata's rotation."""
 
     frames: int
     fps: float
@@ -58,7 +59,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     """
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         height, width, _ = _read_image(path).shape
-        return VideoInfo(1, 1.0, height, width)
+        return VideoInfo(1, 0.0, height, width)
     import av
 
     try:
@@ -76,8 +77,8 @@ def probe_video(path: str | Path) -> VideoInfo:
                 frames = _count_packets(str(path), stream.index)
             stream.codec_context.thread_count = 1
             first, rate = next(container.decode(stream)), stream.average_rate or stream.guessed_rate
-            if not frames or not rate:
-                raise ValueError(f"{frames} frames at {rate} fps")
+            if not frames or not rate or first.pts is None:
+                raise ValueError(f"{frames} frames at {rate} fps, the first at time {first.pts}")
             height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
             return VideoInfo(frames, float(rate), height, width)
     except Exception as error:  # PyAV raises its own errors, OSError, IndexError, StopIteration
@@ -101,36 +102,49 @@ def _count_packets(path: str, index: int) -> int:
 
 
 def read_frames(
-    path: str | Path,
-    indices: Sequence[int],
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
-    backends: Sequence[str] = ("decord", "pyav", "opencv"),
+    path: str | Path, indices: Sequence[int], transform: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
     """Frames `indices` (any order, repeats allowed) as RGB uint8 [T, H, W, 3], upright.
 
-    Backends are tried in order until one returns every frame: decord is fastest but has no aarch64 wheel and no AV1.
     `transform` maps each [H, W, 3] frame as it is decoded, so that 81 frames of 4K (2 GB) never stand in memory.
 
+    PyAV alone decodes, on every host the same pixels. decord, after a seek into an open group of pictures (x265's
+    default), returns other frames than asked for; OpenCV skips damaged frames; neither says so.
+
     Raises:
-        VideoError: no backend returned exactly the frames asked for.
+        VideoError: not every frame asked for can be decoded.
     """
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        info, readers = VideoInfo(1, 1.0, 0, 0), {"pillow": lambda *_: iter([_read_image(path)])}
-    else:
-        info, readers = probe_video(path), {name: _READERS[name] for name in backends}
+    info = probe_video(path)
     wanted, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
     if not len(wanted) or wanted[0] < 0 or wanted[-1] >= info.frames:
-        raise VideoError(path, f"frames {wanted[:1]}..{wanted[-1:]} asked for, the file has {info.frames}")
-    reasons = []
-    for name, reader in readers.items():
-        try:
-            frames = [transform(f) if transform else f for f in reader(str(path), info, wanted.tolist())]
-            if len(frames) == len(wanted):
-                return np.stack(frames)[places]
-            reasons.append(f"{name}: {len(frames)} of {len(wanted)} frames")
-        except Exception as error:  # noqa: BLE001 - decord.DECORDError, for one, derives from Exception alone
-            reasons.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    raise VideoError(path, "; ".join(reasons))
+        raise VideoError(path, f"frames {list(indices)[:3]}… asked for, the file has {info.frames}")
+    try:
+        still = Path(path).suffix.lower() in IMAGE_SUFFIXES
+        source = [_read_image(path)] if still else _decode(str(path), info.frames, wanted.tolist())
+        return np.stack([transform(frame) if transform else frame for frame in source])[places]
+    except Exception as error:
+        raise VideoError(path, f"{type(error).__name__}: {error}") from error
+
+
+def _decode(path: str, count: int, indices: list[int]) -> Iterator[np.ndarray]:
+    """The frames of a sorted list of indices. One thread: DataLoader workers are the parallelism."""
+    import av
+
+    with av.open(path) as container:
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1
+        shown = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard)  # index -> timestamp
+        if len(shown) != count:
+            raise ValueError(f"{len(shown)} of {count} frames")
+        # 16 frames early (the most that codecs reorder): frames leading the keyframe of an open GOP are lost by a seek
+        container.seek(shown[max(0, indices[0] - 16)], stream=stream)
+        frames = container.decode(stream)
+        for index in indices:
+            frame = next((f for f in frames if f.pts >= shown[index]), None)
+            if frame is None or frame.is_corrupt or frame.pts != shown[index]:
+                raise ValueError(f"frame {index} is damaged or missing")
+            # the display matrix is left to us; its angle is counter-clockwise
+            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
 
 
 def _read_image(path: str | Path) -> np.ndarray:
@@ -141,57 +155,6 @@ def _read_image(path: str | Path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:
         raise VideoError(path, f"{type(error).__name__}: {error}") from error
-
-
-# Every reader yields the frames of a sorted list of indices. One thread each: DataLoader workers are the parallelism.
-
-
-def _read_decord(path: str, info: VideoInfo, indices: list[int]) -> Iterator[np.ndarray]:
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(path, num_threads=1)
-    if len(reader) != info.frames:
-        raise ValueError(f"{len(reader)} of {info.frames} frames")
-    for index in indices:
-        yield reader[index].asnumpy()
-
-
-def _read_pyav(path: str, info: VideoInfo, indices: list[int]) -> Iterator[np.ndarray]:
-    import av
-
-    with av.open(path) as container:
-        stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1
-        shown = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard)  # index -> timestamp
-        # 16 frames early (the most that codecs reorder): frames leading the keyframe of an open GOP are lost by a seek
-        container.seek(shown[max(0, indices[0] - 16)], stream=stream)
-        frames = container.decode(stream)
-        for index in indices:
-            frame = next(f for f in frames if f.pts >= shown[index])
-            if frame.is_corrupt or frame.pts != shown[index]:
-                raise ValueError(f"frame {index} is damaged or missing")
-            # the display matrix is left to us; its angle is counter-clockwise
-            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-
-
-def _read_opencv(path: str, info: VideoInfo, indices: list[int]) -> Iterator[np.ndarray]:
-    import cv2
-
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    wanted, start = set(indices), None
-    for index in range(indices[-1] + 1):  # it seeks inexactly: walk
-        if not capture.grab():
-            raise ValueError(f"ends at frame {index} of {info.frames}")
-        time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        start = time if start is None else start
-        if abs(time - start - index / info.fps) > 0.5 / info.fps:  # it skips damaged frames without a word
-            raise ValueError(f"frame {index} shows at {time:.3f} s: frames before it are damaged or the rate varies")
-        if index in wanted:
-            yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
-
-
-_READERS = {"decord": _read_decord, "pyav": _read_pyav, "opencv": _read_opencv}
 
 
 def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -250,16 +213,21 @@ class DropReport:
     @staticmethod
     def append(folder: str | Path, reason: str, where: str, detail: str = "") -> None:
         """Adds one drop found while training; one short write, so that workers of many ranks may share the file."""
-        line = json.dumps({"kind": "drop", "reason": reason, "where": where, "detail": detail}, ensure_ascii=False)
+        line = json.dumps({"kind": "drop", "reason": reason, "where": where, "detail": detail})
         with open(Path(folder) / "drops.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
+def partial_name(path: Path) -> Path:
+    """Where to write what is then renamed to `path`; no two hosts or containers that share the folder choose the same."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write_lines(path: Path, records: Sequence[dict]) -> None:
     """Writes a jsonl file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = partial_name(path)
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json.dumps(record) + "\n" for record in records)
     os.replace(partial, path)
 
 
@@ -288,8 +256,8 @@ class BucketSampler:
     ):
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * dp_size):
             raise ValueError(
-                f"global batch {global_batch} over {dp_size} data-parallel ranks of micro batch {micro_batch}; expected "
-                f"a multiple of {micro_batch * dp_size}; fix: --global-batch or --micro-batch"
+                f"global batch {global_batch} over {dp_size} data-parallel ranks of micro batch {micro_batch}; "
+                f"expected a multiple of {micro_batch * dp_size}; fix: --global-batch or --micro-batch"
             )
         if not len(bucket_of_row):
             raise ValueError("no rows to sample; expected at least one; fix: --data")
@@ -389,10 +357,10 @@ def prefetch(
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    count = sampler.global_batch // (sampler.micro_batch * sampler.dp_size)
-    taken = list(range(count))[share[0] :: share[1]]
+    taken = list(range(sampler.global_batch // (sampler.micro_batch * sampler.dp_size)))[share[0] :: share[1]]
     steps = range(start_step, end_step)
-    tasks = ((sampler.micro_batches(step)[micro], sampler.epoch(step)) for step in steps for micro in taken)
+    shares = ((step, sampler.micro_batches(step)[share[0] :: share[1]]) for step in steps)
+    tasks = ((rows, sampler.epoch(step)) for step, micro_batches in shares for rows in micro_batches)
     loader = iter(
         DataLoader(
             _MicroBatches(dataset),

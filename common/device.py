@@ -14,9 +14,11 @@ import functools
 import os
 import resource
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every loader reads local folders; a name is never fetched behind the back
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # every loader reads local folders; a name is never fetched behind the back
 
-import torch  # noqa: E402
+import torch
 
 
 def _detect() -> str:

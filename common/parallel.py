@@ -259,7 +259,9 @@ def recomputed(block: torch.nn.Module, kind: str):
 
     def keep_expensive(ctx, op, *args, **kwargs):
         name = op.name()
-        expensive = name.startswith(("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "npu::npu_fusion"))
+        expensive = name.startswith(
+            ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "npu::npu_fusion")
+        )
         return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
     extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}
@@ -288,10 +290,13 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
         overlap_grad_reduce=o.dp * o.cp > 1,
         overlap_param_gather=False,
     )
-    wrapped = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [w.start_grad_sync for w in wrapped]
     return wrapped
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The recipe's own module inside DDP or FSDP."""
+    return model.module if hasattr(model, "module") else model

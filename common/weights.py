@@ -4,6 +4,7 @@ Headers are read without torch, so that a wrong folder is refused before anythin
 Only safetensors: `.bin`, `.pt`, `.pth` are pickles from outside and are refused.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,7 +55,9 @@ def index(folder: Path) -> dict[str, Entry]:
         promised = json.loads(listing.read_text())["weight_map"]
         lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
         if lost:
-            raise ValueError(f"{listing} promises {len(lost)} tensors that its files lack, first {lost[:3]}; fix: download again")
+            raise ValueError(
+                f"{listing} promises {len(lost)} tensors that its files lack, first {lost[:3]}; fix: download again"
+            )
     return entries
 
 
@@ -93,6 +96,15 @@ def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where
     ]
     if problems:
         raise ValueError(f"weights in {where} do not fit: {'; '.join(problems)}; fix: --weights or --size")
+
+
+def fingerprint(folder: Path) -> str:
+    """A short name for the content of a part of a released folder: its config, and its files' sizes and headers."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with open(file, "rb") as f:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2**20))
+    return digest.hexdigest()[:16]
 
 
 class Reader:

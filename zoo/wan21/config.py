@@ -7,6 +7,9 @@ No torch here: options are checked before anything heavy is imported.
 import dataclasses
 import json
 import math
+import os
+import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +17,12 @@ from typing import Literal
 from common import cli
 from common.cli import option
 
+from . import convert, data
+
 HERE = Path(__file__).parent
 DEMO_WEIGHTS = HERE / "demo" / "weights"
+DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,9 @@ class WanConfig:
         """Model FLOPs of one forward pass of one sample (multiply and add counted apart); a training step is three
         times that, recompute not counted: 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D cross-attention."""
         D, L, T, patch = self.dim, self.tokens(latent), self.text_len, math.prod(self.patch_size)
-        per_token = self.num_layers * (4 * D * D + 2 * D * D + 2 * D * self.ffn_dim) + (self.in_dim + self.out_dim) * patch * D
+        per_token = (
+            self.num_layers * (4 * D * D + 2 * D * D + 2 * D * self.ffn_dim) + (self.in_dim + self.out_dim) * patch * D
+        )
         per_text = self.num_layers * 2 * D * D + self.text_dim * D + D * D
         per_sample = self.freq_dim * D + D * D + 6 * D * D
         attention = self.num_layers * (4 * L * L * D + 4 * L * T * D)
@@ -114,7 +123,9 @@ class WanConfig:
 
     @classmethod
     def _from_original(cls, values: dict, path: Path) -> "WanConfig":
-        _refuse_other(values, {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}, path)
+        _refuse_other(
+            values, {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}, path
+        )
         try:
             config = cls(
                 dim=values.pop("dim"), ffn_dim=values.pop("ffn_dim"), num_heads=values.pop("num_heads"),
@@ -152,7 +163,9 @@ def _refuse_other(values: dict, fixed: dict, path: Path) -> None:
     for key, only in fixed.items():
         found = values.pop(key, only)
         if found != only:
-            raise ValueError(f"{path}: {key} = {found!r}; this recipe is Wan2.1 text-to-video, {key} = {only!r}; fix: --weights")
+            raise ValueError(
+                f"{path}: {key} = {found!r}; this recipe is Wan2.1 text-to-video, {key} = {only!r}; fix: --weights"
+            )
 
 
 def _refuse_unknown(values: dict, path: Path) -> None:
@@ -162,6 +175,234 @@ def _refuse_unknown(values: dict, path: Path) -> None:
 
 _COMMON = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), text_dim=4096, text_len=512, freq_dim=256, eps=1e-6)
 SIZES = {
+    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, **(_COMMON | {"text_dim": 64, "text_len": 16})),
     "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **_COMMON),
     "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **_COMMON),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(cli.TrainOptions):
+    job: str = option("which launcher this is: pretrain or finetune", "pretrain", group="job")
+    from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
+    buckets: str = option("video shapes FRAMESxHEIGHTxWIDTH, comma-separated", None, group="data", layout=True)
+    fps: float = option("frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True)
+    cache: Path | None = option("folder that keeps latents and text embeddings once computed", group="data")
+    shift: float = option("flow-matching timestep shift", 5.0, group="objective", layout=True)
+    timesteps: Literal["per-sample", "per-batch"] = option(
+        "draws of the timestep (per-batch: as the reference)", "per-sample", group="objective", layout=True
+    )
+    weighting: Literal["bell", "none"] = option("loss weight over timesteps", "bell", group="objective", layout=True)
+    caption_dropout: float = option("share of captions emptied, for guidance", 0.1, group="objective", layout=True)
+    ema: float = option("decay of averaged weights, exported and sampled (0: off)", 0.0, group="objective", layout=True)
+    sample_prompts: Path | None = option("text file of prompts sampled at the end", group="samples")
+    sample_steps: int = option("sampling steps", 50, group="samples", layout=True)
+    cfg: float = option("guidance scale of the samples", 5.0, group="samples", layout=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions(cli.LayoutOptions):
+    checkpoint: Path | None = option(
+        "sharded checkpoint whose transformer replaces the one of --weights", group="model"
+    )
+    prompt: str = option("what to show", group="job")
+    prompts: Path | None = option("text file, a prompt per line", group="job")
+    negative: str = option("what not to show", "", group="job")
+    out: Path = option("folder for the videos (default runs/<recipe>-infer-<time>)", group="job")
+    video: str = option("shape FRAMESxHEIGHTxWIDTH", None, group="job", layout=True)
+    fps: float = option("frame rate of the written file", 16.0, group="job", layout=True)
+    sample_steps: int = option("sampling steps", 50, group="job", layout=True)
+    cfg: float = option("guidance scale (1: no guidance)", 5.0, group="job", layout=True)
+    sampler: Literal["unipc", "euler"] = option("UniPC, or flow-match Euler", "unipc", group="job")
+    shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True)
+    seed: int = option("seed of the noise; prompt i uses seed + i", 0, group="job")
+    format: Literal["mp4", "gif", "both"] = option("kind of file written", "both", group="job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(cli.LayoutOptions):
+    to: Literal["diffusers", "released", "original", "sharded"] = option(
+        "what to write (released: diffusers); the kind of --weights is recognised", group="job"
+    )
+    out: Path = option("folder to write", group="job")
+
+
+JOBS = {
+    "train": (TrainOptions, "Train Wan2.1 text-to-video."),
+    "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video."),
+    "convert": (ConvertOptions, "Convert Wan2.1 weights between the original, diffusers and sharded layouts."),
+}
+
+
+def parse(script: str, argv: list[str]):
+    """argv of a job -> its checked options. See common/cli.py for the contract.
+
+    Raises:
+        ValueError: anything about the options, the weights folder or the data list that can be known to be wrong.
+    """
+    cls, description = JOBS[script]
+    o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
+    o = _with_demo(o)
+    config = model_config(o)
+    shapes = {"train": "buckets", "infer": "video"}.get(script)
+    for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
+        tokens = config.tokens(latent_grid(bucket)) if bucket else None
+        o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
+    _check_folder(o, config, script)
+    if script == "train" and o.data != demo_list("train"):
+        rows, report = data.read_rows(o.data)
+        report.check(len(rows) + sum(report.counts.values()), o.max_drop)
+    if script == "infer":
+        prompts(o)
+    return o
+
+
+def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
+    """Frames, rows, columns of the latents; the VAE's strides are 4, 8, 8 and the first frame stands alone."""
+    return (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8
+
+
+def _default_size(weights: Path | None) -> str:
+    """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
+    if weights is None or weights == DEMO_WEIGHTS:
+        return "tiny" if weights or os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B"
+    if is_sharded(weights):
+        found = WanConfig(**_tuples(json.loads((weights / "state.json").read_text())["model"]))
+    else:
+        found = WanConfig.from_folder(weights)
+    for name, config in SIZES.items():
+        if dataclasses.replace(config, text_len=found.text_len) == found:
+            return name
+    raise ValueError(
+        f"{weights} has an architecture that is none of {', '.join(SIZES)}; fix: --weights, or add the size to config.py"
+    )
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is one of our sharded checkpoints."""
+    return (folder / "manifest.json").is_file()
+
+
+def _tuples(values: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _with_demo(o):
+    """Fill in the embedded demo where the user named no data or no weights."""
+    changes = {}
+    if hasattr(o, "data") and o.data is None:
+        changes |= {"data": demo_list("train"), "buckets": DEMO_BUCKET, "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents")}
+    if hasattr(o, "video") and o.weights is None:
+        changes["video"] = DEMO_BUCKET
+    if o.weights is None:
+        if hasattr(o, "data") and o.data is not None and o.size != "tiny":
+            raise ValueError(f"--size {o.size} on your data needs the released folder; fix: --weights DIR")
+        changes["weights"] = DEMO_WEIGHTS
+        if o.size != "tiny":
+            print(
+                f"note: no --weights: size {o.size} starts from drawn weights, with the demo's tiny VAE and text encoder",
+                file=sys.stderr,
+            )
+            changes["from_scratch"] = True
+        elif getattr(o, "job", "") == "pretrain":
+            changes["from_scratch"] = True
+    if getattr(o, "out", "") is None:
+        job = getattr(o, "job", "infer") if not isinstance(o, ConvertOptions) else "convert"
+        changes["out"] = cli.default_out(HERE.name, job)
+    return dataclasses.replace(o, **changes)
+
+
+def demo_list(split: str) -> Path:
+    return DEMO_DATA / f"{split}.jsonl"
+
+
+def model_config(o) -> WanConfig:
+    """The architecture: the weights folder's own; drawn weights have the size's, with the folder's text encoder."""
+    if is_sharded(o.weights):
+        return WanConfig(**_tuples(json.loads((o.weights / "state.json").read_text())["model"]))
+    found = WanConfig.from_folder(o.weights)
+    wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
+    if not getattr(o, "from_scratch", False) and found != wanted:
+        differs = [f"{f.name} {getattr(found, f.name)} != {getattr(wanted, f.name)}" for f in dataclasses.fields(found)
+                   if getattr(found, f.name) != getattr(wanted, f.name)]  # fmt: skip
+        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
+    return wanted
+
+
+def _check_folder(o, config: WanConfig, script: str) -> None:
+    """The parts a job needs are there, and the transformer's tensors are exactly the model's."""
+    if script != "convert":
+        for part in ("vae", "text_encoder", "tokenizer"):
+            if not (o.weights / part).is_dir():
+                raise ValueError(f"{o.weights} has no {part}/; expected a released diffusers folder; fix: --weights")
+    if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
+        convert.released_entries(o.weights, config)
+
+
+def prompts(o: InferOptions) -> list[str]:
+    """The prompts to sample; without any, a few the demo model knows."""
+    if o.prompts is not None:
+        if not o.prompts.is_file():
+            raise ValueError(f"--prompts {o.prompts} does not exist; expected a text file, a prompt per line")
+        lines = [line.strip() for line in o.prompts.read_text().splitlines()]
+        if not any(lines):
+            raise ValueError(f"--prompts {o.prompts} holds no prompt; expected a prompt per line")
+        return [line for line in lines if line]
+    if o.prompt:
+        return [o.prompt]
+    if o.weights == DEMO_WEIGHTS:
+        return ["a handwritten three moves to the left", "a handwritten seven moves up and to the right"]
+    raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
+
+
+def prepare(o) -> None:
+    """Before any process starts: make the demo data if this job uses it."""
+    if getattr(o, "data", None) == demo_list("train"):
+        from .demo import make_data
+
+        make_data.make(DEMO_DATA)
+
+
+def dry_run(o) -> str:
+    """What a run would be, from the options alone."""
+    config = model_config(o)
+    text = [
+        cli.to_toml(o),
+        f"parameters: {config.parameters:,}",
+        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}",
+    ]
+    text.append(cli.rank_map(o))
+    for bucket in data.parse_buckets(getattr(o, "buckets", None) or getattr(o, "video", None) or "1x16x16"):
+        grid = latent_grid(bucket)
+        flops, tokens = config.flops(grid), config.tokens(grid)
+        text.append(
+            f"{bucket}: {tokens} tokens, {flops / 1e12:.3f} TFLOP per sample forward, "
+            f"{3 * flops * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step"
+        )
+        text.append(f"memory per rank, estimated: {memory_estimate(o, config, tokens) / 2**30:.2f} GiB")
+    return "\n".join(text)
+
+
+def memory_estimate(o, config: WanConfig, tokens: int) -> float:
+    """Bytes per rank of weights, gradients, optimizer and saved activations; workspace and encoders not counted.
+
+    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; activations by
+    block: 34 D + 4 F/D... of the tensors the backward reads (none: all of them; full: the block's input alone).
+    """
+    dtype = 4 if o.precision == "fp32" else 2
+    share = config.parameters / (o.tp * o.pp)
+    shards = o.dp * o.cp
+    weights = share * dtype / (shards if o.fsdp else 1)
+    gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+    master = share * (8 if o.fsdp and dtype == 4 else 12) / shards
+    local = tokens / o.cp * o.micro_batch
+    D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
+    everything = local * (dtype * (10 * D / tp + 2 * Fd / tp + 5 * D / sp) + 4 * 5 * D / sp)
+    kept = {"none": everything, "selective": local * dtype * (9 * D / tp + Fd / tp), "full": local * D * dtype / sp}[
+        o.recompute
+    ]
+    blocks = config.num_layers / o.pp
+    return weights + gradients + master + kept * blocks + (everything if o.recompute == "full" else 0)

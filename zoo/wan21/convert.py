@@ -5,6 +5,14 @@ changes no tensor, so every conversion is a rename and bit-exact.
 """
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import weights
+
+if TYPE_CHECKING:
+    from .config import WanConfig
 
 # original name -> diffusers name; `N` stands for a block index.
 TABLE = {
@@ -37,3 +45,41 @@ def to_diffusers(name: str) -> str:
     pattern = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
     new = TABLE[pattern].replace("N", index.group(1)) if index else TABLE[pattern]
     return f"{new}.{leaf}" if leaf else new
+
+
+def shapes(config: "WanConfig") -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model, by its original name."""
+    D, Fd, T = config.dim, config.ffn_dim, config.text_dim
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    out = {"patch_embedding.weight": (D, config.in_dim, *config.patch_size), "patch_embedding.bias": (D,)}
+    out |= linear("text_embedding.0", T, D) | linear("text_embedding.2", D, D)
+    out |= linear("time_embedding.0", config.freq_dim, D) | linear("time_embedding.2", D, D)
+    out |= linear("time_projection.1", D, 6 * D)
+    for i in range(config.num_layers):
+        block = f"blocks.{i}"
+        out[f"{block}.modulation"] = (1, 6, D)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                out |= linear(f"{block}.{attention}.{part}", D, D)
+            out |= {f"{block}.{attention}.norm_{part}.weight": (D,) for part in "qk"}
+        out |= {f"{block}.norm3.weight": (D,), f"{block}.norm3.bias": (D,)}
+        out |= linear(f"{block}.ffn.0", D, Fd) | linear(f"{block}.ffn.2", Fd, D)
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    return out | {"head.modulation": (1, 2, D)} | linear("head.head", D, config.out_dim * patch)
+
+
+def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weights.Entry], Callable[[str], str]]:
+    """The transformer of a released folder, strictly checked, and how our parameter names read there.
+
+    Raises:
+        ValueError: missing, extra or misshaped tensors, pickled or torn files.
+    """
+    diffusers = (folder / "transformer").is_dir()
+    where = folder / "transformer" if diffusers else folder
+    rename = to_diffusers if diffusers else str
+    entries = weights.index(where)
+    weights.check(entries, {rename(name): shape for name, shape in shapes(config).items()}, where)
+    return entries, rename

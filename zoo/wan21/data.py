@@ -2,16 +2,17 @@
 
 Formats (`--data`), paths relative to the list's own folder:
 
-    videos.jsonl   {"path": "a.mp4", "cap": "a red car"}              also "video"; "caption", "text"; a list of captions
-    videos.json    [{"path": "a.mp4", "cap": "a red car", "num_frames": 81, "fps": 16.0}, …]           (MindSpeed-MM)
+    videos.jsonl   {"path": "a.mp4", "cap": "a red car"}     or "video", "caption", "text"; or a list of captions
+    videos.json    [{"path": "a.mp4", "cap": "a red car", "num_frames": 81, "fps": 16.0}, …]      (MindSpeed-MM)
     videos.csv     a header line with the same names
-    data.txt       folder,videos.json      a line per data set, paths relative to the folder           (MindSpeed-MM)
+    data.txt       folder,videos.json      a line per data set, paths relative to the folder      (MindSpeed-MM)
 
 Unknown keys are ignored; size, rate and length are measured, not believed. A still image is a video of one frame.
 
-Bucket rule: a video goes to the nearest aspect ratio (within 5 % counts as equal) among the buckets it has enough
-frames for, then to the longest; it is resampled to the training rate by the nearest earlier frame, the centre window is
-cut, scaled to cover and centre-cropped. A global batch holds one bucket, so its shapes are equal on every rank.
+Bucket rule: a video goes to the nearest aspect ratio (5 % further counts as equal) among the buckets it has enough
+frames for, of those to the longest; it is resampled to the training rate by the nearest earlier frame (a lower rate
+repeats frames), and the centre window is scaled to cover and centre-cropped. A global batch holds one bucket, so its
+shapes are equal on every rank.
 The cost: 81 frames at 16 fps show 5.06 s, and the rest of a longer video is never seen; a 16:9 video in 832x480 loses
 2.5 % of its width; a step of 81x480x832 has 32,760 tokens and one of 49x480x832 has 20,280, so step times differ; rows
 that do not fill a batch wait for the next epoch.
@@ -23,10 +24,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import random
+import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,13 +39,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data import DropReport, VideoError, VideoInfo, probe_video, read_frames, resize_crop, write_lines
+from common.data import (
+    DropReport,
+    VideoError,
+    VideoInfo,
+    partial_name,
+    probe_video,
+    read_frames,
+    resize_crop,
+    write_lines,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PATH_KEYS, CAPTION_KEYS = ("path", "video"), ("cap", "caption", "text")
 MAX_ASPECT = 2.0  # a video this much wider or taller than every bucket would lose half of its picture
+SAME_ASPECT = 0.05  # aspects this near (in log) are one: 480x832 is as good for 16:9 as 720x1280
 MAX_REPLACED = 64  # undecodable videos in a row before it is the storage, not the videos
 
 
@@ -73,20 +87,25 @@ def read_rows(path: str | Path, seed: int | None = None) -> tuple[list[Row], Dro
             report.add("no caption", where, str(video))
         elif not isinstance(video, str) or not isinstance(captions, list) or None in item:
             report.add("bad row", where, "path or caption is not text, or the row has more fields than the header")
-        elif not (captions := [c.strip() for c in captions if isinstance(c, str) and c.strip()]):
+        elif not (captions := [_clean(c) for c in captions if isinstance(c, str) and c.strip()]):
             report.add("no caption", where, video)
-        elif not (folder / video).is_file():
-            report.add("missing file", where, str(folder / video))
+        elif not os.path.isfile(file := os.path.abspath(folder / video)):
+            report.add("missing file", where, file)
         else:
             caption = captions[0] if seed is None else random.Random(f"{seed} {where}").choice(captions)
-            rows.append(Row(str(folder / video), caption, where))
+            rows.append(Row(file, caption, where))
     return rows, report
+
+
+def _clean(caption: str) -> str:
+    """Without the lone surrogates of scraped text, on which a tokenizer stops the run."""
+    return caption.strip().encode(errors="replace").decode()
 
 
 def _items(path: Path) -> Iterator[tuple[str, dict, Path]]:
     """(file:line, row, folder of its paths) of any format."""
     if path.suffix != ".txt":
-        yield from ((where, item, path.parent) for where, item in _read_list(path))
+        yield from ((f"{path.name}:{line}", item, path.parent) for line, item in _read_list(path))
         return
     for number, line in enumerate(_text(path).splitlines(), 1):
         folder, comma, annotation = (part.strip() for part in line.rpartition(","))
@@ -94,7 +113,8 @@ def _items(path: Path) -> Iterator[tuple[str, dict, Path]]:
             continue
         if not comma or not (path.parent / annotation).is_file():
             raise ValueError(f"{path}:{number}: no such list: {line!r}; expected folder,list.json; fix: {path}")
-        yield from ((where, item, path.parent / folder) for where, item in _read_list(path.parent / annotation))
+        found = _read_list(path.parent / annotation)
+        yield from ((f"{annotation}:{place}", item, path.parent / folder) for place, item in found)
 
 
 def _text(path: Path) -> str:
@@ -104,23 +124,310 @@ def _text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error}; expected a UTF-8 text file; fix: --data") from error
 
 
-def _read_list(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, row) of a .jsonl, .json or .csv list."""
+def _read_list(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a .jsonl, .json or .csv list."""
     readers = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv_rows}
     if path.suffix not in readers:
         raise ValueError(f"unknown kind of list: {path}; expected .jsonl, .json, .csv or data.txt; fix: --data")
-    line = 1
+    for line, item in readers[path.suffix](path, _text(path)):
+        if not isinstance(item, dict):
+            raise ValueError(f"{path}:{line}: the row is {str(item)[:40]!r}; expected an object; fix: {path}")
+        yield line, item
+
+
+def _parse(path: Path, text: str, line: int = 1) -> Any:
     try:
-        for line, item in readers[path.suffix](_text(path)):
-            if not isinstance(item, dict):
-                raise ValueError(f"{path}:{line}: the row is {str(item)[:40]!r}; expected an object; fix: {path}")
-            yield f"{path.name}:{line}", item
-    except json.JSONDecodeError as error:  # its line counts from where the parser began: after the last good row, or 1
-        at = error.lineno + (line if path.suffix == ".jsonl" else 0)
-        raise ValueError(f"{path}:{at}: {error.msg}; expected JSON; fix: {path}") from error
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = line + error.lineno - 1
+        raise ValueError(f"{path}:{at}: malformed JSON, {error.msg}; expected valid JSON; fix: {path}") from error
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    for line, row in enumerate(text.split("\n"), 1):
-        if row.strip():
-            yield line, json.loads(row)
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    yield from ((line, _parse(path, row, line)) for line, row in enumerate(text.split("\n"), 1) if row.strip())
+
+
+def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    items = _parse(path, text)
+    if not isinstance(items, list):
+        raise ValueError(f"{path}:1: {type(items).__name__} at the top; expected a list of objects; fix: {path}")
+    start, end, line = 0, text.index("[") + 1, 1
+    for item in items:  # walked again for the line numbers
+        between = re.compile(r"[\s,]*").match(text, end).end()
+        line, start = line + text.count("\n", start, between), between
+        yield line, item
+        _, end = json.JSONDecoder().raw_decode(text, start)
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text))
+    header = reader.fieldnames or []
+    if not set(PATH_KEYS) & set(header) or not set(CAPTION_KEYS) & set(header):
+        rule = f"one of {', '.join(PATH_KEYS)} and one of {', '.join(CAPTION_KEYS)}"
+        raise ValueError(f"{path}:1: the header has {', '.join(header) or 'nothing'}; expected {rule}; fix: {path}")
+    yield from ((reader.line_num, item) for item in reader)
+
+
+# ---- buckets ----
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pixels of one shape of training video."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    def check(self, multiple: int = 16) -> Bucket:
+        """4n + 1 frames for the causal VAE; `multiple` is the VAE's stride of 8 by the patch of 2."""
+        if self.frames < 1 or self.frames % 4 != 1:
+            near = max(1, (self.frames - 1) // 4 * 4 + 1)
+            raise ValueError(
+                f"bucket {self} has {self.frames} frames; expected 4n+1 ({near}, {near + 4}); fix: --buckets"
+            )
+        for side in (self.height, self.width):
+            if side < multiple or side % multiple:
+                near = max(multiple, side // multiple * multiple)
+                rule = f"a multiple of {multiple} ({near}, {near + multiple})"
+                raise ValueError(f"bucket {self} has a side of {side}; expected {rule}; fix: --buckets")
+        return self
+
+
+def parse_buckets(text: str, multiple: int = 16) -> list[Bucket]:
+    """`81x480x832,49x480x832` -> buckets, frames x height x width."""
+    buckets = []
+    for part in text.split(","):
+        numbers = part.strip().split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(
+                f"bucket {part.strip()!r}; expected FRAMESxHEIGHTxWIDTH such as 81x480x832; fix: --buckets"
+            )
+        buckets.append(Bucket(*map(int, numbers)).check(multiple))
+    return buckets
+
+
+def frame_step(fps: float, train_fps: float | None) -> float:
+    """Source frames per training frame; 1 for a still (fps 0), and for 23.976 and 24, lest a frame be shown twice."""
+    return 1.0 if not fps or train_fps is None or abs(fps - train_fps) < 0.1 else fps / train_fps
+
+
+def resampled_length(frames: int, step: float) -> int:
+    """Training frames in `frames` source frames; a rate below the training rate repeats frames."""
+    return math.ceil(frames / step - 1e-6)
+
+
+def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket], fps: float | None) -> int | str:
+    """Number of the bucket, or the reason why none fits."""
+    frames = resampled_length(info.frames, frame_step(info.fps, fps))
+    long_enough = [i for i, bucket in enumerate(buckets) if bucket.frames <= frames]
+    aspect = {i: abs(math.log(info.width / info.height * buckets[i].height / buckets[i].width)) for i in long_enough}
+    if not aspect:
+        return "too short"
+    if min(aspect.values()) > math.log(MAX_ASPECT):
+        return "aspect"
+    near = [i for i in long_enough if aspect[i] <= min(aspect.values()) + SAME_ASPECT]
+    return min(near, key=lambda i: (-buckets[i].frames, aspect[i]))
+
+
+# ---- the index ----
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """A video that passed the scan; `size` (bytes) and `mtime_ns` as they were then."""
+
+    path: str
+    caption: str
+    where: str
+    bucket: int
+    frames: int
+    fps: float
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a run trains on; a row's id is its place in `rows`. Kept in the run folder, so that a resumed run has the
+    same ids whatever became of the files."""
+
+    rows: list[IndexRow]
+    buckets: list[Bucket]
+    fps: float | None
+
+    def save(self, path: str | Path) -> None:
+        head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
+        write_lines(Path(path), [head, *map(asdict, self.rows)])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Index:
+        head, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1])
+        return cls([IndexRow(**row) for row in rows], parse_buckets(",".join(head["buckets"]), 1), head["fps"])
+
+
+def scan(
+    rows: Sequence[Row], buckets: Sequence[Bucket], fps: float | None, report: DropReport, workers: int = 8
+) -> Index:
+    """Measures every file in `workers` threads and gives it a bucket; the order of `rows` is kept."""
+    from tqdm import tqdm
+
+    def probe(row: Row) -> tuple[VideoInfo, int, int] | Exception:
+        try:
+            stat = os.stat(row.path)
+            return probe_video(row.path), stat.st_size, stat.st_mtime_ns
+        except (VideoError, OSError) as error:  # OSError: gone since the list was read
+            return error
+
+    kept = []
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(probe, rows), total=len(rows), desc="scanning videos", mininterval=1)
+        for row, result in zip(rows, found, strict=True):
+            if isinstance(result, Exception):
+                report.add("corrupt video", row.where, str(result))
+                continue
+            info, size, mtime = result
+            bucket = choose_bucket(info, buckets, fps)
+            if isinstance(bucket, str):
+                shape = f"{info.frames} frames at {info.fps:.2f} fps of {info.height}x{info.width}"
+                report.add(bucket, row.where, f"{row.path}: {shape}")
+                continue
+            kept.append(
+                IndexRow(**asdict(row), bucket=bucket, frames=info.frames, fps=info.fps, size=size, mtime_ns=mtime)
+            )
+    return Index(kept, list(buckets), fps)
+
+
+# ---- micro-batches ----
+
+
+class VideoTextDataset:
+    """Micro-batches of an index, decoded, or out of the cache of what the frozen VAE and text encoder made of them."""
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        cache_dir: str | Path | None = None,
+        encoder: str = "",
+        run_dir: str | Path | None = None,
+        random_start: int | None = None,
+    ):
+        """
+        Args:
+            encoder: names whatever decides the cached tensors besides the data (VAE, text encoder, precision).
+            run_dir: where videos that fail while decoding are added to drops.jsonl.
+            random_start: a seed; the window then starts at random by (seed, epoch, row), not in the centre.
+        """
+        if cache_dir is not None and random_start is not None:
+            raise ValueError(
+                "a cache and random starts; expected one of them, a cached video has one window; fix: --cache"
+            )
+        self.index, self.encoder, self.random_start = index, encoder, random_start
+        self.cache_dir, self.run_dir = cache_dir and Path(cache_dir), run_dir
+        self._bucket_rows: dict[int, list[int]] = {}
+        for row, entry in enumerate(index.rows):
+            self._bucket_rows.setdefault(entry.bucket, []).append(row)
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.index.rows)
+
+    def where(self, row: int) -> str:
+        return self.index.rows[row].path
+
+    def key(self, row: int) -> str:
+        """Name of the row's cache entry. A file that is gone keeps the name of the scan: its cache still serves."""
+        entry = self.index.rows[row]
+        try:
+            stat = os.stat(entry.path)
+            state = (stat.st_size, stat.st_mtime_ns)
+        except OSError:
+            state = (entry.size, entry.mtime_ns)
+        bucket = str(self.index.buckets[entry.bucket])
+        parts = [entry.path, *state, entry.caption, bucket, self.index.fps, self.encoder]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
+        """A micro-batch of rows of one bucket.
+
+        Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache), and either
+        `latents` fp32 [B, 16, f, h, w] and `text` (a list of [n, D]) or `pixels` uint8 [B, 3, F, H, W]; the others are
+        None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever
+        encodes them always encodes the same batch, and a resumed run gets the same bits.
+        """
+        from torch import from_numpy, stack
+
+        keys = [self.key(row) for row in rows] if self.cache_dir else None
+        cached = load_cached(self.cache_dir, keys) if keys else None
+        batch = {"rows": list(rows), "keys": keys, "pixels": None, "latents": None, "text": None}
+        if cached is not None:
+            batch |= {"latents": stack([c["latents"] for c in cached]), "text": [c["text"] for c in cached]}
+        else:
+            batch["rows"], pixels = map(list, zip(*(self._read_or_next(row, epoch) for row in rows), strict=True))
+            batch["pixels"] = from_numpy(
+                np.stack(pixels).transpose(0, 4, 1, 2, 3)
+            ).contiguous()  # B F H W 3 -> B 3 F H W
+            batch["keys"] = keys and [self.key(row) for row in batch["rows"]]
+        return batch | {"captions": [self.index.rows[row].caption for row in batch["rows"]]}
+
+    def _read_or_next(self, row: int, epoch: int) -> tuple[int, np.ndarray]:
+        """The row, or the next of its bucket that can be decoded, and its pixels uint8 [F, H, W, 3]."""
+        same = self._bucket_rows[self.index.rows[row].bucket]
+        start = bisect_left(same, row)
+        for turn in range(min(len(same), MAX_REPLACED)):
+            candidate = same[(start + turn) % len(same)]
+            try:
+                return candidate, self._read(candidate, epoch)
+            except VideoError as error:
+                if candidate not in self._reported and self.run_dir is not None:
+                    DropReport.append(
+                        self.run_dir, "corrupt video (decode)", self.index.rows[candidate].where, str(error)
+                    )
+                self._reported.add(candidate)
+                last = error
+        raise ValueError(
+            f"{turn + 1} of the {len(same)} videos of bucket {self.index.buckets[self.index.rows[row].bucket]} fail one "
+            f"after another, the last is {last}; expected readable files; fix: these files, then delete the run's index"
+        )
+
+    def _read(self, row: int, epoch: int) -> np.ndarray:
+        entry = self.index.rows[row]
+        bucket, step = self.index.buckets[entry.bucket], frame_step(entry.fps, self.index.fps)
+        spare = resampled_length(entry.frames, step) - bucket.frames
+        start = spare // 2
+        if self.random_start is not None:
+            start = int(np.random.default_rng([self.random_start, epoch, row]).integers(spare + 1))
+        indices = [int((start + i) * step + 1e-6) for i in range(bucket.frames)]
+        return read_frames(entry.path, indices, lambda f: resize_crop(f[None], bucket.height, bucket.width)[0])
+
+
+# ---- the cache ----
+
+
+def store(cache_dir: str | Path, key: str, latents: Tensor, text: Tensor) -> None:
+    """Keeps latents [16, f, h, w] in fp32 and the text embedding [n, D], n its true length; whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(cache_dir) / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    save_file(
+        {"latents": latents.detach().float().cpu().contiguous(), "text": text.detach().cpu().contiguous()}, partial
+    )
+    os.replace(partial, path)
+
+
+def load_cached(cache_dir: Path, keys: Sequence[str]) -> list[dict[str, Tensor]] | None:
+    """The stored tensors of all `keys`, or None if one is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    paths = [cache_dir / f"{key}.safetensors" for key in keys]
+    try:
+        return [load_file(path) for path in paths] if all(path.is_file() for path in paths) else None
+    except (OSError, SafetensorError):
+        return None

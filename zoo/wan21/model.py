@@ -25,12 +25,14 @@ import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from common import ops, parallel
+from common import checkpoint, device, ops, parallel
 
+from . import convert
 from .config import WanConfig
 
 
@@ -130,6 +132,8 @@ class WanDiT(MegatronModule):
     `first` chunks embed, `last` ones project out; blocks keep their global index as name, so checkpoints do not know
     about the pipeline.
     """
+
+    model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask
 
     def __init__(
         self, config: WanConfig, mc: TransformerConfig, layers: range, first: bool, last: bool, recompute: str = "none"
@@ -244,3 +248,45 @@ def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> to
             _ROPE_CACHE.clear()
         _ROPE_CACHE[key] = torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
     return _ROPE_CACHE[key]
+
+
+# ---------------------------------------------------------------------------------------------- this rank's part
+
+
+def build(o, config: WanConfig) -> list[WanDiT]:
+    """This rank's unwrapped model chunks, memory allocated and not filled."""
+    mc = parallel.megatron_config(o, hidden=config.dim, heads=config.num_heads, layers=config.num_layers)
+    chunks = []
+    with torch.device(device.current()):
+        for i in range(o.vpp):
+            stage = None if o.vpp == 1 else i
+            first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
+            last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
+            layers = parallel.stage_layers(o, config.num_layers, i)
+            chunks.append(WanDiT(config, mc, layers, first, last, o.recompute))
+            chunks[-1].vp_stage = stage
+    return chunks
+
+
+def fill(chunks: list[WanDiT], o, config: WanConfig) -> None:
+    """Released weights, each rank its slice; or, with --from-scratch, the original code's initial values."""
+    if o.from_scratch:
+        checkpoint.initialize(chunks, o.seed, draw)
+    else:
+        entries, rename = convert.released_entries(o.weights, config)
+        checkpoint.load_released(chunks, entries, rename)
+
+
+def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    """Initial values of the original code: Xavier-uniform linears, N(0, 0.02) text and time MLPs, modulation
+    N(0, 1/D), zero biases, unit norms, zero output head."""
+    if name.endswith("modulation"):
+        whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
+    elif name.startswith("head.") or name.endswith(".bias"):
+        whole.zero_()
+    elif ".norm" in name:
+        whole.fill_(1.0)
+    elif name.startswith(("text_embedding", "time_embedding")):
+        whole.normal_(std=0.02, generator=generator)
+    else:
+        torch.nn.init.xavier_uniform_(whole.flatten(1), generator=generator)

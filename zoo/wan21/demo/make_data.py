@@ -24,7 +24,11 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits
 
-FRAMES, SIZE, FPS = 13, 48, 16  # 4 x 6 x 6 latents, 36 DiT tokens: divisible by 4 for context and sequence parallel runs
+FRAMES, SIZE, FPS = (
+    13,
+    48,
+    16,
+)  # 4 x 6 x 6 latents, 36 DiT tokens: divisible by 4 for context and sequence parallel runs
 DIGIT = 20.0  # side in pixels of the 8x8 scan in the clip
 TRAVEL = 18.0  # pixels between the digit's places in the first and the last frame
 JITTER = 2.0  # pixels, on each axis, of the middle of the path

@@ -1,0 +1,246 @@
+"""Checkpoints through megatron-core dist_checkpointing: layout-independent, atomic, verified before they are read.
+
+    checkpoints/step-000100/   model and optimizer shards, state.json, manifest.json
+    checkpoints/latest         the name of the newest complete one
+
+A checkpoint is written into `.partial-…`, its files are listed with their sizes in manifest.json, and only then it is
+renamed. What a kill, a full disk or a lost file leaves behind is therefore never taken for a checkpoint: `find` says
+what is wrong with it and falls back to the one before. Tensors are stored under their global names (`blocks.7.ffn.0.
+weight`, `optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads what any other wrote.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.tensor import DTensor
+
+from common import weights
+
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+
+
+def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global name, parameter) of this rank's model chunks, without the names wrappers add."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield name.removeprefix("module."), parameter
+
+
+def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> ShardedTensor:
+    """`data`, laid out like the parameter `owner`, as dist_checkpointing wants to see it."""
+    if isinstance(owner, DTensor):  # FSDP2: rows of dimension 0, unevenly cut
+        local = data.to_local()
+        rank, size = owner.device_mesh.get_local_rank(), owner.device_mesh.size()
+        rows = -(-owner.shape[0] // size)
+        offset = (min(rank * rows, owner.shape[0]), *(0 for _ in owner.shape[1:]))
+        # An empty shard is not stored; as a non-main replica of the whole start it is not expected either.
+        return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
+    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    copies = mpu.get_data_parallel_rank(with_context_parallel=True)
+    if getattr(owner, "tensor_model_parallel", False) and tp[1] > 1:
+        return ShardedTensor.from_rank_offsets(name, data, (owner.partition_dim, *tp), replica_id=(0, 0, copies))
+    return ShardedTensor.from_rank_offsets(name, data, replica_id=(0, tp[0], copies))
+
+
+def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
+    owners = dict(parameters(chunks))
+    state = {name: sharded(name, p, p.data if isinstance(p, DTensor) else p) for name, p in owners.items()}
+    state = {name: s for name, s in state.items() if s.data.numel()}
+    if ema is not None:
+        extra = {f"ema.{name}": sharded(f"ema.{name}", owners[name], value) for name, value in ema.items()}
+        state |= {name: s for name, s in extra.items() if s.data.numel()}
+    return state
+
+
+def _fsdp_optimizer_state(chunks, optimizer) -> dict:
+    """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
+    inner = optimizer.chained_optimizers[0].optimizer
+    state = {}
+    for name, parameter in parameters(chunks):
+        master = getattr(parameter, "main_param", parameter)
+        if not inner.state[master]:
+            zero = torch.zeros_like(master)
+            inner.state[master] = {"step": torch.tensor(0.0), "exp_avg": zero, "exp_avg_sq": torch.zeros_like(master)}
+        for kind, value in (*inner.state[master].items(), ("param", master.data)):
+            if kind != "step" and value.to_local().numel():
+                state[f"{kind}.{name}"] = sharded(f"optimizer.state.{kind}.{name}", parameter, value)
+    return state
+
+
+def save(
+    folder: Path, step: int, chunks, optimizer, state: dict, *, ema=None, keep: int = 2, fsdp: bool = False
+) -> Path:
+    """Write checkpoint `step` under `folder`; `state` is small JSON (step, consumed samples, seed, model config).
+
+    Raises:
+        OSError: the checkpoint could not be written whole on some rank; the ones before it are untouched.
+    """
+    target, partial = folder / f"step-{step:06d}", folder / f".partial-{step:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    problem = None
+    try:
+        model = _model_state(chunks, ema)
+        if fsdp:
+            optimizer_state = _fsdp_optimizer_state(chunks, optimizer)
+        else:
+            whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+            optimizer_state = optimizer.sharded_state_dict(whole, metadata=FORMAT)
+        dist_checkpointing.save({"model": model, "optimizer": optimizer_state}, str(partial), content_metadata=FORMAT)
+        if dist.get_rank() == 0:
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
+            sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
+            (partial / "manifest.json").write_text(json.dumps(sizes, indent=2))
+            for p in partial.iterdir():
+                with open(p, "rb") as f:
+                    os.fsync(f.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            _write_atomically(folder / "latest", target.name)
+            for old in sorted(folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+    except Exception as error:  # every rank must learn of it before anyone goes on
+        problem = error
+    failed = torch.tensor([problem is not None], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(failed)
+    if failed.item():
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {target} could not be written: {problem or 'another rank failed'}; is the disk full?"
+        )
+    return target
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def problem_with(checkpoint: Path) -> str | None:
+    """Why this folder is not a whole checkpoint, or None."""
+    manifest = checkpoint / "manifest.json"
+    if not manifest.is_file():
+        return "manifest.json is missing"
+    try:
+        sizes = json.loads(manifest.read_text())
+    except ValueError:
+        return "manifest.json is cut short"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def find(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to continue from: the newest whole one for `auto`, the named one, or None.
+
+    Raises:
+        ValueError: an explicitly named checkpoint is missing or torn, or checkpoints exist and none is whole.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        named = Path(resume)
+        if (named / "latest").is_file():
+            named = named / (named / "latest").read_text()
+        problem = problem_with(named)
+        if problem:
+            raise ValueError(f"--resume {named}: {problem}; expected a checkpoint folder; fix: --resume")
+        return named
+    candidates = sorted(folder.glob("step-*"), reverse=True)
+    for candidate in candidates:
+        problem = problem_with(candidate)
+        if problem is None:
+            return candidate
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"checkpoint {candidate} is torn ({problem}); trying the one before", file=sys.stderr, flush=True)
+    if candidates:
+        raise ValueError(f"no checkpoint in {folder} is whole; fix: --resume never to start again, or restore one")
+    return None
+
+
+def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = False) -> dict:
+    """Read model, and optimizer unless None, into this layout; returns the saved state.json."""
+    model = _model_state(chunks, ema)
+    request = {"model": model}
+    if optimizer is not None:
+        if fsdp:
+            request["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
+        else:
+            whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+            request["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=True, metadata=FORMAT)
+    targets = {name: s.data for name, s in model.items()}
+    moments = {key: s.data for key, s in request["optimizer"].items()} if optimizer is not None and fsdp else {}
+    loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    state = json.loads((checkpoint / "state.json").read_text())
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(loaded["model"][name])
+        for key, target in moments.items():
+            target.copy_(loaded["optimizer"][key])
+    if optimizer is not None:
+        if fsdp:
+            for values in optimizer.chained_optimizers[0].optimizer.state.values():
+                values["step"] = torch.tensor(float(state["optimizer_steps"]))
+        else:
+            optimizer.load_state_dict(loaded["optimizer"])
+            for group in optimizer.param_groups:
+                group["step"] = state["optimizer_steps"]
+    return state
+
+
+def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
+    """Copy released tensors into this rank's parameters: each rank reads only its slice.
+
+    entries: what `weights.index` found, already checked; rename: our parameter name -> released key.
+    """
+    reader = weights.Reader()
+    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    with torch.no_grad():
+        for name, parameter in parameters(chunks):
+            split = (
+                getattr(parameter, "partition_dim", None)
+                if getattr(parameter, "tensor_model_parallel", False)
+                else None
+            )
+            parameter.copy_(reader.read(entries[rename(name)], split, *tp))
+
+
+def initialize(chunks, seed: int, draw) -> None:
+    """Fill parameters from scratch, the same whatever the layout: every parameter is drawn whole from a generator
+    seeded by (seed, its name) and sliced. draw(name, whole tensor, generator) fills one."""
+    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    with torch.no_grad():
+        for name, parameter in parameters(chunks):
+            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            shape = list(parameter.shape)
+            if split is not None:
+                shape[split] *= tp[1]
+            generator = torch.Generator().manual_seed(stable_seed(seed, name))
+            whole = torch.empty(shape)
+            draw(name, whole, generator)
+            parameter.copy_(whole if split is None else whole.chunk(tp[1], split)[tp[0]])
+
+
+def stable_seed(*parts) -> int:
+    """A 63-bit seed from anything printable, the same in every process and version of Python."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

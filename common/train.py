@@ -1,0 +1,368 @@
+"""The training loop every recipe runs: megatron-core's optimizer and schedules, and what a person wants around them
+(checkpoints, resume, metrics, a guard against bad steps, signals, profiles).
+
+The recipe hands in its model chunks, a `forward_step` for megatron-core's schedules and a function that yields each
+step's micro-batches; losses, models and data stay in the recipe.
+
+One host synchronisation per step, on purpose: loss, gradient norm and the stop flag are read together after the
+backward, to decide whether the step is applied.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from tqdm import tqdm
+
+from common import checkpoint, device, perf
+from common.cli import TrainOptions, to_toml
+
+BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
+
+
+def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
+    """AdamW through megatron-core: fp32 master weights and moments, sharded over data parallel."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr if o.min_lr is not None else o.lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.adam_eps,
+        clip_grad=o.clip,
+        bf16=o.precision == "bf16",
+        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision],
+        use_distributed_optimizer=not o.fsdp,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
+
+
+def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:
+    """Learning rate by optimizer step; moved to step n with `.step(n)`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr if o.min_lr is not None else (o.lr if o.lr_schedule == "constant" else 0.0),
+        lr_warmup_steps=min(o.warmup, o.steps - 1),
+        lr_decay_steps=o.steps,
+        lr_decay_style=o.lr_schedule,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=max(1, o.steps // 10),
+    )
+
+
+class Log:
+    """Rank 0's view of a run: console, log.txt, metrics.jsonl, TensorBoard. Silent on other ranks."""
+
+    def __init__(self, o: TrainOptions, header: dict, append: bool):
+        self.main = dist.get_rank() == 0
+        if not self.main:
+            return
+        o.out.mkdir(parents=True, exist_ok=True)
+        self.text = open(o.out / "log.txt", "a")
+        self.metrics = open(o.out / "metrics.jsonl", "a" if append else "w")
+        if not append:
+            (o.out / "config.toml").write_text(to_toml(o))
+        self.record({"kind": "run", **header})
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(o.out / "tensorboard")
+
+    def say(self, line: str) -> None:
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            self.text.write(line + "\n")
+            self.text.flush()
+
+    def record(self, row: dict) -> None:
+        if self.main:
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
+
+    def step(self, row: dict, o: TrainOptions, nan_steps: int) -> None:
+        if not self.main:
+            return
+        self.record({"kind": "step", **row})
+        for key in ("loss", "grad_norm", "lr", "samples_per_second"):
+            self.board.add_scalar(key, row[key], row["step"])
+        if row["step"] % o.log_every == 0 or row["step"] == o.steps:
+            self.say(console_line(row, o, nan_steps))
+
+
+def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
+    """The line people's awk scripts read: field 5 by ':' is the step time in ms."""
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.3f}"
+    return (
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['step']:8d}/{o.steps:8d} |"
+        f" consumed samples: {row['samples']:12d} |"
+        f" elapsed time per iteration (ms): {row['step_time_ms']:.1f} | learning rate: {row['lr']:.3E} |"
+        f" global batch size: {o.global_batch:5d} | loss: {row['loss']:.6E} | loss scale: 1.0 |"
+        f" grad norm: {row['grad_norm']:.3f} | number of skipped iterations: {row['skipped']:3d} |"
+        f" number of nan iterations: {nan_steps:3d} | samples/s: {row['samples_per_second']:.3f} |"
+        f" tokens/s/device: {row['tokens_per_second_per_device']:.1f} |"
+        f" TFLOP/s/device: {row['tflops_per_device']:.3f} | MFU: {mfu} | mem (GiB): {row['memory_gib']:.2f}"
+    )
+
+
+def run_header(o: TrainOptions, recipe: str, job: str, parameters: int, flops_per_sample: int) -> dict:
+    """The header line of metrics.jsonl."""
+    import megatron.core
+
+    return {
+        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)),
+        "commit": commit(),
+        "recipe": recipe,
+        "job": job,
+        "size": o.size,
+        "layout": {
+            k: getattr(o, k) for k in ("layout", "tp", "sp", "pp", "vpp", "cp", "ulysses", "fsdp", "dp", "recompute")
+        },
+        "hardware": device.name(),
+        "devices": o.world,
+        "precision": o.precision,
+        "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+        "model_parameters": parameters,
+        "model_flops_per_sample": flops_per_sample,
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, '-dirty' appended if tracked files differ; 'unknown' outside a checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        revision = subprocess.check_output(
+            [*git, "rev-parse", "--short=12", "HEAD"], stderr=subprocess.DEVNULL, text=True
+        )
+        dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], stderr=subprocess.DEVNULL, text=True)
+        return revision.strip() + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def train(
+    o: TrainOptions,
+    chunks: list[torch.nn.Module],
+    forward_step: Callable,
+    batches: Callable[[int], Iterator[list[dict]]],
+    *,
+    sequence_length: Callable[[list[dict]], int],
+    samples: Callable[[list[dict]], tuple[int, int]],
+    header: dict,
+    state: dict,
+    ema_decay: float = 0.0,
+) -> dict:
+    """Train until o.steps, SIGTERM, or the guard stops it.
+
+    chunks: this rank's wrapped model chunks. forward_step: as megatron-core's schedules call it, its loss function
+    returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
+    step): yields each step's micro-batches for this rank, on the device. sequence_length(batch): the length that
+    megatron-core multiplies out to the pipeline tensor. samples(batch): (tokens, model FLOPs) of one sample of it.
+    header: run facts; state: what checkpoints remember of the recipe.
+
+    Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
+    non-finite steps, having saved the batch that caused the last one.
+    """
+    if o.deterministic:
+        torch.use_deterministic_algorithms(True)
+    folder = o.out / "checkpoints"
+    optimizer, ema = build_optimizer(o, chunks), None
+    scheduler = build_scheduler(o, optimizer)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    if ema_decay:
+        ema = {name: p.detach().float().clone() for name, p in checkpoint.parameters(chunks)}
+
+    found = checkpoint.find(folder, o.resume)
+    saved = (
+        checkpoint.load(found, chunks, optimizer, ema=ema, fsdp=o.fsdp) if found else {"step": 0, "optimizer_steps": 0}
+    )
+    start, applied = saved["step"], saved["optimizer_steps"]
+    if found and saved["global_batch"] != o.global_batch:
+        raise ValueError(
+            f"{found} was trained with global_batch={saved['global_batch']}, not {o.global_batch}: its data position "
+            "would be lost; fix: --global-batch, or --resume never with --weights"
+        )
+    scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
+
+    log = Log(o, header, append=bool(found))
+    if found:
+        log.say(f"resumed from {found} at step {start}")
+    stop = _StopFlag()
+    forward_backward = get_forward_backward_func()
+    bad, skipped, last_save, reason = 0, 0, None, "finished"
+    first_profiled, last_profiled = _profile_range(o)
+    profiler = None
+
+    def save(step: int) -> Path | None:
+        facts = {**state, "step": step, "optimizer_steps": applied, "global_batch": o.global_batch, "seed": o.seed}
+        try:
+            path = checkpoint.save(folder, step, chunks, optimizer, facts, ema=ema, keep=o.keep, fsdp=o.fsdp)
+        except OSError as error:
+            log.say(f"warning: {error}; training goes on from memory")
+            return None
+        log.say(f"saved {path}")
+        return path
+
+    bar = tqdm(total=o.steps, initial=start, disable=not (log.main and sys.stderr.isatty()), unit="step")
+    iterator, step = batches(start), start
+    began = time.perf_counter()
+    while step < o.steps:
+        if step == first_profiled and dist.get_rank() in {int(r) for r in o.profile_ranks.split(",")}:
+            profiler = torch.profiler.profile(with_stack=False, record_shapes=True)
+            profiler.__enter__()
+        waited = time.perf_counter()
+        batch = next(iterator)
+        waited = time.perf_counter() - waited
+
+        for chunk in chunks:
+            if hasattr(chunk, "zero_grad_buffer"):
+                chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        results = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batch),
+            seq_length=sequence_length(batch),
+            micro_batch_size=o.micro_batch,
+        )
+        optimizer.prepare_grads()
+        grad_norm = optimizer.get_grad_norm()
+        loss, stopping = _global_loss(o, results, stop.asked)
+
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if o.clip > 0:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), o.clip, grad_norm)
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step_with_ready_grads()
+            scheduler.step(1)
+            applied, bad = applied + 1, 0
+            if ema:
+                values = [p.detach().float() for _, p in checkpoint.parameters(chunks)]
+                torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
+        else:
+            lr, bad, skipped = optimizer.param_groups[0]["lr"], bad + 1, skipped + 1
+            _save_bad_batch(o, step + 1, batch, loss, grad_norm)
+        step += 1
+        if profiler is not None and step == last_profiled:
+            profiler.__exit__(None, None, None)
+            (o.out / "profile").mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(o.out / "profile" / f"rank{dist.get_rank()}.json"))
+            profiler = None
+
+        now = time.perf_counter()
+        seconds, began = now - began, now
+        tokens, flops = samples(batch)
+        rate = o.global_batch / seconds
+        tflops = 3 * flops * rate / o.world / 1e12
+        peak = perf.peak_tflops(header["hardware"], o.precision)
+        row = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_time_ms": seconds * 1e3,
+            "samples": step * o.global_batch,
+            "tokens": tokens * o.global_batch,
+            "samples_per_second": rate,
+            "tokens_per_second_per_device": tokens * rate / o.world,
+            "tflops_per_device": tflops,
+            "mfu": tflops / peak if peak else None,
+            "memory_gib": device.memory_gib(),
+            "data_wait_ms": waited * 1e3,
+            "skipped": skipped,
+        }
+        log.step(row, o, skipped)
+        bar.update()
+        if bad >= o.max_bad_steps:
+            reason = f"{bad} consecutive steps with a loss or gradient that is not finite; batch saved in {o.out / 'bad_batch'}"
+            break
+        if stopping:
+            reason = "SIGTERM"
+            break
+        if o.save_every and step % o.save_every == 0 and step < o.steps:
+            last_save = save(step)
+            began = time.perf_counter()
+    bar.close()
+    if bad < o.max_bad_steps and step > start:
+        last_save = save(step)
+    log.record({"kind": "end", "steps": step, "reason": reason})
+    if log.main:
+        perf.plot_loss(o.out / "metrics.jsonl", o.out / "loss.png")
+    if bad >= o.max_bad_steps:
+        log.say(f"stopped: {reason}; fix: lower --lr, or look at the batch")
+        sys.exit(BAD_STEPS_EXIT)
+    return {"steps": step, "reason": reason, "checkpoint": last_save or found, "ema": ema}
+
+
+class _StopFlag:
+    """SIGTERM (a scheduler's notice, a Ctrl-C passed on by torchrun) asks for a checkpoint after the current step."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *args):
+        self.asked = True
+
+
+def _global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float, bool]:
+    """Mean loss over the global batch and whether any rank was asked to stop: one reduction of two numbers."""
+    numbers = torch.zeros(2, device=torch.cuda.current_device())
+    if results:
+        numbers[0] = torch.stack([r["loss"] for r in results]).sum() / (o.micro_batches * o.dp)
+        if not o.sp:
+            numbers[0] /= o.tp  # every tensor-parallel rank holds the same tokens
+    numbers[1] = float(stop)
+    dist.all_reduce(numbers)
+    loss, stopping = numbers.tolist()
+    return loss, stopping > 0
+
+
+def _profile_range(o: TrainOptions) -> tuple[int, int]:
+    if not o.profile_steps:
+        return -1, -1
+    first, _, last = o.profile_steps.partition("-")
+    return int(first) - 1, int(last or first)
+
+
+def _save_bad_batch(o: TrainOptions, step: int, batch: list[dict], loss: float, grad_norm: float) -> None:
+    """What went into a non-finite step, for looking at it later: one safetensors and one json per rank."""
+    from safetensors.torch import save_file
+
+    folder = o.out / "bad_batch"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step{step}-rank{dist.get_rank()}"
+    tensors = {
+        f"{i}.{k}": v.contiguous().cpu() for i, b in enumerate(batch) for k, v in b.items() if torch.is_tensor(v)
+    }
+    save_file(tensors, folder / f"{name}.safetensors")
+    facts = [{k: v for k, v in b.items() if not torch.is_tensor(v)} for b in batch]
+    (folder / f"{name}.json").write_text(
+        json.dumps({"loss": str(loss), "grad_norm": str(grad_norm), "batch": facts}, default=str)
+    )
+
+
+def is_writer() -> bool:
+    """One rank that holds the last pipeline stage's results: where samples are written from."""
+    return mpu.is_pipeline_last_stage() and mpu.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -1,0 +1,80 @@
+"""Run a function on several gloo ranks. Processes are kept between calls, because importing torch and megatron-core
+takes seconds; a rank that raises shows its own traceback; nothing can hang.
+
+    results = run_ranks(4, some_module_level_function, arg, ...)   # [rank 0's return value, rank 1's, ...]
+"""
+
+import os
+import socket
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+
+TIMEOUT = 240  # seconds a call may take, the first import included
+_pool: list = []  # [(process, pipe)]
+
+
+def _serve(pipe) -> None:
+    while True:
+        try:
+            function, args, env = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(env)
+        try:
+            import torch
+
+            torch.set_num_threads(1)
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            from common import parallel
+
+            parallel.shutdown()
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def stop() -> None:
+    for process, pipe in _pool:
+        pipe.close()
+        process.kill()
+        process.join()
+    _pool.clear()
+
+
+def run_ranks(world: int, function, *args) -> list:
+    """Call `function(*args)` on `world` ranks with torchrun's environment set; the list of their return values."""
+    context = get_context("spawn")
+    while len(_pool) < world:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        _pool.append((process, ours))
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": "1"}
+    for rank, (_, pipe) in enumerate(_pool[:world]):
+        pipe.send((function, args, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+    results: dict[int, object] = {}
+    pending = {pipe: rank for rank, (_, pipe) in enumerate(_pool[:world])}
+    while pending:
+        ready = wait(list(pending), timeout=TIMEOUT)
+        if not ready:
+            stop()
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {world} did not answer in {TIMEOUT} s")
+        for pipe in ready:
+            rank = pending.pop(pipe)
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, "the process died"
+            if not ok:
+                stop()  # the others may be waiting for this rank in a collective
+                raise AssertionError(f"rank {rank} of {world} failed first:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(world)]

@@ -1,0 +1,659 @@
+"""The data path of Wan2.1: readers, drop report, sampler and loader of common/data.py, and zoo/wan21/data.py on them.
+
+Every frame of a test clip shows its own number, so that a reader is checked frame by frame.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data
+from common.data import (
+    BucketSampler,
+    DropReport,
+    VideoError,
+    VideoInfo,
+    prefetch,
+    probe_video,
+    read_frames,
+    resize_crop,
+)
+from zoo.wan21 import data as wan
+from zoo.wan21.data import Bucket, Index, VideoTextDataset, read_rows, scan, store
+
+HEIGHT, WIDTH = 64, 96
+
+
+def draw(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Top half: the number in 8 binary blocks, lowest left. Bottom: red on the left, blue on the right."""
+    frame = np.full((height, width, 3), 30, np.uint8)
+    for bit in range(8):
+        if number >> bit & 1:
+            frame[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = 225
+    frame[height // 2 :, : width // 2] = (220, 20, 20)
+    frame[height // 2 :, width // 2 :] = (20, 20, 220)
+    return frame
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """Reads the numbers back from [T, H, W, 3]; asserts that the frames are upright, unmirrored RGB."""
+    height, width = frames.shape[1:3]
+    below = frames[:, height * 3 // 4]
+    assert (below[:, width // 4, 0] > 150).all(), "red is not at the bottom left"
+    assert (below[:, width * 3 // 4, 2] > 150).all(), "blue is not at the bottom right"
+    blocks = frames[:, height // 4, [int((bit + 0.5) * width / 8) for bit in range(8)], 0] > 128
+    return [int(sum(1 << bit for bit in range(8) if row[bit])) for row in blocks]
+
+
+def clip(
+    path: Path, frames=60, fps=24, codec="libx264", quarter_turns=0, gop=24, faststart=False, size=(HEIGHT, WIDTH)
+):
+    with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
+        options = {"x265-params": "log-level=none:open-gop=1"} if codec == "libx265" else {}
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = np.rot90(np.empty(size), quarter_turns).shape
+        stream.pix_fmt, stream.gop_size = "yuv420p", gop
+        if quarter_turns:
+            stream.set_display_rotation(-90 * quarter_turns)
+        for number in range(frames):
+            image = np.ascontiguousarray(np.rot90(draw(number, *size), quarter_turns))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def damage(path: Path, kind: str, source: Path) -> Path:
+    whole = source.read_bytes()
+    body = whole.index(b"mdat") + 4
+    flipped = bytearray(whole)
+    for place in np.random.default_rng(0).integers((body + len(whole)) // 2, len(whole), 400):  # past the first frames
+        flipped[place] ^= 0xFF
+    zeroed = whole[: body + 600] + bytes(len(whole) - body - 600)
+    contents = {
+        "empty": b"",
+        "garbage": np.random.default_rng(0).bytes(5000),
+        "text": b"this is not a video\n" * 50,
+        "truncated in half": whole[: len(whole) // 2],
+        "truncated at the end": whole[:-200],
+        "flipped bytes": bytes(flipped),
+        "zeroed": zeroed,
+    }
+    path.write_bytes(contents[kind])
+    return path
+
+
+DAMAGES = ["empty", "garbage", "text", "truncated in half", "truncated at the end", "flipped bytes", "zeroed"]
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    clip(folder / "fast.mp4", frames=120, faststart=True)
+    clip(folder / "a.mp4", frames=60)
+    clip(folder / "b.mp4", frames=40)
+    clip(folder / "c.mp4", frames=50, fps=16)
+    return folder
+
+
+def write_list(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize(
+    "indices", [range(120), [97, 3, 3, 50], [119], range(70, 119, 2)], ids=["all", "any", "last", "range"]
+)
+def test_exactly_the_frames_asked_for_are_returned(clips, indices):
+    frames = read_frames(clips / "fast.mp4", indices)
+    assert frames.dtype == np.uint8 and frames.shape == (len(indices), HEIGHT, WIDTH, 3)
+    assert numbers(frames) == list(indices)
+
+
+@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
+def test_rotation_metadata_is_applied(tmp_path, quarter_turns):
+    path = clip(tmp_path / "turned.mp4", frames=10, quarter_turns=quarter_turns)
+    assert probe_video(path) == VideoInfo(10, 24.0, HEIGHT, WIDTH)
+    assert numbers(read_frames(path, range(10))) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("x.mp4", "libx265"), ("x.mp4", "libsvtav1"), ("x.webm", "libvpx-vp9"), ("x.avi", "mpeg4"), ("x.mkv", "libx264")],
+)
+def test_frames_after_a_seek_are_exact_in_every_codec(tmp_path, name, codec):
+    path = clip(tmp_path / name, frames=70, codec=codec)
+    info = probe_video(path)
+    assert (info.frames, info.height, info.width) == (70, HEIGHT, WIDTH) and info.fps == pytest.approx(24, abs=0.05)
+    for first in range(40, 56):  # windows that begin before, at and after a keyframe; x265's groups are open
+        assert numbers(read_frames(path, range(first, 69, 3))) == list(range(first, 69, 3))
+
+
+def test_still_image_is_a_video_of_one_frame(tmp_path):
+    Image.fromarray(draw(77)).save(tmp_path / "still.png")
+    assert probe_video(tmp_path / "still.png") == VideoInfo(1, 0.0, HEIGHT, WIDTH)
+    assert np.array_equal(read_frames(tmp_path / "still.png", [0])[0], draw(77))
+    Image.fromarray(draw(5)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-300])
+    with pytest.raises(VideoError, match="cut.jpg"):
+        probe_video(tmp_path / "cut.jpg")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_file_raises_video_error(clips, tmp_path, kind):
+    path = damage(tmp_path / "bad.mp4", kind, clips / "fast.mp4")
+    with pytest.raises(VideoError) as caught:
+        read_frames(path, range(120))
+    assert caught.value.path == str(path) and caught.value.reason
+
+
+@pytest.mark.parametrize("kind", [k for k in DAMAGES if k not in ("flipped bytes", "zeroed")])
+def test_probe_rejects_what_is_no_whole_video(clips, tmp_path, kind):
+    with pytest.raises(VideoError, match="bad.mp4"):
+        probe_video(damage(tmp_path / "bad.mp4", kind, clips / "fast.mp4"))
+
+
+def test_truncated_mkv_without_a_frame_index_is_rejected(tmp_path):
+    path = clip(tmp_path / "x.mkv", frames=120)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match="truncated"):
+        probe_video(path)
+
+
+def test_video_without_timestamps_is_rejected(tmp_path):
+    with pytest.raises(VideoError, match="the first at time None"):
+        probe_video(clip(tmp_path / "x.h264", frames=10))
+
+
+def test_audio_alone_and_missing_file_raise_video_error(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match="no video stream"):
+        probe_video(tmp_path / "sound.mp4")
+    with pytest.raises(VideoError, match="gone.mp4"):
+        probe_video(tmp_path / "gone.mp4")
+
+
+def test_index_outside_the_file_raises_video_error(clips):
+    with pytest.raises(VideoError, match="the file has 40"):
+        read_frames(clips / "b.mp4", [0, 40])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (32, 32), (48, 32), (128, 160)])
+def test_resize_crop_keeps_the_centre_and_the_aspect(height, width):
+    frame = np.zeros((2, 64, 96, 3), np.uint8)
+    frame[:, 28:36, 44:52] = 255  # a square of 8 in the centre
+    out = resize_crop(frame, height, width)
+    assert out.shape == (2, height, width, 3) and out.dtype == np.uint8
+    rows, columns = np.nonzero(out[0, :, :, 0] > 127)
+    side = 8 * max(height / 64, width / 96)
+    assert abs(np.ptp(rows) + 1 - side) <= 1 and abs(np.ptp(columns) + 1 - side) <= 1
+    assert abs(rows.mean() - (height - 1) / 2) <= 1 and abs(columns.mean() - (width - 1) / 2) <= 1
+
+
+# ---- lists and the drop report ----
+
+
+def check_rows(path: Path, folder: Path):
+    rows, report = read_rows(path)
+    assert [(row.path, row.caption) for row in rows] == [
+        (str(folder / "a.mp4"), "red"),
+        (str(folder / "b.mp4"), "blue, too"),
+    ]
+    assert report.counts == {}
+    return rows
+
+
+def test_jsonl_with_either_key_name_and_a_list_of_captions(clips):
+    items = [{"path": "a.mp4", "cap": "red", "unknown": 1}, {"video": str(clips / "b.mp4"), "text": ["blue, too", "x"]}]
+    rows = check_rows(write_list(clips / "list.jsonl", items), clips)
+    assert [row.where for row in rows] == ["list.jsonl:1", "list.jsonl:2"]
+    seen = {read_rows(clips / "list.jsonl", seed)[0][1].caption for seed in range(20)}
+    assert seen == {"blue, too", "x"}
+    assert read_rows(clips / "list.jsonl", 3)[0] == read_rows(clips / "list.jsonl", 3)[0]
+
+
+MM_LIST = """[
+  {"path": "a.mp4", "cap": "red",
+   "num_frames": 60, "fps": 24, "resolution": {"height": 64, "width": 96}},
+
+  {"path": "b.mp4", "cap": "blue, too"}
+]"""
+
+
+def test_json_list_knows_the_line_of_each_row(clips):
+    (clips / "list.json").write_text(MM_LIST)
+    assert [row.where for row in check_rows(clips / "list.json", clips)] == ["list.json:2", "list.json:5"]
+
+
+def test_data_txt_lists_folder_and_annotation(clips, tmp_path):
+    (tmp_path / "list.json").write_text(MM_LIST)
+    (tmp_path / "data.txt").write_text(f"{clips},{tmp_path / 'list.json'}\n\n")
+    check_rows(tmp_path / "data.txt", clips)
+    (tmp_path / "data.txt").write_text(f"{os.path.relpath(clips, tmp_path)}, list.json")
+    check_rows(tmp_path / "data.txt", clips)
+
+
+def test_csv_with_a_header(clips):
+    (clips / "list.csv").write_text('\ufeffid,video,caption\n1,a.mp4,red\n2,b.mp4,"blue, too"\n', encoding="utf-8")
+    assert [row.where for row in check_rows(clips / "list.csv", clips)] == ["list.csv:2", "list.csv:3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"path": "a.mp4", "cap": "x"}\n\n{"path": "a.mp4"', r"x\.jsonl:3: malformed"),
+        ("x.jsonl", '{"path": "a.mp4", "cap": "x"}\n[1]\n', r"x\.jsonl:2: the row is '\[1\]'"),
+        ("x.json", '[\n{"path": "a.mp4",\n "cap": }\n]', r"x\.json:3: malformed"),
+        ("x.json", '[\n{"path": "a.mp4", "cap": "x"},\n\n7]', r"x\.json:4: the row is '7'"),
+        ("x.json", '{"path": "a.mp4"}', r"x\.json:1: dict at the top"),
+        ("x.csv", "file,cap\na.mp4,x\n", r"x\.csv:1: the header has file, cap"),
+        ("x.csv", "", r"x\.csv:1: the header has nothing"),
+        ("x.txt", "\nnowhere.json\n", r"x\.txt:2: no such list"),
+        ("x.txt", "videos,nowhere.json\n", r"x\.txt:1: no such list"),
+        ("x.parquet", "", r"unknown kind of list"),
+        ("x.jsonl", b"\xff\xfe{", r"x\.jsonl: 'utf-8' codec"),
+        ("missing.jsonl", None, r"cannot read .*missing\.jsonl"),
+    ],
+)
+def test_malformed_list_names_file_and_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=f"(?s){message}.*; expected .*; fix: "):
+        read_rows(tmp_path / name)
+
+
+def test_every_dropped_row_is_counted_with_its_reason_and_place(clips, tmp_path):
+    clip(clips / "short.mp4", frames=4)
+    clip(clips / "wide.mp4", frames=20, size=(32, 192))
+    damage(clips / "half.mp4", "truncated in half", clips / "fast.mp4")
+    items = [
+        {"path": "a.mp4", "cap": "kept"},
+        {"cap": "no path"},
+        {"path": "a.mp4"},
+        {"path": "a.mp4", "cap": "  "},
+        {"path": "nowhere.mp4", "cap": "x"},
+        {"path": 5, "cap": "x"},
+        {"path": "a.mp4", "cap": 5},
+        {"path": "half.mp4", "cap": "x"},
+        {"path": "short.mp4", "cap": "x"},
+        {"path": "wide.mp4", "cap": "x"},
+    ]
+    rows, report = read_rows(write_list(clips / "drops.jsonl", items))
+    index = scan(rows, [Bucket(17, 32, 48)], None, report, workers=2)
+    assert [row.caption for row in index.rows] == ["kept"]
+    found = [(drop["reason"], drop["where"]) for drop in report.drops]
+    lines = {"no path": [2], "no caption": [3, 4], "missing file": [5], "bad row": [6, 7]}
+    lines |= {"corrupt video": [8], "too short": [9], "aspect": [10]}
+    assert found == [(reason, f"drops.jsonl:{line}") for reason, at in lines.items() for line in at]
+    assert report.counts == {reason: len(at) for reason, at in lines.items()}
+    for part in (
+        "2 no caption (first: drops.jsonl:3 a.mp4)",
+        "truncated",
+        "4 frames at 24.00 fps of 64x96",
+        "keys: cap",
+    ):
+        assert part in str(report)
+    report.save(tmp_path)
+    saved = [json.loads(line) for line in (tmp_path / "drops.jsonl").read_text().splitlines()]
+    assert saved[0] == {"kind": "summary", "dropped": 9, "reasons": report.counts} and len(saved) == 10
+    with pytest.raises(ValueError, match=r"dropped 9 rows: 2 no caption .*, of 10; expected at most 5\.0%.*--max-drop"):
+        report.check(10)
+    report.check(10, max_drop=0.9)
+
+
+def test_lone_surrogates_of_a_caption_are_replaced(clips):
+    rows, _ = read_rows(write_list(clips / "surrogate.jsonl", [{"path": "a.mp4", "cap": "caf\u00e9 \ud83d"}]))
+    assert rows[0].caption == "caf\u00e9 ?"
+
+
+def test_csv_row_with_too_many_fields_is_a_bad_row(clips):
+    (clips / "more.csv").write_text("path,cap\na.mp4,red, and blue\nb.mp4,x\n")
+    rows, report = read_rows(clips / "more.csv")
+    assert [row.caption for row in rows] == ["x"] and report.counts == {"bad row": 1}
+
+
+def test_drop_limit_is_five_percent_and_one_row_must_stay():
+    report = DropReport()
+    report.add("aspect", "x.jsonl:1")
+    report.check(20)
+    with pytest.raises(ValueError, match="of 19"):
+        report.check(19)
+    with pytest.raises(ValueError, match="one row left"):
+        report.check(1, max_drop=1.0)
+    with pytest.raises(ValueError, match="dropped 0 rows, of 0"):
+        DropReport().check(0)
+
+
+# ---- buckets ----
+
+
+def test_buckets_are_parsed_and_checked():
+    assert wan.parse_buckets("81x480x832, 1x16x32") == [Bucket(81, 480, 832), Bucket(1, 16, 32)]
+    for text, message in {
+        "80x480x832": r"80 frames; expected 4n\+1 \(77, 81\)",
+        "0x480x832": r"0 frames; expected 4n\+1 \(1, 5\)",
+        "81x480x840": r"side of 840; expected a multiple of 16 \(832, 848\)",
+        "81x8x832": r"side of 8; expected a multiple of 16 \(16, 32\)",
+        "81x480": "expected FRAMESxHEIGHTxWIDTH",
+        "81x480x832,": "expected FRAMESxHEIGHTxWIDTH",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wan.parse_buckets(text)
+    assert wan.parse_buckets("81x480x840", multiple=8) == [Bucket(81, 480, 840)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "size", "train_fps", "expected"),
+    [
+        (81, 16, (480, 832), 16, 0),
+        (80, 16, (480, 832), 16, 1),
+        (122, 24, (480, 832), 16, 0),  # 122 / 1.5 = 81.3
+        (120, 24, (480, 832), 16, 1),  # 80
+        (120, 24, (480, 832), None, 0),  # native rate
+        (41, 8, (480, 832), 16, 0),  # frames repeated
+        (81, 16.05, (480, 832), 16, 0),  # one rate
+        (200, 16, (1080, 1920), 16, 0),  # 1.78 is as near to 1.73 as to 1.78: the longest
+        (200, 16, (832, 480), 16, 2),
+        (60, 16, (832, 480), 16, "aspect"),  # long enough for landscape only
+        (20, 16, (480, 832), 16, "too short"),
+        (1, 0, (480, 832), 16, "too short"),  # a still is not repeated
+        (200, 16, (480, 2080), 16, "aspect"),
+        (200, 16, (480, 1600), 16, 0),  # 1.92 times wider
+    ],
+)
+def test_bucket_choice(frames, fps, size, train_fps, expected):
+    buckets = [Bucket(81, 480, 832), Bucket(49, 720, 1280), Bucket(81, 832, 480)]
+    assert wan.choose_bucket(VideoInfo(frames, fps, *size), buckets, train_fps) == expected
+
+
+# ---- micro-batches ----
+
+
+def make_dataset(
+    clips: Path, names: list[str], bucket: Bucket, fps: float | None = None, **options
+) -> VideoTextDataset:
+    rows = [wan.Row(str(clips / name), f"caption of {name}", f"list:{i}") for i, name in enumerate(names)]
+    return VideoTextDataset(scan(rows, [bucket], fps, DropReport(), workers=1), **options)
+
+
+def shown(batch: dict) -> list[list[int]]:
+    return [numbers(video.permute(1, 2, 3, 0).numpy()) for video in batch["pixels"]]
+
+
+@pytest.mark.parametrize(
+    ("train_fps", "expected"),
+    [
+        (None, list(range(23, 36))),  # 60 frames: 47 to spare, 23 of them before the window
+        (12, list(range(16, 41, 2))),  # 30 frames: the window starts at 8
+        (16, [19, 21, 22, 24, 25, 27, 28, 30, 31, 33, 34, 36, 37]),  # 40 frames: at 13
+        (48, [26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31, 32, 32]),  # 120 frames: at 53
+        (23.976, list(range(23, 36))),
+    ],
+)
+def test_window_is_centred_and_resampled(clips, train_fps, expected):
+    batch = make_dataset(clips, ["a.mp4"], Bucket(13, 64, 96), train_fps).fetch([0])
+    assert batch["pixels"].shape == (1, 3, 13, 64, 96) and batch["pixels"].dtype == torch.uint8
+    assert shown(batch) == [expected]
+    assert batch["captions"] == ["caption of a.mp4"] and batch["rows"] == [0]
+    assert batch["latents"] is None and batch["text"] is None and batch["keys"] is None
+
+
+def test_random_start_depends_on_seed_epoch_and_row_alone(clips):
+    dataset = make_dataset(clips, ["a.mp4", "a.mp4"], Bucket(5, 64, 96), random_start=7)
+    starts = [[video[0] for video in shown(dataset.fetch([0, 1], epoch))] for epoch in range(4)]
+    assert len({start for pair in starts for start in pair}) > 4
+    assert [video[0] for video in shown(dataset.fetch([0, 1], 2))] == starts[2]
+    with pytest.raises(ValueError, match="cache"):
+        make_dataset(clips, ["a.mp4"], Bucket(5, 64, 96), random_start=7, cache_dir=clips)
+
+
+def test_undecodable_video_is_replaced_by_the_next_of_its_bucket_and_reported(clips, tmp_path):
+    damage(clips / "flipped.mp4", "flipped bytes", clips / "fast.mp4")
+    names = ["a.mp4", "flipped.mp4", "b.mp4", "flipped.mp4"]
+    dataset = make_dataset(clips, names, Bucket(17, 64, 96), run_dir=tmp_path)
+    assert len(dataset) == 4, "the damage does not show in the scan"
+    for _ in range(2):
+        batch = dataset.fetch([0, 1, 3])
+        assert batch["rows"] == [0, 2, 0] and shown(batch)[1] == list(range(11, 28))
+        assert batch["captions"] == ["caption of a.mp4", "caption of b.mp4", "caption of a.mp4"]
+    reported = [json.loads(line) for line in (tmp_path / "drops.jsonl").read_text().splitlines()]
+    assert [(r["reason"], r["where"]) for r in reported] == [("corrupt video (decode)", f"list:{i}") for i in (1, 3)]
+    with pytest.raises(ValueError, match=r"2 of the 2 videos of bucket 17x64x96 fail .*flipped\.mp4"):
+        make_dataset(clips, ["flipped.mp4"] * 2, Bucket(17, 64, 96)).fetch([1])
+
+
+def test_index_survives_saving_and_changed_files(clips, tmp_path):
+    index = make_dataset(clips, ["a.mp4", "b.mp4"], Bucket(17, 64, 96), 16).index
+    assert [row.frames for row in index.rows] == [60, 40] and [row.bucket for row in index.rows] == [0, 0]
+    index.save(tmp_path / "index.jsonl")
+    assert Index.load(tmp_path / "index.jsonl") == index
+    assert os.listdir(tmp_path) == ["index.jsonl"]
+
+
+def encode(dataset: VideoTextDataset, rows: list[int]) -> dict:
+    """Stands for the frozen VAE and text encoder: stores and returns random tensors."""
+    batch = dataset.fetch(rows)
+    assert batch["latents"] is None
+    made = {"latents": torch.randn(len(rows), 16, 5, 8, 12), "text": [torch.randn(3 + r, 7).bfloat16() for r in rows]}
+    for i, key in enumerate(batch["keys"]):
+        store(dataset.cache_dir, key, made["latents"][i], made["text"][i])
+    return made
+
+
+def test_second_read_returns_the_stored_tensors_without_opening_a_video(clips, tmp_path, monkeypatch):
+    dataset = make_dataset(clips, ["a.mp4", "b.mp4"], Bucket(17, 64, 96), cache_dir=tmp_path / "cache", encoder="vae-1")
+    made = encode(dataset, [0, 1])
+    monkeypatch.setattr(wan, "read_frames", lambda *_: pytest.fail("opened a video"))
+    batch = dataset.fetch([1, 0])
+    assert batch["pixels"] is None and batch["captions"] == ["caption of b.mp4", "caption of a.mp4"]
+    assert batch["latents"].dtype == torch.float32 and torch.equal(batch["latents"], made["latents"].flip(0))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch["text"], made["text"][::-1], strict=True))
+    assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_partly_cached_micro_batch_decodes_every_row(clips, tmp_path, how):
+    dataset = make_dataset(clips, ["a.mp4", "b.mp4"], Bucket(17, 64, 96), cache_dir=tmp_path)
+    encode(dataset, [0, 1])
+    entry = tmp_path / f"{dataset.key(1)}.safetensors"
+    entry.unlink() if how == "missing" else entry.write_bytes(entry.read_bytes()[:50])
+    batch = dataset.fetch([0, 1])
+    assert batch["latents"] is None and [video[0] for video in shown(batch)] == [21, 11]
+    assert dataset.fetch([0])["latents"].shape == (1, 16, 5, 8, 12)
+
+
+def test_key_changes_with_everything_that_decides_the_tensors(clips, tmp_path):
+    path = clip(tmp_path / "a.mp4", frames=40)
+    bucket = Bucket(17, 64, 96)
+
+    def key(where=tmp_path, caption=None, bucket=bucket, fps=None, encoder="x"):
+        dataset = make_dataset(where, ["a.mp4"], bucket, fps, encoder=encoder)
+        if caption:
+            dataset.index.rows[0] = replace(dataset.index.rows[0], caption=caption)
+        return dataset.key(0)
+
+    keys = [key(), key(clips), key(caption="other"), key(bucket=Bucket(13, 64, 96)), key(fps=16), key(encoder="y")]
+    dataset, before = make_dataset(tmp_path, ["a.mp4"], bucket, encoder="x"), key()
+    os.utime(path, ns=(1, 1))
+    assert len({*keys, dataset.key(0)}) == 7
+    os.utime(path, ns=(dataset.index.rows[0].mtime_ns,) * 2)
+    assert dataset.key(0) == before == keys[0]
+    path.unlink()
+    assert dataset.key(0) == before, "the cache must serve after the videos are gone"
+
+
+# ---- sampling ----
+
+SIZES = {0: 11, 3: 5, 7: 40}
+BUCKETS = [bucket for bucket, size in SIZES.items() for _ in range(size)]
+
+
+def sampler(
+    buckets=BUCKETS, global_batch=8, micro_batch=2, dp_rank=0, dp_size=1, seed=3, shuffle=True
+) -> BucketSampler:
+    return BucketSampler(buckets, global_batch, micro_batch, dp_rank, dp_size, seed, shuffle)
+
+
+def test_batch_is_a_pure_function_of_the_step():
+    one = sampler()
+    forward = [one.batch(step) for step in range(60)]
+    again = sampler()
+    for step in [59, 0, 33, 7, 58, 12]:
+        assert again.batch(step) == forward[step] == sampler().batch(step)
+    assert forward != [sampler(seed=4).batch(step) for step in range(60)]
+
+
+def test_every_global_batch_has_one_bucket():
+    one = sampler()
+    for step in range(60):
+        bucket, rows = one.batch(step)
+        assert len(rows) == 8 and {BUCKETS[row] for row in rows} == {bucket}
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
+def test_ranks_share_out_the_same_global_batch(dp_size, micro_batch):
+    ranks = [sampler(dp_rank=rank, dp_size=dp_size, micro_batch=micro_batch) for rank in range(dp_size)]
+    for step in range(20):
+        wanted, placed = sampler().batch(step)[1], {}
+        for rank in ranks:
+            for micro, rows in enumerate(rank.micro_batches(step)):
+                assert len(rows) == micro_batch
+                for slot, row in zip(rank.slots(micro), rows, strict=True):
+                    assert slot not in placed
+                    placed[slot] = row
+        assert [placed[slot] for slot in range(8)] == wanted
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_row_is_seen_once_per_epoch(shuffle):
+    one = sampler([0] * 16 + [1] * 24, shuffle=shuffle)
+    epochs = [[row for step in range(5 * e, 5 * e + 5) for row in one.batch(step)[1]] for e in range(4)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert [one.epoch(step) for step in range(20)] == [e for e in range(4) for _ in range(5)]
+    assert (epochs[0] == epochs[1]) is not shuffle
+    assert (epochs[0] == list(range(40))) is not shuffle
+
+
+def test_remainders_are_carried_over_and_no_row_is_lost():
+    one = sampler()
+    steps = 8 * 56 // 8  # after 8 epochs of 56 rows all remainders are used up
+    counts = Counter(row for step in range(steps) for row in one.batch(step)[1])
+    assert counts == dict.fromkeys(range(56), 8)
+    assert one.epoch(steps - 1) == 7 and one.epoch(steps) == 8
+
+
+def test_fewer_rows_than_a_batch_wrap_around():
+    one = sampler([5, 5, 5])
+    rows = [row for step in range(3) for row in one.batch(step)[1]]
+    assert Counter(rows) == {0: 8, 1: 8, 2: 8}
+    assert all(max(Counter(one.batch(step)[1]).values()) == 3 for step in range(3))
+
+
+def test_sampler_of_many_rows_is_quick_at_a_late_step():
+    one = BucketSampler(np.arange(300_000) % 5, 64, 1, 0, 1, 0)
+    assert len(set(one.batch(10**6)[1])) == 64
+    assert BucketSampler([0], 1024, 1, 0, 1, 0).batch(10**9)[1] == [0] * 1024
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "dp_size"), [(8, 3, 1), (8, 2, 8), (0, 1, 1)])
+def test_indivisible_batch_is_an_error(global_batch, micro_batch, dp_size):
+    with pytest.raises(
+        ValueError, match=f"global batch {global_batch}.*expected a multiple of {micro_batch * dp_size}; fix"
+    ):
+        sampler(global_batch=global_batch, micro_batch=micro_batch, dp_size=dp_size)
+    with pytest.raises(ValueError, match="no rows"):
+        sampler([])
+
+
+# ---- loading ----
+
+
+class Rows:
+    """Returns what it is asked for; fails on row 9."""
+
+    def fetch(self, rows, epoch):
+        if 9 in rows:
+            raise KeyError("broken")
+        return {"rows": rows, "epoch": epoch}
+
+    def where(self, row):
+        return f"file-{row}.mp4"
+
+
+def same(a, b) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_data_do_not_depend_on_the_number_of_workers(clips, tmp_path, start):
+    damage(clips / "flipped.mp4", "flipped bytes", clips / "fast.mp4")
+    names = ["a.mp4", "b.mp4", "c.mp4", "flipped.mp4", "fast.mp4"]
+    dataset = make_dataset(clips, names, Bucket(5, 64, 96), random_start=1, run_dir=tmp_path)
+    one = sampler([0] * 5, global_batch=4, micro_batch=2)
+    state = torch.get_rng_state()
+    here, there = (list(prefetch(dataset, one, start, 4, workers=workers)) for workers in (0, 2))
+    assert torch.equal(torch.get_rng_state(), state), "reading must leave the training's random state alone"
+    assert [step.step for step in here] == [step.step for step in there] == list(range(start, 4))
+    for a, b in zip(here, there, strict=True):
+        assert a.bucket == b.bucket == 0 and a.taken == b.taken == [0, 1]
+        for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
+            assert x.keys() == y.keys() and all(same(x[name], y[name]) for name in x)
+    assert 3 not in [row for step in here for micro in step.micro_batches for row in micro["rows"]]
+    assert {json.loads(line)["where"] for line in (tmp_path / "drops.jsonl").read_text().splitlines()} == {"list:3"}
+
+
+def test_ranks_of_a_model_parallel_group_share_the_micro_batches():
+    parts = [list(prefetch(Rows(), sampler([0] * 8, 8, 1), 0, 1, share=(i, 3)))[0] for i in range(3)]
+    assert [part.taken for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_failure_while_reading_names_rows_and_files(workers):
+    steps = prefetch(Rows(), sampler([0] * 12, global_batch=2, micro_batch=2, shuffle=False), 0, 6, workers=workers)
+    with pytest.raises(
+        RuntimeError, match=r"reading rows \[8, 9\] \(file-8.mp4, file-9.mp4\) failed: KeyError: 'broken'"
+    ):
+        for step in steps:
+            assert step.micro_batches == [{"rows": [2 * step.step, 2 * step.step + 1], "epoch": 0}]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_file_neither_hangs_nor_crashes_a_worker(clips, tmp_path, kind):
+    path = clip(tmp_path / "bad.mp4", frames=120)
+    dataset = make_dataset(clips, [str(path), "a.mp4"], Bucket(57, 64, 96), run_dir=tmp_path)
+    damage(path, kind, clips / "fast.mp4")  # after the scan
+    steps = list(prefetch(dataset, sampler([0, 0], 2, 2, shuffle=False), 0, 1, workers=1, timeout=20))
+    assert steps[0].micro_batches[0]["rows"] == [1, 1]
+    assert "bad.mp4" in json.loads((tmp_path / "drops.jsonl").read_text())["detail"]
+
+
+def test_lists_and_buckets_are_read_without_torch(clips):
+    write_list(clips / "list.jsonl", [{"path": "a.mp4", "cap": "x"}])
+    program = (
+        "import sys; from zoo.wan21 import data as wan; from common.data import BucketSampler, DropReport;"
+        f"rows, report = wan.read_rows({str(clips / 'list.jsonl')!r});"
+        "index = wan.scan(rows, wan.parse_buckets('5x32x48'), 16, report);"
+        "assert len(index.rows) == 1 and BucketSampler([0], 1, 1, 0, 1, 0).batch(0) == (0, [0]);"
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(data.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root, timeout=60)

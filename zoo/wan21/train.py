@@ -1,0 +1,291 @@
+"""Train Wan2.1 text-to-video: data, model, objective, loop.
+
+    bash zoo/wan21/pretrain_t2v.sh                                                    # laptop: tiny model, demo clips
+    NPROC=8 bash zoo/wan21/pretrain_t2v.sh --size 1.3B --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl
+
+Every rank of a tensor x context x pipeline group trains on the same samples: each encodes its share of the step's
+micro-batches (VAE, text) and hands them to the others. Noise, timesteps and caption dropout are drawn from generators
+seeded by (seed, step, place in the global batch), so they do not depend on the layout and need no state to resume.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+
+from common import device  # isort: skip  (before megatron)
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from common import checkpoint, cli, parallel, weights
+from common import train as loop
+from common.data import BucketSampler, prefetch, probe_video, read_frames
+
+from . import data
+from .config import TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
+from .encoders import TextEncoder, VideoCodec, pad
+from .infer import sample, write_video
+from .model import WanBlock, build, fill, velocity_tokens
+
+DEMO_SAMPLES = 80  # how many the judge scores: every digit in every direction
+SAMPLE_BATCH = 16
+
+# --------------------------------------------------------------------------------------------------------- objective
+
+
+def sigma(index: torch.Tensor, shift: float) -> torch.Tensor:
+    """Noise level of timestep index 0..999 (0 is pure noise): s = shift u / (1 + (shift - 1) u), u = 1 - index/1000."""
+    u = 1 - index.double() / 1000
+    return (shift * u / (1 + (shift - 1) * u)).float()
+
+
+def bell_weights(shift: float) -> torch.Tensor:
+    """Loss weight by timestep index [1000]: exp(-2 ((t - 500)/1000)^2) over the shifted t = 1000 s, its minimum taken
+    off, scaled to mean 1 (the convention of MindSpeed-MM and DiffSynth; the authors published none)."""
+    t = 1000 * sigma(torch.arange(1000), shift).double()
+    weight = torch.exp(-2 * ((t - 500) / 1000) ** 2)
+    weight = weight - weight.min()
+    return (weight * 1000 / weight.sum()).float()
+
+
+class FlowMatching:
+    """Rectified flow: x_s = (1 - s) x0 + s n, the model predicts n - x0."""
+
+    def __init__(self, o: TrainOptions):
+        self.o = o
+        self.weights = bell_weights(o.shift) if o.weighting == "bell" else torch.ones(1000)
+
+    def noised(
+        self, latents: torch.Tensor, text: list[torch.Tensor], empty: torch.Tensor, step: int, slots: range
+    ) -> dict:
+        """latents fp32 [B, C, F, H, W] of the places `slots` of the step's global batch -> a training batch:
+        x [B, C, F, H, W], target the same, t [B], weight [B]; text captions dropped to the empty one at random."""
+        noise, index, kept = torch.empty_like(latents), [], []
+        for i, slot in enumerate(slots):
+            generator = torch.Generator(latents.device).manual_seed(checkpoint.stable_seed(self.o.seed, step, slot))
+            noise[i] = torch.randn(latents.shape[1:], generator=generator, device=latents.device)
+            # Host numbers come from a host generator: reading them from the device would stop it.
+            host = torch.Generator().manual_seed(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
+            index.append(torch.randint(1000, (), generator=host))
+            kept.append(empty if torch.rand((), generator=host) < self.o.caption_dropout else text[i])
+        index = torch.stack(index)
+        if self.o.timesteps == "per-batch":  # what the reference does: one draw for the whole batch
+            index = index[:1].expand(len(index))
+        s = sigma(index, self.o.shift).to(latents.device).view(-1, 1, 1, 1, 1)
+        return {
+            "x": (1 - s) * latents + s * noise,
+            "target": noise - latents,
+            "t": 1000 * s.flatten(),
+            "weight": self.weights[index].to(latents.device),
+            "text": kept,
+        }
+
+
+def forward_step(iterator: Iterator[dict], model: torch.nn.Module):
+    """One micro-batch through one model chunk, as megatron-core's schedules want it."""
+    batch = next(iterator)
+    return model(batch["x"], batch["t"], batch["text"]), lambda output: loss(output, batch, model)
+
+
+def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
+    """Weighted mean squared error in fp32, this rank's tokens' part of the mean over all: summing it over the context
+    (and, under sp, tensor) parallel ranks gives the micro-batch's loss."""
+    config = parallel.unwrapped(model)
+    target = velocity_tokens(batch["target"], config.wan.patch_size)  # [L, B, C*patch]
+    error = (output.float() - parallel.local_tokens(target, config.config)).square().mean(-1)  # [L(/tp), B]
+    value = (error * batch["weight"]).sum() / (target.shape[0] * target.shape[1])
+    return value, {"loss": value.detach()}
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Batches:
+    """Steps of encoded micro-batches for this rank, from the user's videos."""
+
+    def __init__(self, o: TrainOptions, config: WanConfig, index: data.Index):
+        self.o, self.config, self.index = o, config, index
+        self.device = device.current()
+        self.sampler = BucketSampler(
+            [row.bucket for row in index.rows],
+            o.global_batch,
+            o.micro_batch,
+            mpu.get_data_parallel_rank(),
+            o.dp,
+            o.seed,
+        )
+        encoder = (
+            f"{weights.fingerprint(o.weights / 'vae')} {weights.fingerprint(o.weights / 'text_encoder')} {o.precision}"
+        )
+        self.dataset = data.VideoTextDataset(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
+        self.codec = VideoCodec(o.weights, self.device)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
+        self.text = TextEncoder(o.weights, self.device, dtype, config.text_len)
+        self.empty = self.text.encode([""])[0]
+        self.flow = FlowMatching(o)
+
+    def __call__(self, start: int) -> Iterator[list[dict]]:
+        group = parallel.sample_group()
+        ranks = dist.get_process_group_ranks(group)
+        share = (group.rank(), group.size())
+        for loaded in prefetch(self.dataset, self.sampler, start, self.o.steps, self.o.workers, share):
+            mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
+            shape = (self.o.micro_batch, self.config.in_dim, *latent_grid(self.index.buckets[loaded.bucket]))
+            step = []
+            for i in range(self.o.micro_batches):
+                latents, text, lengths = self._encoded(mine.get(i), shape)
+                if group.size() > 1:
+                    for tensor in (latents, text, lengths):
+                        dist.broadcast(tensor, ranks[i % group.size()], group=group)
+                text = [t[:n] for t, n in zip(text, lengths.tolist(), strict=True)]
+                batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i))
+                batch["text"] = pad(batch["text"], self.config.text_len)
+                if i in mine:
+                    batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
+                step.append(batch)
+            yield step
+
+    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(latents [B, C, F, H, W] fp32, text [B, text_len, D], lengths [B]); empty to be filled if not this rank's."""
+        if batch is None:
+            text = torch.empty(
+                shape[0], self.config.text_len, self.config.text_dim, device=self.device, dtype=self.empty.dtype
+            )
+            return (
+                torch.empty(shape, device=self.device),
+                text,
+                torch.empty(shape[0], dtype=torch.long, device=self.device),
+            )
+        if batch["latents"] is None:
+            latents, text = self.codec.encode(batch["pixels"]), self.text.encode(batch["captions"])
+            if batch["keys"]:
+                for key, one, words in zip(batch["keys"], latents, text, strict=True):
+                    data.store(self.o.cache, key, one, words)
+        else:
+            latents, text = batch["latents"].to(self.device), [t.to(self.device) for t in batch["text"]]
+        lengths = torch.tensor([len(t) for t in text], device=self.device)
+        return latents, pad(text, self.config.text_len), lengths
+
+
+def indexed(o: TrainOptions) -> data.Index:
+    """The run's index of videos: made by rank 0 once, then read by all, also after a resume."""
+    path = o.out / "index.jsonl"
+    if dist.get_rank() == 0 and not path.is_file():
+        rows, report = data.read_rows(o.data)
+        index = data.scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
+        o.out.mkdir(parents=True, exist_ok=True)
+        report.save(o.out)
+        print(report, flush=True)
+        report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
+        index.save(path)
+    dist.barrier()
+    return data.Index.load(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict) -> None:
+    """Sample the trained model (its averaged weights if --ema) and, on the demo data, let the judge score it."""
+    if result["ema"]:
+        with torch.no_grad():
+            for name, parameter in checkpoint.parameters(chunks):
+                parameter.copy_(result["ema"][name])
+    demo = o.data == demo_list("train")
+    captions = [row.caption for row in data.read_rows(demo_list("test"))[0]][:DEMO_SAMPLES] if demo else None
+    if o.sample_prompts:
+        captions = [line for line in o.sample_prompts.read_text().splitlines() if line.strip()]
+    if captions is None:
+        captions = [row.caption for row in batches.index.rows[:4]]
+    bucket = batches.index.buckets[0]
+    pieces = []
+    share = -(-len(captions) // o.dp)  # each data-parallel rank samples its share, all the same number (FSDP gathers)
+    mine = [captions[min(mpu.get_data_parallel_rank() * share + i, len(captions) - 1)] for i in range(share)]
+    for start in range(0, share, SAMPLE_BATCH):
+        texts = mine[start : start + SAMPLE_BATCH]
+        seeds = [
+            checkpoint.stable_seed(o.seed, mpu.get_data_parallel_rank() * share + start + i) for i in range(len(texts))
+        ]
+        latents = sample(
+            chunks, o, config, batches.text.encode(texts), batches.empty, latent_grid(bucket), seeds,
+            sampler="unipc", shift=o.shift, steps=o.sample_steps, cfg=o.cfg,
+        )  # fmt: skip
+        pieces.append(batches.codec.decode(latents))
+    videos = torch.cat(pieces).to(device.current())  # [share, 3, F, H, W] uint8
+    gathered = [torch.empty_like(videos) for _ in range(o.dp)]
+    dist.all_gather(gathered, videos, group=mpu.get_data_parallel_group())
+    if dist.get_rank() > 0:
+        return
+    videos = [v.permute(1, 2, 3, 0).cpu().numpy() for v in torch.cat(gathered)[: len(captions)]]
+    folder = o.out / "samples"
+    folder.mkdir(exist_ok=True)
+    for i, (video, caption) in enumerate(zip(videos[:8], captions, strict=False)):
+        write_video(video, folder / f"{i:04d}", o.fps or 16, "gif", caption)
+    if demo:
+        report_demo(o, videos, captions, result)
+
+
+def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict) -> None:
+    """The judge's score of the samples beside that of real clips, a GIF of both, and the run's one line of result."""
+    from .demo import judge
+
+    rows = [r for r in data.read_rows(demo_list("test"))[0]][: len(videos)]
+    real = [read_frames(r.path, range(probe_video(r.path).frames)) for r in rows]
+    scores, truth = judge.score(videos, captions), judge.score(real, [r.caption for r in rows])
+    strip = np.concatenate([np.concatenate(real[:8], axis=2), np.concatenate(videos[:8], axis=2)], axis=1)
+    write_video(strip, o.out / "samples" / "real_above_sampled_below", o.fps or 16, "gif", "")
+    (o.out / "samples" / "scores.json").write_text(json.dumps({"samples": scores, "real": truth}, indent=2))
+    print(
+        f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {o.out / 'samples'} (real clips above, sampled below)"
+    )
+    print(
+        f"result: step {result['steps']}, {len(videos)} samples: digit {scores['digit']:.0%} (chance 10%, real clips "
+        f"{truth['digit']:.0%}), direction {scores['direction']:.0%} (chance 12.5%, real clips {truth['direction']:.0%})",
+        flush=True,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    o = parse("train", sys.argv[1:])
+    parallel.initialize(o)
+    config = model_config(o)
+    index = indexed(o)
+    chunks = build(o, config)
+    fill(chunks, o, config)
+    wrapped = parallel.wrap(chunks, o, WanBlock)
+
+    def samples(batch: list[dict]) -> tuple[int, int]:
+        grid = tuple(batch[0]["x"].shape[2:])
+        return config.tokens(grid), config.flops(grid)
+
+    def sequence_length(batch: list[dict]) -> int:
+        """Rows of the pipeline tensor times what megatron-core divides them by: tokens, 7 time rows, text rows."""
+        split = o.cp * (o.tp if o.sp else 1)
+        return (samples(batch)[0] // split + 7 + config.text_len) * split
+
+    grid = latent_grid(index.buckets[0])
+    header = loop.run_header(o, "wan21", o.job, config.parameters, config.flops(grid))
+    batches = Batches(o, config, index)
+    result = loop.train(
+        o,
+        wrapped,
+        forward_step,
+        batches,
+        sequence_length=sequence_length,
+        samples=samples,
+        header=header,
+        state={"model": dataclasses.asdict(config)},
+        ema_decay=o.ema,
+    )
+    if result["reason"] == "finished":
+        finish(o, config, wrapped, batches, result)
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)
