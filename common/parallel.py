@@ -49,6 +49,7 @@ def initialize(o: LayoutOptions) -> None:
         o.vpp if o.vpp > 1 else None,
         context_parallel_size=o.cp,
         hierarchical_context_parallel_sizes=[o.ulysses, o.ring] if o.cp > 1 else None,
+        get_embedding_ranks=lambda ranks, *args: ranks[:1],  # no embedding is shared between pipeline stages
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
     generator = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
@@ -280,8 +281,7 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     """Data parallelism around the model chunks: megatron's DDP with the distributed optimizer's buffers and
     overlapped gradient reduction, or FSDP2 over every block."""
     config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
-    if o.fsdp:
+    if o.fsdp:  # reduces gradients itself, and has no tensor or pipeline parallel ranks to agree with
         ddp = TorchFullyShardedDataParallelConfig(reshard_after_forward=True, use_distributed_optimizer=False)
         return [TorchFullyShardedDataParallel(config, ddp, chunks[0], sub_modules_to_wrap={block_type})]
     ddp = DistributedDataParallelConfig(

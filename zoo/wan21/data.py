@@ -368,9 +368,7 @@ class VideoTextDataset:
             batch |= {"latents": stack([c["latents"] for c in cached]), "text": [c["text"] for c in cached]}
         else:
             batch["rows"], pixels = map(list, zip(*(self._read_or_next(row, epoch) for row in rows), strict=True))
-            batch["pixels"] = from_numpy(
-                np.stack(pixels).transpose(0, 4, 1, 2, 3)
-            ).contiguous()  # B F H W 3 -> B 3 F H W
+            batch["pixels"] = from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).contiguous()  # -> B 3 F H W
             batch["keys"] = keys and [self.key(row) for row in batch["rows"]]
         return batch | {"captions": [self.index.rows[row].caption for row in batch["rows"]]}
 
@@ -428,6 +426,6 @@ def load_cached(cache_dir: Path, keys: Sequence[str]) -> list[dict[str, Tensor]]
 
     paths = [cache_dir / f"{key}.safetensors" for key in keys]
     try:
-        return [load_file(path) for path in paths] if all(path.is_file() for path in paths) else None
+        return [load_file(path) for path in paths]
     except (OSError, SafetensorError):
         return None

@@ -96,7 +96,7 @@ def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[tor
     target = velocity_tokens(batch["target"], config.wan.patch_size)  # [L, B, C*patch]
     error = (output.float() - parallel.local_tokens(target, config.config)).square().mean(-1)  # [L(/tp), B]
     value = (error * batch["weight"]).sum() / (target.shape[0] * target.shape[1])
-    return value, {"loss": value.detach()}
+    return value, {"loss": value.detach().clone()}  # the schedule scales the first one in place
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -40,7 +40,7 @@ def look(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(H, W) grey in 0..1 -> centroid (x, y) and feature (FEATURE^2,), or None where there is no single blob."""
     ink = np.where(frame > INK_FLOOR, frame, 0.0).astype(np.float32)
     total = ink.sum()
-    if not 20 < total < 250:  # pixels' worth of ink; scans at this size have 45 to 150
+    if not 20 < total < 250:  # pixels' worth of ink; scans as rendered have 78 to 171
         return None
     y, x = (float((ink.sum(axis) * np.arange(ink.shape[1 - axis])).sum() / total) for axis in (1, 0))
     to_window = np.array([[1, 0, (WINDOW - 1) / 2 - x], [0, 1, (WINDOW - 1) / 2 - y]])

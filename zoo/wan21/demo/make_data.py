@@ -56,8 +56,9 @@ def digit_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)
     order = np.random.default_rng(1797).permutation(len(images))
-    held_out = np.concatenate([(of_digit := order[labels[order] == d])[: len(of_digit) // 5] for d in range(10)])
-    chosen = np.setdiff1d(order, held_out) if train else np.sort(held_out)
+    by_digit = [order[labels[order] == digit] for digit in range(10)]
+    parts = [ids[len(ids) // 5 :] if train else ids[: len(ids) // 5] for ids in by_digit]
+    chosen = np.concatenate(parts)
     return images[chosen], labels[chosen]
 
 

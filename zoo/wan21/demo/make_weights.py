@@ -123,8 +123,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, seed: int) -> None:
-    """Squared error of decoded posterior samples plus a KL term, on crops around the digit for the first two thirds
-    (most of a clip is black), then on whole clips. Ink weighs four times, or all-black is a plateau hard to leave."""
+    """Squared error of decoded posterior samples plus a KL term, first on short crops around the digit (most
+    of a clip is black), for the last fifth on whole frames. Ink weighs four times, or all-black is a plateau hard to leave."""
     clips = Clips(train=True, seed=seed)
     with torch.no_grad():  # a posterior as wide as the prior, the default, drowns the first signal
         vae.quant_conv.weight[16:] = 0
@@ -133,8 +133,9 @@ def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.05)
     start = time.time()
     for step in range(1, steps + 1):
-        # 9 frames pass through every case of the causal chunk cache: first, second and later chunk
-        x = clips.batch(batch, frames=9, crop=32 if step <= steps * 2 // 3 else make_data.SIZE)
+        # the causal chunk cache has three cases, first, second and later chunk: 5 frames see two, 9 all of them
+        early = step <= steps * 4 // 5
+        x = clips.batch(batch, frames=5 if early else 9, crop=32 if early else make_data.SIZE)
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         error = (reconstruction - x).square()

@@ -1,0 +1,131 @@
+"""Loss, per-parameter gradients and a 20-step AdamW trajectory of every layout equal one process (fp32, gloo)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import wan_case as case
+from ranks import run_ranks
+
+from common import checkpoint, parallel
+from common import train as loop
+
+TOLERANCE = 1e-5  # relative to the largest entry of the tensor
+
+LAYOUTS = {
+    "dp2": (2, {}),
+    "dp2 micro 2": (2, {"micro_batch": 2}),
+    "fsdp2": (2, {"fsdp": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "cp2 ulysses": (2, {"cp": 2}),
+    "cp2 ring": (2, {"cp": 2, "ulysses": 1}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2 recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
+    "cp2 ring recompute selective": (2, {"cp": 2, "ulysses": 1, "recompute": "selective"}),
+    "fsdp2 recompute full": (2, {"fsdp": True, "recompute": "full"}),
+    "tp2 sp cp2 ulysses": (4, {"tp": 2, "sp": True, "cp": 2}),
+    "tp2 cp2 ring": (4, {"tp": 2, "cp": 2, "ulysses": 1}),
+    "cp4 ulysses2 ring2": (4, {"cp": 4, "ulysses": 2}),
+    "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
+    "pp2 cp2": (4, {"pp": 2, "cp": 2}),
+    "dp2 tp2": (4, {"tp": 2}),
+    "fsdp4 as dp2 cp2": (4, {"fsdp": True, "cp": 2}),
+}
+
+
+def run_layout(layout: dict, steps: int, want_gradients: bool) -> dict:
+    """On every rank: train `steps` steps from the shared weights. Returns rank 0's whole gradients of the first step
+    (gathered over tensor and pipeline parallel), losses, and final whole weights."""
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+    optimizer = loop.build_optimizer(o, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    out = {"losses": []}
+    for step in range(steps):
+        for chunk in wrapped:
+            if hasattr(chunk, "zero_grad_buffer"):
+                chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        batches = case.my_batches(o, step)
+        results = loop.get_forward_backward_func()(
+            forward_step_func=case.train.forward_step,
+            data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
+            model=wrapped if len(wrapped) > 1 else wrapped[0],
+            num_microbatches=len(batches),
+            seq_length=case.sequence_length(o),
+            micro_batch_size=o.micro_batch,
+        )
+        if step == 0 and want_gradients:
+            out["gradients"] = whole(o, wrapped, gradient=True)
+        optimizer.prepare_grads()
+        out["losses"].append(loop._global_loss(o, results, False)[0])
+        optimizer.step_with_ready_grads()
+    out["weights"] = whole(o, wrapped, gradient=False)
+    return out if dist.get_rank() == 0 else {}
+
+
+def whole(o, wrapped, gradient: bool) -> dict[str, torch.Tensor]:
+    """Every parameter (or its gradient) of the whole model, put together on every rank."""
+    mine = {}
+    world = [None] * dist.get_world_size()
+    shards: list = []
+    for name, p in checkpoint.parameters(wrapped):
+        value = p.detach()
+        if gradient:
+            value = p.grad if o.fsdp else p.main_grad
+        if hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        mine[name] = value.clone()
+        shards.append((name, p.partition_dim if getattr(p, "tensor_model_parallel", False) and o.tp > 1 else None))
+    if gradient and not o.fsdp and o.dp * o.cp > 1:
+        # The distributed optimizer leaves each rank only its reduced part; the others' are whatever they held.
+        mine = reduced(wrapped, mine)
+    dist.all_gather_object(world, (parallel.mpu.get_tensor_model_parallel_rank(), mine, shards))
+    result: dict[str, dict[int, torch.Tensor]] = {}
+    splits = {}
+    for tp_rank, tensors, cuts in world:
+        for name, tensor in tensors.items():
+            result.setdefault(name, {}).setdefault(tp_rank, tensor)
+        splits.update(cuts)
+    return {
+        name: parts[0] if splits[name] is None else torch.cat([parts[i] for i in sorted(parts)], splits[name])
+        for name, parts in result.items()
+    }
+
+
+def reduced(wrapped, mine: dict) -> dict:
+    """Gather each data-parallel rank's part of the reduced gradient buffers."""
+    group = parallel.mpu.get_data_parallel_group(with_context_parallel=True)
+    for chunk in wrapped:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                parts = list(bucket.grad_data.chunk(group.size()))
+                gathered = [torch.empty_like(p) for p in parts]
+                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
+                bucket.grad_data.copy_(torch.cat(gathered))
+    return {name: p.main_grad.clone() for name, p in checkpoint.parameters(wrapped)}
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return run_ranks(1, run_layout, {}, 20, True)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_single_process(name, single):
+    world, layout = LAYOUTS[name]
+    got = run_ranks(world, run_layout, layout, 20, True)[0]
+    assert got["losses"][0] == pytest.approx(single["losses"][0], rel=TOLERANCE), layout
+    assert got["gradients"].keys() == single["gradients"].keys()
+    worst = {
+        key: ((got["gradients"][key] - want).abs().max() / want.abs().max()).item()
+        for key, want in single["gradients"].items()
+    }
+    bad = {k: v for k, v in worst.items() if v > TOLERANCE}
+    assert not bad, f"{layout}: gradients off by {bad}"
+    # A trajectory amplifies rounding: Adam divides small gradients by their own size.
+    assert got["losses"] == pytest.approx(single["losses"], rel=1e-4), layout

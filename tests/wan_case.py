@@ -1,0 +1,79 @@
+"""The tiny Wan case the tests of zoo/wan21 share: every dimension different, every parameter random, grids not square."""
+
+import dataclasses
+import importlib
+import os
+
+import torch
+
+from common import cli, parallel
+
+RECIPE = os.environ.get("ZOO_RECIPE", "wan21")
+config = importlib.import_module(f"zoo.{RECIPE}.config")
+convert = importlib.import_module(f"zoo.{RECIPE}.convert")
+model = importlib.import_module(f"zoo.{RECIPE}.model")
+train = importlib.import_module(f"zoo.{RECIPE}.train")
+
+CONFIG = config.WanConfig(
+    dim=48, ffn_dim=80, num_heads=4, num_layers=4, in_dim=16, out_dim=16, patch_size=(1, 2, 2),
+    text_dim=20, text_len=7, freq_dim=32, eps=1e-6,
+)  # fmt: skip
+GRID = (3, 4, 8)  # 3*2*4 = 24 tokens
+GLOBAL_BATCH = 4
+
+
+def options(**layout) -> "config.TrainOptions":
+    """Checked training options of the tiny case under a layout; needs WORLD_SIZE."""
+    values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
+              "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
+    o = config.TrainOptions(**{f.name: f.default for f in dataclasses.fields(config.TrainOptions)} | values)
+    tokens = CONFIG.tokens(GRID)
+    return cli.check_layout(o, heads=CONFIG.num_heads, layers=CONFIG.num_layers, tokens=tokens)
+
+
+def random_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every parameter random, norms, biases and zero-initialised ones too, by original name."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in convert.shapes(CONFIG).items():
+        noise = torch.randn(shape, generator=generator)
+        state[name] = 1 + 0.1 * noise if ".norm" in name and name.endswith("weight") else 0.1 * noise
+    return state
+
+
+def sample_batch(place: int, step: int = 0) -> dict:
+    """One sample of the global batch, drawn by its place: the same whatever the layout."""
+    g = torch.Generator().manual_seed(1000 * step + place)
+    x, target = (torch.randn(1, CONFIG.in_dim, *GRID, generator=g) for _ in range(2))
+    text = torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=g)
+    text[:, 2 + place % 4 :] = 0  # unequal captions
+    t = torch.rand(1, generator=g) * 1000
+    return {"x": x, "target": target, "t": t, "weight": torch.rand(1, generator=g) + 0.5, "text": text}
+
+
+def my_batches(o, step: int = 0) -> list[dict]:
+    """This rank's micro-batches of the global batch."""
+    rank = parallel.mpu.get_data_parallel_rank()
+    singles = [sample_batch(i, step) for i in range(o.global_batch)]
+    batches = []
+    for micro in range(o.micro_batches):
+        start = (micro * o.dp + rank) * o.micro_batch
+        mine = singles[start : start + o.micro_batch]
+        batches.append({k: torch.cat([b[k] for b in mine]) for k in mine[0]})
+    return batches
+
+
+def load(chunks, state: dict[str, torch.Tensor]) -> None:
+    """Copy whole tensors into this rank's shards."""
+    from common import checkpoint
+
+    tp = (parallel.mpu.get_tensor_model_parallel_rank(), parallel.mpu.get_tensor_model_parallel_world_size())
+    with torch.no_grad():
+        for name, p in checkpoint.parameters(chunks):
+            split = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+            p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])
+
+
+def sequence_length(o) -> int:
+    split = o.cp * (o.tp if o.sp else 1)
+    return (CONFIG.tokens(GRID) // split + 7 + CONFIG.text_len) * split
