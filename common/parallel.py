@@ -290,6 +290,7 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
         overlap_grad_reduce=o.dp * o.cp > 1,
         overlap_param_gather=False,
     )
+    config.finalize_model_grads_func = finalize_model_grads
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
