@@ -87,6 +87,9 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int) -
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=o.precision == "bf16",
+        # Interleaved with pp=2, a batch would hold two messages between the same two ranks and could swap them.
+        overlap_p2p_comm=o.vpp > 1,
+        batch_p2p_comm=o.vpp == 1,
         use_cpu_initialization=True,  # allocate where `with torch.device(...)` says, the meta device included
         perform_initialization=False,  # weights are loaded, or drawn independently of the layout (checkpoint.py)
         transformer_impl="local",

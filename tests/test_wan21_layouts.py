@@ -21,6 +21,7 @@ LAYOUTS = {
     "cp2 ring": (2, {"cp": 2, "ulysses": 1}),
     "pp2": (2, {"pp": 2}),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp2 vpp2 tp2 sp": (4, {"pp": 2, "vpp": 2, "tp": 2, "sp": True}),
     "tp2 recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
     "cp2 ring recompute selective": (2, {"cp": 2, "ulysses": 1, "recompute": "selective"}),
     "fsdp2 recompute full": (2, {"fsdp": True, "recompute": "full"}),
