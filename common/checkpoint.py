@@ -10,6 +10,7 @@ weight`, `optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads wh
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -85,20 +86,32 @@ def save(
     Raises:
         OSError: the checkpoint could not be written whole on some rank; the ones before it are untouched.
     """
-    target, partial = folder / f"step-{step:06d}", folder / f".partial-{step:06d}"
+    model = _model_state(chunks, ema)
+    shards = {"model": model}
+    if optimizer is not None and fsdp:
+        shards["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
+    elif optimizer is not None:
+        whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+        shards["optimizer"] = optimizer.sharded_state_dict(whole, metadata=FORMAT)
+    target = folder / f"step-{step:06d}"
+    _write(target, shards, state)
+    if dist.get_rank() == 0:
+        _write_atomically(folder / "latest", target.name)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def _write(target: Path, shards: dict, state: dict) -> None:
+    """Write aside, list the files with their sizes, rename. OSError on every rank if any rank failed."""
+    partial = target.with_name(f".partial-{target.name}")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     problem = None
     try:
-        model = _model_state(chunks, ema)
-        if fsdp:
-            optimizer_state = _fsdp_optimizer_state(chunks, optimizer)
-        else:
-            whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-            optimizer_state = optimizer.sharded_state_dict(whole, metadata=FORMAT)
-        dist_checkpointing.save({"model": model, "optimizer": optimizer_state}, str(partial), content_metadata=FORMAT)
+        dist_checkpointing.save(shards, str(partial), content_metadata=FORMAT)
         if dist.get_rank() == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
@@ -108,9 +121,6 @@ def save(
                     os.fsync(f.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            _write_atomically(folder / "latest", target.name)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
-                shutil.rmtree(old)
     except Exception as error:  # every rank must learn of it before anyone goes on
         problem = error
     failed = torch.tensor([problem is not None], dtype=torch.int32, device=torch.cuda.current_device())
@@ -121,7 +131,6 @@ def save(
         raise OSError(
             f"checkpoint {target} could not be written: {problem or 'another rank failed'}; is the disk full?"
         )
-    return target
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -204,6 +213,30 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
             for group in optimizer.param_groups:
                 group["step"] = state["optimizer_steps"]
     return state
+
+
+def tensor_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every tensor a checkpoint holds."""
+    found = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {key: math.prod(t.global_shape) * t.dtype.itemsize for key, t in found.items()}
+
+
+def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
+    """One whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised group of one."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(checkpoint)
+    facts = reader.read_metadata().state_dict_metadata[key]
+    assert isinstance(facts, TensorStorageMetadata), key
+    tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+    load({key: tensor}, storage_reader=reader, no_dist=True)
+    return tensor
+
+
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """A checkpoint of whole tensors, each given by exactly one rank; without an optimizer."""
+    _write(folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state)
 
 
 def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:

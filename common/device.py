@@ -83,6 +83,8 @@ class _Stream:
 
 def _install_cpu() -> None:
     """Stand-ins for what megatron-core 0.16 asks of torch.cuda. Values are those of a one-device machine."""
+    from torch.utils._device import _device_constructors
+
     cpu, cuda = torch.device("cpu"), torch.cuda
 
     def always(value):  # a new function per name: torch.compile's tables refuse one object under two names
@@ -110,6 +112,8 @@ def _install_cpu() -> None:
 
         return call
 
+    # `with torch.device(...)` looks its factories up once: let it remember the real ones, which `redirect` ends in.
+    _device_constructors()
     for factory in ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "as_tensor"):
         setattr(torch, factory, redirect(getattr(torch, factory)))
 

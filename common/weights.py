@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ class Entry:
     key: str
     dtype: str
     shape: tuple[int, ...]
+    bytes: int
 
 
 def index(folder: Path) -> dict[str, Entry]:
@@ -50,7 +51,8 @@ def index(folder: Path) -> dict[str, Entry]:
         for key, header in _header(file).items():
             if key in entries:
                 raise ValueError(f"{key} is stored in both {entries[key].file.name} and {file.name}; fix: {folder}")
-            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]))
+            start, end = header["data_offsets"]
+            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start)
     for listing in folder.glob("*.safetensors.index.json"):
         promised = json.loads(listing.read_text())["weight_map"]
         lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
@@ -126,46 +128,39 @@ class Reader:
         return view[(slice(None),) * dim + (slice(rank * n, (rank + 1) * n),)]
 
 
-def save(folder: Path, shapes: dict[str, tuple[int, int]], read: Callable[[str], "torch.Tensor"], stem: str) -> None:
-    """Write tensors as `stem.safetensors`, cut into files of 5 GiB with an index where the whole is larger.
+def save(folder: Path, sizes: dict[str, int], read: Callable[[str], "torch.Tensor"], stem: str) -> None:
+    """Write a new folder with tensors as `stem.safetensors`, cut into files of 5 GiB with an index where it is larger.
 
-    shapes: key -> (bytes, ignored order): decides the cut before a tensor is read; read(key) gives the tensor. Holds
-    one file's tensors at a time. Writes into a temporary folder first, so a half-written release is never seen.
+    sizes: key -> bytes, which decides the cut before a tensor is read; read(key) gives the tensor. One file's tensors
+    are held at a time. Written aside and renamed: a half-written release is never seen.
     """
     from safetensors.torch import save_file
 
     groups: list[list[str]] = [[]]
     filled = 0
-    for key, (size, _) in shapes.items():
+    for key, size in sizes.items():
         if groups[-1] and filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(key)
         filled += size
-    partial = folder.with_name(folder.name + ".partial")
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = names if len(groups) > 1 else [f"{stem}.safetensors"]
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
-        names = [f"{stem}.safetensors"]
     for name, keys in zip(names, groups, strict=True):
         save_file({key: read(key).contiguous() for key in keys}, partial / name, metadata={"format": "pt"})
     if len(groups) > 1:
         listing = {
-            "metadata": {"total_size": sum(size for size, _ in shapes.values())},
+            "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {key: name for name, keys in zip(names, groups, strict=True) for key in keys},
         }
         (partial / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def copy_other_files(source: Path, target: Path, skip: Iterable[str]) -> None:
-    """Everything of a released folder but the parts in `skip` (which the caller writes)."""
-    for item in source.iterdir():
-        if item.name in skip or item.name.startswith("."):
-            continue
-        if item.is_dir():
-            shutil.copytree(item, target / item.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(item, target / item.name)
+def refuse_existing(folder: Path, flag: str) -> None:
+    """ValueError if a folder to be written is already there with something in it: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; fix: {flag}, or remove it")

@@ -4,6 +4,7 @@ takes seconds; a rank that raises shows its own traceback; nothing can hang.
     results = run_ranks(4, some_module_level_function, arg, ...)   # [rank 0's return value, rank 1's, ...]
 """
 
+import atexit
 import os
 import socket
 import traceback
@@ -48,12 +49,15 @@ def stop() -> None:
     _pool.clear()
 
 
+atexit.register(stop)
+
+
 def run_ranks(world: int, function, *args) -> list:
     """Call `function(*args)` on `world` ranks with torchrun's environment set; the list of their return values."""
     context = get_context("spawn")
     while len(_pool) < world:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = context.Process(target=_serve, args=(theirs,))  # no daemon: dist_checkpointing starts writers
         process.start()
         theirs.close()
         _pool.append((process, ours))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli
+from common import cli, weights
 from common.cli import option
 
 from . import convert, data
@@ -228,6 +228,7 @@ class ConvertOptions(cli.LayoutOptions):
         "what to write (released: diffusers); the kind of --weights is recognised", group="job"
     )
     out: Path = option("folder to write", group="job")
+    ema: bool = option("write a sharded checkpoint's averaged weights", False, group="job")
 
 
 JOBS = {
@@ -246,6 +247,8 @@ def parse(script: str, argv: list[str]):
     cls, description = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
     o = _with_demo(o)
+    if script != "train":  # sampling and conversion have no batch
+        o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
     shapes = {"train": "buckets", "infer": "video"}.get(script)
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
@@ -257,6 +260,12 @@ def parse(script: str, argv: list[str]):
         report.check(len(rows) + sum(report.counts.values()), o.max_drop)
     if script == "infer":
         prompts(o)
+    if script == "convert":
+        if o.to is None:
+            raise ValueError("nothing to convert to; fix: --to diffusers, original or sharded")
+        weights.refuse_existing(o.out, "--out")
+    if getattr(o, "export", None):
+        weights.refuse_existing(o.export, "--export")
     return o
 
 
@@ -294,7 +303,11 @@ def _with_demo(o):
     """Fill in the embedded demo where the user named no data or no weights."""
     changes = {}
     if hasattr(o, "data") and o.data is None:
-        changes |= {"data": demo_list("train"), "buckets": DEMO_BUCKET, "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents")}
+        changes |= {
+            "data": demo_list("train"),
+            "buckets": DEMO_BUCKET,
+            "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
+        }
     if hasattr(o, "video") and o.weights is None:
         changes["video"] = DEMO_BUCKET
     if o.weights is None:

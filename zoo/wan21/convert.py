@@ -1,18 +1,29 @@
 """Name map between the two released layouts of Wan2.1, and conversion to and from sharded checkpoints.
 
 Our parameter names and shapes are the original checkpoint's; diffusers renames them (and swaps norm2 and norm3) but
-changes no tensor, so every conversion is a rename and bit-exact.
+changes no tensor, so every conversion is a rename and bit-exact, dtypes included.
+
+    bash zoo/wan21/convert.sh --weights Wan2.1-T2V-14B --to diffusers --out Wan2.1-T2V-14B-Diffusers
+    bash zoo/wan21/convert.sh --weights runs/my-run/checkpoints/step-005000 --to original --out my-14B
 """
 
+import dataclasses
+import json
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import weights
+from common import cli, weights
 
 if TYPE_CHECKING:
+    import torch
+
     from .config import WanConfig
+
+STEM = "diffusion_pytorch_model"  # both releases name their files so
 
 # original name -> diffusers name; `N` stands for a block index.
 TABLE = {
@@ -83,3 +94,75 @@ def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weigh
     entries = weights.index(where)
     weights.check(entries, {rename(name): shape for name, shape in shapes(config).items()}, where)
     return entries, rename
+
+
+def write_released(
+    out: Path,
+    to: str,
+    config: "WanConfig",
+    sizes: dict[str, int],
+    read: Callable[[str], "torch.Tensor"],
+    source: Path | None,
+) -> None:
+    """Write the transformer in the `diffusers` or `original` layout, and for diffusers the other parts of `source`.
+
+    sizes: bytes by our parameter name; read(our name) gives the tensor.
+    """
+    if to == "original":
+        weights.save(out, sizes, read, STEM)
+        (out / "config.json").write_text(json.dumps(config.to_original(), indent=2))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    back = {to_diffusers(name): name for name in sizes}
+    weights.save(out / "transformer", {k: sizes[v] for k, v in back.items()}, lambda key: read(back[key]), STEM)
+    (out / "transformer" / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2))
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        if source and (source / part).is_dir():
+            shutil.copytree(source / part, out / part)
+    if source and (source / "model_index.json").is_file():
+        shutil.copy2(source / "model_index.json", out)
+    else:
+        print(f"note: {out} holds the transformer only; take the VAE and text encoder from the diffusers release")
+
+
+def main() -> None:
+    from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
+    import torch.distributed as dist
+
+    from common import checkpoint, parallel
+
+    from .config import is_sharded, model_config, parse
+
+    o = parse("convert", sys.argv[1:])
+    parallel.initialize(o)
+    config, reader = model_config(o), weights.Reader()
+    if is_sharded(o.weights):
+        tensors = checkpoint.tensor_sizes(o.weights)
+        prefix = "ema." if o.ema else ""
+        sizes = {name: tensors[prefix + name] for name in shapes(config)}
+
+        def read(name: str) -> "torch.Tensor":
+            return checkpoint.read_tensor(o.weights, prefix + name)
+    else:
+        entries, rename = released_entries(o.weights, config)
+        sizes = {name: entries[rename(name)].bytes for name in shapes(config)}
+
+        def read(name: str) -> "torch.Tensor":
+            return reader.read(entries[rename(name)])
+
+    if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
+        mine = list(sizes)[dist.get_rank() :: dist.get_world_size()]
+        checkpoint.save_tensors(
+            o.out, {name: read(name) for name in mine}, {"step": 0, "model": dataclasses.asdict(config)}
+        )
+    elif dist.get_rank() == 0:
+        to = "original" if o.to == "original" else "diffusers"
+        write_released(o.out, to, config, sizes, read, None if is_sharded(o.weights) else o.weights)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{o.out}: {config.parameters:,} parameters, {len(sizes)} tensors", flush=True)
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)

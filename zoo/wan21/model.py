@@ -253,11 +253,11 @@ def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> to
 # ---------------------------------------------------------------------------------------------- this rank's part
 
 
-def build(o, config: WanConfig) -> list[WanDiT]:
-    """This rank's unwrapped model chunks, memory allocated and not filled."""
+def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDiT]:
+    """This rank's unwrapped model chunks, memory allocated (on this rank's device, or on `where`) and not filled."""
     mc = parallel.megatron_config(o, hidden=config.dim, heads=config.num_heads, layers=config.num_layers)
     chunks = []
-    with torch.device(device.current()):
+    with where or device.current():
         for i in range(o.vpp):
             stage = None if o.vpp == 1 else i
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)

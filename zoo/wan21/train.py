@@ -9,6 +9,7 @@ seeded by (seed, step, place in the global batch), so they do not depend on the 
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from common import checkpoint, cli, parallel, weights
 from common import train as loop
 from common.data import BucketSampler, prefetch, probe_video, read_frames
 
-from . import data
+from . import convert, data
 from .config import TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
 from .encoders import TextEncoder, VideoCodec, pad
 from .infer import sample, write_video
@@ -284,6 +285,13 @@ def main() -> None:
     )
     if result["reason"] == "finished":
         finish(o, config, wrapped, batches, result)
+    if o.export and dist.get_rank() == 0:
+        tensors, prefix = checkpoint.tensor_sizes(result["checkpoint"]), "ema." if o.ema else ""
+        sizes = {name: tensors[prefix + name] for name in convert.shapes(config)}
+        read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
+        convert.write_released(o.export, "diffusers", config, sizes, lambda name: read(prefix + name), o.weights)
+        print(f"exported {o.export}", flush=True)
+    dist.barrier()
     parallel.shutdown()
 
 

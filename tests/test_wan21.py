@@ -1,0 +1,258 @@
+"""Wan2.1 against independent oracles: diffusers' transformer and pipeline, the published counts and golden values."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+import wan_case as case
+from diffusers import WanPipeline, WanTransformer3DModel
+from ranks import run_ranks
+
+from common import checkpoint, device, parallel, weights
+
+TOLERANCE = 1e-5  # of the largest entry
+PUBLISHED = {"1.3B": (1_418_996_800, 825), "14B": (14_288_491_584, 1095)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    """This process as a group of one."""
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel.initialize(case.options())
+    yield
+    parallel.shutdown()
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return (got - want).abs().max() <= TOLERANCE * want.abs().max()
+
+
+def oracle(config=case.CONFIG) -> WanTransformer3DModel:
+    values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
+    return WanTransformer3DModel(**values | {"patch_size": tuple(values["patch_size"])})
+
+
+def ours(state: dict[str, torch.Tensor], **layout):
+    chunk = case.model.build(case.options(**layout), case.CONFIG)[0]
+    case.load([chunk], state)
+    return chunk
+
+
+# ------------------------------------------------------------------------------------------------- full-size identity
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_size_has_exactly_the_released_parameters_and_keys(size):
+    config = case.config.SIZES[size]
+    with torch.device("meta"):
+        theirs = oracle(config)
+    model = case.model.build(case.options(), config, torch.device("meta"))[0]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    count, tensors = PUBLISHED[size]
+    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters
+    assert shapes == case.convert.shapes(config) and len(shapes) == tensors
+    released = {case.convert.to_diffusers(name): shape for name, shape in shapes.items()}
+    assert released == {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+
+
+def test_config_survives_both_released_formats(tmp_path):
+    config = case.config.SIZES["14B"]
+    for name, values in (("diffusers", config.to_diffusers()), ("original", config.to_original())):
+        folder = tmp_path / name
+        where = folder / "transformer" if name == "diffusers" else folder
+        where.mkdir(parents=True)
+        (where / "config.json").write_text(json.dumps(values))
+        assert case.config.WanConfig.from_folder(folder) == config
+
+
+# ----------------------------------------------------------------------------------------------------- oracle parity
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_forward_and_gradients_equal_diffusers(recompute):
+    state = case.random_state()
+    model, theirs = ours(state, recompute=recompute), oracle()
+    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
+    batches = [case.sample_batch(i) for i in range(3)]
+    x, t, text = (torch.cat([b[k] for b in batches]) for k in ("x", "t", "text"))
+    want = theirs(x, t, text).sample
+    got = case.model.unpatchify(model(x, t, text), x.shape[2:], case.CONFIG.patch_size)
+    assert close(got, want)
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    (want * direction).sum().backward()
+    (got * direction).sum().backward()
+    gradients = {case.convert.to_diffusers(name): p.grad for name, p in model.named_parameters()}
+    assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    off = [name for name, p in theirs.named_parameters() if not close(gradients[name], p.grad)]
+    assert not off
+
+
+def test_a_swapped_query_and_key_would_be_noticed():
+    """The parity test has teeth: exchanging two equal-shaped weights moves the output far beyond the tolerance."""
+    state = case.random_state()
+    swapped = dict(state)
+    swapped["blocks.1.norm3.weight"], swapped["blocks.2.norm3.weight"] = (
+        state["blocks.2.norm3.weight"],
+        state["blocks.1.norm3.weight"],
+    )
+    batch = case.sample_batch(0)
+    inputs = batch["x"], batch["t"], batch["text"]
+    assert not close(ours(swapped)(*inputs), ours(state)(*inputs))
+
+
+def test_bf16_forward_stays_near_fp32():
+    state = case.random_state()
+    batch = case.sample_batch(0)
+    inputs = batch["x"], batch["t"], batch["text"]
+    want, got = ours(state)(*inputs), ours(state, precision="bf16")(*inputs)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.03 * want.norm()
+
+
+def test_patches_survive_a_round_trip():
+    x = torch.randn(2, 16, *case.GRID)
+    tokens = case.model.velocity_tokens(x, case.CONFIG.patch_size)
+    assert torch.equal(case.model.unpatchify(tokens, case.GRID, case.CONFIG.patch_size), x)
+
+
+def test_sampling_equals_the_diffusers_pipeline():
+    folder = case.config.DEMO_WEIGHTS
+    from importlib import import_module
+
+    infer, encoders = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders"))
+    o = case.config.parse("train", ["--job", "finetune", "--weights", str(folder)])
+    config = case.config.model_config(o)
+    chunk = case.model.build(o, config)[0]
+    case.model.fill([chunk], o, config)
+    encoder = encoders.TextEncoder(folder, device.current(), torch.float32, config.text_len)
+    prompt, grid = "a handwritten three moves to the left", (4, 6, 6)
+    got = infer.sample(
+        [chunk], o, config, encoder.encode([prompt]), encoder.encode([""])[0], grid, [5],
+        sampler="unipc", shift=5.0, steps=6, cfg=4.0,
+    )  # fmt: skip
+    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(
+        prompt=prompt, negative_prompt="", height=48, width=48, num_frames=13, num_inference_steps=6,
+        guidance_scale=4.0, max_sequence_length=config.text_len, output_type="latent",
+        latents=torch.randn(16, *grid, generator=torch.Generator().manual_seed(5))[None],
+    ).frames  # fmt: skip
+    assert close(got, want)
+
+
+# ---------------------------------------------------------------------------------------------------------- objective
+
+
+def test_timestep_schedule_and_weights_equal_the_published_values():
+    index = torch.tensor([0, 100, 500, 750, 999])
+    sigma = [1.0, 0.978261, 0.833333, 0.625, 0.004980]
+    weight = [0.0, 0.139075, 1.024862, 1.914043, 0.031879]
+    assert case.train.sigma(index, 5.0).tolist() == pytest.approx(sigma, abs=1e-6)
+    assert case.train.bell_weights(5.0)[index].tolist() == pytest.approx(weight, abs=1e-6)
+    assert case.train.bell_weights(5.0).mean().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def noised(o, slots, step=3, batch=None):
+    latents = torch.ones(len(slots), 16, *case.GRID) if batch is None else batch
+    text = [torch.full((4, case.CONFIG.text_dim), float(s)) for s in slots]
+    return case.train.FlowMatching(o).noised(latents, text, torch.zeros(1, case.CONFIG.text_dim), step, slots)
+
+
+def test_target_and_input_follow_the_flow():
+    latents = torch.randn(3, 16, *case.GRID)
+    out = noised(case.options(), range(3), batch=latents)
+    s = (out["t"] / 1000).view(-1, 1, 1, 1, 1)
+    noise = out["target"] + latents
+    assert torch.allclose(out["x"], (1 - s) * latents + s * noise, atol=1e-6)
+    assert noise.std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_every_sample_has_its_own_timestep_unless_asked():
+    assert len(set(noised(case.options(), range(8))["t"].tolist())) > 4
+    assert len(set(noised(case.options(timesteps="per-batch"), range(8))["t"].tolist())) == 1
+
+
+def test_noise_depends_on_the_place_in_the_global_batch_not_on_the_layout():
+    whole, part = noised(case.options(), range(6)), noised(case.options(), range(3, 6))
+    assert torch.equal(whole["x"][3:], part["x"]) and torch.equal(whole["t"][3:], part["t"])
+    assert not torch.equal(whole["x"], noised(case.options(), range(6), step=4)["x"])
+
+
+def test_captions_are_dropped_at_the_stated_rate():
+    o = case.options(caption_dropout=0.3)
+    dropped = sum(int(len(text) == 1) for text in noised(o, range(2000))["text"])
+    assert dropped / 2000 == pytest.approx(0.3, abs=0.04)
+
+
+def test_loss_is_the_weighted_mean_squared_error():
+    model, batch = ours(case.random_state()), case.sample_batch(1)
+    output, loss_of = case.train.forward_step(iter([batch]), model)
+    got, _ = loss_of(output)
+    predicted = case.model.unpatchify(output, case.GRID, case.CONFIG.patch_size)
+    want = (batch["weight"] * (predicted - batch["target"]).square().mean()).squeeze()
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A folder as diffusers writes it, every parameter random."""
+    folder = tmp_path_factory.mktemp("released")
+    theirs = oracle()
+    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in case.random_state(7).items()})
+    theirs.save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["original", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_layouts_convert_bit_exactly(to, dtype, tmp_path):
+    theirs = oracle().to(dtype)
+    theirs.save_pretrained(tmp_path / "a" / "transformer")
+    first = tmp_path / "b"
+    convert(tmp_path / "a", to, first)
+    convert(first, "diffusers", tmp_path / "c")
+    reader, back = weights.Reader(), weights.index(tmp_path / "c" / "transformer")
+    assert back.keys() == theirs.state_dict().keys()
+    for key, want in theirs.state_dict().items():
+        got = reader.read(back[key])
+        assert got.dtype == dtype and torch.equal(got, want), key
+
+
+def convert(source, to, out):
+    entries, rename = case.convert.released_entries(source, case.CONFIG)
+    reader = weights.Reader()
+    sizes = {name: entries[rename(name)].bytes for name in case.convert.shapes(case.CONFIG)}
+    case.convert.write_released(out, to, case.CONFIG, sizes, lambda name: reader.read(entries[rename(name)]), None)
+
+
+def through_layout(layout: dict, source: str, target: str) -> None:
+    """Released weights -> this layout -> sharded checkpoint."""
+    from pathlib import Path
+
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    entries, rename = case.convert.released_entries(Path(source), case.CONFIG)
+    checkpoint.load_released(chunks, entries, rename)
+    wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+    checkpoint.save(Path(target), 1, wrapped, None, {}, fsdp=o.fsdp)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"tp": 2, "sp": True}, {"pp": 2, "vpp": 2}, {"fsdp": True}, {"cp": 2}, {}],
+    ids=lambda layout: " ".join(layout) or "dp",
+)
+def test_weights_survive_a_layout_bit_exactly(layout, released, tmp_path):
+    run_ranks(2, through_layout, layout, str(released), str(tmp_path))
+    entries, rename = case.convert.released_entries(released, case.CONFIG)
+    reader, saved = weights.Reader(), tmp_path / "step-000001"
+    for name in case.convert.shapes(case.CONFIG):
+        assert torch.equal(checkpoint.read_tensor(saved, name), reader.read(entries[rename(name)])), name
