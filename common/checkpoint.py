@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
 from torch.distributed.tensor import DTensor
 
 from common import weights
@@ -63,15 +64,30 @@ def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
     return state
 
 
+def _allocate_moments(optimizer) -> None:
+    """Zero moments where torch's AdamW, which makes them in its first step, has none yet: a place to load into."""
+    inner = optimizer.chained_optimizers[0].optimizer
+    for parameter in (p for group in inner.param_groups for p in group["params"]):
+        if not inner.state[parameter]:
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _set_steps(optimizer, steps: int) -> None:
+    inner = optimizer.chained_optimizers[0].optimizer
+    for values in inner.state.values():
+        values["step"] = torch.tensor(float(steps))
+
+
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
     """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
     inner = optimizer.chained_optimizers[0].optimizer
     state = {}
     for name, parameter in parameters(chunks):
         master = getattr(parameter, "main_param", parameter)
-        if not inner.state[master]:
-            zero = torch.zeros_like(master)
-            inner.state[master] = {"step": torch.tensor(0.0), "exp_avg": zero, "exp_avg_sq": torch.zeros_like(master)}
         for kind, value in (*inner.state[master].items(), ("param", master.data)):
             if kind != "step" and value.to_local().numel():
                 state[f"{kind}.{name}"] = sharded(f"optimizer.state.{kind}.{name}", parameter, value)
@@ -88,6 +104,8 @@ def save(
     """
     model = _model_state(chunks, ema)
     shards = {"model": model}
+    if optimizer is not None:
+        _allocate_moments(optimizer)
     if optimizer is not None and fsdp:
         shards["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
     elif optimizer is not None:
@@ -121,7 +139,7 @@ def _write(target: Path, shards: dict, state: dict) -> None:
                     os.fsync(f.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-    except Exception as error:  # every rank must learn of it before anyone goes on
+    except (Exception, CheckpointException) as error:  # every rank must learn of it before anyone goes on
         problem = error
     failed = torch.tensor([problem is not None], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(failed)
@@ -190,6 +208,7 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
     model = _model_state(chunks, ema)
     request = {"model": model}
     if optimizer is not None:
+        _allocate_moments(optimizer)
         if fsdp:
             request["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
         else:
@@ -205,13 +224,14 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
         for key, target in moments.items():
             target.copy_(loaded["optimizer"][key])
     if optimizer is not None:
-        if fsdp:
-            for values in optimizer.chained_optimizers[0].optimizer.state.values():
-                values["step"] = torch.tensor(float(state["optimizer_steps"]))
-        else:
-            optimizer.load_state_dict(loaded["optimizer"])
-            for group in optimizer.param_groups:
-                group["step"] = state["optimizer_steps"]
+        if not fsdp:
+            # Not `load_state_dict`: in megatron-core 0.16 it puts torch AdamW's `step` where only tensors of this
+            # format may be. The rest of what it would restore (learning rate, decay) follows from the schedule.
+            inner = optimizer.chained_optimizers[0]
+            for values in inner.optimizer.state.values():
+                del values["step"]
+            inner.load_parameter_state_from_fully_reshardable(loaded["optimizer"]["param_state"])
+        _set_steps(optimizer, state["optimizer_steps"])
     return state
 
 

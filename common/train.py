@@ -303,7 +303,7 @@ def train(
             last_save = save(step)
             began = time.perf_counter()
     bar.close()
-    if bad < o.max_bad_steps and step > start and applied:
+    if bad < o.max_bad_steps and step > start:
         last_save = save(step)
     log.record({"kind": "end", "steps": step, "reason": reason})
     if log.main:
