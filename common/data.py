@@ -338,6 +338,14 @@ class _MicroBatches:
             raise RuntimeError(f"reading rows {rows} ({files}) failed: {type(error).__name__}: {error}") from error
 
 
+def _outlive_signals(worker: int) -> None:
+    """torchrun signals the whole process group; a decoding worker that died of it would take the checkpoint along."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def prefetch(
     dataset: Any,
     sampler: BucketSampler,
@@ -369,6 +377,7 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             timeout=timeout if workers else 0,
+            worker_init_fn=_outlive_signals,
             generator=Generator(),  # else it draws its base seed from the training's random state
         )
     )
