@@ -14,7 +14,9 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -27,9 +29,19 @@ from typing import Any, Literal, get_args, get_origin
 FROM_LAYOUT = "from_layout"
 
 
-def option(help: str, default: Any = None, *, group: str = "job", layout: bool = False) -> Any:
-    """A dataclass field shown by --help under `group`. layout=True: its default stands in parallel.toml."""
-    return field(default=default, metadata={"help": help, "group": group, FROM_LAYOUT: layout})
+def option(help: str, default: Any = None, *, group: str = "job", layout: bool = False, within: str = "") -> Any:
+    """A dataclass field shown by --help under `group`. layout=True: its default stands in parallel.toml.
+
+    within: the interval a number must lie in, e.g. "[0, 1)".
+    """
+    return field(default=default, metadata={"help": help, "group": group, FROM_LAYOUT: layout, "within": within})
+
+
+def _count(variable: str) -> int:
+    text = os.environ.get(variable, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{variable}={text!r}; expected a whole number of at least 1; fix: {variable}")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +51,21 @@ class LayoutOptions:
     size: str = option("published size, or tiny", group="model")
     weights: Path | None = option("released Hugging Face / diffusers folder (safetensors)", group="model")
     layout: str = option("named layout of parallel.toml (default: the one named like the size)", group="layout")
-    tp: int = option("tensor parallel", 1, group="layout", layout=True)
+    tp: int = option("tensor parallel", 1, group="layout", layout=True, within="[1, inf)")
     sp: bool = option("sequence parallel over the tensor-parallel group", False, group="layout", layout=True)
-    pp: int = option("pipeline stages", 1, group="layout", layout=True)
-    vpp: int = option("model chunks per pipeline stage (interleaved 1F1B)", 1, group="layout", layout=True)
-    cp: int = option("context parallel", 1, group="layout", layout=True)
-    ulysses: int = option("ranks of --cp that exchange heads; the rest form a ring", None, group="layout", layout=True)
+    pp: int = option("pipeline stages", 1, group="layout", layout=True, within="[1, inf)")
+    vpp: int = option(
+        "model chunks per pipeline stage (interleaved 1F1B)", 1, group="layout", layout=True, within="[1, inf)"
+    )
+    cp: int = option("context parallel", 1, group="layout", layout=True, within="[1, inf)")
+    ulysses: int = option(
+        "ranks of --cp that exchange heads; the rest form a ring", None, group="layout", layout=True, within="[1, inf)"
+    )
     fsdp: bool = option("shard parameters over data parallel (ZeRO-3, FSDP2)", False, group="layout", layout=True)
-    micro_batch: int = option("samples per forward of one rank", 1, group="layout", layout=True)
-    global_batch: int = option("samples per optimizer step, whole cluster", None, group="layout", layout=True)
+    micro_batch: int = option("samples per forward of one rank", 1, group="layout", layout=True, within="[1, inf)")
+    global_batch: int = option(
+        "samples per optimizer step, whole cluster", None, group="layout", layout=True, within="[1, inf)"
+    )
     precision: Literal["fp32", "bf16"] = option("compute and weight precision", "bf16", group="layout", layout=True)
     recompute: Literal["none", "selective", "full"] = option(
         "activations recomputed in the backward", "none", group="layout", layout=True
@@ -58,9 +76,7 @@ class LayoutOptions:
     @property
     def world(self) -> int:
         """Number of processes, from the launcher's or torchrun's environment."""
-        if "WORLD_SIZE" in os.environ:
-            return int(os.environ["WORLD_SIZE"])
-        return int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
+        return _count("WORLD_SIZE") if "WORLD_SIZE" in os.environ else _count("NPROC") * _count("NNODES")
 
     @property
     def dp(self) -> int:
@@ -82,35 +98,43 @@ class TrainOptions(LayoutOptions):
     """What the training loop of common/train.py reads. A recipe's own training options extend this."""
 
     data: Path | None = option("your data; formats in the recipe's README (default: the demo data)", group="data")
-    max_drop: float = option("share of rows that may be dropped before training refuses to start", 0.05, group="data")
-    workers: int = option("decoding processes per rank", 2, group="data", layout=True)
+    max_drop: float = option(
+        "share of rows that may be dropped before training refuses to start", 0.05, group="data", within="[0, 1]"
+    )
+    workers: int = option("decoding processes per rank", 2, group="data", layout=True, within="[0, inf)")
 
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
-    steps: int = option("optimizer steps", None, group="run", layout=True)
+    steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
     seed: int = option("seed of weights, data order, noise", 0, group="run")
     resume: str = option(
         "auto (continue if the run folder holds a checkpoint), never, or a checkpoint", "auto", group="run"
     )
-    save_every: int = option("steps between checkpoints (0: only at the end)", 500, group="run", layout=True)
-    keep: int = option("checkpoints kept", 2, group="run")
+    save_every: int = option(
+        "steps between checkpoints (0: only at the end)", 500, group="run", layout=True, within="[0, inf)"
+    )
+    keep: int = option("checkpoints kept", 2, group="run", within="[1, inf)")
     export: Path | None = option("write a released-format folder here at the end", group="run")
     deterministic: bool = option("bitwise reproducible run", False, group="run")
-    log_every: int = option("steps between console lines", 1, group="run")
-    max_bad_steps: int = option("consecutive non-finite steps skipped before the run stops", 5, group="run")
+    log_every: int = option("steps between console lines", 1, group="run", within="[1, inf)")
+    max_bad_steps: int = option(
+        "consecutive non-finite steps skipped before the run stops", 5, group="run", within="[1, inf)"
+    )
     profile_steps: str = option("steps to profile, e.g. 10-12", "", group="run")
     profile_ranks: str = option("ranks to profile, e.g. 0,8", "0", group="run")
 
-    lr: float = option("peak learning rate", None, group="optimizer", layout=True)
-    min_lr: float = option("final learning rate", None, group="optimizer", layout=True)
+    lr: float = option("peak learning rate", None, group="optimizer", layout=True, within="(0, inf)")
+    min_lr: float = option("final learning rate", None, group="optimizer", layout=True, within="[0, inf)")
     lr_schedule: Literal["constant", "cosine", "linear", "WSD"] = option(
         "decay after warm-up", "constant", group="optimizer", layout=True
     )
-    warmup: int = option("warm-up steps (at most steps - 1)", 0, group="optimizer", layout=True)
-    weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True)
-    beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True)
-    beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True)
-    adam_eps: float = option("AdamW epsilon", 1e-8, group="optimizer", layout=True)
-    clip: float = option("gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True)
+    warmup: int = option("warm-up steps (at most steps - 1)", 0, group="optimizer", layout=True, within="[0, inf)")
+    weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True, within="[0, inf)")
+    beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True, within="[0, 1)")
+    beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True, within="[0, 1)")
+    adam_eps: float = option("AdamW epsilon", 1e-8, group="optimizer", layout=True, within="[0, inf)")
+    clip: float = option(
+        "gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True, within="[0, inf)"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,7 +144,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
     """One dataclass field as one option; None stays None, so that the layout can fill it."""
-    kind = next((a for a in get_args(f.type) if a is not type(None)), f.type)  # Path | None -> Path
+    kind = _kind(f)
     if get_origin(f.type) is Literal:
         kwargs = {"choices": get_args(f.type)}
     elif f.type is bool:
@@ -128,7 +152,7 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
     else:
         kwargs = {"type": kind, "metavar": kind.__name__.upper()}
     shown = "from the layout" if f.metadata[FROM_LAYOUT] else f.default
-    text = f.metadata["help"] + ("" if shown in (None, "", False) else f" [{shown}]")
+    text = f.metadata["help"] + ("" if shown is None or shown is False or shown == "" else f" [{shown}]")
     parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), default=None, **kwargs)
 
 
@@ -163,7 +187,33 @@ def parse_options(cls: type, argv: list[str], description: str, layouts: Path, d
         named = _pick(table, layout, size, layouts)
         values.update({k: v for k, v in named.items() if k in fields}, size=size, layout=layout)
     values.update({k: v for k, v in vars(given).items() if v is not None})
+    for f in fields.values():
+        rule = _broken_rule(f, values[f.name])
+        if rule:
+            raise ValueError(f"{f.name}={values[f.name]!r}; expected {rule}; fix: --{f.name.replace('_', '-')}")
     return cls(**values)
+
+
+def _kind(f: dataclasses.Field) -> type:
+    return next((a for a in get_args(f.type) if a is not type(None)), f.type)  # Path | None -> Path
+
+
+def _broken_rule(f: dataclasses.Field, value: Any) -> str | None:
+    """What the value of an option should have been, if it is not; argparse checks no value of a layout."""
+    if value is None:
+        return None
+    if get_origin(f.type) is Literal:
+        return None if value in get_args(f.type) else "one of " + ", ".join(get_args(f.type))
+    kind = _kind(f)
+    if kind is not bool and isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        return f"a value of type {kind.__name__}"
+    within = f.metadata["within"]
+    if within:
+        low, high = map(float, within[1:-1].split(","))
+        above = value >= low if within[0] == "[" else value > low
+        below = value <= high if within[-1] == "]" else value < high
+        return None if above and below else f"a number in {within}"  # nan is in no interval
+    return None
 
 
 def _pick(table: dict, layout: str, size: str, path: Path) -> dict:
@@ -179,8 +229,8 @@ def _pick(table: dict, layout: str, size: str, path: Path) -> dict:
             raise ValueError(
                 f"unknown key {key!r} in layout {layout!r}; fix: {path}" + (f" ({near[0]}?)" if near else "")
             )
-    if named["size"] != size:
-        raise ValueError(f"layout {layout!r} is for size {named['size']}, not {size}; fix: --size or --layout")
+    if named.get("size") != size:
+        raise ValueError(f"layout {layout!r} is for size {named.get('size')}, not {size}; fix: --size or --layout")
     return named
 
 
@@ -200,9 +250,6 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
     Raises:
         ValueError: what does not divide what, and what would.
     """
-    for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name}={getattr(o, name)}; expected at least 1; fix: --{name.replace('_', '-')}")
     ulysses = o.cp if o.ulysses is None else o.ulysses
     if o.cp % ulysses:
         raise ValueError(f"ulysses={ulysses} does not divide cp={o.cp}; use {divisors(o.cp)}; fix: --ulysses")
@@ -226,7 +273,8 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
         raise ValueError(f"vpp={o.vpp} needs pp > 1; fix: --pp or --vpp 1")
     if layers % (o.pp * o.vpp):
         raise ValueError(
-            f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}"
+            f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}; "
+            "fix: --pp or --vpp"
         )
     if o.fsdp and (o.pp > 1 or o.tp > 1):
         raise ValueError(
@@ -248,6 +296,20 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
             f"vpp={o.vpp} wants micro-batches ({batch // (o.micro_batch * o.dp)}) to be a multiple of pp={o.pp}; fix: --global-batch"
         )
     return dataclasses.replace(o, ulysses=ulysses, global_batch=batch)
+
+
+def check_run(o: TrainOptions) -> None:
+    """What a training run would only stumble over later.
+
+    Raises:
+        ValueError: --resume names no folder, or the steps or ranks to profile are not numbers.
+    """
+    if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
+        raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
+    if o.profile_steps and not re.fullmatch(r"\d+(-\d+)?", o.profile_steps):
+        raise ValueError(f"profile_steps={o.profile_steps!r}; expected FIRST-LAST, e.g. 10-12; fix: --profile-steps")
+    if not re.fullmatch(r"\d+(,\d+)*", o.profile_ranks):
+        raise ValueError(f"profile_ranks={o.profile_ranks!r}; expected ranks, e.g. 0,8; fix: --profile-ranks")
 
 
 def rank_map(o: LayoutOptions) -> str:
@@ -272,7 +334,7 @@ def to_toml(options: Any) -> str:
         elif isinstance(value, (int, float)):
             text = repr(value)
         else:
-            text = '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+            text = json.dumps(str(value), ensure_ascii=False)  # a JSON string is a TOML string
         lines.append(f"{f.name} = {text}")
     return "\n".join(lines) + "\n"
 
@@ -292,6 +354,7 @@ def exit_on_bad_input(function, *args):
 
 def main() -> None:
     recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+    os.environ.pop("WORLD_SIZE", None)  # some clusters set it to the number of nodes; the workers get torchrun's
     config = importlib.import_module(f"{recipe}.config")
     options = exit_on_bad_input(config.parse, script, argv)
     if getattr(options, "print_config", False):
@@ -300,27 +363,36 @@ def main() -> None:
     if getattr(options, "dry_run", False):
         print(config.dry_run(options))
         return
+    where = exit_on_bad_input(_rendezvous)
     exit_on_bad_input(config.prepare, options)
     if getattr(options, "out", None) is not None:
         argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
-    sys.exit(_torchrun(f"{recipe}.{script}", argv))
+    sys.exit(_torchrun(where, f"{recipe}.{script}", argv))
 
 
-def _torchrun(module: str, argv: list[str]) -> int:
+def _rendezvous() -> list[str]:
+    """torchrun's options for where the nodes meet."""
+    env = os.environ
+    if _count("NNODES") == 1:
+        return ["--standalone"]
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not env.get(name)]
+    if missing:
+        raise ValueError(f"NNODES={env['NNODES']} but no {' and no '.join(missing)}; fix: set them on every node")
+    return [
+        *("--nnodes", env["NNODES"], "--node-rank", env["NODE_RANK"]),
+        *("--master-addr", env["MASTER_ADDR"], "--master-port", env.get("MASTER_PORT", "29500")),
+    ]
+
+
+def _torchrun(where: list[str], module: str, argv: list[str]) -> int:
     """Start one process per device; return the exit code of the first rank that failed, 128+N if by signal N."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    env = os.environ
-    where = (
-        ["--nnodes", env["NNODES"], "--node-rank", env["NODE_RANK"], "--master-addr", env["MASTER_ADDR"]]
-        + ["--master-port", env.get("MASTER_PORT", "29500")]
-        if int(env.get("NNODES", 1)) > 1
-        else ["--standalone"]
-    )
-    args = get_args_parser().parse_args([*where, "--nproc-per-node", env.get("NPROC", "1"), "-m", module, *argv])
+    processes = os.environ.get("NPROC", "1")
+    args = get_args_parser().parse_args([*where, "--nproc-per-node", processes, "-m", module, *argv])
     try:
         run(args)
     except ChildFailedError as error:

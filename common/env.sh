@@ -8,6 +8,7 @@ set -euo pipefail
 
 ZOO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ZOO_ROOT${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONSAFEPATH=1 # a folder named common or zoo where the user stands is not ours
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 
 if [ -z "${ZOO_DEVICE:-}" ]; then
@@ -58,7 +59,7 @@ if [ -z "${ZOO_PYTHON:-}" ]; then setup; fi
 
 # Topology: Slurm's if this is a Slurm step, else one node. NPROC defaults to every accelerator, or one CPU process.
 if [ -n "${SLURM_NNODES:-}" ]; then
-    export NNODES="${NNODES:-$SLURM_NNODES}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+    export NNODES="${NNODES:-$SLURM_NNODES}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
     export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 fi
 if [ -z "${NPROC:-}" ]; then
@@ -68,10 +69,10 @@ if [ -z "${NPROC:-}" ]; then
         cpu) NPROC=1 ;;
     esac
 fi
-export NPROC NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+export NPROC NNODES="${NNODES:-1}"
 if [ "$ZOO_DEVICE" = cpu ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > NPROC ? $(nproc) / NPROC : 1 ))}"; fi
 
-ZOO_ARGUMENTS="$(printf ' %q' "$@")" # sourced without arguments of its own, this file sees the launcher's
+ZOO_ARGUMENTS="$([ $# -eq 0 ] || printf ' %q' "$@")" # sourced without arguments of its own, this file sees the launcher's
 launch() {
     local recipe launcher="${BASH_SOURCE[1]}"
     recipe="$(basename "$(cd "$(dirname "$launcher")" && pwd)")"

@@ -232,6 +232,7 @@ def train(
         batch = next(iterator)
         waited = time.perf_counter() - waited
 
+        computing = time.perf_counter()
         for chunk in chunks:
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
@@ -262,6 +263,7 @@ def train(
         else:
             lr, bad, skipped = optimizer.param_groups[0]["lr"], bad + 1, skipped + 1
             _save_bad_batch(o, step + 1, batch, loss, grad_norm)
+        computing = time.perf_counter() - computing  # ends with the optimizer; the read of the loss has waited for all
         step += 1
         if profiler is not None and step == last_profiled:
             profiler.__exit__(None, None, None)
@@ -289,6 +291,7 @@ def train(
             "mfu": tflops / peak if peak else None,
             "memory_gib": device.memory_gib(),
             "data_wait_ms": waited * 1e3,
+            "compute_ms": computing * 1e3,
             "skipped": skipped,
         }
         log.step(row, o, skipped)

@@ -54,7 +54,7 @@ def index(folder: Path) -> dict[str, Entry]:
             start, end = header["data_offsets"]
             entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start)
     for listing in folder.glob("*.safetensors.index.json"):
-        promised = json.loads(listing.read_text())["weight_map"]
+        promised = read_json(listing).get("weight_map", {})
         lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
         if lost:
             raise ValueError(
@@ -70,7 +70,10 @@ def _header(file: Path) -> dict:
         length = int.from_bytes(f.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError(f"{file} is not a whole safetensors file ({size} bytes); fix: download it again")
-        header = json.loads(f.read(length))
+        try:
+            header = json.loads(f.read(length))
+        except ValueError:
+            raise ValueError(f"{file} has no readable safetensors header; fix: download it again") from None
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < 8 + length + end:
@@ -98,6 +101,17 @@ def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where
     ]
     if problems:
         raise ValueError(f"weights in {where} do not fit: {'; '.join(problems)}; fix: --weights or --size")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. ValueError: it does not, or is cut short."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; fix: download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; fix: download it again")
+    return values
 
 
 def fingerprint(folder: Path) -> str:

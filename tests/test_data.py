@@ -33,6 +33,8 @@ from common.data import (
 from zoo.wan21 import data as wan
 from zoo.wan21.data import Bucket, Index, VideoTextDataset, read_rows, scan, store
 
+pytestmark = pytest.mark.L2
+
 HEIGHT, WIDTH = 64, 96
 
 

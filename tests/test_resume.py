@@ -20,6 +20,8 @@ import wan_case as case
 
 from common import checkpoint
 
+pytestmark = pytest.mark.L4
+
 STEPS = 6
 
 
@@ -40,13 +42,13 @@ def command(clips: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", *fixed, "--out", str(out), *options]
 
 
-def run(clips: Path, out: Path, *options: str, ranks: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+def run(
+    clips: Path, out: Path, *options: str, ranks: int = 1, check: bool = True, **kwargs
+) -> subprocess.CompletedProcess:
     env = os.environ | {"NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    done = subprocess.run(
-        command(clips, out, *options), env=env, capture_output=True, text=True, timeout=240, **kwargs
-    )
+    done = subprocess.run(command(clips, out, *options), env=env, capture_output=True, text=True, timeout=240, **kwargs)
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 

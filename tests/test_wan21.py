@@ -12,6 +12,8 @@ from ranks import run_ranks
 
 from common import checkpoint, device, parallel, weights
 
+pytestmark = pytest.mark.L2
+
 TOLERANCE = 1e-5  # of the largest entry
 PUBLISHED = {"1.3B": (1_418_996_800, 825), "14B": (14_288_491_584, 1095)}
 
@@ -45,6 +47,7 @@ def ours(state: dict[str, torch.Tensor], **layout):
 # ------------------------------------------------------------------------------------------------- full-size identity
 
 
+@pytest.mark.L1
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]

@@ -9,6 +9,8 @@ from ranks import run_ranks
 from common import checkpoint, parallel
 from common import train as loop
 
+pytestmark = pytest.mark.L3
+
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
 
 LAYOUTS = {

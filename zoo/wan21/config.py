@@ -86,7 +86,7 @@ class WanConfig:
                 f"{folder} holds neither transformer/config.json nor config.json; expected a Wan2.1 folder in the "
                 "diffusers or original layout; fix: --weights"
             )
-        values = json.loads(path.read_text())
+        values = weights.read_json(path)
         kind = values.pop("_class_name", None)
         values = {k: v for k, v in values.items() if not k.startswith("_")}
         if kind == "WanTransformer3DModel":
@@ -97,7 +97,7 @@ class WanConfig:
             raise ValueError(f"{path} is a {kind}; expected WanTransformer3DModel or WanModel; fix: --weights")
         tokenizer = folder / "tokenizer" / "tokenizer_config.json"
         if tokenizer.is_file():  # the tiny demo pads its captions to fewer tokens than the released 512
-            longest = json.loads(tokenizer.read_text()).get("model_max_length", config.text_len)
+            longest = weights.read_json(tokenizer).get("model_max_length", config.text_len)
             config = dataclasses.replace(config, text_len=min(config.text_len, longest))
         return config
 
@@ -189,18 +189,24 @@ class TrainOptions(cli.TrainOptions):
     job: str = option("which launcher this is: pretrain or finetune", "pretrain", group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     buckets: str = option("video shapes FRAMESxHEIGHTxWIDTH, comma-separated", None, group="data", layout=True)
-    fps: float = option("frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True)
+    fps: float = option(
+        "frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True, within="[0, inf)"
+    )
     cache: Path | None = option("folder that keeps latents and text embeddings once computed", group="data")
-    shift: float = option("flow-matching timestep shift", 5.0, group="objective", layout=True)
+    shift: float = option("flow-matching timestep shift", 5.0, group="objective", layout=True, within="(0, inf)")
     timesteps: Literal["per-sample", "per-batch"] = option(
         "draws of the timestep (per-batch: as the reference)", "per-sample", group="objective", layout=True
     )
     weighting: Literal["bell", "none"] = option("loss weight over timesteps", "bell", group="objective", layout=True)
-    caption_dropout: float = option("share of captions emptied, for guidance", 0.1, group="objective", layout=True)
-    ema: float = option("decay of averaged weights, exported and sampled (0: off)", 0.0, group="objective", layout=True)
+    caption_dropout: float = option(
+        "share of captions emptied, for guidance", 0.1, group="objective", layout=True, within="[0, 1]"
+    )
+    ema: float = option(
+        "decay of averaged weights, exported and sampled (0: off)", 0.0, group="objective", layout=True, within="[0, 1)"
+    )
     sample_prompts: Path | None = option("text file of prompts sampled at the end", group="samples")
-    sample_steps: int = option("sampling steps", 50, group="samples", layout=True)
-    cfg: float = option("guidance scale of the samples", 5.0, group="samples", layout=True)
+    sample_steps: int = option("sampling steps", 50, group="samples", layout=True, within="[1, inf)")
+    cfg: float = option("guidance scale of the samples", 5.0, group="samples", layout=True, within="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +219,11 @@ class InferOptions(cli.LayoutOptions):
     negative: str = option("what not to show", "", group="job")
     out: Path = option("folder for the videos (default runs/<recipe>-infer-<time>)", group="job")
     video: str = option("shape FRAMESxHEIGHTxWIDTH", None, group="job", layout=True)
-    fps: float = option("frame rate of the written file", 16.0, group="job", layout=True)
-    sample_steps: int = option("sampling steps", 50, group="job", layout=True)
-    cfg: float = option("guidance scale (1: no guidance)", 5.0, group="job", layout=True)
+    fps: float = option("frame rate of the written file", 16.0, group="job", layout=True, within="[0, inf)")
+    sample_steps: int = option("sampling steps", 50, group="job", layout=True, within="[1, inf)")
+    cfg: float = option("guidance scale (1: no guidance)", 5.0, group="job", layout=True, within="[0, inf)")
     sampler: Literal["unipc", "euler"] = option("UniPC, or flow-match Euler", "unipc", group="job")
-    shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True)
+    shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True, within="(0, inf)")
     seed: int = option("seed of the noise; prompt i uses seed + i", 0, group="job")
     format: Literal["mp4", "gif", "both"] = option("kind of file written", "both", group="job")
 
@@ -246,7 +252,7 @@ def parse(script: str, argv: list[str]):
     """
     cls, description = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
-    o = _with_demo(o)
+    o = _with_demo(o, asked={word.split("=")[0] for word in argv})
     if script != "train":  # sampling and conversion have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
@@ -258,8 +264,14 @@ def parse(script: str, argv: list[str]):
     if script == "train" and o.data != demo_list("train"):
         rows, report = data.read_rows(o.data)
         report.check(len(rows) + sum(report.counts.values()), o.max_drop)
+    if script == "train":
+        cli.check_run(o)
+        if o.sample_prompts:
+            read_prompts(o.sample_prompts, "--sample-prompts")
     if script == "infer":
         prompts(o)
+        if o.checkpoint is not None and not o.checkpoint.is_dir():
+            raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to diffusers, original or sharded")
@@ -282,12 +294,19 @@ def _default_size(weights: Path | None) -> str:
         found = WanConfig(**_tuples(json.loads((weights / "state.json").read_text())["model"]))
     else:
         found = WanConfig.from_folder(weights)
-    for name, config in SIZES.items():
-        if dataclasses.replace(config, text_len=found.text_len) == found:
-            return name
-    raise ValueError(
-        f"{weights} has an architecture that is none of {', '.join(SIZES)}; fix: --weights, or add the size to config.py"
-    )
+    differs = {name: _differs(found, dataclasses.replace(c, text_len=found.text_len)) for name, c in SIZES.items()}
+    nearest = min(differs, key=lambda name: len(differs[name]))
+    if differs[nearest]:
+        raise ValueError(
+            f"{weights} has an architecture that is none of {', '.join(SIZES)} (nearest {nearest}: "
+            f"{', '.join(differs[nearest])}); fix: --weights, or add the size to config.py"
+        )
+    return nearest
+
+
+def _differs(found: WanConfig, wanted: WanConfig) -> list[str]:
+    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(WanConfig)}
+    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 def is_sharded(folder: Path) -> bool:
@@ -299,20 +318,20 @@ def _tuples(values: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _with_demo(o):
-    """Fill in the embedded demo where the user named no data or no weights."""
+def _with_demo(o, asked: set[str]):
+    """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
     if hasattr(o, "data") and o.data is None:
         changes |= {
             "data": demo_list("train"),
-            "buckets": DEMO_BUCKET,
+            "buckets": o.buckets if "--buckets" in asked else DEMO_BUCKET,
             "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
         }
-    if hasattr(o, "video") and o.weights is None:
+    if hasattr(o, "video") and o.weights is None and "--video" not in asked:
         changes["video"] = DEMO_BUCKET
     if o.weights is None:
-        if hasattr(o, "data") and o.data is not None and o.size != "tiny":
-            raise ValueError(f"--size {o.size} on your data needs the released folder; fix: --weights DIR")
+        if o.size != "tiny" and getattr(o, "data", o) is not None:  # drawn weights are for trying a layout out
+            raise ValueError(f"--size {o.size}, except to train on the demo data, needs --weights; fix: --weights DIR")
         changes["weights"] = DEMO_WEIGHTS
         if o.size != "tiny":
             print(
@@ -337,10 +356,10 @@ def model_config(o) -> WanConfig:
     if is_sharded(o.weights):
         return WanConfig(**_tuples(json.loads((o.weights / "state.json").read_text())["model"]))
     found = WanConfig.from_folder(o.weights)
+    if o.size not in SIZES:
+        raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
-    if not getattr(o, "from_scratch", False) and found != wanted:
-        differs = [f"{f.name} {getattr(found, f.name)} != {getattr(wanted, f.name)}" for f in dataclasses.fields(found)
-                   if getattr(found, f.name) != getattr(wanted, f.name)]  # fmt: skip
+    if not getattr(o, "from_scratch", False) and (differs := _differs(found, wanted)):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return wanted
 
@@ -358,17 +377,22 @@ def _check_folder(o, config: WanConfig, script: str) -> None:
 def prompts(o: InferOptions) -> list[str]:
     """The prompts to sample; without any, a few the demo model knows."""
     if o.prompts is not None:
-        if not o.prompts.is_file():
-            raise ValueError(f"--prompts {o.prompts} does not exist; expected a text file, a prompt per line")
-        lines = [line.strip() for line in o.prompts.read_text().splitlines()]
-        if not any(lines):
-            raise ValueError(f"--prompts {o.prompts} holds no prompt; expected a prompt per line")
-        return [line for line in lines if line]
+        return read_prompts(o.prompts, "--prompts")
     if o.prompt:
         return [o.prompt]
     if o.weights == DEMO_WEIGHTS:
         return ["a handwritten three moves to the left", "a handwritten seven moves up and to the right"]
     raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
+
+
+def read_prompts(path: Path, flag: str) -> list[str]:
+    """The lines of a text file that are not empty. ValueError: there is none."""
+    if not path.is_file():
+        raise ValueError(f"{flag} {path} does not exist; expected a text file, a prompt per line; fix: {flag}")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{flag} {path} holds no prompt; expected a prompt per line; fix: {flag}")
+    return lines
 
 
 def prepare(o) -> None:

@@ -1,0 +1,402 @@
+"""One suite for every folder of zoo/: files, imports, launchers, layouts, documentation, and the silent failures below.
+
+Silent failures found in the collection this one replaces, and what keeps each from coming back:
+
+    partial load, missing keys only logged        test_no_partial_load_and_no_pickle (here), test_cli.py, test_weights.py
+    inverted comparison in a test                 test_every_approx_is_compared_for_equality_in_an_assert
+    samples dropped without a word                test_data.py test_every_dropped_row_is_counted_*, test_cli.py too_many_dropped
+    exit code lost in a pipe, perf after a crash  test_launcher_is_one_plain_launch, test_cli.py exit_code_*
+    chmod makes checkpoints unreadable            test_launcher_is_one_plain_launch
+    optimizer not saved by default                test_every_job_saves_and_resumes_by_default, test_resume.py
+    save interval above the number of steps       a checkpoint is always written at the end: test_resume.py
+    batch size follows CP or TP silently          test_global_batch_does_not_follow_the_layout
+    one timestep per batch                        test_wan21.py test_every_sample_has_its_own_timestep_unless_asked
+    launchers that point at other data, models    test_launcher_is_one_plain_launch, test_no_folder_name_in_code
+    conversion to fp16 by default                 test_wan21.py test_released_layouts_convert_bit_exactly
+    one micro-batch under deep pipelines          test_named_layout_is_legal_and_says_where_it_comes_from
+    import deletes a shared build folder          nothing is built at import; test_cli.py torch_is_not_imported
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.L0
+
+ROOT = Path(__file__).parents[1]
+# A folder whose name starts with an underscore is a copy made by a test.
+RECIPES = sorted(p.parent.name for p in ROOT.glob("zoo/*/config.py") if not p.parent.name.startswith("_"))
+RECIPES = [os.environ["ZOO_RECIPE"]] if "ZOO_RECIPE" in os.environ else RECIPES
+LAUNCHERS = [str(p.relative_to(ROOT)) for recipe in RECIPES for p in sorted(ROOT.glob(f"zoo/{recipe}/*.sh"))]
+LAYOUTS = [
+    (recipe, name)
+    for recipe in RECIPES
+    for name in tomllib.loads((ROOT / "zoo" / recipe / "parallel.toml").read_text())
+]
+REQUIRED = [
+    "README.md", "config.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
+    "perf.jsonl", "convert.sh",
+]  # fmt: skip
+READING_COST = 1800  # lines
+ALIKE, ALIKE_LINES = 0.90, 150
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files git knows or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [ROOT / n for n in sorted(set(names)) if (ROOT / n).is_file() and not n.startswith("zoo/_")]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def sources(*folders: str) -> list[Path]:
+    return [p for folder in folders for p in tracked(f"{folder}/*.py")]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of the modules a file imports; relative ones are resolved."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@functools.cache
+def run_launcher(launcher: str, *options: str) -> tuple[subprocess.CompletedProcess, float]:
+    env = {**os.environ, "ZOO_PYTHON": sys.executable, "ZOO_DEVICE": "cpu", "NPROC": "1", "NNODES": "1"}
+    start = time.perf_counter()
+    done = subprocess.run(["bash", launcher, *options], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return done, time.perf_counter() - start
+
+
+def launch_line(launcher: str) -> list[str]:
+    lines = [line for line in (ROOT / launcher).read_text().splitlines() if re.match(r"(exec )?launch ", line)]
+    assert len(lines) == 1, f"{launcher} has {len(lines)} launch lines"
+    return shlex.split(lines[0])
+
+
+def job(launcher: str):
+    """The option dataclass a launcher's options fill."""
+    config = importlib.import_module(f"zoo.{Path(launcher).parent.name}.config")
+    return config.JOBS[launch_line(launcher)[1]][0]
+
+
+# --------------------------------------------------------------------------------------------------- files and imports
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_the_files_of_the_contract(recipe):
+    missing = [name for name in REQUIRED if not (ROOT / "zoo" / recipe / name).is_file()]
+    assert not missing, f"zoo/{recipe} lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", sources("zoo", "common", "kernels"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_from_recipe_to_common_to_kernels(path):
+    where = path.relative_to(ROOT).parts
+    allowed = {"zoo": {f"zoo.{where[1]}", "common", "kernels"}, "common": {"common", "kernels"}, "kernels": {"kernels"}}
+    ours = [name for name in imports(path) if name.split(".")[0] in ("zoo", "common", "kernels", "tests")]
+    wrong = [n for n in ours if not any(n == a or n.startswith(a + ".") for a in allowed[where[0]])]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def strings_in_code(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of what a copied recipe would carry along: absolute imports and strings, docstrings left out."""
+    docstrings = {id(n.value) for n in ast.walk(parsed(path)) if isinstance(n, ast.Expr)}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.lineno, node.module
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_folder_name_in_code(recipe):
+    """So that `cp -r` gives a recipe that works."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text[:60]!r}"
+        for path in sources(f"zoo/{recipe}")
+        for line, text in strings_in_code(path)
+        if re.search(rf"\b{re.escape(recipe)}\b", text)
+    ]
+    for path in tracked(f"zoo/{recipe}/*.sh"):
+        code = [re.sub(r"(^|\s)#.*", "", line) for line in path.read_text().splitlines()]
+        found += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(code, 1) if recipe in line]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_constructors_name_every_argument(recipe):
+    """`**kwargs` swallows typos."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(f"zoo/{recipe}")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__" and node.args.kwarg
+    ]
+    assert not found, found
+
+
+def test_no_partial_load_and_no_pickle():
+    found = []
+    for path in sources("zoo", "common", "kernels"):
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            off = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
+            off |= {"strict" for a in node.args[1:2] if isinstance(a, ast.Constant) and a.value is False}
+            if (
+                (name.endswith("load_state_dict") and "strict" in off)
+                or name in ("torch.load", "pickle.load", "pickle.loads")
+                or "weights_only" in off
+                or any(k.arg == "trust_remote_code" for k in node.keywords)
+            ):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert not found, "\n".join(found)
+
+
+def test_every_approx_is_compared_for_equality_in_an_assert():
+    """`if actual == approx(expected): raise` passed for years on unequal losses."""
+    found = []
+    for path in tracked("tests/*.py"):
+        tests = [n.test for n in ast.walk(parsed(path)) if isinstance(n, ast.Assert)]
+        equalities = [
+            c
+            for test in tests
+            for c in ast.walk(test)
+            if isinstance(c, ast.Compare) and ast.unparse(test)[:4] != "not "
+        ]
+        good = {id(n) for c in equalities if all(isinstance(op, ast.Eq) for op in c.ops) for n in ast.walk(c)}
+        uses = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pytest.approx"]
+        found += [f"{path.name}:{n.lineno}" for n in uses if id(n) not in good]
+    assert not found, f"not `assert value == pytest.approx(…)`: {', '.join(found)}"
+
+
+def test_ruff_finds_nothing():
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_is_one_plain_launch(launcher):
+    text = (ROOT / launcher).read_text()
+    lines = text.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# "), "first say what it does"
+    assert f"bash {launcher}" in text.split("set -euo")[0], "the comment shows the command"
+    assert "set -euo pipefail" in lines
+    assert 'source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"' in lines
+    assert launch_line(launcher)[-1] == "$@" and lines[-1].split()[0] in ("launch", "exec")
+    assert len(lines) <= 25
+    code = "\n".join(line for line in lines if not line.startswith("#"))
+    assert not re.search(r"chmod|\btee\b|\||/path/to|/home/|/mnt/|sleep|awk", code)
+    assert "/path/to" not in text
+    subprocess.run(["bash", "-n", launcher], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_help_names_every_option(launcher, capsys):
+    done, seconds = run_launcher(launcher, "--help")
+    with capsys.disabled():
+        print(f"\n{launcher} --help: {seconds:.2f} s", end="")
+    assert done.returncode == 0 and done.stderr == ""
+    for name, f in job(launcher).__dataclass_fields__.items():
+        flag = "--" + name.replace("_", "-")
+        assert re.search(rf"{flag}\b", done.stdout) and f.metadata["help"], f"{flag} is not explained"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_prints_its_default_config(launcher):
+    required = ["--to", "original"] if Path(launcher).name == "convert.sh" else []
+    done, _ = run_launcher(launcher, *required, "--print-config")
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["size"] == "tiny"
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_dry_runs(launcher):
+    required = ["--to", "original"] if Path(launcher).name == "convert.sh" else []
+    done, _ = run_launcher(launcher, *required, "--dry-run")
+    assert done.returncode == 0 and "parameters: " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if "train" in Path(name).name])
+def test_every_job_saves_and_resumes_by_default(launcher):
+    values = tomllib.loads(run_launcher(launcher, "--print-config")[0].stdout)
+    assert values["resume"] == "auto" and values["keep"] >= 1
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+def as_options(values: dict) -> list[str]:
+    """Keys of a layout as command-line options."""
+    out = []
+    for key, value in values.items():
+        flag = key.replace("_", "-")
+        out += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
+    return out
+
+
+@pytest.mark.parametrize(("recipe", "name"), LAYOUTS)
+def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkeypatch):
+    config = importlib.import_module(f"zoo.{recipe}.config")
+    layout = tomllib.loads((ROOT / "zoo" / recipe / "parallel.toml").read_text())[name]
+    assert layout["source"].strip() and layout["size"] in config.SIZES
+    known = {f for f in config.JOBS["train"][0].__dataclass_fields__ if f in layout}
+    argv = ["--layout", name, *as_options({k: layout[k] for k in known})]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    smallest = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
+    refused = []
+    for replicas in range(1, 65):
+        monkeypatch.setenv("NPROC", str(smallest * replicas))
+        try:
+            o = config.parse("train", argv)
+        except ValueError as error:
+            refused.append(f"{smallest * replicas} processes: {error}")
+            continue
+        assert o.micro_batches >= o.pp, "a pipeline with fewer micro-batches than stages is mostly waiting"
+        assert o.layout == name and all(getattr(o, k) == layout[k] for k in known - {"size"})
+        return
+    pytest.fail(f"no number of processes fits: {refused[0]}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_global_batch_does_not_follow_the_layout(recipe, monkeypatch):
+    config = importlib.import_module(f"zoo.{recipe}.config")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("NPROC", "4")
+    for layout in (["--tp", "2"], ["--cp", "2"], ["--pp", "2"], ["--tp", "4"], []):
+        assert config.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout]).global_batch == 8
+
+
+# -------------------------------------------------------------------------------------------------------- documentation
+
+MARKDOWN = tracked("*.md")
+EXAMPLES = {"mine", "NAME"}  # folder names that stand for the reader's own
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """(launcher, the rest of its line) of every `bash zoo/x/y.sh …` in a text."""
+    text = re.sub(r"\\\n[ \t#]*", " ", text)
+    for match in re.finditer(r"bash (zoo/[\w.-]+/[\w.-]+\.sh)([^\n`|;&]*)", text):
+        if match[1].split("/")[1] not in EXAMPLES:
+            yield match[1], re.split(r"\s#\s|\s{4,}", match[2])[0]
+
+
+def options_of(launcher: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", run_launcher(launcher, "--help")[0].stdout))
+
+
+@pytest.mark.parametrize("path", [*MARKDOWN, *tracked("zoo/*.sh", "zoo/*.py")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_commands_use_launchers_and_options_that_exist(path):
+    for launcher, rest in commands(path.read_text()):
+        assert (ROOT / launcher).is_file(), f"{launcher} does not exist"
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest))
+        assert used <= options_of(launcher), f"{launcher} has no {', '.join(used - options_of(launcher))}"
+
+
+def mentioned(text: str) -> Iterator[str]:
+    """What looks like a path of this repository in back-ticks and code blocks."""
+    blocks = re.findall(r"```[^\n]*\n(.*?)```", text, re.S)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for word in itertools.chain(*(b.split() for b in blocks), *(s.split() for s in re.findall(r"`([^`\n]+)`", prose))):
+        word = word.strip("()[]{},:;\"'").rstrip(".")
+        if re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", word):
+            yield word
+
+
+def exists(word: str, folder: Path) -> bool | None:
+    """Whether a path is there; None: it is not one of this repository's."""
+    first, *rest = word.rstrip("/").split("/")
+    if rest and first in ("zoo", "common", "kernels", "tests", ".ci"):
+        return rest[0] in EXAMPLES or any(ROOT.glob(word.rstrip("/")))
+    if rest and (folder / first).is_dir() and folder != ROOT:
+        return any(folder.glob(word.rstrip("/")))
+    if not rest and re.search(r"\w\.(py|sh|md)$", word):
+        return any(p.match(word) for p in tracked())
+    return None
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_paths_and_links_exist(path):
+    text = path.read_text()
+    lost = [word for word in mentioned(text) if exists(word, path.parent) is False]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target = link.split("#")[0]
+        if target and not re.match(r"\w+:", target) and not (path.parent / target).exists():
+            lost.append(link)
+    assert not lost, f"{path.relative_to(ROOT)} names {lost}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documentation_has_no_machine_paths(path):
+    assert not re.search(r"(?<![\w.])/(work|home|root|mnt|tmp|Users)/|/path/to", path.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- size, copies
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_reading_cost_of_one_forward(recipe, capsys):
+    files, waiting = [], [ROOT / "zoo" / recipe / "model.py"]
+    while waiting:  # model.py and what it and they import of common and kernels
+        path = waiting.pop()
+        files.append(path)
+        if path.is_relative_to(ROOT / "common") and path.name != "ops.py":
+            continue  # the primitives are opened for their own sake, not for what they use
+        for name in imports(path):
+            parts = name.split(".")
+            target = ROOT.joinpath(*parts[:2]).with_suffix(".py")
+            if parts[0] in ("common", "kernels") and target.is_file() and target not in files + waiting:
+                waiting.append(target)
+    lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    total = sum(lines.values())
+    with capsys.disabled():
+        print(f"\nreading cost of {recipe}: {total} lines ({', '.join(f'{k} {v}' for k, v in lines.items())})", end="")
+    assert total <= READING_COST, f"one forward of {recipe} takes {total} lines to read; move out what it does not need"
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(RECIPES, 2)))
+def test_report_files_that_two_recipes_could_share(one, other, capsys):
+    for path in sources(f"zoo/{one}"):
+        twin = ROOT / "zoo" / other / path.relative_to(ROOT / "zoo" / one)
+        if not twin.is_file():
+            continue
+        a, b = path.read_text().splitlines(), twin.read_text().splitlines()
+        alike = difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+        if min(len(a), len(b)) > ALIKE_LINES and alike > ALIKE:
+            with capsys.disabled():
+                print(
+                    f"\n{path.relative_to(ROOT)} and {other}'s are {alike:.2f} alike: does it belong in common/?",
+                    end="",
+                )
