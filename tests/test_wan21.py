@@ -9,6 +9,7 @@ import torch
 import wan_case as case
 from diffusers import WanPipeline, WanTransformer3DModel
 from ranks import run_ranks
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint, device, parallel, weights
 
@@ -60,6 +61,16 @@ def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     assert shapes == case.convert.shapes(config) and len(shapes) == tensors
     released = {case.convert.to_diffusers(name): shape for name, shape in shapes.items()}
     assert released == {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+
+
+@pytest.mark.L1
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_flops_formula_equals_a_counted_forward_of_the_reference(size):
+    config, grid = case.config.SIZES[size], (21, 60, 104)  # 81x480x832
+    with torch.device("meta"), FlopCounterMode(display=False) as counted, torch.no_grad():
+        latents, text = torch.empty(1, config.in_dim, *grid), torch.empty(1, config.text_len, config.text_dim)
+        oracle(config)(latents, torch.ones(1), text)
+    assert counted.get_total_flops() == config.flops(grid)
 
 
 def test_config_survives_both_released_formats(tmp_path):
