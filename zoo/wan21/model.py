@@ -270,7 +270,7 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
 
 def fill(chunks: list[WanDiT], o, config: WanConfig) -> None:
     """Released weights, each rank its slice; or, with --from-scratch, the original code's initial values."""
-    if o.from_scratch:
+    if getattr(o, "from_scratch", False):
         checkpoint.initialize(chunks, o.seed, draw)
     else:
         entries, rename = convert.released_entries(o.weights, config)

@@ -25,7 +25,7 @@ from common import train as loop
 from common.data import BucketSampler, prefetch, probe_video, read_frames
 
 from . import convert, data
-from .config import TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
+from .config import HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
 from .encoders import TextEncoder, VideoCodec, pad
 from .infer import sample, write_video
 from .model import WanBlock, build, fill, velocity_tokens
@@ -270,7 +270,7 @@ def main() -> None:
         return (samples(batch)[0] // split + 7 + config.text_len) * split
 
     grid = latent_grid(index.buckets[0])
-    header = loop.run_header(o, "wan21", o.job, config.parameters, config.flops(grid))
+    header = loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(grid))
     batches = Batches(o, config, index)
     result = loop.train(
         o,
