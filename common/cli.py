@@ -348,6 +348,8 @@ def exit_on_bad_input(function, *args):
     try:
         return function(*args)
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        if "RANK" in os.environ and "fix: " not in str(error):
+            raise  # in a worker, and not one of our messages: some library's, whose traceback is wanted
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -115,11 +115,16 @@ def read_json(path: Path) -> dict:
 
 
 def fingerprint(folder: Path) -> str:
-    """A short name for the content of a part of a released folder: its config, and its files' sizes and headers."""
+    """A short name for the content of a part of a released folder: its config, its files' sizes, and 64 samples of 64
+    KiB spread over each file (hashing 11 GB of text encoder whole would take as long as loading it)."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         with open(file, "rb") as f:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2**20))
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            for i in range(64):
+                f.seek(i * size // 64)
+                digest.update(f.read(2**16))
     return digest.hexdigest()[:16]
 
 

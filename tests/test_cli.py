@@ -71,7 +71,8 @@ def released(folder: Path, size: str, layout: str = "diffusers", tamper=lambda h
 
 # ------------------------------------------------------------------------------------------------ options and layouts
 
-# options, processes, what the message must hold. The tiny model: 4 heads, 4 layers, 36 tokens, 32 samples a step.
+# options, processes, what the message must hold. The tiny model has 4 heads and 4 layers; GIVEN makes 36 tokens.
+GIVEN = ["--buckets", "13x48x48", "--micro-batch", "32", "--global-batch", "32"]
 REFUSED = {
     "unknown option": ("--setps 3", 1, ["'--setps'", "did you mean --steps?"]),
     "abbreviated option": ("--step 3", 1, ["did you mean --steps?"]),
@@ -117,7 +118,7 @@ REFUSED = {
 def test_impossible_options_are_refused_with_the_reason_and_the_fix(case, monkeypatch):
     options, processes, parts = REFUSED[case]
     monkeypatch.setenv("NPROC", str(processes))
-    message = refusal(*options.split())
+    message = refusal(*GIVEN, *options.split())
     assert all(part in message for part in parts), message
 
 
@@ -336,7 +337,7 @@ def test_several_nodes_without_a_meeting_place_are_refused(nodes):
 @pytest.mark.parametrize(
     ("script", "argv"),
     [
-        ("train", ["--steps", "7", "--lr", "2e-5", "--no-deterministic", "--global-batch", "64"]),
+        ("train", ["--steps", "7", "--lr", "2e-5", "--no-deterministic", *GIVEN]),
         ("infer", ["--prompt", 'a "quoted"\\ line\n\tand é, 视频', "--cfg", "1"]),
         ("convert", ["--to", "original"]),
     ],
@@ -358,7 +359,8 @@ def test_printed_config_is_toml_that_gives_the_same_run_again(script, argv):
 def test_dry_run_of_released_weights_says_the_published_parameter_count(size, tmp_path):
     folder = released(tmp_path, size)
     launcher = sorted(FOLDER.glob("pretrain*.sh"))[0]
-    done = shell("bash", launcher, "--weights", folder, "--dry-run", NPROC="8", NNODES="16")
+    batch = ["--micro-batch", "1", "--global-batch", "128"]
+    done = shell("bash", launcher, "--weights", folder, *batch, "--dry-run", NPROC="8", NNODES="16")
     assert f"parameters: {PUBLISHED[size]:,}\n" in done.stdout
     assert "world 128: tp 1 cp 1 dp 128 pp 1" in done.stdout and "rank  127" in done.stdout
     assert not (tmp_path / "runs").exists()

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from sklearn.svm import SVC
 
-from zoo.wan21.demo import make_data
+from . import make_data
 
 WINDOW = 28  # pixels, side of the square around the centroid that must hold the ink
 FEATURE = 14  # the window is seen at this resolution

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from zoo.wan21.demo import make_data
+from . import make_data
 
 HERE = Path(__file__).parent
 TEXT_LEN = 16  # longest caption: 10 tokens with </s>
