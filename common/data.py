@@ -338,12 +338,9 @@ class _MicroBatches:
             raise RuntimeError(f"reading rows {rows} ({files}) failed: {type(error).__name__}: {error}") from error
 
 
-def _outlive_signals(worker: int) -> None:
-    """torchrun signals the whole process group; a decoding worker that died of it would take the checkpoint along."""
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _own_group(worker: int) -> None:
+    """torchrun signals a rank's whole process group; a decoding worker that died of it would take the checkpoint along."""
+    os.setpgrp()
 
 
 def prefetch(
@@ -377,7 +374,7 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             timeout=timeout if workers else 0,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_own_group,
             generator=Generator(),  # else it draws its base seed from the training's random state
         )
     )
