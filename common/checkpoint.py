@@ -12,6 +12,7 @@ weight`, `optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads wh
 import json
 import math
 import os
+import queue
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
 from torch.distributed.tensor import DTensor
@@ -128,6 +130,9 @@ def _write(target: Path, shards: dict, state: dict) -> None:
         partial.mkdir(parents=True)
     dist.barrier()
     problem = None
+    # Where a writer leaves its results. This process reads them itself, so a plain queue does; megatron-core's own is
+    # served by a spawned process that imports the whole program again (seconds) and outlives a killed rank.
+    filesystem_async._results_queue = queue.SimpleQueue()
     try:
         dist_checkpointing.save(shards, str(partial), content_metadata=FORMAT)
         if dist.get_rank() == 0:

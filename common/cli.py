@@ -306,8 +306,11 @@ def check_run(o: TrainOptions) -> None:
     """
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
-    if o.profile_steps and not re.fullmatch(r"\d+(-\d+)?", o.profile_steps):
+    first, _, last = o.profile_steps.partition("-")
+    if o.profile_steps and not (re.fullmatch(r"\d+(-\d+)?", o.profile_steps) and 1 <= int(first) <= int(last or first)):
         raise ValueError(f"profile_steps={o.profile_steps!r}; expected FIRST-LAST, e.g. 10-12; fix: --profile-steps")
+    if o.profile_steps and int(first) > o.steps:
+        raise ValueError(f"profile_steps={o.profile_steps} of a run of {o.steps} steps; fix: --profile-steps or --steps")
     if not re.fullmatch(r"\d+(,\d+)*", o.profile_ranks):
         raise ValueError(f"profile_ranks={o.profile_ranks!r}; expected ranks, e.g. 0,8; fix: --profile-ranks")
 
@@ -356,7 +359,8 @@ def exit_on_bad_input(function, *args):
 
 def main() -> None:
     recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
-    os.environ.pop("WORLD_SIZE", None)  # some clusters set it to the number of nodes; the workers get torchrun's
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # some clusters set them by node; the workers get torchrun's
+        os.environ.pop(name, None)
     config = importlib.import_module(f"{recipe}.config")
     options = exit_on_bad_input(config.parse, script, argv)
     if getattr(options, "print_config", False):

@@ -49,6 +49,8 @@ setup() {
             echo "error: CUDA packages arrived on $ZOO_DEVICE; fix: remove $venv, install a CPU build of torch first" >&2
             exit 2
         fi
+        # Compiled now, on all cores: images that forbid Python to write bytecode would compile 10 s at every start.
+        "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true  # some packages ship templates
         echo "$stamp" >"$venv/.stamp"
     fi
     ZOO_PYTHON="$venv/bin/python"

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,7 +163,8 @@ def train(
     o: TrainOptions,
     chunks: list[torch.nn.Module],
     forward_step: Callable,
-    batches: Callable[[int], Iterator[list[dict]]],
+    batches: Callable[[int], Iterator],
+    prepare: Callable[[Any], list[dict]],
     *,
     sequence_length: Callable[[list[dict]], int],
     samples: Callable[[list[dict]], tuple[int, int]],
@@ -174,7 +176,7 @@ def train(
 
     chunks: this rank's wrapped model chunks. forward_step: as megatron-core's schedules call it, its loss function
     returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
-    step): yields each step's micro-batches for this rank, on the device. sequence_length(batch): the length that
+    step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device. sequence_length(batch): the length that
     megatron-core multiplies out to the pipeline tensor. samples(batch): (tokens, model FLOPs) of one sample of it.
     header: run facts; state: what checkpoints remember of the recipe.
 
@@ -209,7 +211,7 @@ def train(
     forward_backward = get_forward_backward_func()
     bad, skipped, last_save, reason = 0, 0, None, "finished"
     first_profiled, last_profiled = _profile_range(o)
-    profiler = None
+    profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
     def save(step: int) -> Path | None:
         facts = {**state, "step": step, "optimizer_steps": applied, "global_batch": o.global_batch, "seed": o.seed}
@@ -225,14 +227,16 @@ def train(
     iterator, step = batches(start), start
     began = time.perf_counter()
     while step < o.steps:
-        if step == first_profiled and dist.get_rank() in {int(r) for r in o.profile_ranks.split(",")}:
+        if profiler is None and first_profiled <= step < last_profiled and dist.get_rank() in profiled_ranks:
             profiler = torch.profiler.profile(with_stack=False, record_shapes=True)
             profiler.__enter__()
         waited = time.perf_counter()
-        batch = next(iterator)
+        loaded = next(iterator)
         waited = time.perf_counter() - waited
 
         computing = time.perf_counter()
+        batch = prepare(loaded)
+        preparing = time.perf_counter() - computing
         for chunk in chunks:
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
@@ -291,6 +295,7 @@ def train(
             "mfu": tflops / peak if peak else None,
             "memory_gib": device.memory_gib(),
             "data_wait_ms": waited * 1e3,
+            "prepare_ms": preparing * 1e3,
             "compute_ms": computing * 1e3,
             "skipped": skipped,
         }
@@ -346,7 +351,7 @@ def _profile_range(o: TrainOptions) -> tuple[int, int]:
     if not o.profile_steps:
         return -1, -1
     first, _, last = o.profile_steps.partition("-")
-    return int(first) - 1, int(last or first)
+    return int(first) - 1, min(int(last or first), o.steps)
 
 
 def _save_bad_batch(o: TrainOptions, step: int, batch: list[dict], loss: float, grad_norm: float) -> None:

@@ -355,17 +355,19 @@ class VideoTextDataset:
         """A micro-batch of rows of one bucket.
 
         Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache), and either
-        `latents` fp32 [B, 16, f, h, w] and `text` (a list of [n, D]) or `pixels` uint8 [B, 3, F, H, W]; the others are
+        `latents` fp32 [B, 16, f, h, w] and `text` [B, longest n, D] or `pixels` uint8 [B, 3, F, H, W]; the others are
         None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever
         encodes them always encodes the same batch, and a resumed run gets the same bits.
         """
         from torch import from_numpy, stack
+        from torch.nn.utils.rnn import pad_sequence
 
         keys = [self.key(row) for row in rows] if self.cache_dir else None
         cached = load_cached(self.cache_dir, keys) if keys else None
         batch = {"rows": list(rows), "keys": keys, "pixels": None, "latents": None, "text": None}
         if cached is not None:
-            batch |= {"latents": stack([c["latents"] for c in cached]), "text": [c["text"] for c in cached]}
+            batch["latents"] = stack([c["latents"] for c in cached])
+            batch["text"] = pad_sequence([c["text"] for c in cached], batch_first=True)
         else:
             batch["rows"], pixels = map(list, zip(*(self._read_or_next(row, epoch) for row in rows), strict=True))
             batch["pixels"] = from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).contiguous()  # -> B 3 F H W
@@ -407,15 +409,14 @@ class VideoTextDataset:
 
 
 def store(cache_dir: str | Path, key: str, latents: Tensor, text: Tensor) -> None:
-    """Keeps latents [16, f, h, w] in fp32 and the text embedding [n, D], n its true length; whole or not at all."""
+    """Keeps latents [16, f, h, w] in fp32 and the text embedding [T, D] without its zero rows; whole or not at all."""
     from safetensors.torch import save_file
 
     path = Path(cache_dir) / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
-    save_file(
-        {"latents": latents.detach().float().cpu().contiguous(), "text": text.detach().cpu().contiguous()}, partial
-    )
+    text = text.cpu()
+    save_file({"latents": latents.float().cpu().contiguous(), "text": text[: int(text.any(-1).sum())].clone()}, partial)
     os.replace(partial, path)
 
 

@@ -37,7 +37,7 @@ class VideoCodec:
 
 
 class TextEncoder:
-    """Captions -> embeddings cut to their true length; `pad` zero-fills them to the model's text_len."""
+    """Captions -> embeddings of the model's text_len."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, text_len: int):
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -46,8 +46,8 @@ class TextEncoder:
         self.text_len = text_len
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> list[torch.Tensor]:
-        """-> one [n, text_dim] per caption, n its number of tokens with the closing </s>, at most text_len."""
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """-> [B, text_len, text_dim], zeros behind each caption's closing </s>: Wan attends to the padding too."""
         tokens = self.tokenizer(
             [clean(c) for c in captions],
             padding="max_length",
@@ -56,15 +56,7 @@ class TextEncoder:
             return_tensors="pt",
         ).to(self.model.device)
         states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state  # [B, T, text_dim]
-        return [s[:n] for s, n in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)]
-
-
-def pad(text: list[torch.Tensor], text_len: int) -> torch.Tensor:
-    """[n_i, text_dim] each -> [B, text_len, text_dim], zeros behind: Wan attends to the padding, so it must be zero."""
-    out = text[0].new_zeros(len(text), text_len, text[0].shape[1])
-    for row, t in zip(out, text, strict=True):
-        row[: len(t)] = t
-    return out
+        return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
 
 
 def clean(caption: str) -> str:

@@ -25,7 +25,7 @@ from common import checkpoint, cli, parallel
 
 from . import data
 from .config import InferOptions, WanConfig, latent_grid, model_config, parse, prompts
-from .encoders import TextEncoder, VideoCodec, pad
+from .encoders import TextEncoder, VideoCodec
 from .model import WanBlock, build, fill, unpatchify
 
 
@@ -67,15 +67,15 @@ def velocity(chunks, o, config: WanConfig, x: torch.Tensor, t: torch.Tensor, tex
 def sample(
     chunks, o, config: WanConfig, text, empty, grid, seeds: list[int], *, sampler, shift, steps, cfg
 ) -> torch.Tensor:
-    """Latents [B, C, *grid] for text embeddings (a list of [n, D]) with guidance against `empty`, noise by `seeds`."""
+    """Latents [B, C, *grid] for text embeddings [B, T, D] with guidance against `empty` [T, D], noise by `seeds`."""
     where = device.current()
     noise = [torch.randn(config.in_dim, *grid, generator=torch.Generator().manual_seed(s)) for s in seeds]
     x = torch.stack(noise).to(where)
-    conditional, unconditional = pad(text, config.text_len), pad([empty] * len(text), config.text_len)
+    unconditional = empty.expand_as(text)
     plan = scheduler(sampler, shift, steps, where)
     for t in tqdm(plan.timesteps, disable=dist.get_rank() > 0 or not sys.stderr.isatty(), leave=False, desc="sampling"):
         times = t.expand(len(x)).float()
-        v = velocity(chunks, o, config, x, times, conditional)
+        v = velocity(chunks, o, config, x, times, text)
         if cfg != 1:
             base = velocity(chunks, o, config, x, times, unconditional)
             v = base + cfg * (v - base)

@@ -18,15 +18,16 @@ from common import device  # isort: skip  (before megatron)
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
 from common import checkpoint, cli, parallel, weights
 from common import train as loop
-from common.data import BucketSampler, prefetch, probe_video, read_frames
+from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
 from . import convert, data
 from .config import HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
-from .encoders import TextEncoder, VideoCodec, pad
+from .encoders import TextEncoder, VideoCodec
 from .infer import sample, write_video
 from .model import WanBlock, build, fill, velocity_tokens
 
@@ -58,20 +59,18 @@ class FlowMatching:
         self.o = o
         self.weights = bell_weights(o.shift) if o.weighting == "bell" else torch.ones(1000)
 
-    def noised(
-        self, latents: torch.Tensor, text: list[torch.Tensor], empty: torch.Tensor, step: int, slots: range
-    ) -> dict:
-        """latents fp32 [B, C, F, H, W] of the places `slots` of the step's global batch -> a training batch:
-        x [B, C, F, H, W], target the same, t [B], weight [B]; text captions dropped to the empty one at random."""
-        noise, index, kept = torch.empty_like(latents), [], []
+    def noised(self, latents: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, step: int, slots: range) -> dict:
+        """latents fp32 [B, C, F, H, W] and text [B, T, D] of the places `slots` of the step's global batch -> a
+        training batch: x and target [B, C, F, H, W], t and weight [B], text with captions dropped to `empty` [T, D]."""
+        noise, index, dropped = torch.empty_like(latents), [], []
         for i, slot in enumerate(slots):
             generator = torch.Generator(latents.device).manual_seed(checkpoint.stable_seed(self.o.seed, step, slot))
             noise[i] = torch.randn(latents.shape[1:], generator=generator, device=latents.device)
             # Host numbers come from a host generator: reading them from the device would stop it.
             host = torch.Generator().manual_seed(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
             index.append(torch.randint(1000, (), generator=host))
-            kept.append(empty if torch.rand((), generator=host) < self.o.caption_dropout else text[i])
-        index = torch.stack(index)
+            dropped.append(torch.rand((), generator=host) < self.o.caption_dropout)
+        index, dropped = torch.stack(index), torch.stack(dropped).to(text.device)
         if self.o.timesteps == "per-batch":  # what the reference does: one draw for the whole batch
             index = index[:1].expand(len(index))
         s = sigma(index, self.o.shift).to(latents.device).view(-1, 1, 1, 1, 1)
@@ -80,7 +79,7 @@ class FlowMatching:
             "target": noise - latents,
             "t": 1000 * s.flatten(),
             "weight": self.weights[index].to(latents.device),
-            "text": kept,
+            "text": torch.where(dropped.view(-1, 1, 1), empty, text),
         }
 
 
@@ -127,47 +126,41 @@ class Batches:
         self.empty = self.text.encode([""])[0]
         self.flow = FlowMatching(o)
 
-    def __call__(self, start: int) -> Iterator[list[dict]]:
+    def __call__(self, start: int) -> Iterator[Step]:
+        """Decoded or cached micro-batches of the steps from `start` on, this rank's share of each."""
+        group = parallel.sample_group()
+        share = (group.rank(), group.size())
+        return prefetch(self.dataset, self.sampler, start, self.o.steps, self.o.workers, share)
+
+    def prepare(self, loaded: Step) -> list[dict]:
+        """A loaded step -> its training batches, whole on every rank of the sample group."""
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
-        share = (group.rank(), group.size())
-        for loaded in prefetch(self.dataset, self.sampler, start, self.o.steps, self.o.workers, share):
-            mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
-            shape = (self.o.micro_batch, self.config.in_dim, *latent_grid(self.index.buckets[loaded.bucket]))
-            step = []
-            for i in range(self.o.micro_batches):
-                latents, text, lengths = self._encoded(mine.get(i), shape)
-                if group.size() > 1:
-                    for tensor in (latents, text, lengths):
-                        dist.broadcast(tensor, ranks[i % group.size()], group=group)
-                text = [t[:n] for t, n in zip(text, lengths.tolist(), strict=True)]
-                batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i))
-                batch["text"] = pad(batch["text"], self.config.text_len)
-                if i in mine:
-                    batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
-                step.append(batch)
-            yield step
+        mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
+        shape = (self.o.micro_batch, self.config.in_dim, *latent_grid(self.index.buckets[loaded.bucket]))
+        batches = []
+        for i in range(self.o.micro_batches):
+            latents, text = self._encoded(mine.get(i), shape)
+            if group.size() > 1:
+                for tensor in (latents, text):
+                    dist.broadcast(tensor, ranks[i % group.size()], group=group)
+            batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i))
+            if i in mine:
+                batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
+            batches.append(batch)
+        return batches
 
-    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(latents [B, C, F, H, W] fp32, text [B, text_len, D], lengths [B]); empty to be filled if not this rank's."""
+    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents [B, C, F, H, W] fp32, text [B, text_len, D]); empty to be filled if not this rank's."""
         if batch is None:
-            text = torch.empty(
-                shape[0], self.config.text_len, self.config.text_dim, device=self.device, dtype=self.empty.dtype
-            )
-            return (
-                torch.empty(shape, device=self.device),
-                text,
-                torch.empty(shape[0], dtype=torch.long, device=self.device),
-            )
-        if batch["latents"] is None:
-            latents, text = self.codec.encode(batch["pixels"]), self.text.encode(batch["captions"])
-            if batch["keys"]:
-                for key, one, words in zip(batch["keys"], latents, text, strict=True):
-                    data.store(self.o.cache, key, one, words)
-        else:
-            latents, text = batch["latents"].to(self.device), [t.to(self.device) for t in batch["text"]]
-        lengths = torch.tensor([len(t) for t in text], device=self.device)
-        return latents, pad(text, self.config.text_len), lengths
+            return torch.empty(shape, device=self.device), self.empty.new_empty(shape[0], *self.empty.shape)
+        if batch["latents"] is not None:
+            text = batch["text"].to(self.device)  # [B, n, D], n the longest caption's length
+            return batch["latents"].to(self.device), F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+        latents, text = self.codec.encode(batch["pixels"]), self.text.encode(batch["captions"])
+        for i, key in enumerate(batch["keys"] or []):
+            data.store(self.o.cache, key, latents[i], text[i])
+        return latents, text
 
 
 def indexed(o: TrainOptions) -> data.Index:
@@ -277,6 +270,7 @@ def main() -> None:
         wrapped,
         forward_step,
         batches,
+        batches.prepare,
         sequence_length=sequence_length,
         samples=samples,
         header=header,
