@@ -72,7 +72,7 @@ def _allocate_moments(optimizer) -> None:
     for parameter in (p for group in inner.param_groups for p in group["params"]):
         if not inner.state[parameter]:
             inner.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -80,8 +80,8 @@ def _allocate_moments(optimizer) -> None:
 
 def _set_steps(optimizer, steps: int) -> None:
     inner = optimizer.chained_optimizers[0].optimizer
-    for values in inner.state.values():
-        values["step"] = torch.tensor(float(steps))
+    for parameter, values in inner.state.items():
+        values["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:

@@ -310,7 +310,9 @@ def check_run(o: TrainOptions) -> None:
     if o.profile_steps and not (re.fullmatch(r"\d+(-\d+)?", o.profile_steps) and 1 <= int(first) <= int(last or first)):
         raise ValueError(f"profile_steps={o.profile_steps!r}; expected FIRST-LAST, e.g. 10-12; fix: --profile-steps")
     if o.profile_steps and int(first) > o.steps:
-        raise ValueError(f"profile_steps={o.profile_steps} of a run of {o.steps} steps; fix: --profile-steps or --steps")
+        raise ValueError(
+            f"profile_steps={o.profile_steps} of a run of {o.steps} steps; fix: --profile-steps or --steps"
+        )
     if not re.fullmatch(r"\d+(,\d+)*", o.profile_ranks):
         raise ValueError(f"profile_ranks={o.profile_ranks!r}; expected ranks, e.g. 0,8; fix: --profile-ranks")
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -24,6 +25,8 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -102,22 +105,37 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int) -
 # ------------------------------------------------------------------------------------------ tensor parallel linears
 
 
-def column_linear(inputs: int, outputs: int, config: TransformerConfig) -> ColumnParallelLinear:
+class ColumnLinear(ColumnParallelLinear):
     """y = x W^T + b with the outputs split over tp. Its input comes through `enter_tensor_parallel`, once for several
-    linears that share it, so the layer itself communicates nothing."""
-    layer = ColumnParallelLinear(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True)
-    layer.sequence_parallel = layer.allreduce_dgrad = False
-    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
-    return layer
+    linears that share it, so the layer itself communicates nothing and is a plain linear (the bias in the same
+    kernel, which megatron-core's own forward adds apart)."""
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
+        super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, B, inputs] -> [L, B, outputs/tp]."""
+        return F.linear(x, self.weight, self.bias)
 
 
-def row_linear(inputs: int, outputs: int, config: TransformerConfig) -> RowParallelLinear:
+class RowLinear(RowParallelLinear):
     """y = sum over tp of x_r W_r^T, + b: all-reduce, or reduce-scatter over the tokens under sequence parallel."""
-    layer = RowParallelLinear(
-        inputs, outputs, config=config, init_method=None, bias=True, input_is_parallel=True, skip_bias_add=False
-    )
-    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
-    return layer
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
+        super().__init__(
+            inputs, outputs, config=config, init_method=None, bias=True, input_is_parallel=True, skip_bias_add=False
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
+        if self.config.tensor_model_parallel_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        x = F.linear(x, self.weight)
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(x) + self.bias
+        return reduce_from_tensor_model_parallel_region(x) + self.bias
 
 
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -295,6 +313,9 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    if o.dp * o.cp == 1:  # nothing to reduce with nobody, and gloo would copy it in a thread that slows down ours
+        for w in wrapped:
+            w.bucket_groups = []
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [w.start_grad_sync for w in wrapped]

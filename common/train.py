@@ -49,7 +49,11 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
         params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision],
         use_distributed_optimizer=not o.fsdp,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
+    if device.KIND in ("cpu", "cuda"):
+        for group in optimizer.param_groups:
+            group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
+    return optimizer
 
 
 def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:

@@ -237,10 +237,18 @@ class ConvertOptions(cli.LayoutOptions):
     ema: bool = option("write a sharded checkpoint's averaged weights", False, group="job")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerfOptions(TrainOptions):
+    only: Literal["all", "step", "run", "load"] = option("which benchmark", "all", group="job")
+    repeats: int = option("timed training steps", 20, group="job", within="[1, inf)")
+    record: bool = option("add the rows to perf.jsonl", False, group="job")
+
+
 JOBS = {
     "train": (TrainOptions, "Train Wan2.1 text-to-video."),
     "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video."),
     "convert": (ConvertOptions, "Convert Wan2.1 weights between the original, diffusers and sharded layouts."),
+    "perf": (PerfOptions, "Measure this recipe on this machine."),
 }
 
 
@@ -252,11 +260,11 @@ def parse(script: str, argv: list[str]):
     """
     cls, description = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
-    o = _with_demo(o, asked={word.split("=")[0] for word in argv})
-    if script != "train":  # sampling and conversion have no batch
+    o = _with_demo(o, getattr(o, "job", script), asked={word.split("=")[0] for word in argv})
+    if script in ("infer", "convert"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
-    shapes = {"train": "buckets", "infer": "video"}.get(script)
+    shapes = {"train": "buckets", "perf": "buckets", "infer": "video"}.get(script)
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
         tokens = config.tokens(latent_grid(bucket)) if bucket else None
         o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
@@ -318,13 +326,13 @@ def _tuples(values: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _with_demo(o, asked: set[str]):
+def _with_demo(o, job: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
     if hasattr(o, "data") and o.data is None:
         changes |= {
             "data": demo_list("train"),
-            "buckets": o.buckets if "--buckets" in asked else DEMO_BUCKET,
+            "buckets": o.buckets if "--buckets" in asked or isinstance(o, PerfOptions) else DEMO_BUCKET,
             "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
         }
     if hasattr(o, "video") and o.weights is None and "--video" not in asked:
@@ -339,10 +347,9 @@ def _with_demo(o, asked: set[str]):
                 file=sys.stderr,
             )
             changes["from_scratch"] = True
-        elif getattr(o, "job", "") == "pretrain":
+        elif job in ("pretrain", "perf"):
             changes["from_scratch"] = True
     if getattr(o, "out", "") is None:
-        job = getattr(o, "job", "infer") if not isinstance(o, ConvertOptions) else "convert"
         changes["out"] = cli.default_out(HERE.name, job)
     return dataclasses.replace(o, **changes)
 
@@ -426,8 +433,8 @@ def dry_run(o) -> str:
 def memory_estimate(o, config: WanConfig, tokens: int) -> float:
     """Bytes per rank of weights, gradients, optimizer and saved activations; workspace and encoders not counted.
 
-    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; activations by
-    block: 34 D + 4 F/D... of the tensors the backward reads (none: all of them; full: the block's input alone).
+    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
+    what the backward reads of each block (recompute none: all of it; full: the block's input alone).
     """
     dtype = 4 if o.precision == "fp32" else 2
     share = config.parameters / (o.tp * o.pp)

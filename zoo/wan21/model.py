@@ -40,10 +40,10 @@ class WanSelfAttention(nn.Module):
     def __init__(self, config: WanConfig, mc: TransformerConfig):
         super().__init__()
         self.config, self.mc = config, mc
-        self.q = parallel.column_linear(config.dim, config.dim, mc)
-        self.k = parallel.column_linear(config.dim, config.dim, mc)
-        self.v = parallel.column_linear(config.dim, config.dim, mc)
-        self.o = parallel.row_linear(config.dim, config.dim, mc)
+        self.q = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.k = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.v = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.o = parallel.RowLinear(config.dim, config.dim, mc)
         self.norm_q = ShardedRMSNorm(config, mc)
         self.norm_k = ShardedRMSNorm(config, mc)
 
@@ -51,22 +51,22 @@ class WanSelfAttention(nn.Module):
         """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
         E = self.config.head_dim
         x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = self.norm_q(self.q(x)[0]).unflatten(2, (-1, E))  # [L, B, N, E]
-        k = self.norm_k(self.k(x)[0]).unflatten(2, (-1, E))
-        v = self.v(x)[0].unflatten(2, (-1, E))
+        q = self.norm_q(self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
+        k = self.norm_k(self.k(x)).unflatten(2, (-1, E))
+        v = self.v(x).unflatten(2, (-1, E))
         q, k = ops.rotary_interleaved(q, rope), ops.rotary_interleaved(k, rope)
         x = parallel.context_parallel_attention(q, k, v)  # [L, B, N, E]
-        return self.o(x.flatten(2))[0]
+        return self.o(x.flatten(2))
 
 
 class WanCrossAttention(nn.Module):
     def __init__(self, config: WanConfig, mc: TransformerConfig):
         super().__init__()
         self.config, self.mc = config, mc
-        self.q = parallel.column_linear(config.dim, config.dim, mc)
-        self.k = parallel.column_linear(config.dim, config.dim, mc)
-        self.v = parallel.column_linear(config.dim, config.dim, mc)
-        self.o = parallel.row_linear(config.dim, config.dim, mc)
+        self.q = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.k = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.v = parallel.ColumnLinear(config.dim, config.dim, mc)
+        self.o = parallel.RowLinear(config.dim, config.dim, mc)
         self.norm_q = ShardedRMSNorm(config, mc)
         self.norm_k = ShardedRMSNorm(config, mc)
 
@@ -74,10 +74,10 @@ class WanCrossAttention(nn.Module):
         """x [L(/tp), B, D], text [T, B, D] (in the tensor-parallel region) -> [L(/tp), B, D]."""
         E = self.config.head_dim
         x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = self.norm_q(self.q(x)[0]).unflatten(2, (-1, E))  # [L, B, N, E]
-        k = self.norm_k(self.k(text)[0]).unflatten(2, (-1, E))  # [T, B, N, E]
-        v = self.v(text)[0].unflatten(2, (-1, E))
-        return self.o(ops.attention(q, k, v).flatten(2))[0]
+        q = self.norm_q(self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
+        k = self.norm_k(self.k(text)).unflatten(2, (-1, E))  # [T, B, N, E]
+        v = self.v(text).unflatten(2, (-1, E))
+        return self.o(ops.attention(q, k, v).flatten(2))
 
 
 class ShardedRMSNorm(nn.Module):
@@ -104,8 +104,8 @@ class WanBlock(nn.Module):
         self.cross_attn = WanCrossAttention(config, mc)
         self.ffn = nn.ModuleDict(
             {
-                "0": parallel.column_linear(config.dim, config.ffn_dim, mc),
-                "2": parallel.row_linear(config.ffn_dim, config.dim, mc),
+                "0": parallel.ColumnLinear(config.dim, config.ffn_dim, mc),
+                "2": parallel.RowLinear(config.ffn_dim, config.dim, mc),
             }
         )
         parallel.mark_replicated([self.modulation, self.norm3.weight, self.norm3.bias], mc)
@@ -122,7 +122,7 @@ class WanBlock(nn.Module):
         x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text)
 
         y = parallel.enter_tensor_parallel(ops.layer_norm_modulate(x, scale2, shift2, eps), self.mc)
-        y = self.ffn["2"](F.gelu(self.ffn["0"](y)[0], approximate="tanh"))[0]  # [L, B, F/tp] in between
+        y = self.ffn["2"](F.gelu(self.ffn["0"](y), approximate="tanh"))  # [L, B, F/tp] in between
         return ops.gate_residual(x, y, gate2)
 
 
