@@ -8,11 +8,9 @@ parallel wants them. Statistics and modulations are computed in fp32 whatever th
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core import parallel_state as mpu
 
 from common import device
 
@@ -83,18 +81,42 @@ def attention_backward(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tp_size: int = 1) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., D/tp] -> [..., D/tp].
 
-    With tp_size > 1 the last dimension is one tensor-parallel shard of the normalised width: the sum of squares is
-    reduced over the tensor-parallel group in the forward and its gradient in the backward.
+    With tp_size > 1 the last dimension is one tensor-parallel shard of the normalised width: one sum per row is
+    reduced over the tensor-parallel group in the forward, and one in the backward.
     """
-    if tp_size == 1:
-        if BACKEND == "npu":
-            return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    if tp_size == 1 and BACKEND == "npu":
+        return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    if tp_size == 1 and BACKEND == "cuda":
         return F.rms_norm(x, weight.shape, weight, eps)
-    wide = x.float()
-    squares = wide.square().sum(-1, keepdim=True)
-    # Every rank's output depends on the total, so the gradient of the total is summed over ranks too.
-    squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
-    return (wide * torch.rsqrt(squares / (x.shape[-1] * tp_size) + eps) * weight).to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps, tp_size)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = (sum(x^2) / D + eps)^-1/2; dx = r (dy w - x r^2 sum(dy w x) / D), dw = sum(dy x r)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, tp_size):
+        ctx.tp_size, wide = tp_size, x.float()
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = _tp_sum(squares, tp_size).div_(x.shape[-1] * tp_size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, inverse = ctx.saved_tensors
+        dy, normed, wide_weight = dy.float(), x.float() * inverse, weight.float()
+        product = dy * normed
+        along = _tp_sum((product @ wide_weight).unsqueeze(-1), ctx.tp_size).div_(-x.shape[-1] * ctx.tp_size)
+        dx = (dy * wide_weight).addcmul_(normed, along).mul_(inverse)
+        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None, None
+
+
+def _tp_sum(x: torch.Tensor, tp_size: int) -> torch.Tensor:
+    """In place: the sum over the tensor-parallel group."""
+    if tp_size > 1:
+        dist.all_reduce(x, group=mpu.get_tensor_model_parallel_group())
+    return x
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
