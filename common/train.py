@@ -34,12 +34,17 @@ from common.cli import TrainOptions, to_toml
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
 
 
+def final_lr(o: TrainOptions) -> float:
+    """Where the schedule ends: --min-lr, or 0 if it decays at all."""
+    return o.min_lr if o.min_lr is not None else (o.lr if o.lr_schedule == "constant" else 0.0)
+
+
 def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
     """AdamW through megatron-core: fp32 master weights and moments, sharded over data parallel."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
-        min_lr=o.min_lr if o.min_lr is not None else o.lr,
+        min_lr=final_lr(o),
         weight_decay=o.weight_decay,
         adam_beta1=o.beta1,
         adam_beta2=o.beta2,
@@ -62,7 +67,7 @@ def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
-        min_lr=o.min_lr if o.min_lr is not None else (o.lr if o.lr_schedule == "constant" else 0.0),
+        min_lr=final_lr(o),
         lr_warmup_steps=min(o.warmup, o.steps - 1),
         lr_decay_steps=o.steps,
         lr_decay_style=o.lr_schedule,

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint, device, parallel, weights
+from common import train as loop
 
 pytestmark = pytest.mark.L2
 
@@ -159,6 +160,27 @@ def test_sampling_equals_the_diffusers_pipeline():
 
 
 # ---------------------------------------------------------------------------------------------------------- objective
+
+
+@pytest.mark.parametrize(
+    ("kind", "min_lr", "want"),
+    [
+        ("constant", None, [0.5, 1.0, 1.0, 1.0]),
+        ("cosine", None, [0.5, 1.0, 0.5, 0.0]),
+        ("cosine", 1e-4, [0.5, 1.0, 0.55, 0.1]),
+        ("linear", None, [0.5, 1.0, 0.5, 0.0]),
+    ],
+)
+def test_learning_rate_warms_up_and_decays_to_where_it_should(kind, min_lr, want):
+    o = case.options(lr=1e-3, lr_schedule=kind, min_lr=min_lr, warmup=4, steps=20)
+    chunks = parallel.wrap(case.model.build(o, case.CONFIG), o, case.model.WanBlock)
+    optimizer = loop.build_optimizer(o, chunks)
+    scheduler = loop.build_scheduler(o, optimizer)
+    rates = []
+    for _ in range(o.steps):
+        scheduler.step(1)
+        rates.append(optimizer.param_groups[0]["lr"] / o.lr)
+    assert [rates[step - 1] for step in (2, 4, 12, 20)] == pytest.approx(want, abs=1e-6)
 
 
 def test_timestep_schedule_and_weights_equal_the_published_values():

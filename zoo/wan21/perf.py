@@ -1,0 +1,350 @@
+"""Benchmarks of this recipe on the machine it runs on, each against its peer in the same run.
+
+    bash zoo/wan21/perf.sh                       all of them
+    bash zoo/wan21/perf.sh --only step --size 1.3B
+    bash zoo/wan21/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
+
+step   a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of diffusers'
+       WanTransformer3DModel with torch's fused AdamW on the same device, batch and dtype, turn by turn; peak memory
+run    the launcher as a user starts it: seconds to the first step and for --help, the share of a step spent waiting
+       for data that is really decoded, and outside forward, backward and optimizer
+load   a released folder of 1.3B random weights from disk: rate against reading the same files, memory beyond the model
+
+Each number is the median of its repeats, with the smallest and the largest.
+"""
+
+import dataclasses
+import datetime
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common import device  # isort: skip  (before megatron)
+import diffusers
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from common import checkpoint, cli, parallel, perf
+from common import train as loop
+
+from . import convert, data
+from .config import HERE, SIZES, PerfOptions, WanConfig, latent_grid, model_config, parse
+from .model import WanBlock, build, draw
+from .train import FlowMatching, forward_step
+
+CLIP = 1.0
+
+
+def main() -> None:
+    o: PerfOptions = parse("perf", sys.argv[1:])
+    parallel.initialize(o)
+    rows = []
+    for name, benchmark in (("step", step), ("run", run), ("load", load)):
+        if o.only in (name, "all") and (name == "step" or dist.get_rank() == 0):
+            rows += [facts(o) | row for row in benchmark(o)]
+        dist.barrier()
+    if dist.get_rank() == 0:
+        for row in rows:
+            print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['raw']}", flush=True)
+        for row in rows if o.record else []:
+            perf.append(HERE / "perf.jsonl", row)
+        if o.record:
+            print(f"recorded in {HERE / 'perf.jsonl'}; render the tables with: python -m common.perf")
+    parallel.shutdown()
+
+
+def facts(o: PerfOptions) -> dict:
+    return {
+        "source": "measured",
+        "system": "this zoo",
+        "model": "Wan2.1-T2V",
+        "size": o.size,
+        "hardware": device.name(),
+        "devices": o.world,
+        "layout": o.layout,
+        "precision": o.precision,
+        "shape": o.buckets,
+        "mfu": None,
+        "commit": loop.commit(),
+        "command": os.environ.get("ZOO_COMMAND", ""),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def rounded(values: dict) -> dict:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+
+def batch_of(o: PerfOptions, config: WanConfig) -> dict:
+    """A micro-batch of random latents and text, [B, C, F, H, W] and [B, T, D], as training sees them."""
+    grid = latent_grid(data.parse_buckets(o.buckets)[0])
+    where, generator = device.current(), torch.Generator().manual_seed(0)
+    latents = torch.randn(o.micro_batch, config.in_dim, *grid, generator=generator).to(where)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
+    text = torch.randn(o.micro_batch, config.text_len, config.text_dim, generator=generator).to(where, dtype)
+    return FlowMatching(o).noised(latents, text, torch.zeros_like(text[0]), 0, range(o.micro_batch))
+
+
+def ours(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
+    """One training step of this recipe: everything `common.train` does between loading a batch and logging."""
+    chunks = build(o, config)
+    checkpoint.initialize(chunks, o.seed, draw)
+    wrapped = parallel.wrap(chunks, o, WanBlock)
+    optimizer = loop.build_optimizer(o, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    batch, run_schedule = batch_of(o, config), get_forward_backward_func()
+    tokens = config.tokens(tuple(batch["x"].shape[2:]))
+    split = o.cp * (o.tp if o.sp else 1)
+
+    def step() -> None:
+        for chunk in wrapped:
+            if hasattr(chunk, "zero_grad_buffer"):
+                chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        batches = [batch] * o.micro_batches
+        run_schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
+            model=wrapped if len(wrapped) > 1 else wrapped[0],
+            num_microbatches=o.micro_batches,
+            seq_length=(tokens // split + 7 + config.text_len) * split,
+            micro_batch_size=o.micro_batch,
+        )
+        optimizer.prepare_grads()
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), CLIP, optimizer.get_grad_norm())
+        optimizer.step_with_ready_grads()
+
+    return step
+
+
+def peer(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
+    """The same step by diffusers and torch on one device. bf16: fp32 weights under autocast, as its trainers do."""
+    values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
+    values["patch_size"] = tuple(values["patch_size"])
+    with device.current():
+        model = diffusers.WanTransformer3DModel(**values)
+    if o.recompute == "full":
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
+    batch, where = batch_of(o, config), device.current().type
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for _ in range(o.micro_batches):
+            with torch.autocast(where, torch.bfloat16, enabled=o.precision == "bf16"):
+                out = model(batch["x"], batch["t"], batch["text"], return_dict=False)[0]
+            error = (out.float() - batch["target"]).square().mean((1, 2, 3, 4))
+            ((error * batch["weight"]).mean() / o.micro_batches).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of one call, the device's queue empty before and after."""
+    device.synchronize()
+    start = time.perf_counter()
+    step()
+    device.synchronize()
+    return time.perf_counter() - start
+
+
+def serve_peer(pipe, o: PerfOptions, config: WanConfig) -> None:
+    """A process of its own, so that its memory is its own: a step for every request, then its peak memory."""
+    before = device.memory_gib()
+    step = peer(o, config)
+    while pipe.recv():
+        pipe.send(timed(step))
+    pipe.send(device.memory_gib() - before)
+
+
+def step(o: PerfOptions) -> list[dict]:
+    config, before = model_config(o), device.memory_gib()
+    mine = ours(o, config)
+    main = dist.get_rank() == 0
+    if main:
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=serve_peer, args=(theirs, o, config), daemon=True)
+        process.start()
+    seconds, peer_seconds = [], []
+    for i in range(3 + o.repeats):  # the first three warm up
+        dist.barrier()
+        taken = timed(mine)
+        if main:
+            pipe.send(True)
+            peer_taken = pipe.recv()
+            if i >= 3:
+                seconds.append(taken)
+                peer_seconds.append(peer_taken)
+        dist.barrier()  # nobody computes while the peer does
+    if not main:
+        return []
+    memory = device.memory_gib() - before
+    pipe.send(False)
+    peer_memory = pipe.recv()
+    process.join()
+
+    rate, peer_rate = (
+        o.global_batch / statistics.median(seconds),
+        o.global_batch / o.dp / statistics.median(peer_seconds),
+    )
+    grid = latent_grid(data.parse_buckets(o.buckets)[0])
+    tflops = 3 * config.flops(grid) * rate / o.world / 1e12
+    peak = perf.peak_tflops(device.name(), o.precision)
+    raw = {"step s": rounded(spread(seconds)), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)}
+    peer_raw = {"step s": rounded(spread(peer_seconds)), "memory GiB": round(peer_memory, 3)}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    return [
+        {"task": "pretrain step", "value": round(rate, 3), "unit": "SPS", "raw": raw | versions}
+        | {"mfu": round(tflops / peak, 4) if peak else None},
+        {"task": "pretrain step", "value": round(peer_rate, 3), "unit": "SPS", "raw": peer_raw | versions}
+        | {"system": f"diffusers {diffusers.__version__}", "devices": 1, "layout": None},
+        {"task": "pretrain step, ratio to diffusers", "value": round(rate / o.world / peer_rate, 3), "unit": "x per device",
+         "raw": {"memory ratio": round(memory / peer_memory, 3)}},
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def user_environment() -> dict[str, str]:
+    """This process's environment without what torchrun added."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_", "ZOO_COMMAND")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"ZOO_PYTHON": sys.executable}
+
+
+def run(o: PerfOptions) -> list[dict]:
+    launcher, env = str(HERE / "pretrain_t2v.sh"), user_environment()
+    helps = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(["bash", launcher, "--help"], env=env, check=True, stdout=subprocess.DEVNULL)
+        helps.append(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        firsts, rows = [], []
+        for i in range(2):  # the first call warms the disk and makes the demo data; the cache is the second's own
+            out = Path(folder) / f"run{i}"
+            command = ["bash", launcher, "--size", o.size, "--layout", o.layout, "--out", str(out)]
+            command += ["--steps", "30" if i else "1", "--save-every", "0", "--sample-steps", "1"]
+            command += ["--cache", str(Path(folder) / f"cache{i}")]
+            start, first = time.perf_counter(), None
+            with open(Path(folder) / "log", "w") as log:
+                process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+                while process.poll() is None:
+                    metrics = out / "metrics.jsonl"
+                    if first is None and metrics.is_file() and '"kind": "step"' in metrics.read_text():
+                        first = time.perf_counter() - start
+                    time.sleep(0.05)
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{Path(log.name).read_text()[-2000:]}")
+            firsts.append(first)
+        rows = perf.read_metrics(out / "metrics.jsonl")[1][5:]
+    waits = [r["data_wait_ms"] / r["step_time_ms"] for r in rows]
+    around = [1 - (r["data_wait_ms"] + r["compute_ms"]) / r["step_time_ms"] for r in rows]
+    encoding = [r["prepare_ms"] / r["step_time_ms"] for r in rows]
+    return [
+        {"task": "launcher --help", "value": round(statistics.median(helps), 3), "unit": "s", "raw": rounded(spread(helps))},
+        {"task": "launcher to first step, warm", "value": round(firsts[1], 2), "unit": "s", "raw": {"cold": round(firsts[0], 2)}},
+        {"task": "data wait, decoding every clip", "value": round(100 * statistics.median(waits), 3), "unit": "% of step",
+         "raw": rounded(spread(waits)) | {"of it encoding (VAE, text), not waiting": round(statistics.median(encoding), 4)}},
+        {"task": "trainer overhead", "value": round(100 * statistics.median(around), 3), "unit": "% of step",
+         "raw": rounded(spread(around))},
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- load
+
+
+class PeakMemory:
+    """The largest anonymous memory of this process while inside, in bytes: mapped files do not count."""
+
+    def __enter__(self):
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    def __exit__(self, *args) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def forget(files: list[Path]) -> None:
+    """Make the kernel drop the files' pages, so that the next read is from disk."""
+    for file in files:
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(o: PerfOptions) -> list[dict]:
+    """One rank reads everything: the layout with the most to read."""
+    config = SIZES["1.3B"]
+    single = dataclasses.replace(o, size="1.3B", precision="bf16", tp=1, sp=False, pp=1, vpp=1, cp=1, fsdp=False)
+    chunks = build(single, config, torch.device("cpu"))
+    largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
+    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
+        shapes = convert.shapes(config)
+        sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+        target = Path(folder) / "released"
+        convert.write_released(
+            target, "original", config, sizes, lambda name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16), None
+        )
+        files = sorted(target.glob("*.safetensors"))
+        total = sum(f.stat().st_size for f in files)
+        for p in chunks[0].parameters():
+            p.data.zero_()  # its pages exist before the clock starts
+        rates, disk_rates, extras = [], [], []
+        for _ in range(3):
+            forget(files)
+            start, buffer = time.perf_counter(), bytearray(2**24)
+            for file in files:
+                with open(file, "rb", buffering=0) as f:
+                    while f.readinto(buffer):
+                        pass
+            disk_rates.append(total / (time.perf_counter() - start) / 1e9)
+            forget(files)
+            before, start = PeakMemory.now(), time.perf_counter()
+            with PeakMemory() as memory:
+                entries, rename = convert.released_entries(target, config)
+                checkpoint.load_released(chunks, entries, rename)
+            rates.append(total / (time.perf_counter() - start) / 1e9)
+            extras.append(max(0, memory.peak - before) / largest)
+    ratio = statistics.median(rates) / statistics.median(disk_rates)
+    return [
+        {"task": "released weights, loading", "size": "1.3B", "precision": "bf16", "value": round(ratio, 3),
+         "unit": "x disk read rate", "raw": {"GB/s": rounded(spread(rates)), "disk GB/s": rounded(spread(disk_rates))}},
+        {"task": "released weights, memory", "size": "1.3B", "precision": "bf16", "value": round(max(extras), 3),
+         "unit": "x largest tensor", "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Benchmarks on this machine, each against its peer in the same run (diffusers' training step, the disk's read rate).
+#
+#   bash zoo/wan21/perf.sh                                   tiny on a CPU, 1.3B on an accelerator
+#   NPROC=8 bash zoo/wan21/perf.sh --size 14B --only step --record
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+launch perf "$@"
