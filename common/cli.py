@@ -125,7 +125,7 @@ class TrainOptions(LayoutOptions):
     lr: float = option("peak learning rate", None, group="optimizer", layout=True, within="(0, inf)")
     min_lr: float = option("final learning rate", None, group="optimizer", layout=True, within="[0, inf)")
     lr_schedule: Literal["constant", "cosine", "linear", "WSD"] = option(
-        "decay after warm-up", "constant", group="optimizer", layout=True
+        "decay after warm-up; WSD: linear over the last tenth", "constant", group="optimizer", layout=True
     )
     warmup: int = option("warm-up steps (at most steps - 1)", 0, group="optimizer", layout=True, within="[0, inf)")
     weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True, within="[0, inf)")
@@ -302,10 +302,13 @@ def check_run(o: TrainOptions) -> None:
     """What a training run would only stumble over later.
 
     Raises:
-        ValueError: --resume names no folder, or the steps or ranks to profile are not numbers.
+        ValueError: --resume names no folder, the rate would rise to --min-lr, or the steps or ranks to profile are
+            not numbers.
     """
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
+    if o.min_lr is not None and o.min_lr > o.lr:
+        raise ValueError(f"min_lr={o.min_lr} is above lr={o.lr}; fix: --min-lr or --lr")
     first, _, last = o.profile_steps.partition("-")
     if o.profile_steps and not (re.fullmatch(r"\d+(-\d+)?", o.profile_steps) and 1 <= int(first) <= int(last or first)):
         raise ValueError(f"profile_steps={o.profile_steps!r}; expected FIRST-LAST, e.g. 10-12; fix: --profile-steps")

@@ -76,6 +76,7 @@ def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:
         wd_incr_steps=0,
         wd_incr_style="constant",
         wsd_decay_steps=max(1, o.steps // 10),
+        lr_wsd_decay_style="linear",
     )
 
 

@@ -169,6 +169,7 @@ def test_sampling_equals_the_diffusers_pipeline():
         ("cosine", None, [0.5, 1.0, 0.5, 0.0]),
         ("cosine", 1e-4, [0.5, 1.0, 0.55, 0.1]),
         ("linear", None, [0.5, 1.0, 0.5, 0.0]),
+        ("WSD", None, [0.5, 1.0, 1.0, 0.0]),
     ],
 )
 def test_learning_rate_warms_up_and_decays_to_where_it_should(kind, min_lr, want):
