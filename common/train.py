@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -186,9 +185,9 @@ def train(
 
     chunks: this rank's wrapped model chunks. forward_step: as megatron-core's schedules call it, its loss function
     returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
-    step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device. sequence_length(batch): the length that
-    megatron-core multiplies out to the pipeline tensor. samples(batch): (tokens, model FLOPs) of one sample of it.
-    header: run facts; state: what checkpoints remember of the recipe.
+    step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
+    sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
+    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
     non-finite steps, having saved the batch that caused the last one.
@@ -379,8 +378,3 @@ def _save_bad_batch(o: TrainOptions, step: int, batch: list[dict], loss: float, 
     (folder / f"{name}.json").write_text(
         json.dumps({"loss": str(loss), "grad_norm": str(grad_norm), "batch": facts}, default=str)
     )
-
-
-def is_writer() -> bool:
-    """One rank that holds the last pipeline stage's results: where samples are written from."""
-    return mpu.is_pipeline_last_stage() and mpu.get_data_parallel_rank(with_context_parallel=True) == 0

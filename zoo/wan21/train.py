@@ -65,7 +65,7 @@ class FlowMatching:
         noise, index, dropped = torch.empty_like(latents), [], []
         for i, slot in enumerate(slots):
             generator = torch.Generator(latents.device).manual_seed(checkpoint.stable_seed(self.o.seed, step, slot))
-            noise[i] = torch.randn(latents.shape[1:], generator=generator, device=latents.device)
+            noise[i].normal_(generator=generator)
             # Host numbers come from a host generator: reading them from the device would stop it.
             host = torch.Generator().manual_seed(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
             index.append(torch.randint(1000, (), generator=host))
