@@ -170,6 +170,7 @@ def save(folder: Path, sizes: dict[str, int], read: Callable[[str], "torch.Tenso
     partial.mkdir(parents=True)
     for name, keys in zip(names, groups, strict=True):
         save_file({key: read(key).contiguous() for key in keys}, partial / name, metadata={"format": "pt"})
+        (partial / name).chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
     if len(groups) > 1:
         listing = {
             "metadata": {"total_size": sum(sizes.values())},

@@ -131,6 +131,7 @@ def test_saved_shards_are_read_back_by_us_and_by_safetensors(tmp_path, monkeypat
     weights.save(tmp_path / "out", sizes, TENSORS.__getitem__, "model")
     written = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(written) == files
+    assert {f.stat().st_mode & 0o777 for f in written} == {(tmp_path / "out").stat().st_mode & 0o666}  # group may read
     assert {k: e.bytes for k, e in weights.index(tmp_path / "out").items()} == sizes
     loaded = {k: t for file in written for k, t in load_file(file).items()}
     assert loaded.keys() == TENSORS.keys()

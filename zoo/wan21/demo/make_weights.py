@@ -1,11 +1,12 @@
 """Demo weights: a diffusers folder with the classes of a Wan2.1 release, small enough to live in the repository.
 
-    python -m zoo.wan21.demo.make_weights
+    python -m zoo.wan21.demo.make_weights                          # everything, the transformer random
+    python -m zoo.wan21.demo.make_weights --transformer EXPORTED   # puts the transformer of a training run there
 
-writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae}. The VAE is
-trained here on moving digits (train images of `make_data`, never the held-out ones); text encoder and transformer have
-seeded random weights: the text encoder stays so (its captions are told apart well enough), the transformer is what the
-recipe trains. Figures of the shipped run: README.md of this folder, written by this script.
+writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae} in bf16. The
+VAE is trained here on moving digits (train images of `make_data`, never the held-out ones). The text encoder has
+seeded random weights and stays so: its captions are told apart well enough. The transformer is what the recipe trains;
+the shipped one and the figures of its run: README.md of this folder.
 
 What differs from the release: the VAE folds 2x2 pixels into channels first (`patch_size` 2, as the Wan2.2 VAE does)
 and has one stage less, which keeps strides of 4 frames and 8 pixels and makes encoding on a CPU 3.5 times cheaper.
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -157,7 +159,14 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--transformer", type=Path, help="folder exported by a training run; only its transformer is taken")
     args = parser.parse_args()
+    if args.transformer:
+        trained = load_file(args.transformer / "transformer" / "diffusion_pytorch_model.safetensors")
+        model = build_transformer().bfloat16()
+        model.load_state_dict(trained, strict=True)
+        model.save_pretrained(args.out / "transformer")
+        return
 
     torch.manual_seed(args.seed)
     vae = build_vae([0.0] * 16, [1.0] * 16)
