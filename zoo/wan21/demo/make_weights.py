@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--transformer", type=Path, help="folder exported by a training run; only its transformer is taken")
+    parser.add_argument(
+        "--transformer", type=Path, help="folder exported by a training run; only its transformer is taken"
+    )
     args = parser.parse_args()
     if args.transformer:
         trained = load_file(args.transformer / "transformer" / "diffusion_pytorch_model.safetensors")
