@@ -62,15 +62,14 @@ class FlowMatching:
     def noised(self, latents: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, step: int, slots: range) -> dict:
         """latents fp32 [B, C, F, H, W] and text [B, T, D] of the places `slots` of the step's global batch -> a
         training batch: x and target [B, C, F, H, W], t and weight [B], text with captions dropped to `empty` [T, D]."""
-        noise, index, dropped = torch.empty_like(latents), [], []
+        noise, draws = torch.empty_like(latents), []
         for i, slot in enumerate(slots):
             generator = torch.Generator(latents.device).manual_seed(checkpoint.stable_seed(self.o.seed, step, slot))
             noise[i].normal_(generator=generator)
-            # Host numbers come from a host generator: reading them from the device would stop it.
-            host = torch.Generator().manual_seed(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
-            index.append(torch.randint(1000, (), generator=host))
-            dropped.append(torch.rand((), generator=host) < self.o.caption_dropout)
-        index, dropped = torch.stack(index), torch.stack(dropped).to(text.device)
+            # Host numbers come from the host: reading them from the device would stop it. The hash is uniform below 2^63.
+            draws.append(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
+        index = torch.tensor([draw % 1000 for draw in draws])
+        dropped = torch.tensor([draw // 1000 < self.o.caption_dropout * 2**63 / 1000 for draw in draws]).to(text.device)
         if self.o.timesteps == "per-batch":  # what the reference does: one draw for the whole batch
             index = index[:1].expand(len(index))
         s = sigma(index, self.o.shift).to(latents.device).view(-1, 1, 1, 1, 1)
