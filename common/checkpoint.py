@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from common import weights
 
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+READ_AHEAD = 8  # tensors asked of the disk before they are copied
 
 
 def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -271,14 +272,13 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
     """
     reader = weights.Reader()
     tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    targets = [(entries[rename(name)], parameter) for name, parameter in parameters(chunks)]
     with torch.no_grad():
-        for name, parameter in parameters(chunks):
-            split = (
-                getattr(parameter, "partition_dim", None)
-                if getattr(parameter, "tensor_model_parallel", False)
-                else None
-            )
-            parameter.copy_(reader.read(entries[rename(name)], split, *tp))
+        for (entry, parameter), ahead in zip(targets, [*targets[READ_AHEAD:], *[None] * READ_AHEAD], strict=True):
+            if ahead:
+                reader.expect(ahead[0])
+            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            parameter.copy_(reader.read(entry, split, *tp))
 
 
 def initialize(chunks, seed: int, draw) -> None:

@@ -28,6 +28,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    offset: int  # of its first byte in the file
 
 
 def index(folder: Path) -> dict[str, Entry]:
@@ -48,11 +49,12 @@ def index(folder: Path) -> dict[str, Entry]:
         raise ValueError(f"{folder} holds no *.safetensors; fix: --weights")
     entries: dict[str, Entry] = {}
     for file in files:
-        for key, header in _header(file).items():
+        first, headers = _header(file)
+        for key, header in headers.items():
             if key in entries:
                 raise ValueError(f"{key} is stored in both {entries[key].file.name} and {file.name}; fix: {folder}")
             start, end = header["data_offsets"]
-            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start)
+            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start, first + start)
     for listing in folder.glob("*.safetensors.index.json"):
         promised = read_json(listing).get("weight_map", {})
         lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
@@ -63,8 +65,8 @@ def index(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _header(file: Path) -> dict:
-    """The JSON header of a safetensors file: 8 bytes of length, then the header, then the data it describes."""
+def _header(file: Path) -> tuple[int, dict]:
+    """Where a safetensors file's data begins, and its JSON header: 8 bytes of length, the header, the data."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -78,7 +80,7 @@ def _header(file: Path) -> dict:
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fix: download it again")
-    return header
+    return 8 + length, header
 
 
 def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where: Path) -> None:
@@ -145,6 +147,12 @@ class Reader:
         view = self._open[entry.file].get_slice(entry.key)
         n = entry.shape[dim] // size
         return view[(slice(None),) * dim + (slice(rank * n, (rank + 1) * n),)]
+
+    def expect(self, entry: Entry) -> None:
+        """Have the kernel read a tensor ahead into its page cache, which the ranks of a node share: faults of a mapped
+        file alone wait for the disk in small pieces."""
+        with open(entry.file, "rb") as f:
+            os.posix_fadvise(f.fileno(), entry.offset, entry.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def save(folder: Path, sizes: dict[str, int], read: Callable[[str], "torch.Tensor"], stem: str) -> None:
