@@ -126,12 +126,47 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     """adaLN: LayerNorm(x) without affine * (1 + scale) + shift. x [L, B, D], scale and shift fp32 [B, D]."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+    return _LayerNormModulate.apply(x, scale, shift, eps)
+
+
+class _LayerNormModulate(torch.autograd.Function):
+    """y = n (1 + scale) + shift, n = (x - mean) r; dscale = sum of dy n, dshift = sum of dy, both over tokens; dx is
+    LayerNorm's for dy (1 + scale). Keeps x in its own dtype and computes n again."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps):
+        normed, mean, inverse = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, scale, mean, inverse)
+        return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale, mean, inverse = ctx.saved_tensors
+        x, dy, D = x.float(), dy.float(), x.shape[-1:]
+        dscale = torch.addcmul(-mean * inverse, x, inverse).mul_(dy).sum(0)
+        dx = torch.ops.aten.native_layer_norm_backward(
+            dy * (1 + scale), x, D, mean, inverse, None, None, [True, False, False]
+        )[0]
+        return dx.to(ctx.saved_tensors[0].dtype), dscale, dy.sum(0), None
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + y * gate in fp32, rounded once. x and y [L, B, D], gate fp32 [B, D]."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+    return _GateResidual.apply(x, y, gate)
+
+
+class _GateResidual(torch.autograd.Function):
+    """dx = dout, dy = dout gate, dgate = sum over tokens of dout y; keeps y in its own dtype."""
+
+    @staticmethod
+    def forward(ctx, x, y, gate):
+        ctx.save_for_backward(y, gate)
+        return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (y, gate), wide = ctx.saved_tensors, dout.float()
+        return dout, (wide * gate).to(y.dtype), (wide * y.float()).sum(0)
 
 
 def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:

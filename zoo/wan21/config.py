@@ -240,7 +240,7 @@ class ConvertOptions(cli.LayoutOptions):
 @dataclass(frozen=True, kw_only=True)
 class PerfOptions(TrainOptions):
     only: Literal["all", "step", "run", "load"] = option("which benchmark", "all", group="job")
-    repeats: int = option("timed training steps", 20, group="job", within="[1, inf)")
+    repeats: int = option("timed training steps", 60, group="job", within="[1, inf)")
     record: bool = option("add the rows to perf.jsonl", False, group="job")
 
 
