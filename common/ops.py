@@ -142,12 +142,12 @@ class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, scale, mean, inverse = ctx.saved_tensors
-        x, dy, D = x.float(), dy.float(), x.shape[-1:]
-        dscale = torch.addcmul(-mean * inverse, x, inverse).mul_(dy).sum(0)
+        wide, dy = x.float(), dy.float()
+        dscale = torch.addcmul(-mean * inverse, wide, inverse).mul_(dy).sum(0)
         dx = torch.ops.aten.native_layer_norm_backward(
-            dy * (1 + scale), x, D, mean, inverse, None, None, [True, False, False]
+            dy * (1 + scale), wide, x.shape[-1:], mean, inverse, None, None, [True, False, False]
         )[0]
-        return dx.to(ctx.saved_tensors[0].dtype), dscale, dy.sum(0), None
+        return dx.to(x.dtype), dscale, dy.sum(0), None
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
