@@ -1,11 +1,19 @@
 """The fused ops: one plain function each, dispatched explicitly to npu (torch_npu), cuda or the reference.
 
-The npu branch calls `torch.ops.npu.<op>` with the published argument names of torch_npu 2.13, so it also runs over
-the contract the tests register on CPU. That is a contract check, not a run on Ascend.
+    python -m common.ops          self-test and speed table of every op on this device, with the backend each one used
 
-Shape legend: L tokens, B batch, H heads, E head dim, D hidden. Tokens come first, as megatron-core's sequence
-parallel wants them. Statistics and modulations are computed in fp32 whatever the input dtype.
+npu calls `torch.ops.npu.<op>` with the published argument names of torch_npu 2.13, so it also runs over the contract
+the tests register on CPU. That is a contract check, not a run on Ascend.
+cuda calls torch's fused op where there is one, else a Triton kernel of `kernels/`, opened only there.
+cpu is the reference: readable, and the oracle of the other two.
+
+Shape legend: L tokens of the queries, S of the keys, B batch, H heads, K heads of keys and values (H a multiple of K),
+E head dim, D hidden, F its expansion, N tokens without a batch, G groups, V vocabulary. Tokens come first, as
+megatron-core's sequence parallel wants them. Statistics, modulations, rotations and losses are computed in fp32
+whatever the input dtype; results come back in the input's dtype.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -16,35 +24,128 @@ from common import device
 
 BACKEND = device.KIND  # tests switch it to "npu" over the op contract
 
+# ---------------------------------------------------------------------------------------------------------- attention
 
-def attention(q_LBHE: torch.Tensor, k_SBHE: torch.Tensor, v_SBHE: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(E)) v, every query seeing every key.
 
-    q [L, B, H, E], k and v [S, B, H, E], one dtype -> [L, B, H, E] contiguous.
+def attention(
+    q_LBHE: torch.Tensor,
+    k_SBKE: torch.Tensor,
+    v_SBKE: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    cu_seqlens: list[int] | None = None,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(E)) v over the keys each query may see; [L, B, H, E] contiguous.
+
+    q [L, B, H, E], k and v [S, B, K, E], one dtype; H/K query heads share a key head. With a mask, the last query is
+    aligned with the last key:
+      causal      query i sees key j if j <= i + S - L
+      window      (left, right): also i + S - L - left <= j <= i + S - L + right; -1 is no bound
+      cu_seqlens  several sequences packed along L = S with B = 1, none seeing another: their bounds [0, ..., L] as host
+                  integers, which every device's variable-length kernel wants to know before it starts
     """
-    H, E = q_LBHE.shape[2:]
+    L, B, H, E = q_LBHE.shape
+    if window is not None and causal:
+        window = (window[0], 0)
+    elif causal:
+        window = (-1, 0)
+    if cu_seqlens is not None and (B != 1 or k_SBKE.shape[0] != L or cu_seqlens[0] != 0 or cu_seqlens[-1] != L):
+        raise ValueError(f"cu_seqlens={cu_seqlens} for q {tuple(q_LBHE.shape)}; expected bounds [0, ..., L] and B = 1")
     if BACKEND == "npu":
-        q, k, v = (t.flatten(2) for t in (q_LBHE, k_SBHE, v_SBHE))  # [L, B, H*E], the layout SBH
-        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "SBH", scale=E**-0.5)[0].unflatten(2, (H, E))
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_LBHE, k_SBHE, v_SBHE))  # [B, H, L, E] views
-    return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).contiguous()
+        return _attention_npu(q_LBHE, k_SBKE, v_SBKE, window, cu_seqlens)
+    if BACKEND == "cuda" and (cu_seqlens is not None or window not in (None, (-1, 0)) or window and len(k_SBKE) != L):
+        return _attention_varlen(q_LBHE, k_SBKE, v_SBKE, window or (-1, -1), cu_seqlens)
+    if cu_seqlens is not None:
+        spans = list(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        parts = [_attention_plain(q_LBHE[a:b], k_SBKE[a:b], v_SBKE[a:b], window) for a, b in spans]
+        return torch.cat(parts)
+    return _attention_plain(q_LBHE, k_SBKE, v_SBKE, window)
+
+
+def _attention_plain(q, k, v, window):
+    L, S, grouped = q.shape[0], k.shape[0], q.shape[2] != k.shape[2]
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, H, L, E] views
+    if window == (-1, 0) and L == S:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        seen = None if window is None else visible(L, S, window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    return out.permute(2, 0, 1, 3).contiguous()
+
+
+def visible(L: int, S: int, window: tuple[int, int], where: torch.device) -> torch.Tensor:
+    """Which keys each query of a window sees, bool [L, S], True = seen."""
+    distance = torch.arange(S, device=where) - torch.arange(S - L, S, device=where)[:, None]  # [L, S], key minus query
+    left, right = window
+    seen = torch.ones(L, S, dtype=torch.bool, device=where)
+    if left >= 0:
+        seen &= distance >= -left
+    if right >= 0:
+        seen &= distance <= right
+    return seen
+
+
+def _attention_npu(q, k, v, window, cu_seqlens):
+    H, E = q.shape[2:]
+    options = {"scale": E**-0.5}
+    if window is not None:
+        left, right = (bound if bound >= 0 else 2**31 - 1 for bound in window)
+        options |= {"atten_mask": _compressed_mask(q.device), "sparse_mode": 3 if window == (-1, 0) else 4}
+        if window != (-1, 0):  # the causal mode ignores the bounds
+            options |= {"pre_tockens": left, "next_tockens": right}
+    if cu_seqlens is None:
+        q, k, v = (t.flatten(2) for t in (q, k, v))  # [L, B, H*E], the layout SBH
+        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "SBH", **options)[0].unflatten(2, (H, E))
+    ends = cu_seqlens[1:]  # cumulative lengths without the leading 0
+    options |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    q, k, v = (t.squeeze(1) for t in (q, k, v))  # [T, H, E], the layout TND
+    return torch.ops.npu.npu_fusion_attention(q, k, v, H, "TND", **options)[0].unsqueeze(1)
+
+
+_MASKS: dict[torch.device, torch.Tensor] = {}
+
+
+def _compressed_mask(where: torch.device) -> torch.Tensor:
+    """The one mask of npu_fusion_attention's sparse modes 2, 3 and 4: [2048, 2048], True (masked out) above the
+    diagonal, whatever the sequence length."""
+    if where not in _MASKS:
+        _MASKS[where] = torch.ones(2048, 2048, dtype=torch.bool, device=where).triu(1)
+    return _MASKS[where]
+
+
+def _attention_varlen(q, k, v, window, cu_seqlens):
+    """torch's variable-length flash attention: fp16 and bf16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    (L, B, H), S, K = q.shape[:3], k.shape[0], k.shape[2]
+    bounds_q = cu_seqlens or list(range(0, B * L + 1, L))
+    bounds_k = cu_seqlens or list(range(0, B * S + 1, S))
+    longest_q, longest_k = (max(b - a for a, b in zip(c, c[1:], strict=False)) for c in (bounds_q, bounds_k))
+    bounds_q, bounds_k = (
+        torch.tensor(c, dtype=torch.int32).pin_memory().to(q.device, non_blocking=True) for c in (bounds_q, bounds_k)
+    )
+    q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
+    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, enable_gqa=H != K)
+    return out.unflatten(0, (B, L)).transpose(0, 1).contiguous()
 
 
 def attention_with_lse(
-    q_BHLE: torch.Tensor, k_BHSE: torch.Tensor, v_BHSE: torch.Tensor
+    q_BHLE: torch.Tensor, k_BHSE: torch.Tensor, v_BHSE: torch.Tensor, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one block of keys, and what is needed to merge it with other blocks.
 
-    q [B, H, L, E], k and v [B, H, S, E] -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E)) [B, H, L] fp32.
-    Not differentiable by itself: `parallel.ring_attention` pairs it with `attention_backward`.
+    q [B, H, L, E], k and v [B, H, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
+    [B, H, L] fp32. Not differentiable by itself: `parallel.RingAttention` pairs it with `attention_backward`.
     """
     H, E = q_BHLE.shape[1], q_BHLE.shape[3]
     if BACKEND == "npu":
-        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BHSE, v_BHSE, H, "BNSD", scale=E**-0.5)
+        options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
+        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BHSE, v_BHSE, H, "BNSD", **options)
         return out, (peak + total.log())[..., 0]  # both come as [B, H, L, 8], eight equal columns
     if BACKEND == "cuda":
-        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BHSE, v_BHSE)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BHSE, v_BHSE)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BHSE, v_BHSE, 0.0, causal)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BHSE, v_BHSE, 0.0, causal)
 
 
 def attention_backward(
@@ -54,6 +155,7 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) of one key block, given the output and lse over *all* blocks. Shapes as above."""
     if BACKEND == "npu":
@@ -69,13 +171,86 @@ def attention_backward(
             softmax_sum=torch.ones_like(peak),
             attention_in=out,
             scale_value=q.shape[3] ** -0.5,
+            **_causal_options(q, causal),
         )[:3]
     if BACKEND == "cuda":
         none = torch.empty(0, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, none, none
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none
         )
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+
+
+def _causal_options(q: torch.Tensor, causal: bool) -> dict:
+    return {"atten_mask": _compressed_mask(q.device), "sparse_mode": 3} if causal else {}
+
+
+def select_blocks(
+    q_LBHE: torch.Tensor,
+    k_SBKE: torch.Tensor,
+    keep: float,
+    block: int = 128,
+    always_queries: int = 0,
+    always_keys: int = 0,
+) -> torch.Tensor:
+    """Which key blocks each query block attends to, in the manner of RainFusion (MindIE-SD `sparse_flash_attn_rf_v2`):
+    a softmax over mean-pooled q k^T, of which each row keeps the ceil(keep * columns) largest. Blocks that hold the
+    first `always_keys` keys (text, first frame) are kept by every query, and the blocks of the first `always_queries`
+    queries keep every key.
+
+    q [L, B, H, E], k [S, B, K, E] -> bool [B, H, ceil(L/block), ceil(S/block)], True = attended; no gradient.
+    """
+    with torch.no_grad():
+        q, k = (_pooled(t, block) for t in (q_LBHE, k_SBKE))  # [B, H, L/block, E] fp32
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
+        best = scores.topk(math.ceil(keep * scores.shape[3]), dim=-1).indices
+        blocks = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, best, True)
+        blocks[:, :, : -(-always_queries // block)] = True
+        blocks[:, :, :, : -(-always_keys // block)] = True
+    return blocks
+
+
+def _pooled(x_LBHE: torch.Tensor, block: int) -> torch.Tensor:
+    """Means over blocks of tokens, the last one possibly short: [L, B, H, E] -> [B, H, ceil(L/block), E] fp32."""
+    x, short = x_LBHE.permute(1, 2, 0, 3).float(), -x_LBHE.shape[0] % block
+    sums = F.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block)).sum(3)
+    sums[:, :, -1] *= block / (block - short)
+    return sums / block
+
+
+def block_sparse_attention(
+    q_LBHE: torch.Tensor, k_SBKE: torch.Tensor, v_SBKE: torch.Tensor, blocks: torch.Tensor, block: int = 128
+) -> torch.Tensor:
+    """`attention` over the kept blocks only. q [L, B, H, E], k and v [S, B, K, E], blocks bool [B, H, ceil(L/block),
+    ceil(S/block)] as `select_blocks` gives it -> [L, B, H, E]; a query without any block gives zeros.
+
+    npu: fp16 and bf16, block a multiple of 128, E 64 or 128 (128 to train).
+    """
+    L, B, H, E = q_LBHE.shape
+    S, K = k_SBKE.shape[0], k_SBKE.shape[2]
+    if blocks.shape != (B, H, -(-L // block), -(-S // block)):
+        raise ValueError(f"blocks {tuple(blocks.shape)}; expected {(B, H, -(-L // block), -(-S // block))}")
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_LBHE, k_SBKE, v_SBKE))  # [B, H, L, E] views
+    if BACKEND == "npu":
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        layout = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD", "num_key_value_heads": K}
+        out = torch.ops.npu.npu_block_sparse_attention(
+            q, k, v, blocks.to(torch.int8), [block, block], **layout,
+            scale_value=E**-0.5, inner_precise=0, softmax_lse_flag=1,
+        )[0]  # fmt: skip
+    elif BACKEND == "cuda":
+        from kernels import block_sparse_attention as kernel
+
+        out = kernel.block_sparse_attention(q, k, v, blocks, block)
+    else:
+        seen = blocks.repeat_interleave(block, 2)[:, :, :L].repeat_interleave(block, 3)[..., :S]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != K)
+        out = out.masked_fill(~seen.any(-1, keepdim=True), 0)
+    return out.permute(2, 0, 1, 3).contiguous()
+
+
+# -------------------------------------------------------------------------------------------------------------- norms
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tp_size: int = 1) -> torch.Tensor:
@@ -112,20 +287,40 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None, None
 
 
-def _tp_sum(x: torch.Tensor, tp_size: int) -> torch.Tensor:
-    """In place: the sum over the tensor-parallel group."""
+def _tp_sum(x: torch.Tensor, tp_size: int, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """In place: the sum (or another reduction) over the tensor-parallel group."""
     if tp_size > 1:
-        dist.all_reduce(x, group=mpu.get_tensor_model_parallel_group())
+        dist.all_reduce(x, op, group=mpu.get_tensor_model_parallel_group())
     return x
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual), both [..., D]: the sum is rounded to x's dtype before it is normalised,
+    and is the next residual."""
+    if BACKEND == "npu":
+        y, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon=eps)
+        return y, total
+    if BACKEND == "cuda":
+        from kernels import rms_norm as kernel
+
+        return kernel.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm over the last dimension with fp32 statistics, [..., D] -> [..., D]."""
+    """LayerNorm over the last dimension with fp32 statistics, [..., D] -> [..., D]. torch's own on every device."""
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     """adaLN: LayerNorm(x) without affine * (1 + scale) + shift. x [L, B, D], scale and shift fp32 [B, D]."""
+    if BACKEND == "cuda":
+        from kernels import modulate as kernel
+
+        return kernel.layer_norm_modulate(x, scale, shift, eps)
     return _LayerNormModulate.apply(x, scale, shift, eps)
 
 
@@ -152,6 +347,10 @@ class _LayerNormModulate(torch.autograd.Function):
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + y * gate in fp32, rounded once. x and y [L, B, D], gate fp32 [B, D]."""
+    if BACKEND == "cuda":
+        from kernels import modulate as kernel
+
+        return kernel.gate_residual(x, y, gate)
     return _GateResidual.apply(x, y, gate)
 
 
@@ -169,13 +368,255 @@ class _GateResidual(torch.autograd.Function):
         return dout, (wide * gate).to(y.dtype), (wide * y.float()).sum(0)
 
 
-def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension, in fp32.
+# -------------------------------------------------------------------------------------------------------- activations
 
-    x [L, B, H, E]; rope [L, 1, 1, E/2, 2] fp32 holds (cos, sin) of each pair's angle -> [L, B, H, E].
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(a) * b with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]."""
+    if BACKEND == "npu":
+        return torch.ops.npu.npu_swiglu(x, -1)
+    if BACKEND == "cuda":
+        from kernels import swiglu as kernel
+
+        return kernel.swiglu(x)
+    gate, up = x.chunk(2, -1)
+    return (F.silu(gate.float()) * up.float()).to(x.dtype)
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """a * gelu_tanh(b) with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]."""
+    if BACKEND == "npu":
+        return torch.ops.npu.npu_geglu(x, -1, 1)[0]
+    up, gate = x.chunk(2, -1)
+    return (up.float() * F.gelu(gate.float(), approximate="tanh")).to(x.dtype)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape. torch's own on every device."""
+    return F.gelu(x, approximate="tanh")
+
+
+# ------------------------------------------------------------------------------------------------------------- rotary
+
+
+def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension.
+
+    x [L, B, H, E]; rope [L, 1, 1, E/2, 2] fp32 holds (cos, sin) of each pair's angle, made by the recipe from one or
+    three coordinates of a token -> [L, B, H, E].
     """
     if BACKEND == "npu":
         cos, sin = (rope[..., i].repeat_interleave(2, dim=-1) for i in (0, 1))  # [L, 1, 1, E]
-        return torch.ops.npu.npu_rotary_mul(x_LBHE, cos.to(x_LBHE.dtype), sin.to(x_LBHE.dtype), "interleave")
+        return torch.ops.npu.npu_rotary_mul(x_LBHE.float(), cos, sin, "interleave").to(x_LBHE.dtype)
+    if BACKEND == "cuda":
+        from kernels import rotary as kernel
+
+        return kernel.rotary_interleaved(x_LBHE, rope)
     pairs = torch.view_as_complex(x_LBHE.float().unflatten(-1, (-1, 2)))  # [L, B, H, E/2]
     return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x_LBHE.dtype)
+
+
+def rotary_half(x_LBHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_0, x_{E/2}), (x_1, x_{E/2+1}), ... of the head dimension: x cos + (-x_2nd, x_1st) sin.
+
+    x [L, B, H, E]; cos and sin [L, 1 or B, 1, E] fp32 of each entry's angle, made by the recipe (for mrope from the
+    three coordinates of a token, which differ between samples) -> [L, B, H, E].
+    """
+    if BACKEND == "npu":
+        return torch.ops.npu.npu_rotary_mul(x_LBHE.float(), cos, sin, "half").to(x_LBHE.dtype)
+    if BACKEND == "cuda":
+        from kernels import rotary as kernel
+
+        return kernel.rotary_half(x_LBHE, cos, sin)
+    wide = x_LBHE.float()
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x_LBHE.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- mixture of experts
+
+
+def token_permute(tokens: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K copies of each token, sorted by expert. tokens [N, D], experts [N, K] integer -> rows [N*K, D] and the row at
+    which each copy went, int32 [N*K] (copy k of token n at n*K + k). Ties keep the tokens' order."""
+    if BACKEND == "npu":
+        return torch.ops.npu.npu_moe_token_permute(tokens, experts.to(torch.int32))
+    if BACKEND == "cuda":
+        from kernels import moe_permute as kernel
+
+        return kernel.permute(tokens, experts)
+    order = experts.flatten().argsort(stable=True)  # [N*K], the copy that comes to each row
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return tokens[order // experts.shape[1]], position.to(torch.int32)
+
+
+def token_unpermute(rows: torch.Tensor, position: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Inverse of `token_permute`: sum over k of probs[n, k] * rows[position[n*K + k]]. rows [N*K, D], probs [N, K] ->
+    [N, D]. npu multiplies by probs in the dtype of rows."""
+    if BACKEND == "npu":
+        return torch.ops.npu.npu_moe_token_unpermute(rows, position, probs=probs.to(rows.dtype))
+    if BACKEND == "cuda":
+        from kernels import moe_permute as kernel
+
+        return kernel.unpermute(rows, position, probs)
+    copies = rows[position].unflatten(0, probs.shape)  # [N, K, D]
+    return (copies.float() * probs.float().unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each group's rows times its own matrix: y[ends[g-1]:ends[g]] = x[ends[g-1]:ends[g]] @ weight[g].
+
+    x [N, D], weight [G, D, F], ends [G] int64 on the device, cumulative, ends[-1] = N; groups may be empty -> [N, F].
+    On npu and cuda the ends stay on the device.
+    """
+    if BACKEND == "npu":
+        return _GroupedMatmulNpu.apply(x, weight, ends)
+    if BACKEND == "cuda":
+        aligned = x.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+        if x.dtype == torch.bfloat16 and aligned and x.is_cuda:  # what torch's kernel takes
+            return F.grouped_mm(x, weight, offs=ends.to(torch.int32))
+        from kernels import grouped_matmul as kernel
+
+        return kernel.grouped_matmul(x, weight, ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ w for part, w in zip(x.split(sizes), weight, strict=True)])
+
+
+class _GroupedMatmulNpu(torch.autograd.Function):
+    """npu_grouped_matmul has no backward of its own: dx = dy weight^T by group, dweight[g] = x_g^T dy_g.
+
+    split_item 2 and 3 give one output tensor; group_type 0 groups the rows, 2 the summed dimension; group_list_type 0
+    is cumulative.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight, ends)
+        return _grouped_npu(x, weight, ends, split_item=2, group_type=0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, ends = ctx.saved_tensors
+        dx = _grouped_npu(dy, weight.transpose(1, 2), ends, split_item=2, group_type=0)
+        return dx, _grouped_npu(x.t(), dy, ends, split_item=3, group_type=2), None
+
+
+def _grouped_npu(x, weight, ends, **how):
+    return torch.ops.npu.npu_grouped_matmul([x], [weight], group_list=ends, group_list_type=0, **how)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+CHUNK = 2**26  # logits that exist at a time: 128 MiB in bf16
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weight: torch.Tensor, tp_size: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output projection and the loss in one, so that the logits of all tokens never exist together.
+
+    hidden [N, D], weight [V/tp, D] (this rank's rows of the vocabulary), labels [N] int64 in [0, V) or negative (no
+    loss), token_weight fp32 [N] -> (sum_i token_weight_i loss_i, losses fp32 [N] without gradient) with loss_i =
+    log sum_v exp(hidden_i weight_v) - hidden_i weight_label. The vocabulary-parallel merge is Megatron-LM's
+    (arXiv:1909.08053, section 3), the chunking Liger-Kernel's (arXiv:2410.10989): the gradients are made in the
+    forward, the backward only scales them. Logits have the dtype of hidden, their softmax is fp32, and the weight's
+    gradient is summed over chunks in fp32. Under tensor parallelism each rank returns its own vocabulary's part of the
+    gradient of hidden: it must come through `parallel.enter_tensor_parallel`.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, token_weight, tp_size):
+        N, V = hidden.shape[0], weight.shape[0]
+        losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        token_weight = token_weight.float() * (labels >= 0)
+        training, step = any(ctx.needs_input_grad), max(1, CHUNK // V)
+        for part in (slice(i, i + step) for i in range(0, N, step)):
+            logits = hidden[part] @ weight.t()  # [n, V/tp]
+            losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
+            if training:
+                dhidden[part] = gradient @ weight
+                dweight += gradient.t() @ hidden[part]
+        losses = losses.masked_fill(labels < 0, 0)
+        ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+        ctx.mark_non_differentiable(losses)
+        return losses @ token_weight, losses
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+
+
+def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses fp32 [n] of one chunk of logits [n, V/tp] and token_weight times their gradient, in the logits' dtype."""
+    if BACKEND == "npu" and tp_size == 1:
+        labels = labels.clamp(min=0)
+        loss, log_prob, *_ = torch.ops.npu.npu_cross_entropy_loss(logits.float(), labels, reduction="none")
+        gradient = torch.ops.npu.npu_cross_entropy_loss_backward(token_weight, log_prob, labels, reduction="none")
+        return loss, gradient.to(logits.dtype)
+    if tp_size > 1:
+        labels = labels - mpu.get_tensor_model_parallel_rank() * logits.shape[1]  # outside [0, V/tp): another rank's
+    if BACKEND == "cuda":
+        from kernels import linear_cross_entropy as kernel
+
+        peak, total, target = kernel.row_statistics(logits, labels)
+    else:
+        wide = logits.float()
+        mine = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
+        column = labels.unsqueeze(1).clamp(0, logits.shape[1] - 1)
+        peak = wide.amax(1)
+        total = (wide - peak.unsqueeze(1)).exp().sum(1)
+        target = (wide.gather(1, column) * mine).squeeze(1)
+    highest = _tp_sum(peak.clone(), tp_size, dist.ReduceOp.MAX)
+    total, target = _tp_sum(torch.stack((total * (peak - highest).exp(), target)), tp_size)
+    lse = highest + total.log()
+    if BACKEND == "cuda":
+        kernel.softmax_gradient_(logits, lse, labels, token_weight)
+        return lse - target, logits
+    gradient = (wide - lse.unsqueeze(1)).exp().scatter_add(1, column, -mine.float()) * token_weight.unsqueeze(1)
+    return lse - target, gradient.to(logits.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizer
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW with npu's one-kernel update; elsewhere torch's own fused one. `common.train` gives this class to
+    the optimizer megatron-core has built. fp32 parameters, moments and gradients."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if BACKEND != "npu":
+            return super().step(closure)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, as torch keeps it
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                done = int(state["step"])
+                grad, *out = (_local(t) for t in (p.grad, p, state["exp_avg"], state["exp_avg_sq"]))
+                torch.ops.npu.npu_apply_adam_w(  # the powers are of the step before this one
+                    beta1**done, beta2**done, group["lr"], group["weight_decay"], beta1, beta2, group["eps"],
+                    grad, None, False, False, out=out,
+                )  # fmt: skip
+                state["step"] += 1
+        return None
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    """This rank's part of what FSDP2 shards."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+if __name__ == "__main__":
+    from common import ops_check
+
+    ops_check.main()

@@ -27,7 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, perf
+from common import checkpoint, device, ops, perf
 from common.cli import TrainOptions, to_toml
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
@@ -54,7 +54,10 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
         use_distributed_optimizer=not o.fsdp,
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
-    if device.KIND in ("cpu", "cuda"):
+    if ops.BACKEND == "npu":
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.optimizer.__class__ = ops.AdamW  # one kernel; torch_npu's own is a loop
+    else:
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
     return optimizer

@@ -1,12 +1,13 @@
 """Loss, per-parameter gradients and a 20-step AdamW trajectory of every layout equal one process (fp32, gloo)."""
 
+import npu_contract
 import pytest
 import torch
 import torch.distributed as dist
 import wan_case as case
 from ranks import run_ranks
 
-from common import checkpoint, parallel
+from common import checkpoint, ops, parallel
 from common import train as loop
 
 pytestmark = pytest.mark.L3
@@ -71,6 +72,16 @@ def run_layout(layout: dict, steps: int, want_gradients: bool) -> dict:
     return out if dist.get_rank() == 0 else {}
 
 
+def through_npu(layout: dict, steps: int) -> dict:
+    """`run_layout` with the npu branch of `common.ops` over the published contract: not a run on Ascend."""
+    npu_contract.install()
+    ops.BACKEND = "npu"
+    try:
+        return run_layout(layout, steps, True)
+    finally:
+        ops.BACKEND = "cpu"
+
+
 def whole(o, wrapped, gradient: bool) -> dict[str, torch.Tensor]:
     """Every parameter (or its gradient) of the whole model, put together on every rank."""
     mine = {}
@@ -121,7 +132,16 @@ def single() -> dict:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_single_process(name, single):
     world, layout = LAYOUTS[name]
-    got = run_ranks(world, run_layout, layout, 20, True)[0]
+    compare(run_ranks(world, run_layout, layout, 20, True)[0], single, layout)
+
+
+@pytest.mark.parametrize("name", ["one process", "tp2 sp", "cp2 ring recompute selective", "fsdp2"])
+def test_npu_branch_equals_single_process(name, single):
+    world, layout = LAYOUTS.get(name, (1, {}))
+    compare(run_ranks(world, through_npu, layout, 20)[0], single, layout)
+
+
+def compare(got: dict, single: dict, layout: dict) -> None:
     assert got["losses"][0] == pytest.approx(single["losses"][0], rel=TOLERANCE), layout
     assert got["gradients"].keys() == single["gradients"].keys()
     worst = {

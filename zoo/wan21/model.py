@@ -122,7 +122,7 @@ class WanBlock(nn.Module):
         x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text)
 
         y = parallel.enter_tensor_parallel(ops.layer_norm_modulate(x, scale2, shift2, eps), self.mc)
-        y = self.ffn["2"](F.gelu(self.ffn["0"](y), approximate="tanh"))  # [L, B, F/tp] in between
+        y = self.ffn["2"](ops.gelu_tanh(self.ffn["0"](y)))  # [L, B, F/tp] in between
         return ops.gate_residual(x, y, gate2)
 
 

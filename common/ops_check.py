@@ -1,0 +1,317 @@
+"""Self-test and speed table of `common.ops` on the device it runs on: `python -m common.ops`.
+
+A case is an op with inputs that exercise it (unequal dimensions, ragged blocks) and the same thing written in plain
+torch. The self-test runs both, the plain one in fp64, forward and backward; the tests run the same cases over the npu
+contract and Triton's interpreter.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from common import device, ops
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest entry; bf16 keeps 8 bits
+HALF = (torch.bfloat16,)
+SMALL = dict(L=37, S=41, B=2, H=4, K=2, E=16, D=48, F=40, N=29, G=5, TOP=3, V=101, BLOCK=16)
+MEDIUM = dict(L=1024, S=1024, B=1, H=8, K=4, E=64, D=512, F=1024, N=1024, G=8, TOP=2, V=8192, BLOCK=128)
+LARGE = dict(L=8192, S=8192, B=1, H=16, K=8, E=128, D=2048, F=6144, N=8192, G=64, TOP=8, V=151936, BLOCK=128)
+
+
+class Draw:
+    """Random inputs of a case: floats come in the dtype under test, what is fp32 by contract stays fp32."""
+
+    def __init__(self, sizes: dict[str, int], dtype: torch.dtype, where: torch.device):
+        self.__dict__.update(sizes)
+        self.dtype, self.where, self.generator = dtype, where, torch.Generator().manual_seed(0)
+
+    def floats(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=self.generator) / (shape[-1] ** 0.25)
+        return drawn.to(self.where, dtype or self.dtype).requires_grad_()
+
+    def wide(self, *shape: int) -> torch.Tensor:
+        return self.floats(*shape, dtype=torch.float32)
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.where)
+
+    def angles(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = 6 * torch.rand(shape, generator=self.generator)
+        return angles.cos().to(self.where), angles.sin().to(self.where)
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(draw): the arguments by name. backends: what the op runs on, by device. dtypes: those that every device
+    takes. fixed: sizes that a device's constraints dictate. comparable: whether `plain` fits in memory at full size."""
+
+    make: Callable[[Draw], dict]
+    op: Callable
+    plain: Callable
+    backends: dict[str, str]
+    dtypes: tuple = (torch.float32, torch.bfloat16)
+    fixed: dict = field(default_factory=dict)
+    comparable: bool = True
+
+
+# ---------------------------------------------------------------------------------------------------- plain references
+
+
+def plain_attention(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=None, block=0):
+    (L, _, H, E), S = q.shape, k.shape[0]
+    k, v = (t.repeat_interleave(H // t.shape[2], 2) for t in (k, v))
+    scores = torch.einsum("lbhe,sbhe->bhls", q, k) * E**-0.5
+    i, j = torch.arange(L, device=q.device)[:, None] + S - L, torch.arange(S, device=q.device)[None]
+    seen = torch.ones(L, S, dtype=torch.bool, device=q.device)
+    if causal:
+        seen &= j <= i
+    if window is not None:
+        seen &= (j >= i - window[0]) & ((j <= i + window[1]) if window[1] >= 0 else seen)
+    if cu_seqlens is not None:
+        owner = torch.bucketize(torch.arange(L), torch.tensor(cu_seqlens[1:]), right=True).to(q.device)
+        seen &= owner[:, None] == owner[None]
+    if blocks is not None:
+        seen = blocks[:, :, i // block, j // block] if L == S else None
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    return torch.einsum("bhls,sbhe->lbhe", probabilities, v)
+
+
+def plain_rms_norm(x, weight, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def plain_rotary_interleaved(x, rope):
+    first, second, cos, sin = x[..., ::2], x[..., 1::2], rope[..., 0], rope[..., 1]
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
+
+
+def plain_rotary_half(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def plain_experts(tokens, experts, probs, weight):
+    """Every token through each of its experts, weighted: what permute, grouped matmul and unpermute do together."""
+    out = tokens.new_zeros(len(tokens), weight.shape[2])
+    for k in range(experts.shape[1]):
+        out = out + probs[:, k, None] * torch.einsum("nd,ndf->nf", tokens, weight[experts[:, k]])
+    return out
+
+
+def experts(tokens, experts, probs, weight):
+    rows, position = ops.token_permute(tokens, experts)
+    counts = F.one_hot(experts.flatten(), len(weight)).sum(0)
+    return ops.token_unpermute(ops.grouped_matmul(rows, weight, counts.cumsum(0)), position, probs)
+
+
+def plain_linear_cross_entropy(hidden, weight, labels, token_weight):
+    losses = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
+    return losses @ token_weight, losses.detach()
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def qkv(d: Draw, **options) -> dict:
+    return (
+        dict(q=d.floats(d.L, d.B, d.H, d.E), k=d.floats(d.L, d.B, d.K, d.E), v=d.floats(d.L, d.B, d.K, d.E)) | options
+    )
+
+
+def packed(d: Draw) -> dict:
+    bounds = [0, d.L // 3, d.L // 2, d.L]
+    return qkv(d, causal=True, cu_seqlens=bounds)
+
+
+def block_sparse(d: Draw) -> dict:
+    inputs = qkv(d, block=d.BLOCK)
+    return inputs | {"blocks": ops.select_blocks(inputs["q"], inputs["k"], 0.4, d.BLOCK, always_keys=d.BLOCK)}
+
+
+def interleaved(d: Draw) -> dict:
+    return dict(x=d.floats(d.L, d.B, d.H, d.E), rope=torch.stack(d.angles(d.L, 1, 1, d.E // 2), -1))
+
+
+def halves(d: Draw) -> dict:  # every sample its own angles, as mrope has them
+    cos, sin = (torch.cat((t, t), -1) for t in d.angles(d.L, d.B, 1, d.E // 2))
+    return dict(x=d.floats(d.L, d.B, d.H, d.E), cos=cos, sin=sin)
+
+
+def labelled(d: Draw) -> dict:
+    labels = d.integers(d.V, d.N)
+    labels[::7] = -100
+    return dict(hidden=d.floats(d.N, d.D), weight=d.floats(d.V, d.D), labels=labels, token_weight=d.wide(d.N).detach())
+
+
+def attention_case(make: Callable, cuda: str) -> Case:
+    backends = {"npu": "npu_fusion_attention", "cuda": cuda, "cpu": "torch SDPA"}
+    dtypes = HALF if "varlen" in cuda else (torch.float32, torch.bfloat16)
+    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends, dtypes)
+
+
+def on(npu: str, cuda: str, cpu: str = "plain torch") -> dict[str, str]:
+    return {"npu": npu, "cuda": cuda, "cpu": cpu}
+
+
+SDPA, VARLEN = "torch SDPA", "torch varlen_attn"
+CASES = {
+    "attention": attention_case(lambda d: qkv(d), SDPA),
+    "attention, causal": attention_case(lambda d: qkv(d, causal=True), SDPA),
+    "attention, keys before the queries": attention_case(
+        lambda d: qkv(d, causal=True) | {x: d.floats(d.S, d.B, d.K, d.E) for x in "kv"}, VARLEN
+    ),
+    "attention, window": attention_case(lambda d: qkv(d, window=(d.L // 4, 3)), VARLEN),
+    "attention, causal window": attention_case(lambda d: qkv(d, window=(d.L // 4, -1), causal=True), VARLEN),
+    "attention, packed": Case(
+        packed, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention,
+        on("npu_fusion_attention", VARLEN, SDPA), HALF, {"B": 1},
+    ),
+    "attention, block-sparse": Case(
+        block_sparse, lambda q, k, v, blocks, block: ops.block_sparse_attention(q, k, v, blocks, block), plain_attention,
+        on("npu_block_sparse_attention", "kernels/block_sparse_attention.py", SDPA), HALF,
+        {"E": 128, "BLOCK": 128, "L": 400},
+    ),
+    "rms_norm": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.D), weight=d.floats(d.D), eps=1e-6), ops.rms_norm, plain_rms_norm,
+        on("npu_rms_norm", "torch rms_norm"),
+    ),
+    "add_rms_norm": Case(
+        lambda d: dict(x=d.floats(d.L, d.D), residual=d.floats(d.L, d.D), weight=d.floats(d.D), eps=1e-6),
+        ops.add_rms_norm, lambda x, residual, weight, eps: (plain_rms_norm(x + residual, weight, eps), x + residual),
+        on("npu_add_rms_norm", "kernels/rms_norm.py"),
+    ),
+    "layer_norm": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.D), weight=d.floats(d.D), bias=d.floats(d.D), eps=1e-6), ops.layer_norm,
+        lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        on("torch layer_norm", "torch layer_norm", "torch layer_norm"),
+    ),
+    "layer_norm_modulate": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.D), scale=d.wide(d.B, d.D), shift=d.wide(d.B, d.D), eps=1e-6),
+        ops.layer_norm_modulate,
+        lambda x, scale, shift, eps: F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift,
+        on("torch layer_norm", "kernels/modulate.py", "torch layer_norm"),
+    ),
+    "gate_residual": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.D), y=d.floats(d.L, d.B, d.D), gate=d.wide(d.B, d.D)), ops.gate_residual,
+        lambda x, y, gate: x + y * gate, on("torch addcmul", "kernels/modulate.py", "torch addcmul"),
+    ),
+    "swiglu": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.swiglu,
+        lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], on("npu_swiglu", "kernels/swiglu.py"),
+    ),
+    "geglu": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.geglu,
+        lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1], approximate="tanh"), on("npu_geglu", "torch gelu"),
+    ),
+    "gelu_tanh": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.F)), ops.gelu_tanh,
+        lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        on("torch gelu", "torch gelu", "torch gelu"),
+    ),
+    "rotary_interleaved": Case(
+        interleaved, lambda x, rope: ops.rotary_interleaved(x, rope), plain_rotary_interleaved,
+        on("npu_rotary_mul", "kernels/rotary.py"),
+    ),
+    "rotary_half": Case(
+        halves, lambda x, cos, sin: ops.rotary_half(x, cos, sin), plain_rotary_half,
+        on("npu_rotary_mul", "kernels/rotary.py"),
+    ),
+    "permute, grouped matmul, unpermute": Case(
+        lambda d: dict(
+            tokens=d.floats(d.N, d.D), experts=d.integers(d.G - 1, d.N, d.TOP),  # the last group stays empty
+            probs=d.floats(d.N, d.TOP), weight=d.floats(d.G, d.D, d.F),
+        ),
+        experts, plain_experts,
+        on("npu_moe_token_permute, npu_grouped_matmul, npu_moe_token_unpermute",
+           "kernels/moe_permute.py, torch grouped_mm (fp32: kernels/grouped_matmul.py)"),
+        comparable=False,
+    ),
+    "linear_cross_entropy": Case(
+        labelled, ops.linear_cross_entropy, plain_linear_cross_entropy,
+        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"),
+    ),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def outputs_and_gradients(function: Callable, inputs: dict) -> tuple[list, dict[str, torch.Tensor]]:
+    """Outputs, and gradients by input name for a fixed random direction of every differentiable output."""
+    outputs = function(**inputs)
+    outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+    return outputs, gradients(outputs, directions, inputs)
+
+
+def gradients(outputs: list, directions: list, inputs: dict) -> dict[str, torch.Tensor]:
+    leaves = {n: t for n, t in inputs.items() if torch.is_tensor(t) and t.requires_grad}
+    pairs = [pair for pair in zip(outputs, directions, strict=True) if pair[0].requires_grad]
+    roots, directions = zip(*pairs, strict=True)
+    return dict(zip(leaves, torch.autograd.grad(roots, list(leaves.values()), directions), strict=True))
+
+
+def errors(case: Case, dtype: torch.dtype, where: torch.device, sizes: dict[str, int] = SMALL) -> dict[str, float]:
+    """Largest difference from the plain fp64 reference, of the largest entry, for each output and each gradient."""
+    draw = Draw(sizes | case.fixed, dtype, where)
+    inputs = case.make(draw)
+    exact = {n: exactly(t) if torch.is_tensor(t) else t for n, t in inputs.items()}
+    got, got_gradients = outputs_and_gradients(case.op, inputs)
+    want, want_gradients = outputs_and_gradients(case.plain, exact)
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        return ((a.cpu().double() - b).abs().max() / b.abs().max()).item()
+
+    found = {f"output {i}": error(a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))}
+    return found | {f"gradient of {n}": error(g, want_gradients[n]) for n, g in got_gradients.items()}
+
+
+def exactly(t: torch.Tensor) -> torch.Tensor:
+    """On the host, where fp64 always exists."""
+    return t.detach().cpu().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t.cpu()
+
+
+def milliseconds(function: Callable, inputs: dict, repeats: int) -> float:
+    """Median time of forward and backward."""
+    times, directions = [], None
+    for _ in range(repeats + 3):
+        device.synchronize()
+        start = time.perf_counter()
+        outputs = function(**inputs)
+        outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
+        directions = directions or [torch.ones_like(out) for out in outputs]
+        gradients(outputs, directions, inputs)
+        device.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[3:])[repeats // 2] * 1e3
+
+
+def main() -> None:
+    where, sizes = device.current(), MEDIUM if device.KIND == "cpu" else LARGE
+    speed_dtype = torch.float32 if device.KIND == "cpu" else torch.bfloat16
+    print(f"{device.name()}, torch {torch.__version__}, backend {ops.BACKEND}")
+    print(f"error: largest, of the largest entry, forward and gradients, against fp64. speed: {speed_dtype}, {sizes}\n")
+    print(f"{'op':<36} {'runs on':<44} {'error fp32':>10} {'error bf16':>10} {'ms':>9} {'plain ms':>9}")
+    failed = []
+    for name, case in CASES.items():
+        cells = []
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype not in case.dtypes and ops.BACKEND != "cpu":
+                cells.append("-")
+                continue
+            worst = max(errors(case, dtype, where).values())
+            cells.append(f"{worst:.1e}")
+            if not worst <= TOLERANCE[dtype]:
+                failed.append(f"{name} {dtype}: {worst:.1e}, tolerance {TOLERANCE[dtype]}")
+        inputs = case.make(Draw(sizes | case.fixed | {"L": sizes["L"]}, speed_dtype, where))
+        cells.append(f"{milliseconds(case.op, inputs, 5):.2f}")
+        cells.append(f"{milliseconds(case.plain, inputs, 5):.2f}" if case.comparable else "-")
+        print(f"{name:<36} {case.backends[ops.BACKEND]:<44} {cells[0]:>10} {cells[1]:>10} {cells[2]:>9} {cells[3]:>9}")
+    print("\nms: forward and backward; plain: the same in plain torch, not fused")
+    if failed:
+        sys.exit("\nfailed: " + "; ".join(failed))

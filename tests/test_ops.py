@@ -1,0 +1,309 @@
+"""Every op of `common.ops` against plain torch in fp64, on the reference and through the npu branch over the published
+contract (`npu_contract.py`: not a run on Ascend), and wrong calls that the contract must refuse."""
+
+import npu_contract
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import ops, ops_check, parallel
+from common.ops_check import CASES, SMALL, Draw
+
+pytestmark = pytest.mark.L2
+
+CPU = torch.device("cpu")
+npu = torch.ops.npu
+
+
+@pytest.fixture(params=["cpu", "npu"])
+def backend(request, monkeypatch):
+    npu_contract.install()
+    monkeypatch.setattr(ops, "BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def contract():
+    npu_contract.install()
+
+
+class Called(TorchDispatchMode):
+    """Records the npu ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "npu":
+            self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ops_check.TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_op_and_its_gradients_equal_fp64(name, dtype, backend):
+    case = CASES[name]
+    if backend == "npu" and "sparse" in name and dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="fp16 or bf16"):
+            ops_check.errors(case, dtype, CPU)
+        return
+    worst = ops_check.errors(case, dtype, CPU)
+    assert max(worst.values()) <= ops_check.TOLERANCE[dtype], worst
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_npu_branch_calls_the_op_it_names(name, contract, monkeypatch):
+    monkeypatch.setattr(ops, "BACKEND", "npu")
+    case = CASES[name]
+    with Called() as called:
+        case.op(**case.make(Draw(SMALL | case.fixed, torch.bfloat16, CPU)))
+    said = {word for word in case.backends["npu"].split(", ") if word.startswith("npu_")}
+    assert said == {n for n in called.names if not n.endswith(("_grad", "_backward"))}
+
+
+def test_comparison_has_teeth():
+    """A causal op against the full reference is far beyond the tolerance."""
+    wrong = ops_check.Case(CASES["attention"].make, CASES["attention"].op, lambda q, k, v: ops_check.plain_attention(
+        q, k, v, causal=True), {})  # fmt: skip
+    assert max(ops_check.errors(wrong, torch.float32, CPU).values()) > 0.1
+
+
+# ----------------------------------------------------------------------------------------- what the cases do not reach
+
+
+def test_packed_bounds_that_do_not_fit_are_refused(backend):
+    q = torch.randn(6, 1, 2, 8)
+    for bounds in ([0, 4], [2, 6], [0, 3, 7]):
+        with pytest.raises(ValueError, match="expected bounds"):
+            ops.attention(q, q, q, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, backend):
+    q, k, v, dout = (torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    out, lse = ops.attention_with_lse(q, k, v, causal)
+    scores = q @ k.transpose(2, 3) * 8**-0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(10, 10, dtype=torch.bool).triu(1), -torch.inf)
+    assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    want = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+    assert torch.allclose(out, want, atol=1e-5)
+    want.backward(dout)
+    for got, leaf in zip(ops.attention_backward(dout, q, k, v, out, lse, causal), leaves, strict=True):
+        assert torch.allclose(got, leaf.grad, atol=1e-5)
+
+
+def test_selected_blocks_hold_the_nearest_keys_and_those_always_kept():
+    q = torch.zeros(70, 1, 2, 8)
+    q[32:48] = 3.0  # query block 2 points at key block 3
+    k = torch.zeros(70, 1, 1, 8)
+    k[48:64] = 3.0
+    blocks = ops.select_blocks(q, k, keep=0.2, block=16, always_queries=20, always_keys=5)
+    assert blocks.shape == (1, 2, 5, 5) and bool(blocks[:, :, :2].all()), "the first 20 queries see everything"
+    assert bool(blocks[..., 0].all()), "the block of the first 5 keys is always seen"
+    assert blocks[0, 0, 2].tolist() == [True, False, False, True, False]
+
+
+def test_a_query_without_blocks_gives_zeros():
+    q = torch.randn(40, 1, 2, 128, dtype=torch.bfloat16)
+    blocks = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    blocks[:, :, 1] = False
+    out = ops.block_sparse_attention(q, q, q, blocks, block=16)
+    assert not out[16:32].any() and out[:16].abs().sum() > 0
+
+
+def test_adamw_of_npu_equals_torch(contract, monkeypatch):
+    monkeypatch.setattr(ops, "BACKEND", "npu")
+    options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+    start = torch.randn(7, 5)
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = ops.AdamW([mine], **options), torch.optim.AdamW([theirs], **options)
+    for step in range(5):
+        for p in (mine, theirs):
+            p.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6), f"step {step}"
+
+
+def split_vocabulary(backend: str) -> dict:
+    """On two ranks: loss and gradients with each rank holding half of the vocabulary."""
+    from megatron.core import parallel_state as mpu
+
+    npu_contract.install()
+    ops.BACKEND = backend
+    try:
+        import wan_case
+
+        parallel.initialize(wan_case.options(tp=2))
+        hidden, weight, labels, token_weight = loss_inputs()
+        mine = weight.detach().chunk(2)[mpu.get_tensor_model_parallel_rank()].clone().requires_grad_()
+        loss, losses = ops.linear_cross_entropy(hidden, mine, labels, token_weight, tp_size=2)
+        loss.backward()
+        return {"loss": loss.detach(), "losses": losses, "hidden": hidden.grad, "weight": mine.grad}
+    finally:
+        ops.BACKEND = "cpu"
+
+
+def loss_inputs():
+    d = Draw(SMALL | {"V": 64}, torch.float32, CPU)
+    return tuple(ops_check.labelled(d).values())
+
+
+@pytest.mark.parametrize("which", ["cpu", "npu"])
+def test_split_vocabulary_equals_the_whole(which, monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", 500)  # several chunks
+    hidden, weight, labels, token_weight = loss_inputs()
+    loss, losses = ops.linear_cross_entropy(hidden, weight, labels, token_weight)
+    loss.backward()
+    ranks = run_ranks(2, split_vocabulary, which)
+    got = {
+        "loss": ranks[1]["loss"], "losses": ranks[1]["losses"],
+        "hidden": ranks[0]["hidden"] + ranks[1]["hidden"],  # what enter_tensor_parallel's backward sums
+        "weight": torch.cat([r["weight"] for r in ranks]),
+    }  # fmt: skip
+    want = {"loss": loss, "losses": losses, "hidden": hidden.grad, "weight": weight.grad}
+    for name, value in want.items():
+        assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+    assert not losses[labels < 0].any()
+
+
+def test_the_loss_never_holds_more_logits_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", 10 * 101)
+    rows = []
+    plain = ops._softmax_loss
+    monkeypatch.setattr(ops, "_softmax_loss", lambda logits, *rest: (rows.append(len(logits)), plain(logits, *rest))[1])
+    case = CASES["linear_cross_entropy"]
+    case.op(**case.make(Draw(SMALL, torch.float32, CPU)))
+    assert rows == [10, 10, 9]
+
+
+# --------------------------------------------------------------------------------------- wrong calls the contract refuses
+
+CAUSAL = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+
+
+def floats(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def attend(layout="SBH", heads=2, shape=(6, 1, 16), **options):
+    q = floats(*shape)
+    return npu.npu_fusion_attention(q, q, q, heads, layout, **options)
+
+
+def pack(ends, **options):
+    q = floats(6, 2, 8)
+    return npu.npu_fusion_attention(q, q, q, 2, "TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, **options)
+
+
+def grouped(ends, x=None, weight=None, **how):
+    x, weight = floats(6, 4) if x is None else x, floats(2, 4, 3) if weight is None else weight
+    how = {"split_item": 2, "group_type": 0, "group_list_type": 0} | how
+    return npu.npu_grouped_matmul([x], [weight], group_list=torch.tensor(ends), **how)
+
+
+def sparse(dtype=torch.bfloat16, block=128, E=128, mask=None, **options):
+    q = floats(1, 2, 200, E, dtype=dtype)
+    mask = torch.ones(1, 2, 2, 2, dtype=torch.int8) if mask is None else mask
+    layout = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD", "num_key_value_heads": 2, "scale_value": 0.1}
+    return npu.npu_block_sparse_attention(q, q, q, mask, [block, block], **layout | {"inner_precise": 0} | options)
+
+
+def rotate(mode="half", table=(6, 1, 1, 8), **options):
+    return npu.npu_rotary_mul(floats(6, 2, 3, 8), torch.zeros(table), torch.zeros(table), mode, **options)
+
+
+def adamw(out=3, grad=None, **named):
+    p = floats(4)
+    return npu.npu_apply_adam_w(1.0, 1.0, 0.1, 0.0, 0.9, 0.9, 1e-8, p if grad is None else grad, None, False, False,
+                                out=[floats(4) for _ in range(out)], **named)  # fmt: skip
+
+
+RIGHT = {
+    "attention": attend, "packed": lambda: pack([2, 6]), "grouped": lambda: grouped([2, 6]), "sparse": sparse,
+    "rotary": rotate, "adamw": adamw, "causal": lambda: attend(atten_mask=CAUSAL, sparse_mode=3),
+}  # fmt: skip
+
+WRONG = {
+    "mask upside down": (lambda: attend(atten_mask=~CAUSAL, sparse_mode=3), "masked out"),
+    "mask not compressed": (lambda: attend(atten_mask=CAUSAL[:6, :6], sparse_mode=3), "compressed"),
+    "mask of floats": (lambda: attend(atten_mask=CAUSAL.float(), sparse_mode=3), "bool or uint8"),
+    "band without the compressed mask": (lambda: attend(atten_mask=CAUSAL[:6, :6], sparse_mode=4), "compressed"),
+    "full mask of another length": (lambda: attend(atten_mask=CAUSAL[:6, :5], sparse_mode=1), "does not end in"),
+    "layout of four dimensions": (lambda: attend("BSND"), "4 dimensions"),
+    "unknown layout": (lambda: attend("LBHE"), "one of"),
+    "heads of another number": (lambda: attend("BNSD", 3, (1, 2, 6, 8)), "query heads"),
+    "heads that do not divide": (lambda: attend(heads=3), "does not divide"),
+    "head_num left out": (lambda: npu.npu_fusion_attention(*[floats(6, 1, 16)] * 3, input_layout="SBH"), "head_num"),
+    "keyword of another library": (lambda: attend(softmax_scale=0.5), "softmax_scale"),
+    "counts for cumulative lengths": (lambda: pack([2, 4]), "cumulative"),
+    "falling lengths": (lambda: pack([6, 2]), "cumulative"),
+    "packed without lengths": (lambda: pack(None), "actual_seq_qlen"),
+    "dtypes mixed": (lambda: npu.npu_rms_norm(floats(3, 4).bfloat16(), floats(4), epsilon=1e-6), "one dtype"),
+    "eps for epsilon": (lambda: npu.npu_rms_norm(floats(3, 4), floats(4), eps=1e-6), "eps"),
+    "gamma of another width": (lambda: npu.npu_rms_norm(floats(3, 4), floats(3)), "gamma"),
+    "odd width": (lambda: npu.npu_swiglu(floats(3, 5), -1), "in two"),
+    "rotary mode": (lambda: rotate("interleaved"), "half or interleave"),
+    "rotary of three dimensions": (
+        lambda: npu.npu_rotary_mul(floats(6, 2, 8), torch.zeros(6, 1, 8), torch.zeros(6, 1, 8)), "4-D"),
+    "angles by sample, interleaved": (lambda: rotate("interleave", (6, 2, 1, 8)), "sequence alone"),
+    "angles for cosines": (
+        lambda: npu.npu_rotary_mul(floats(6, 2, 3, 8), torch.full((6, 1, 1, 8), 3.0), torch.zeros(6, 1, 1, 8)), r"\[-1, 1\]"),
+    "counts for cumulative groups": (lambda: grouped([2, 4]), "not at 6 rows"),
+    "cumulative groups called counts": (lambda: grouped([2, 6], group_list_type=1), "not at 6 rows"),
+    "split_item of several outputs": (lambda: grouped([2, 6], split_item=0), "one tensor"),
+    "int32 group list": (lambda: npu.npu_grouped_matmul(
+        [floats(6, 4)], [floats(2, 4, 3)], group_list=torch.tensor([2, 6], dtype=torch.int32), split_item=2, group_type=0),
+        "int64"),
+    "weight not transposed": (lambda: grouped([2, 6], weight=floats(2, 3, 4)), "times weight"),
+    "weight gradient without transposing": (
+        lambda: grouped([2, 6], floats(6, 4), floats(6, 3), split_item=3, group_type=2), "not at 4 rows"),
+    "sparse fp32": (lambda: sparse(torch.float32), "fp16 or bf16"),
+    "sparse block of 64": (lambda: sparse(block=64), "multiple of 128"),
+    "sparse bf16 at low precision": (lambda: sparse(inner_precise=1), "inner_precise"),
+    "sparse mask by token": (lambda: sparse(mask=torch.ones(1, 2, 200, 200, dtype=torch.int8)), "expected"),
+    "label out of range": (lambda: npu.npu_cross_entropy_loss(floats(2, 5), torch.tensor([0, -100])), "labels lie"),
+    "int32 labels": (lambda: npu.npu_cross_entropy_loss(floats(2, 5), torch.tensor([0, 1], dtype=torch.int32)), "int32"),
+    "adamw without moments": (lambda: adamw(out=1), "var, m, v"),
+    "adamw of a bf16 gradient": (lambda: adamw(grad=floats(4).bfloat16()), "one dtype"),
+    "permute by float experts": (lambda: npu.npu_moe_token_permute(floats(3, 4), floats(3, 2)), "int32 or int64"),
+    "unpermute by int64 rows": (
+        lambda: npu.npu_moe_token_unpermute(floats(4, 3), torch.arange(4), probs=floats(2, 2)), "int32"),
+    "unpermute with wide probs": (
+        lambda: npu.npu_moe_token_unpermute(floats(4, 3).bfloat16(), torch.arange(4).int(), probs=floats(2, 2)), "one dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_call_passes_the_contract(name, contract):
+    assert RIGHT[name]() is not None
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_call_is_refused(name, contract):
+    call, reason = WRONG[name]
+    with pytest.raises(RuntimeError, match=reason):
+        call()
+
+
+def test_a_missing_backward_is_an_error(contract):
+    """npu_grouped_matmul has none: called bare on a device, a weight would silently stay as it is."""
+    x = floats(6, 4).requires_grad_()
+    out = npu.npu_grouped_matmul([x], [floats(2, 4, 3)], group_list=torch.tensor([2, 6]), split_item=2, group_type=0)[0]
+    with pytest.raises(RuntimeError, match="has no backward"):
+        out.sum().backward()
+
+
+def test_block_sparse_gradient_needs_the_lse(contract):
+    q = floats(1, 2, 200, 128, dtype=torch.bfloat16).requires_grad_()
+    layout = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD", "num_key_value_heads": 2, "scale_value": 0.1}
+    out = npu.npu_block_sparse_attention(
+        q, q, q, torch.ones(1, 2, 2, 2, dtype=torch.int8), [128, 128], **layout, inner_precise=0
+    )[0]
+    with pytest.raises(RuntimeError, match="softmax_lse_flag"):
+        out.float().sum().backward()
