@@ -9,8 +9,8 @@
 Unusual: x and y are kept in their own dtype and n is computed again; everything is fp32 in between and rounded once.
 Sums over tokens take two steps, a partial sum per program and then one over programs: the same bits every run.
 
-With N = L x B x D elements of s bytes: layer_norm_modulate moves 2 N s bytes forward (9 N FLOPs) and 3 N s backward
-(14 N); gate_residual 3 N s forward (2 N) and 3 N s backward (3 N). Partial sums add 8 bytes x D x programs a sum.
+With N = L x B x D elements of s bytes: layer_norm_modulate moves 2 N s bytes forward (7 N FLOPs) and 3 N s backward
+(13 N); gate_residual 3 N s forward (2 N) and 3 N s backward (3 N). Partial sums add at most 4096 D bytes a sum.
 
 In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
 power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter.
@@ -55,25 +55,39 @@ def _check(x, **modulations):
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, eps):
+        x = _unit(x)
         L, B, D = x.shape
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         mean, inverse = torch.empty(2, L, B, dtype=torch.float32, device=x.device)
         programs, sizes = _row_tiling(L, B, D, FORWARD_PROGRAMS)
         _norm_forward_kernel[programs, B](
-            x, scale.contiguous(), shift.contiguous(), y, mean, inverse, L, D, eps, *x.stride(), **sizes
+            x, scale.contiguous(), shift.contiguous(), y, mean, inverse, L, D, eps, *x.stride()[:2], **sizes
         )
         ctx.save_for_backward(x, scale, mean, inverse)
         return y
 
     @staticmethod
     def backward(ctx, dy):
+        dy = _unit(dy)
         x, scale, mean, inverse = ctx.saved_tensors
         L, B, D = x.shape
         programs, sizes = _row_tiling(L, B, D, BACKWARD_PROGRAMS)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dscale, dshift = torch.empty(2, programs, B, D, dtype=torch.float32, device=x.device)
         _norm_backward_kernel[programs, B](
-            dy, x, scale.contiguous(), mean, inverse, dx, dscale, dshift, L, D, *dy.stride(), *x.stride(), **sizes
+            dy,
+            x,
+            scale.contiguous(),
+            mean,
+            inverse,
+            dx,
+            dscale,
+            dshift,
+            L,
+            D,
+            *dy.stride()[:2],
+            *x.stride()[:2],
+            **sizes,
         )
         return dx, dscale.sum(0), dshift.sum(0), None
 
@@ -81,29 +95,38 @@ class _LayerNormModulate(torch.autograd.Function):
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, gate):
+        x, y = _unit(x), _unit(y)
         L, B, D = x.shape
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grid, sizes = _gate_tiling(L, B, D, FORWARD_PROGRAMS)
-        _gate_forward_kernel[grid](x, y, gate.contiguous(), out, L, D, *x.stride(), *y.stride(), **sizes)
+        _gate_forward_kernel[grid](x, y, gate.contiguous(), out, L, D, *x.stride()[:2], *y.stride()[:2], **sizes)
         ctx.save_for_backward(y, gate)
         return out
 
     @staticmethod
     def backward(ctx, dout):
+        dout = _unit(dout)
         y, gate = ctx.saved_tensors
         L, B, D = y.shape
         grid, sizes = _gate_tiling(L, B, D, BACKWARD_PROGRAMS)
         dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         dgate = torch.empty(grid[0], B, D, dtype=torch.float32, device=y.device)
-        _gate_backward_kernel[grid](dout, y, gate.contiguous(), dy, dgate, L, D, *dout.stride(), *y.stride(), **sizes)
+        _gate_backward_kernel[grid](
+            dout, y, gate.contiguous(), dy, dgate, L, D, *dout.stride()[:2], *y.stride()[:2], **sizes
+        )
         return dout, dy, dgate.sum(0)
+
+
+def _unit(t):
+    """t with a contiguous last dimension: a copy only where it has none."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _row_tiling(L, B, D, most):
     """Programs along the tokens, and the sizes of a tile of whole rows: [ROWS, BLOCK] elements, BLOCK >= D."""
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
-    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= TILE else 8 if BLOCK <= 2 * TILE else 16}
+    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
     return min(triton.cdiv(L, ROWS), triton.cdiv(most, B)), sizes
 
 
@@ -127,18 +150,17 @@ def _norm_forward_kernel(
     eps,
     x_l,
     x_b,
-    x_d,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, B = tl.program_id(1), tl.num_programs(1)
+    b, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)  # a tensor may hold more than 2^31 elements
     cols = tl.arange(0, BLOCK)[None, :]
     scale = 1.0 + tl.load(scale_ptr + b * D + cols, mask=cols < D, other=0.0)
     shift = tl.load(shift_ptr + b * D + cols, mask=cols < D, other=0.0)
     for start in range(tl.program_id(0) * ROWS, L, tl.num_programs(0) * ROWS):
-        tokens = (start + tl.arange(0, ROWS)).to(tl.int64)  # a tensor may hold more than 2^31 elements
+        tokens = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (tokens < L)[:, None] & (cols < D)
-        x = tl.load(x_ptr + tokens[:, None] * x_l + b * x_b + cols * x_d, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tokens[:, None] * x_l + b * x_b + cols, mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(x, axis=1) / D
         centred = tl.where(mask, x - mean[:, None], 0.0)
         inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
@@ -162,22 +184,20 @@ def _norm_backward_kernel(
     D,
     dy_l,
     dy_b,
-    dy_d,
     x_l,
     x_b,
-    x_d,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, B = tl.program_id(1), tl.num_programs(1)
+    b, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     cols = tl.arange(0, BLOCK)[None, :]
     scale = 1.0 + tl.load(scale_ptr + b * D + cols, mask=cols < D, other=0.0)
     dscale, dshift = tl.zeros([ROWS, BLOCK], dtype=tl.float32), tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for start in range(tl.program_id(0) * ROWS, L, tl.num_programs(0) * ROWS):
         tokens = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (tokens < L)[:, None] & (cols < D)
-        x = tl.load(x_ptr + tokens[:, None] * x_l + b * x_b + cols * x_d, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + tokens[:, None] * dy_l + b * dy_b + cols * dy_d, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tokens[:, None] * x_l + b * x_b + cols, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + tokens[:, None] * dy_l + b * dy_b + cols, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + tokens * B + b, mask=tokens < L, other=0.0)[:, None]
         inverse = tl.load(inverse_ptr + tokens * B + b, mask=tokens < L, other=0.0)[:, None]
         normed = (x - mean) * inverse  # not zero beyond D, where dy is
@@ -203,21 +223,19 @@ def _gate_forward_kernel(
     D,
     x_l,
     x_b,
-    x_d,
     y_l,
     y_b,
-    y_d,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, B = tl.program_id(1), tl.num_programs(1)
+    b, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     cols = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
     gate = tl.load(gate_ptr + b * D + cols, mask=cols < D, other=0.0)
     for start in range(tl.program_id(0) * ROWS, L, tl.num_programs(0) * ROWS):
         tokens = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (tokens < L) & (cols < D)
-        x = tl.load(x_ptr + tokens * x_l + b * x_b + cols * x_d, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + tokens * y_l + b * y_b + cols * y_d, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tokens * x_l + b * x_b + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + tokens * y_l + b * y_b + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + (tokens * B + b) * D + cols, (x + y * gate).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -232,14 +250,12 @@ def _gate_backward_kernel(
     D,
     dout_l,
     dout_b,
-    dout_d,
     y_l,
     y_b,
-    y_d,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b, B = tl.program_id(1), tl.num_programs(1)
+    b, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     first = tl.program_id(2) * BLOCK
     cols = first + tl.arange(0, BLOCK)[None, :]
     gate = tl.load(gate_ptr + b * D + cols, mask=cols < D, other=0.0)
@@ -247,8 +263,8 @@ def _gate_backward_kernel(
     for start in range(tl.program_id(0) * ROWS, L, tl.num_programs(0) * ROWS):
         tokens = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (tokens < L) & (cols < D)
-        dout = tl.load(dout_ptr + tokens * dout_l + b * dout_b + cols * dout_d, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + tokens * y_l + b * y_b + cols * y_d, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + tokens * dout_l + b * dout_b + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + tokens * y_l + b * y_b + cols, mask=mask, other=0.0).to(tl.float32)
         dgate += dout * y
         tl.store(dy_ptr + (tokens * B + b) * D + cols, (dout * gate).to(dy_ptr.dtype.element_ty), mask=mask)
     cols = first + tl.arange(0, BLOCK)

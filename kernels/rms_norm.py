@@ -72,66 +72,44 @@ def _check(x, weight):
             raise ValueError(f"{name} is {t.dtype}; expected torch.float32, bfloat16 or float16")
 
 
+def _rows(t):
+    """[..., D] -> [N, D], each row contiguous: a view where strides allow it."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
 def _tiling(rows, D, most):
     """Programs, and the sizes of a tile: [ROWS, BLOCK] elements, BLOCK >= D."""
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
-    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= TILE else 8 if BLOCK <= 2 * TILE else 16}
+    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
     return min(triton.cdiv(rows, ROWS), most), sizes
 
 
 def _forward(x, residual, weight, eps):
-    """(y, x + residual or None, r [rows] fp32)"""
-    D = x.shape[-1]
-    x_ND, add = x.reshape(-1, D), residual is not None  # [N, D]: a view where strides allow it
-    N = x_ND.shape[0]
+    """(y, x + residual or None, r [N] fp32)"""
+    x_ND, add = _rows(x), residual is not None
+    N, D = x_ND.shape
+    residual_ND = _rows(residual) if add else x_ND  # never read without ADD, as y is never written for total
     y, inverse = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(N, dtype=torch.float32)
     total = torch.empty_like(y) if add else None
-    residual_ND = residual.reshape(-1, D) if add else x_ND  # never read without ADD
     programs, sizes = _tiling(N, D, FORWARD_PROGRAMS)
-    _forward_kernel[(programs,)](
-        x_ND,
-        residual_ND,
-        weight.contiguous(),
-        y,
-        total if add else y,
-        inverse,
-        N,
-        D,
-        eps,
-        *x_ND.stride(),
-        *residual_ND.stride(),
-        ADD=add,
-        **sizes,
-    )
+    pointers = x_ND, residual_ND, weight.contiguous(), y, total if add else y, inverse
+    _forward_kernel[(programs,)](*pointers, N, D, eps, x_ND.stride(0), residual_ND.stride(0), ADD=add, **sizes)
     return y, total, inverse
 
 
 def _backward(dy, dtotal, x, weight, inverse):
     """(dx, dweight); x is what was normalised, dtotal the gradient it receives directly, or None."""
-    D = x.shape[-1]
-    x_ND, dy_ND, add = x.reshape(-1, D), dy.reshape(-1, D), dtotal is not None
-    N = x_ND.shape[0]
-    dtotal_ND = dtotal.reshape(-1, D) if add else dy_ND  # never read without ADD
+    x_ND, dy_ND, add = _rows(x), _rows(dy), dtotal is not None
+    N, D = x_ND.shape
+    dtotal_ND = _rows(dtotal) if add else dy_ND  # never read without ADD
     programs, sizes = _tiling(N, D, BACKWARD_PROGRAMS)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)  # dw of each program's rows
-    _backward_kernel[(programs,)](
-        dy_ND,
-        dtotal_ND,
-        x_ND,
-        weight.contiguous(),
-        inverse,
-        dx,
-        partial,
-        N,
-        D,
-        *dy_ND.stride(),
-        *dtotal_ND.stride(),
-        *x_ND.stride(),
-        ADD=add,
-        **sizes,
-    )
+    pointers = dy_ND, dtotal_ND, x_ND, weight.contiguous(), inverse, dx, partial
+    strides = dy_ND.stride(0), dtotal_ND.stride(0), x_ND.stride(0)
+    _backward_kernel[(programs,)](*pointers, N, D, *strides, ADD=add, **sizes)
     return dx, partial.sum(0).to(weight.dtype)
 
 
@@ -147,9 +125,7 @@ def _forward_kernel(
     D,
     eps,
     x_row,
-    x_col,
     residual_row,
-    residual_col,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -160,9 +136,9 @@ def _forward_kernel(
         rows = start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)
         far = rows.to(tl.int64)[:, None]  # a tensor may hold more than 2^31 elements
-        x = tl.load(x_ptr + far * x_row + cols * x_col, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + far * x_row + cols, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            residual = tl.load(residual_ptr + far * residual_row + cols * residual_col, mask=mask, other=0.0)
+            residual = tl.load(residual_ptr + far * residual_row + cols, mask=mask, other=0.0)
             total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + far * D + cols, total, mask=mask)
             x = total.to(tl.float32)
@@ -184,11 +160,8 @@ def _backward_kernel(
     N,
     D,
     dy_row,
-    dy_col,
     dtotal_row,
-    dtotal_col,
     x_row,
-    x_col,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -201,13 +174,13 @@ def _backward_kernel(
         mask = (rows < N)[:, None] & (cols < D)
         far = rows.to(tl.int64)[:, None]
         inverse = tl.load(inverse_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        normed = tl.load(x_ptr + far * x_row + cols * x_col, mask=mask, other=0.0).to(tl.float32) * inverse
-        dy = tl.load(dy_ptr + far * dy_row + cols * dy_col, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(x_ptr + far * x_row + cols, mask=mask, other=0.0).to(tl.float32) * inverse
+        dy = tl.load(dy_ptr + far * dy_row + cols, mask=mask, other=0.0).to(tl.float32)
         dweight += dy * normed
         dnormed = dy * weight
         dx = inverse * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
         if ADD:
-            dtotal = tl.load(dtotal_ptr + far * dtotal_row + cols * dtotal_col, mask=mask, other=0.0)
+            dtotal = tl.load(dtotal_ptr + far * dtotal_row + cols, mask=mask, other=0.0)
             dx += dtotal.to(tl.float32)
         tl.store(dx_ptr + far * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(

@@ -27,11 +27,11 @@ MOST_PROGRAMS = 4096  # each strides over the tokens
 def rotary_interleaved(x: torch.Tensor, rope: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension, in fp32.
 
-    x [L, B, H, E] fp32, bf16 or fp16, any strides; rope [L or 1, B or 1, 1, E/2, 2] fp32 holds (cos, sin) of each
+    x [L, B, H, E] fp32, bf16 or fp16, strided or not; rope [L or 1, B or 1, 1, E/2, 2] fp32 holds (cos, sin) of each
     pair -> [L, B, H, E] in x's dtype: x itself if inplace, else contiguous. In place, autograd wants x to be a slice
     of a tensor, not a piece of `split`, `chunk` or `unbind`.
     """
-    _check(x)
+    _check(x, inplace)
     _check_table("rope", rope, x, (x.shape[3] // 2, 2))
     return _Interleaved.apply(x, rope, inplace)
 
@@ -41,7 +41,7 @@ def rotary_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inplace: 
 
     cos and sin [L or 1, B or 1, 1, E] fp32, of one shape; x, inplace and the result as in `rotary_interleaved`.
     """
-    _check(x)
+    _check(x, inplace)
     for name, table in (("cos", cos), ("sin", sin)):
         _check_table(name, table, x, (x.shape[3],))
     if cos.shape != sin.shape:
@@ -49,11 +49,13 @@ def rotary_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inplace: 
     return _Half.apply(x, cos, sin, inplace)
 
 
-def _check(x):
+def _check(x, inplace):
     if x.dim() != 4 or x.shape[3] % 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)}; expected float32, bfloat16 or float16 [L, B, H, E] with E even"
         )
+    if inplace and x.stride(3) != 1:
+        raise ValueError(f"x has strides {list(x.stride())}; expected 1 last to be rotated in place")
 
 
 def _check_table(name, table, x, last):
@@ -96,6 +98,7 @@ class _Half(torch.autograd.Function):
 def _rotate(kernel, x, tables, out, transpose):
     """out, or a new contiguous tensor: x turned by the tables, or by their transpose."""
     L, B, H, E = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tables = [t.contiguous().expand(L, B, *t.shape[2:]) for t in tables]  # a stride of 0 where a table is shared
@@ -108,9 +111,9 @@ def _rotate(kernel, x, tables, out, transpose):
         L,
         H,
         E,
-        *x.stride(),
+        *x.stride()[:3],
         *tables[0].stride()[:2],
-        *out.stride(),
+        *out.stride()[:3],
         TRANSPOSE=transpose,
         HEADS=HEADS,
         PAIRS=PAIRS,
@@ -130,21 +133,19 @@ def _interleaved_kernel(
     x_l,
     x_b,
     x_h,
-    x_e,
     rope_l,
     rope_b,
     out_l,
     out_b,
     out_h,
-    out_e,
     TRANSPOSE: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)  # a tensor may hold more than 2^31 elements
     cols = tl.arange(0, 2 * PAIRS)
-    for l in range(tl.program_id(0), L, tl.num_programs(0)):
-        l = tl.cast(l, tl.int64)
+    for token in range(tl.program_id(0), L, tl.num_programs(0)):
+        l = tl.cast(token, tl.int64)
         rope = tl.load(rope_ptr + l * rope_l + b * rope_b + cols, mask=cols < E, other=0.0)
         cos, sin = tl.split(tl.reshape(rope, [1, PAIRS, 2]))  # [1, PAIRS]
         if TRANSPOSE:
@@ -152,11 +153,11 @@ def _interleaved_kernel(
         for first in range(0, H, HEADS):
             heads = first + tl.arange(0, HEADS)[:, None]
             mask = (heads < H) & (cols[None, :] < E)
-            x = tl.load(x_ptr + l * x_l + b * x_b + heads * x_h + cols[None, :] * x_e, mask=mask, other=0.0)
+            x = tl.load(x_ptr + l * x_l + b * x_b + heads * x_h + cols[None, :], mask=mask, other=0.0)
             even, odd = tl.split(tl.reshape(x.to(tl.float32), [HEADS, PAIRS, 2]))
             out = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, 2 * PAIRS])
             tl.store(
-                out_ptr + l * out_l + b * out_b + heads * out_h + cols[None, :] * out_e,
+                out_ptr + l * out_l + b * out_b + heads * out_h + cols[None, :],
                 out.to(out_ptr.dtype.element_ty),
                 mask=mask,
             )
@@ -174,21 +175,19 @@ def _half_kernel(
     x_l,
     x_b,
     x_h,
-    x_e,
     table_l,
     table_b,
     out_l,
     out_b,
     out_h,
-    out_e,
     TRANSPOSE: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     cols, half = tl.arange(0, PAIRS)[None, :], E // 2
-    for l in range(tl.program_id(0), L, tl.num_programs(0)):
-        l = tl.cast(l, tl.int64)
+    for token in range(tl.program_id(0), L, tl.num_programs(0)):
+        l = tl.cast(token, tl.int64)
         cos, sin = cos_ptr + l * table_l + b * table_b + cols, sin_ptr + l * table_l + b * table_b + cols
         cos1, cos2 = tl.load(cos, mask=cols < half, other=0.0), tl.load(cos + half, mask=cols < half, other=0.0)
         sin1, sin2 = tl.load(sin, mask=cols < half, other=0.0), tl.load(sin + half, mask=cols < half, other=0.0)
@@ -197,9 +196,9 @@ def _half_kernel(
         for first in range(0, H, HEADS):
             heads = first + tl.arange(0, HEADS)[:, None]
             mask = (heads < H) & (cols < half)
-            x = x_ptr + l * x_l + b * x_b + heads * x_h + cols * x_e
+            x = x_ptr + l * x_l + b * x_b + heads * x_h + cols
             x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
-            x2 = tl.load(x + half * x_e, mask=mask, other=0.0).to(tl.float32)
-            out = out_ptr + l * out_l + b * out_b + heads * out_h + cols * out_e
+            x2 = tl.load(x + half, mask=mask, other=0.0).to(tl.float32)
+            out = out_ptr + l * out_l + b * out_b + heads * out_h + cols
             tl.store(out, (x1 * cos1 - x2 * sin1).to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out + half * out_e, (x2 * cos2 + x1 * sin2).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out + half, (x2 * cos2 + x1 * sin2).to(out_ptr.dtype.element_ty), mask=mask)

@@ -328,6 +328,10 @@ def test_fp64_inputs_are_refused(name):
         (lambda: rotary.rotary_interleaved(randn(3, 2, 4, 7), randn(3, 1, 1, 3, 2)), r"\[3, 2, 4, 7\].*E even"),
         (lambda: rotary.rotary_interleaved(randn(3, 2, 4, 8), randn(2, 1, 1, 4, 2)), r"rope .*\[2, .*x \[3, 2, 4, 8\]"),
         (lambda: rotary.rotary_half(randn(3, 2, 4, 8), randn(3, 1, 1, 8), randn(3, 1, 1, 4)), r"sin .*\[3, 1, 1, 4\]"),
+        (
+            lambda: rotary.rotary_interleaved(strided(3, 2, 4, 8), randn(3, 1, 1, 4, 2), True),
+            "strides.*expected 1 last",
+        ),
         (lambda: rotary.rotary_half(randn(3, 2, 4, 8), randn(3, 1, 1, 8), randn(1, 1, 1, 8)), r"\[1, .*cos \[3, "),
     ],
 )
