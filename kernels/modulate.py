@@ -127,14 +127,14 @@ def _row_tiling(L, B, D, most):
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
     sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
-    return min(triton.cdiv(L, ROWS), triton.cdiv(most, B)), sizes
+    return min(triton.cdiv(L, ROWS), triton.cdiv(most, max(B, 1))), sizes
 
 
 def _gate_tiling(L, B, D, most):
     """The grid (programs along the tokens, B, blocks of columns), and the sizes of a tile: [ROWS, BLOCK] elements."""
     BLOCK = min(triton.next_power_of_2(D), GATE_COLS)
     ROWS, blocks = TILE // BLOCK, triton.cdiv(D, BLOCK)
-    return (min(triton.cdiv(L, ROWS), triton.cdiv(most, B * blocks)), B, blocks), {"ROWS": ROWS, "BLOCK": BLOCK}
+    return (min(triton.cdiv(L, ROWS), triton.cdiv(most, max(B, 1) * blocks)), B, blocks), {"ROWS": ROWS, "BLOCK": BLOCK}
 
 
 @triton.jit
@@ -215,18 +215,7 @@ def _norm_backward_kernel(
 
 @triton.jit
 def _gate_forward_kernel(
-    x_ptr,
-    y_ptr,
-    gate_ptr,
-    out_ptr,
-    L,
-    D,
-    x_l,
-    x_b,
-    y_l,
-    y_b,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, out_ptr, L, D, x_l, x_b, y_l, y_b, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     b, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     cols = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -184,7 +184,5 @@ def _backward_kernel(
             dx += dtotal.to(tl.float32)
         tl.store(dx_ptr + far * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(
-        partial_ptr + tl.program_id(0) * D + tl.arange(0, BLOCK),
-        tl.sum(dweight, axis=0),
-        mask=tl.arange(0, BLOCK) < D,
+        partial_ptr + tl.program_id(0) * D + tl.arange(0, BLOCK), tl.sum(dweight, axis=0), mask=tl.arange(0, BLOCK) < D
     )

@@ -1,5 +1,9 @@
 """The elementwise Triton kernels, interpreted, against fp64 references in plain torch: outputs and every gradient."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -408,3 +412,54 @@ def test_adamw_refuses_what_it_cannot_update(change, said):
     arguments = {name: randn(8) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
     with pytest.raises(ValueError, match=said):
         adamw.adamw_(**arguments | SETTINGS | {"step": 1} | change)
+
+
+# The compiler
+
+
+class NoGPU:
+    """As much of a triton driver as compiling asks for."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_for_hopper():
+    """Call every function, forward and backward, with launches that stop at the machine code; print the kernels."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        assert launch(self, *args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+        print(f"{self.__module__}.{self.__name__}")
+
+    launch, JITFunction.run = JITFunction.run, compile_only
+    driver.set_active(NoGPU())
+    for ours, _, shapes in CASES.values():
+        out = ours(*[randn(*shape).requires_grad_() for shape in shapes])
+        torch.autograd.backward(
+            out, [torch.empty_like(y) for y in out] if isinstance(out, tuple) else torch.empty_like(out)
+        )
+    adamw.adamw_(randn(8), randn(8, dtype=bf16), randn(8), randn(8), **SETTINGS, step=1)
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """The interpreter accepts what the compiler refuses. In a process of its own, where nothing is interpreted."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    modules = rms_norm, modulate, swiglu, rotary, adamw
+    kernels = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
+    assert set(result.stdout.split()) == kernels
+
+
+if __name__ == "__main__":
+    compile_for_hopper()
