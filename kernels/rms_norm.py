@@ -10,7 +10,8 @@ With N = rows x D elements of s bytes, a forward moves 2 N s bytes (4 N s with t
 moves 3 N s (4 N s with the add) and does 9 N; the rest (r, w, partial sums of dw) is small against N.
 
 In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter.
+power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter, compiled for sm_90 by
+the tests, lowered to linalg by triton-ascend 3.2.0.
 """
 
 import torch
