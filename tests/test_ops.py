@@ -54,6 +54,15 @@ def test_op_and_its_gradients_equal_fp64(name, dtype, backend):
     assert max(worst.values()) <= ops_check.TOLERANCE[dtype], worst
 
 
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if "kernels/" in case.backends["cuda"]])
+def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
+    """Triton's interpreter on the host: the call and its gradients, nothing about a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "BACKEND", "cuda")
+    worst = ops_check.errors(CASES[name], torch.float32, CPU)
+    assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_npu_branch_calls_the_op_it_names(name, contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
