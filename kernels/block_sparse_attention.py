@@ -135,7 +135,7 @@ def _launch(q: torch.Tensor, k: torch.Tensor, block: int) -> tuple[tuple[int, in
     tile = min(block, TILE_BYTES // q.element_size())
     operand = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[q.dtype]
     if not isinstance(_forward_kernel, triton.JITFunction):
-        operand = tl.float32  # the interpreter has no bf16 of its own and would multiply the bits
+        operand = tl.float32  # the interpreter would multiply the bits of bf16, and cuts where a device rounds
     sizes = dict(
         scale=E**-0.5, H=H, K=k.shape[1], Lq=Lq, Lk=k.shape[2], E=E,
         E_PAD=max(16, triton.next_power_of_2(E)), BLOCK=block, TILE=tile, OPERAND=operand,
@@ -186,7 +186,7 @@ def _forward_kernel(
         p = tl.exp2(logits - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
-        summed = summed * shrink[:, None] + _dot(p.to(values.dtype), values, OPERAND)
+        summed = summed * shrink[:, None] + _dot(p, values, OPERAND)
         peak = new_peak
     total = tl.where(total > 0, total, 1.0)  # a row without blocks: 0 / 1
     tl.store(out + here, (summed / total[:, None]).to(out.dtype.element_ty), mask=exists)
@@ -225,7 +225,7 @@ def _dq_kernel(
         logits = tl.where(there + tl.arange(0, TILE)[None, :] < Lk, logits, -float("inf"))
         p = tl.exp2(logits - log_total[:, None])
         dlogits = p * (_dot(gradients, tl.trans(values), OPERAND) - along[:, None])
-        result += _dot(dlogits.to(keys.dtype), keys, OPERAND)
+        result += _dot(dlogits, keys, OPERAND)
     tl.store(dq + here, (result * scale).to(dq.dtype.element_ty), mask=exists)
 
 
@@ -257,8 +257,8 @@ def _dkv_kernel(
             logits = _dot(keys, tl.trans(queries), OPERAND) * (scale * 1.4426950408889634)  # [keys, queries]
             logits = tl.where(first + tl.arange(0, TILE)[:, None] < Lk, logits, -float("inf"))
             p = tl.exp2(logits - log_total[None, :])
-            dvalues += _dot(p.to(gradients.dtype), gradients, OPERAND)
+            dvalues += _dot(p, gradients, OPERAND)
             dlogits = p * (_dot(values, tl.trans(gradients), OPERAND) - along[None, :])
-            dkeys += _dot(dlogits.to(queries.dtype), queries, OPERAND)
+            dkeys += _dot(dlogits, queries, OPERAND)
     tl.store(dk + at, (dkeys * scale).to(dk.dtype.element_ty), mask=present)
     tl.store(dv + at, dvalues.to(dv.dtype.element_ty), mask=present)

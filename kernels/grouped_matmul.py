@@ -81,7 +81,7 @@ def _by_groups(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.T
 
 
 def _operand(x: torch.Tensor) -> tl.dtype:
-    """What the products take. The interpreter has no bf16 of its own and would multiply the bits."""
+    """What the products take. The interpreter would multiply the bits of bf16."""
     if not isinstance(_rows_kernel, triton.JITFunction):
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
