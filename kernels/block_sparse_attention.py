@@ -255,8 +255,7 @@ def _dkv_kernel(
             log_total = tl.load(lse + statistics, mask=tokens < Lq, other=0.0)
             along = tl.load(delta + statistics, mask=tokens < Lq, other=0.0)
             logits = _dot(keys, tl.trans(queries), OPERAND) * (scale * 1.4426950408889634)  # [keys, queries]
-            logits = tl.where(first + tl.arange(0, TILE)[:, None] < Lk, logits, -float("inf"))
-            p = tl.exp2(logits - log_total[None, :])
+            p = tl.exp2(logits - log_total[None, :])  # of keys behind the end too, perhaps inf: not stored below
             dvalues += _dot(p, gradients, OPERAND)
             dlogits = p * (_dot(values, tl.trans(gradients), OPERAND) - along[None, :])
             dkeys += _dot(dlogits, queries, OPERAND)
