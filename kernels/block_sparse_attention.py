@@ -12,13 +12,15 @@ FlashAttention-2's (arXiv 2307.08691) with its loop over all key blocks replaced
   dk, dv   per tile of keys, over the heads of its group and the query blocks that keep it: dv = p^T dout,
            dk = ds^T q / sqrt(E)
 
-Unusual: the lists (kept columns of each row, and rows of each column) are made on the device by a sort of the mask, so a
-masked block costs nothing and nothing waits for a count; the backward has one writer per element, without atomics, also
-where several query heads share a key head; the exponentials are powers of two, the change of base being in the scale.
+Unusual: the lists (kept columns of each row, and rows of each column) are made on the device by a sort of the mask, so
+a masked block costs nothing and nothing waits for a count; the backward has one writer per element, without atomics,
+also where several query heads share a key head; the exponentials are powers of two, the change of base being in the
+scale.
 
 Per kept block of b queries and b keys, s bytes an element: 4 b^2 E FLOPs in the forward, 14 b^2 E in the backward (3
-products for dq, 4 for dk and dv). Each of the b / TILE tiles of a block reads k and v in the forward, 2 b E s bytes, and
-in the backward those for dq, q and dout for dk and dv, 4 b E s, mostly from the cache. What a tile keeps passes once.
+products for dq, 4 for dk and dv). Each of the b / TILE tiles of a block reads k and v in the forward, 2 b E s bytes,
+and in the backward those for dq, q and dout for dk and dv, 4 b E s, mostly from the cache. What a tile keeps passes
+once.
 
 Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
 power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
@@ -122,8 +124,8 @@ class _BlockSparseAttention(torch.autograd.Function):
 
 
 def _lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mask [..., rows, columns] -> int32 columns kept by each row, in order and first [..., rows, columns], and how many
-    [..., rows]"""
+    """mask [..., rows, columns] -> int32 [..., rows, columns], the columns each row keeps and then the others, both in
+    order; int32 [..., rows], how many it keeps"""
     mask = mask.contiguous()  # a sort keeps the strides of a transposed mask
     columns = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return columns.int(), mask.sum(-1, dtype=torch.int32)

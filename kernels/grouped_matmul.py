@@ -61,7 +61,8 @@ def _by_rows(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch
     if y.numel():
         _rows_kernel[T // ROWS + G + 1, triton.cdiv(F, COLUMNS)](
             x, weight, ends, y, T, D, F, *x.stride(), *weight.stride(), F,
-            G=G, GROUPS=triton.next_power_of_2(G + 1), ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH_BYTES // x.element_size(),
+            G=G, GROUPS=triton.next_power_of_2(G + 1),
+            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH_BYTES // x.element_size(),
             OPERAND=_operand(x), num_warps=8,
         )  # fmt: skip
     return y

@@ -2,7 +2,7 @@
 
 loss = lse - logits[label],  lse = log sum_c exp(logits[c]),  d loss / d logits[c] = exp(logits[c] - lse) - [c == label]
 
-The whole algorithm, of which the GEMMs, the collectives and the chunk loop are the caller's. For each chunk of n tokens:
+The whole algorithm; its GEMMs, its collectives and the chunk loop are the caller's. For each chunk of n tokens:
   1. logits = hidden @ weight^T, this rank's V columns of the vocabulary;
   2. `row_statistics`: peak = max_c logits, total = sum_c exp(logits - peak), target = logits[label], or 0 on the ranks
      whose shard lacks the label;
@@ -11,14 +11,14 @@ The whole algorithm, of which the GEMMs, the collectives and the chunk loop are 
      an ignored token);
   5. d hidden = logits @ weight (summed over the ranks), d weight += logits^T @ hidden.
 The gradient is made in the forward, so one chunk of logits is all that ever exists: n V instead of tokens V elements.
-This is the cut of Liger-Kernel's fused linear cross entropy (arXiv 2410.10989); the maximum and the sum are taken in one
-pass (Milakov and Gimelshein, arXiv 1805.02867).
+This is the cut of Liger-Kernel's fused linear cross entropy (arXiv 2410.10989); the maximum and the sum are taken in
+one pass (Milakov and Gimelshein, arXiv 1805.02867).
 
 Unusual: the label is loaded by its address, so no column is compared with it in `row_statistics`; the logits may be
 -inf (padded vocabulary), a whole shard of them too.
 
-n V logits of s bytes: `row_statistics` reads n V s bytes, 4 FLOPs an element; `softmax_gradient_` reads and writes them,
-2 n V s bytes, 4 FLOPs an element.
+n V logits of s bytes: `row_statistics` reads n V s bytes, 4 FLOPs an element; `softmax_gradient_` reads and writes
+them, 2 n V s bytes, 4 FLOPs an element.
 
 Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
 power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.

@@ -4,10 +4,10 @@ permute:    rows[position[n K + k]] = tokens[n]                       dtokens[n]
 unpermute:  out[n] = sum_k probs[n, k] rows[position[n K + k]]        drows[position[n K + k]] = probs[n, k] dout[n]
                                                                       dprobs[n, k] = dout[n] . rows[position[n K + k]]
 
-`position` is a permutation of the N K copies that sorts them by expert and, within an expert, by token: the contract of
-torch_npu's `npu_moe_token_permute`, and the permutation without a capacity of MegaBlocks (arXiv 2211.15841). So each of the four is one of two kernels, a spread from tokens to rows and a sum from rows to tokens, and in
-both a program owns a token: every output element has one writer, nothing is added atomically, and the sum over k is
-always in the same order.
+`position` is the permutation of the N K copies that sorts them by expert and, within an expert, by token: the contract
+of torch_npu's `npu_moe_token_permute`, and MegaBlocks' routing without a capacity (arXiv 2211.15841). So each of the
+four is one of two kernels, a spread from tokens to rows and a sum from rows to tokens, and in both a program owns a
+token: every output element has one writer, nothing is added atomically, and the sum over k is always in the same order.
 
 Unusual: a sum is the backward of a spread, so `permute` saves nothing but `position`.
 
@@ -25,6 +25,7 @@ import triton.language as tl
 
 MAX_GRID = 65535  # programs in a launch on Ascend
 MAX_BLOCK = 2048
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def permute(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,8 +33,10 @@ def permute(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, 
     one, and position [N*K] int32: copy k of token n is row position[n*K + k]. Differentiable in tokens."""
     if tokens.dim() != 2 or indices.dim() != 2 or len(tokens) != len(indices):
         raise ValueError(f"tokens {list(tokens.shape)} and indices {list(indices.shape)}; expected [N, D] and [N, K]")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"indices are {indices.dtype}; expected int32 or int64")
+    if tokens.dtype not in FLOATS or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"tokens are {tokens.dtype}, indices {indices.dtype}; expected fp32, bf16 or fp16, and int32 or int64"
+        )
     order = indices.flatten().argsort(stable=True)
     position = torch.empty_like(order, dtype=torch.int32)
     position[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
@@ -54,13 +57,13 @@ def unpermute(
             f"rows {list(rows.shape)}, position {list(position.shape)}, top_k {K}; expected [N*K, D], [N*K] and, where "
             "there are no probs, top_k = K"
         )
-    if position.dtype != torch.int32:
-        raise ValueError(f"position is {position.dtype}; expected int32")
+    if rows.dtype not in FLOATS or position.dtype != torch.int32:
+        raise ValueError(f"rows are {rows.dtype}, position {position.dtype}; expected fp32, bf16 or fp16, and int32")
     if probs is not None and (probs.shape != (len(rows) // K, K) or top_k not in (None, K)):
         raise ValueError(
             f"probs {list(probs.shape)}, top_k {top_k}, {len(rows)} rows; expected probs [{len(rows) // K}, {K}]"
         )
-    return _Unpermute.apply(rows, position, probs, K)
+    return _Unpermute.apply(rows, position.contiguous(), probs, K)
 
 
 class _Permute(torch.autograd.Function):
@@ -136,7 +139,8 @@ def _spread_kernel(
     tokens, position, rows, x, probs, dprobs, N, D, row_stride: tl.int64,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rows[position[n, k]] = tokens[n], times probs[n, k] if WEIGHTED; then also dprobs[n, k] = tokens[n] . x[position]"""
+    """rows[position[n, k]] = tokens[n], times probs[n, k] if WEIGHTED, and then
+    dprobs[n, k] = tokens[n] . x[position[n, k]] too"""
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         for k in range(K):
             row = tl.load(position + n * K + k)

@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
 
 
 def sharded_loss(logits, labels, weight, shards):
-    """The algorithm of kernels/linear_cross_entropy.py over column shards -> loss [n] and d (loss . weight) / d logits"""
+    """The file's algorithm over column shards -> loss [n], d (loss . weight) / d logits [n, V]"""
     parts = [part.clone() for part in logits.chunk(shards, 1)]
     firsts = [i * parts[0].shape[1] for i in range(shards)]
     peak, total, target = (
@@ -507,9 +507,17 @@ REFUSED = {
         lambda: moe.permute(torch.ones(3, 4), torch.zeros(2, 2).long()),
         r"tokens \[3, 4\] and indices \[2, 2\]",
     ),
-    "indices": (lambda: moe.permute(torch.ones(3, 4), torch.zeros(3, 2)), "indices are torch.float32"),
+    "token dtype": (
+        lambda: moe.permute(torch.ones(3, 4).double(), torch.zeros(3, 2).long()),
+        "tokens are torch.float64",
+    ),
+    "row dtype": (
+        lambda: moe.unpermute(torch.ones(4, 2).double(), torch.arange(4).int(), None, 2),
+        "rows are torch.float64",
+    ),
+    "indices": (lambda: moe.permute(torch.ones(3, 4), torch.zeros(3, 2)), "indices torch.float32"),
     "top_k": (lambda: moe.unpermute(torch.ones(4, 2), torch.arange(4).int(), None), "top_k None"),
-    "position": (lambda: moe.unpermute(torch.ones(4, 2), torch.arange(4), None, 2), "position is torch.int64"),
+    "position": (lambda: moe.unpermute(torch.ones(4, 2), torch.arange(4), None, 2), "position torch.int64"),
     "probs": (lambda: moe.unpermute(torch.ones(4, 2), torch.arange(4).int(), torch.ones(1, 2)), r"probs \[1, 2\]"),
     "width": (
         lambda: gmm.grouped_matmul(torch.ones(4, 3), torch.ones(2, 5, 3), torch.tensor([1, 4])),
