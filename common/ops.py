@@ -193,21 +193,22 @@ def select_blocks(
     always_queries: int = 0,
     always_keys: int = 0,
 ) -> torch.Tensor:
-    """Which key blocks each query block attends to, in the manner of RainFusion (MindIE-SD `sparse_flash_attn_rf_v2`):
-    a softmax over mean-pooled q k^T, of which each row keeps the ceil(keep * columns) largest. Blocks that hold the
-    first `always_keys` keys (text, first frame) are kept by every query, and the blocks of the first `always_queries`
-    queries keep every key.
+    """Which key blocks each query block attends to, in the manner of RainFusion (MindIE-SD's v2; v1 arXiv:2505.21036):
+    mean-pooled q k^T, of which each row keeps the ceil(keep * columns) largest. Blocks that hold the first
+    `always_keys` keys (text, first frame) are kept by every query, and the blocks of the first `always_queries`
+    queries keep every key. It pays if the tokens of a block are neighbours: order video tokens by small windows first.
 
     q [L, B, H, E], k [S, B, K, E] -> bool [B, H, ceil(L/block), ceil(S/block)], True = attended; no gradient.
     """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep={keep}; expected a fraction from 0 to 1")
     with torch.no_grad():
         q, k = (_pooled(t, block) for t in (q_LBHE, k_SBKE))  # [B, H, L/block, E] fp32
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
-        best = scores.topk(math.ceil(keep * scores.shape[3]), dim=-1).indices
-        blocks = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, best, True)
-        blocks[:, :, : -(-always_queries // block)] = True
-        blocks[:, :, :, : -(-always_keys // block)] = True
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(2, 3)  # a softmax keeps the order
+        kept = math.ceil(round(keep * scores.shape[3], 6))  # 0.07 * 100 is 7, not 8
+        blocks = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, scores.topk(kept).indices, True)
+        blocks[:, :, : math.ceil(always_queries / block)] = True
+        blocks[:, :, :, : math.ceil(always_keys / block)] = True
     return blocks
 
 

@@ -1,10 +1,8 @@
-"""Attention over chosen blocks of keys, and the choice.
+"""Attention over chosen blocks of keys (`common.ops.select_blocks` chooses).
 
 out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over the keys j of the kept blocks of row i of q[i] . k[j] / sqrt(E)
 
-The choice is that of MindIE-SD's RainFusion v2 (v1: arXiv 2505.21036): q and k averaged over blocks of 128 tokens, the
-products of the averages ranked per block of queries, the largest kept, and always those of text and the first frame. It
-pays if the tokens of a block are neighbours: order video tokens by small spatial windows first. The kernels are
+The kernels are
 FlashAttention-2's (arXiv 2307.08691) with its loop over all key blocks replaced by one over a list:
 
   forward  per tile of queries: m = running max, l = running sum of exp, out = sum / l, lse = m + log l
@@ -26,47 +24,11 @@ Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsi
 power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 TILE_BYTES = 128  # times the head dim: tiles of 64 tokens, of 32 in fp32
-
-
-@torch.no_grad()
-def select_blocks(
-    q: torch.Tensor, k: torch.Tensor, keep: float, block: int = 128, always_q: int = 0, always_k: int = 0
-) -> torch.Tensor:
-    """Which blocks of keys each block of queries sees. q [B, H, Lq, E], k [B, K, Lk, E], H a multiple of K
-    -> bool [B, H, Lq/block, Lk/block], both rounded up.
-
-    Every row keeps its ceil(keep * columns) columns of largest softmax(mean q . mean k / sqrt(E)), and the columns of
-    the first always_k keys; the rows of the first always_q queries keep all.
-    """
-    _check_qkv(q, k, k)
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep is {keep}; expected a fraction from 0 to 1")
-    mean_q, mean_k = _block_means(q, block), _block_means(k, block)
-    scores = mean_q @ mean_k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
-    columns = scores.shape[-1]
-    kept = math.ceil(round(keep * columns, 6))  # 0.1 * 30 is 3, not 4
-    # scale and softmax keep the order of a row, so the scores are ranked as they are
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(kept).indices, True)
-    mask[..., : math.ceil(always_k / block)] = True
-    mask[..., : math.ceil(always_q / block), :] = True
-    return mask
-
-
-def _block_means(x: torch.Tensor, block: int) -> torch.Tensor:
-    """[..., L, E] -> fp32 [..., L/block, E]; the last block may be short"""
-    L = x.shape[-2]
-    whole = L // block * block
-    means = x[..., :whole, :].unflatten(-2, (-1, block)).mean(-2, dtype=torch.float32)
-    if whole == L:
-        return means
-    return torch.cat([means, x[..., whole:, :].mean(-2, keepdim=True, dtype=torch.float32)], -2)
 
 
 def block_sparse_attention(

@@ -392,31 +392,6 @@ def test_block_sparse_attention_takes_strided_tensors():
     assert_attention(inputs, random_mask(1, 4, 20, 36, 16, kept=0.7), 16)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.2, 0.34, 0.6, 1.0])
-def test_select_blocks_keeps_the_columns_of_largest_pooled_softmax(keep):
-    q, k, _ = qkv(2, 4, 2, 70, 75, 24)
-    mask = bsa.select_blocks(q, k, keep, 16)
-    pooled = [torch.stack([part.double().mean(2) for part in x.split(16, 2)], 2) for x in (q, k)]
-    probabilities = (pooled[0] @ pooled[1].repeat_interleave(2, 1).mT * 24**-0.5).softmax(-1)
-    assert mask.shape == (2, 4, 5, 5)
-    kept = {0.0: 0, 0.2: 1, 0.34: 2, 0.6: 3, 1.0: 5}[keep]
-    ranks = probabilities.argsort(-1, descending=True).argsort(-1)
-    assert torch.equal(mask, ranks < kept)
-
-
-def test_select_blocks_always_keeps_the_first_keys_and_all_keys_of_the_first_queries():
-    q, k, _ = qkv(1, 2, 1, 70, 90, 16)
-    free, held = bsa.select_blocks(q, k, 0.3, 16), bsa.select_blocks(q, k, 0.3, 16, always_q=17, always_k=16)
-    assert held[:, :, :2].all() and held[..., 0].all()
-    assert torch.equal(held[:, :, 2:, 1:], free[:, :, 2:, 1:]) and not held[:, :, 2:].all()
-
-
-def test_select_blocks_rounds_a_product_up_only_if_it_is_not_whole():
-    q, k, _ = qkv(1, 1, 1, 16, 1600, 4)
-    assert 0.07 * 100 > 7 and bsa.select_blocks(q, k, 0.07, 16).sum() == 7
-    assert bsa.select_blocks(q, k, 0.071, 16).sum() == 8
-
-
 # all
 
 
@@ -427,7 +402,7 @@ def call_grouped_matmul():
 
 def call_attention():
     q, k, v = (x.requires_grad_() for x in qkv(1, 1, 1, 20, 20, 16))
-    bsa.block_sparse_attention(q, k, v, bsa.select_blocks(q, k, 0.5, 16), 16).sum().backward()
+    bsa.block_sparse_attention(q, k, v, random_mask(1, 1, 20, 20, 16, kept=0.5), 16).sum().backward()
 
 
 def call_permute():
@@ -531,9 +506,6 @@ REFUSED = {
         lambda: gmm.grouped_matmul(torch.ones(4, 3), torch.ones(2, 3, 5), torch.tensor([1.0, 4.0])),
         "ends is torch.float32",
     ),
-    "heads": (lambda: bsa.select_blocks(*qkv(1, 3, 2, 4, 4, 4)[:2], 0.5), "not 3 of 2"),
-    "head dim": (lambda: bsa.select_blocks(torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 4), 0.5), r"q \[1, 1, 4, 8\]"),
-    "keep": (lambda: bsa.select_blocks(*qkv(1, 1, 1, 4, 4, 4)[:2], 50), "keep is 50"),
     "block": (
         lambda: bsa.block_sparse_attention(*qkv(1, 1, 1, 4, 4, 4), torch.ones(1, 1, 1, 1).bool(), 48),
         "block is 48",

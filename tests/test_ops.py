@@ -106,15 +106,30 @@ def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, back
         assert torch.allclose(got, leaf.grad, atol=1e-5)
 
 
-def test_selected_blocks_hold_the_nearest_keys_and_those_always_kept():
-    q = torch.zeros(70, 1, 2, 8)
-    q[32:48] = 3.0  # query block 2 points at key block 3
-    k = torch.zeros(70, 1, 1, 8)
-    k[48:64] = 3.0
-    blocks = ops.select_blocks(q, k, keep=0.2, block=16, always_queries=20, always_keys=5)
-    assert blocks.shape == (1, 2, 5, 5) and bool(blocks[:, :, :2].all()), "the first 20 queries see everything"
-    assert bool(blocks[..., 0].all()), "the block of the first 5 keys is always seen"
-    assert blocks[0, 0, 2].tolist() == [True, False, False, True, False]
+@pytest.mark.parametrize(("keep", "kept"), [(0.0, 0), (0.2, 1), (0.34, 2), (0.6, 3), (1.0, 5)])
+def test_selected_blocks_have_the_largest_pooled_softmax(keep, kept):
+    q, k = torch.randn(70, 2, 4, 24), torch.randn(75, 2, 2, 24)
+    blocks = ops.select_blocks(q, k, keep, 16)
+    pooled = [torch.stack([part.double().mean(0) for part in x.split(16)], 2) for x in (q, k)]  # [B, H, 5, E]
+    probabilities = (pooled[0] @ pooled[1].repeat_interleave(2, 1).mT * 24**-0.5).softmax(-1)
+    assert blocks.shape == (2, 4, 5, 5)
+    assert torch.equal(blocks, probabilities.argsort(-1, descending=True).argsort(-1) < kept)
+
+
+def test_selected_blocks_hold_those_always_kept():
+    q, k = torch.randn(70, 1, 2, 16), torch.randn(90, 1, 1, 16)
+    free = ops.select_blocks(q, k, 0.3, 16)
+    held = ops.select_blocks(q, k, 0.3, 16, always_queries=17, always_keys=16)
+    assert held[:, :, :2].all() and held[..., 0].all()
+    assert torch.equal(held[:, :, 2:, 1:], free[:, :, 2:, 1:]) and not held[:, :, 2:].all()
+
+
+def test_selected_share_is_rounded_up_only_if_it_is_not_whole():
+    q, k = torch.randn(16, 1, 1, 4), torch.randn(1600, 1, 1, 4)
+    assert 0.07 * 100 > 7 and ops.select_blocks(q, k, 0.07, 16).sum() == 7
+    assert ops.select_blocks(q, k, 0.071, 16).sum() == 8
+    with pytest.raises(ValueError, match="a fraction"):
+        ops.select_blocks(q, k, 7, 16)
 
 
 def test_a_query_without_blocks_gives_zeros():
