@@ -22,7 +22,7 @@ PREFIX = "zoo/"
 PARTS = ("data", "prepare", "forward", "backward", "gradients", "optimizer")
 ELSEWHERE = "elsewhere"  # the schedule, the read of the loss, logging
 COMMUNICATION = re.compile(r"^(nccl|hcom|gloo|c10d::)", re.IGNORECASE)
-OPERATORS = 15  # rows of the table of operators
+OPERATORS = 20  # rows of the table of operators
 
 
 def part(name: str) -> torch.profiler.record_function:

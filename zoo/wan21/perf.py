@@ -116,10 +116,10 @@ def batch_of(o: PerfOptions, config: WanConfig) -> dict:
 
 
 def draw_all(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """The recipe's initial values, with noise where those are zero: behind a zero output head all losses are equal."""
+    """The recipe's initial values, with noise where those are zero: behind a zero output head any model has the same loss."""
     draw(name, whole, generator)
     if not whole.any():
-        whole.normal_(std=0.02, generator=generator)
+        whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
 
 
 def ours(o: PerfOptions, config: WanConfig) -> Callable[[], list[dict]]:
