@@ -47,7 +47,7 @@ from .train import FlowMatching, forward_step
 CLIP = 1.0
 
 
-LOSS_BOUND = {"fp32": 1e-5, "bf16": 1e-2}  # relative; bf16: the peer keeps fp32 weights, we round them
+LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
 COMPILED = "torch.compile"
 
 
