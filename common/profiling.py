@@ -22,6 +22,7 @@ PREFIX = "zoo/"
 PARTS = ("data", "prepare", "forward", "backward", "gradients", "optimizer")
 ELSEWHERE = "elsewhere"  # the schedule, the read of the loss, logging
 COMMUNICATION = re.compile(r"^(nccl|hcom|gloo|c10d::)", re.IGNORECASE)
+CPU_OP = re.compile(r"(?!autograd::|torch::|FSDP::)\w+::")
 OPERATORS = 20  # rows of the table of operators
 
 
@@ -110,7 +111,7 @@ def breakdown(trace: Path) -> dict:
     [(name, calls, self time)]}. parts, communication and idle add up to step_ms: no instant is counted twice.
 
     Operators are the device's kernels, each in the part that launched it; on a CPU the ops themselves, and idle is the
-    time outside them (Python, waiting for data or for another rank).
+    time outside them (Python, waiting for data).
     """
     events = json.loads(trace.read_text())
     events = events if isinstance(events, list) else events["traceEvents"]  # torch_npu writes the bare list
@@ -197,8 +198,8 @@ def _npu_tasks(events: list[dict], done: list[dict]) -> list[tuple[float, dict]]
 
 def _cpu_tasks(host: list[dict]) -> list[tuple[float, dict]]:
     """The same of a CPU trace: its ops, each with its time less that of the ops inside it on the same thread."""
-    ops = [e for e in host if not e["name"].startswith(PREFIX)]
-    ops = [e for e in ops if e["cat"] == "cpu_op" or COMMUNICATION.search(e["name"])]  # gloo's are annotations
+    # Not autograd's nodes, Python functions and FSDP's notes around the ops: in those a thread also waits for ranks.
+    ops = [e for e in host if CPU_OP.match(e["name"]) or COMMUNICATION.search(e["name"])]
     open_ops: dict[tuple, list[dict]] = defaultdict(list)
     tasks = []
     for e in sorted(ops, key=lambda e: (e["ts"], -e["end"])):

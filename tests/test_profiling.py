@@ -101,6 +101,24 @@ def write(path: Path, events) -> Path:
     return path
 
 
+def test_cpu_time_spent_waiting_for_a_rank_is_communication(tmp_path):
+    """A Python function of 300 us that computes 100, then waits for gloo's thread."""
+    events = [
+        x("zoo/data", 0, 100, "user_annotation"),
+        x("zoo/forward", 100, 300, "user_annotation"),
+        x("_RMSNorm", 100, 300, "cpu_op"),
+        x("aten::linear", 100, 100, "cpu_op"),
+        x("aten::addmm", 110, 80, "cpu_op"),
+        x("gloo:all_reduce", 190, 190, "user_annotation", tid=2),
+    ]
+    found = profiling.breakdown(write(tmp_path / "trace.json", {"traceEvents": events}))
+    assert {name: ms for name, ms in found["parts"].items() if ms} == pytest.approx({"forward": 0.1})
+    assert (found["communication"], found["hidden"]) == (pytest.approx(0.18), pytest.approx(0.01))
+    assert found["idle"] == pytest.approx(0.12)
+    times = {name: ms for name, _, ms in found["operators"]}
+    assert times == pytest.approx({"gloo:all_reduce": 0.19, "aten::addmm": 0.08, "aten::linear": 0.02})
+
+
 def test_cuda_kernels_count_where_they_were_launched(tmp_path):
     """One step of 1000 us: the backward's kernel runs while the host is in the optimizer already."""
     events = [
