@@ -1,22 +1,127 @@
-"""Device peaks, loss curves, and the performance record with the table rendered from it.
+"""Device figures, steady-state statistics, loss curves, and the performance record with the tables rendered from it.
 
 python -m common.perf            rewrite perf_table.md and the tables in the recipes' READMEs from zoo/*/perf.jsonl
 python -m common.perf --check    exit code 1 if they differ from what would be written
 """
 
 import json
+import re
+import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-# Dense bf16 TFLOP/s by the vendors' data sheets; matched against the device's name. No row, no MFU.
-PEAKS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "Ascend910B": 313.0}
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """An accelerator's figures as its maker prints them. None: the source does not say."""
+
+    name: str  # regular expression searched in the name the driver reports
+    bf16: float  # dense tensor-core TFLOP/s, half of what NVIDIA's sheets print with sparsity
+    fp16: float
+    fp32: float | None  # without TF32: what torch computes in by default
+    memory_gb: int
+    memory_tb_s: float | None
+    link_gb_s: int | None  # NVLink, HCCS or UB, both directions together
+    source: str
+
+
+_A100 = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
+_H100 = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
+_H100_NVL = {"bf16": 835.0, "fp16": 835.0, "fp32": 60.0}
+_SHEET = "NVIDIA {} Tensor Core GPU data sheet"
+# The first match counts. Left out for want of a public sheet that pairs the reported name with figures: H20, B200 and
+# later, Ascend910B1, B2 and B4 (the Atlas 800T A2 comes with 313 or 376 TFLOP/s), the lower bins of Ascend910_93xx.
+# No row, no MFU.
+DEVICES = [
+    Device(name=r"\bH200 NVL", **_H100_NVL, memory_gb=141, memory_tb_s=4.8, link_gb_s=900, source=_SHEET.format("H200")),
+    Device(name=r"\bH200\b", **_H100, memory_gb=141, memory_tb_s=4.8, link_gb_s=900, source=_SHEET.format("H200")),
+    Device(name=r"\bH100 NVL", **_H100_NVL, memory_gb=94, memory_tb_s=3.9, link_gb_s=600, source=_SHEET.format("H100")),
+    Device(name=r"\bH100 PCIe", bf16=756.0, fp16=756.0, fp32=51.0, memory_gb=80, memory_tb_s=2.0, link_gb_s=600,
+           source=_SHEET.format("H100")),
+    Device(name=r"\bH100 80GB HBM3", **_H100, memory_gb=80, memory_tb_s=3.35, link_gb_s=900, source=_SHEET.format("H100")),
+    Device(name=r"\bH800(?! PCIe)\b", **_H100, memory_gb=80, memory_tb_s=None, link_gb_s=400,
+           source="DeepSeek-AI, Insights into DeepSeek-V3, arXiv:2505.09343: an H100 SXM but for FP64 and NVLink"),
+    Device(name=r"\bA100-SXM4-80GB", **_A100, memory_gb=80, memory_tb_s=2.039, link_gb_s=600, source=_SHEET.format("A100")),
+    Device(name=r"\bA100 80GB PCIe", **_A100, memory_gb=80, memory_tb_s=1.935, link_gb_s=600, source=_SHEET.format("A100")),
+    Device(name=r"\bA100-\w+-40GB", **_A100, memory_gb=40, memory_tb_s=1.555, link_gb_s=600, source=_SHEET.format("A100")),
+    Device(name=r"\bA800 80GB PCIe", **_A100, memory_gb=80, memory_tb_s=1.935, link_gb_s=400, source=_SHEET.format("A800")),
+    Device(name=r"\bA800\b(?! 40GB)", **_A100, memory_gb=80, memory_tb_s=2.039, link_gb_s=400, source=_SHEET.format("A800")),
+    Device(name=r"\bAscend910B3\b", bf16=313.0, fp16=313.0, fp32=None, memory_gb=64, memory_tb_s=None, link_gb_s=None,
+           source="Huawei Atlas 800T A2 training server white paper, its 313 TFLOP/s option"),
+    Device(name=r"\bAscend910_939[12]\b", bf16=376.0, fp16=376.0, fp32=None, memory_gb=64, memory_tb_s=1.6, link_gb_s=392,
+           source="Huawei, Serving LLMs on CloudMatrix384, arXiv:2506.12708: one die; that its bin reports this name is assumed"),
+]  # fmt: skip
+
+
+def find_device(hardware: str) -> Device | None:
+    """The row of a reported device name, None if the table has none."""
+    return next((d for d in DEVICES if re.search(d.name, hardware)), None)
 
 
 def peak_tflops(hardware: str, precision: str) -> float | None:
     """The device's dense peak for the precision, None where the table has none."""
-    if precision != "bf16":
+    device = find_device(hardware)
+    return getattr(device, precision) if device else None
+
+
+def figures(hardware: str) -> str:
+    """A device's row in words."""
+    device = find_device(hardware)
+    if device is None:
+        return f"{hardware}: no vendor figures in common/perf.py"
+    bandwidth = f"{device.memory_tb_s} TB/s" if device.memory_tb_s else "bandwidth not published"
+    link = f"{device.link_gb_s} GB/s" if device.link_gb_s else "not published"
+    return (
+        f"{hardware}: bf16 {device.bf16:.0f} TFLOP/s dense, {device.memory_gb} GB at {bandwidth}, link {link} "
+        f"({device.source})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+WARMUP = 3  # steps left out of every summary: allocators, caches and autotuning settle in them
+
+
+def spread(values: list[float]) -> dict:
+    """Median, 10th and 90th percentile (between neighbours by rank), and how many."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[8], "n": len(values)}
+
+
+def steady_rows(rows: list[dict], warmup: int = WARMUP) -> list[dict]:
+    """The step rows of one process that count: after its warm-up, and not slowed by the profiler."""
+    return [row for row in rows[warmup:] if not row.get("profiled")]
+
+
+def steady(rows: list[dict], warmup: int = WARMUP) -> dict | None:
+    """What a run did once settled: {"window", "step_time_ms": spread, "samples_per_second", "mfu": medians}.
+
+    rows: step rows of metrics.jsonl, of one process. None: it ended within its warm-up.
+    """
+    rows = steady_rows(rows, warmup)
+    if not rows:
         return None
-    return next((peak for name, peak in PEAKS.items() if name in hardware), None)
+    first, last = rows[0]["step"], rows[-1]["step"]
+    left_out = last - first + 1 - len(rows)
+    mfu = [row["mfu"] for row in rows if row["mfu"] is not None]
+    return {
+        "window": f"steps {first}-{last}" + (f" without {left_out} profiled" if left_out else ""),
+        "step_time_ms": spread([row["step_time_ms"] for row in rows]),
+        "samples_per_second": statistics.median(row["samples_per_second"] for row in rows),
+        "mfu": statistics.median(mfu) if mfu else None,
+    }
+
+
+def steady_line(found: dict | None) -> str:
+    """`steady` for the console."""
+    if found is None:
+        return f"steady state: the run ended within its {WARMUP} steps of warm-up"
+    time, mfu = found["step_time_ms"], "-" if found["mfu"] is None else f"{found['mfu']:.3f}"
+    return (
+        f"steady state, {found['window']}: {time['median']:.1f} ms a step (p10 {time['p10']:.1f}, p90 {time['p90']:.1f}), "
+        f"{found['samples_per_second']:.3f} samples/s, MFU {mfu}"
+    )
 
 
 def read_metrics(path: Path) -> tuple[dict, list[dict]]:
@@ -49,6 +154,8 @@ def plot_loss(metrics: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
+# ----------------------------------------------------------------------------------------------------------- record
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 
@@ -65,28 +172,65 @@ def append(record: Path, row: dict) -> None:
         f.write(json.dumps(row) + "\n")
 
 
+def read(record: Path) -> list[dict]:
+    """The rows of a perf.jsonl."""
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def compare(row: dict, record: Path) -> list[str]:
+    """A measured row beside the published ones of the same workload, whole and per device, a line each."""
+    task = row["task"].removesuffix(" step")
+    same = {k: row[k] for k in ("model", "size", "shape", "precision", "unit")} | {"source": "published", "task": task}
+    published = [r for r in read(record) if all(r[k] == value for k, value in same.items())]
+    mine = row["value"] / row["devices"]
+    lines = [
+        f"published {r['value']} {r['unit']} on {r['devices']} x {r['hardware']} ({r['system']}) = "
+        f"{r['value'] / r['devices']:.3g} per device; ours {row['value']} on {row['devices']} x {row['hardware']} = "
+        f"{mine:.3g} per device, {mine * r['devices'] / r['value']:.3g} x"
+        for r in published
+    ]
+    if not lines:
+        return [
+            f"no published row has this workload: {', '.join(same[k] for k in ('model', 'task', 'size', 'shape', 'precision'))}"
+        ]
+    if task != row["task"]:
+        lines.append("ours is the step alone: the trainer's overhead and its wait for data are rows of their own")
+    return lines
+
+
+def _spreads(raw: dict) -> str:
+    """Every spread in a row's raw facts, 'name median (p10-p90)'."""
+    found = {"": raw} | {k: v for k, v in raw.items() if isinstance(v, dict)}
+    return (
+        ", ".join(f"{k} {v['median']} ({v['p10']}-{v['p90']})".strip() for k, v in found.items() if "p10" in v) or "-"
+    )
+
+
 def table(record: Path) -> str:
     """One recipe's record as Markdown, a table per model and task, ours last; 'not measured' where we have no row."""
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    text = []
+    rows, text = read(record), []
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["task"]) == (model, task)]
         unit = mine[0]["unit"]
-        text += [f"**{model}, {task}**", "", f"| system | size | hardware | devices | setup | precision | {unit} |"]
-        text += ["|---|---|---|---|---|---|---|"]
+        head = (
+            "system",
+            "size",
+            "hardware",
+            "devices",
+            "setup",
+            "precision",
+            unit,
+            "median (p10-p90)",
+            "MFU",
+            "commit",
+        )
+        text += [f"**{model}, {task}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for r in sorted(mine, key=lambda r: r["source"] == "measured"):
-            cells = (
-                r["system"],
-                r["size"],
-                r["hardware"],
-                r["devices"],
-                r["layout"] or "-",
-                r["precision"],
-                r["value"],
-            )
-            text.append("| " + " | ".join(str(c) for c in cells) + " |")
+            cells = [r[k] for k in ("system", "size", "hardware", "devices", "layout", "precision", "value")]
+            cells += [_spreads(r["raw"]), r["mfu"], (r["commit"] or "-")[:7]]
+            text.append(f"| {' | '.join('-' if c is None else str(c) for c in cells)} |")
         if not any(r["source"] == "measured" for r in mine):
-            text.append("| this zoo | | | | | | not measured |")
+            text.append("| this zoo | | | | | | not measured | | | |")
         text.append("")
     return "\n".join(text)
 
@@ -95,7 +239,8 @@ def rendered() -> dict[Path, str]:
     """Every file that holds a rendered table, as it should be."""
     head = (
         "# Performance record\n\nGenerated from `zoo/*/perf.jsonl` by `python -m common.perf`; never edited by hand.\n\n"
-        "SPS and FPS are samples and frames per second of the whole cluster, TPS tokens per second per device.\n"
+        "SPS and FPS are samples and frames per second of the whole cluster, TPS tokens per second per device. MFU counts\n"
+        "model FLOPs (recompute not) against the vendor's dense peak in `common/perf.py`; commits are of measured rows.\n"
     )
     files = {}
     for record in sorted(ROOT.glob("zoo/*/perf.jsonl")):

@@ -27,8 +27,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, ops, perf
+from common import checkpoint, device, ops, perf, profiling
 from common.cli import TrainOptions, to_toml
+from common.profiling import part
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
 
@@ -201,6 +202,7 @@ def train(
     optimizer, ema = build_optimizer(o, chunks), None
     scheduler = build_scheduler(o, optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
+    chunks[0].config.timers = profiling.megatron_timer
     if ema_decay:
         ema = {name: p.detach().float().clone() for name, p in checkpoint.parameters(chunks)}
 
@@ -221,7 +223,7 @@ def train(
         log.say(f"resumed from {found} at step {start}")
     stop = _StopFlag()
     forward_backward = get_forward_backward_func()
-    bad, skipped, last_save, reason = 0, 0, None, "finished"
+    bad, skipped, last_save, reason, rows = 0, 0, None, "finished", []
     first_profiled, last_profiled = _profile_range(o)
     profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
@@ -240,19 +242,22 @@ def train(
     began = time.perf_counter()
     while step < o.steps:
         if profiler is None and first_profiled <= step < last_profiled and dist.get_rank() in profiled_ranks:
-            profiler = torch.profiler.profile(with_stack=False, record_shapes=True)
-            profiler.__enter__()
+            profiler = profiling.profiler()
+            began = time.perf_counter()
         waited = time.perf_counter()
-        loaded = next(iterator)
+        with part("data"):
+            loaded = next(iterator)
         waited = time.perf_counter() - waited
 
         computing = time.perf_counter()
-        batch = prepare(loaded)
+        with part("prepare"):
+            batch = prepare(loaded)
         preparing = time.perf_counter() - computing
-        for chunk in chunks:
-            if hasattr(chunk, "zero_grad_buffer"):
-                chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+        with part("optimizer"):
+            for chunk in chunks:
+                if hasattr(chunk, "zero_grad_buffer"):
+                    chunk.zero_grad_buffer()
+            optimizer.zero_grad()
         results = forward_backward(
             forward_step_func=forward_step,
             data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
@@ -261,31 +266,28 @@ def train(
             seq_length=sequence_length(batch),
             micro_batch_size=o.micro_batch,
         )
-        optimizer.prepare_grads()
-        grad_norm = optimizer.get_grad_norm()
-        loss, stopping = _global_loss(o, results, stop.asked)
+        with part("optimizer"):
+            optimizer.prepare_grads()
+            grad_norm = optimizer.get_grad_norm()
+        loss, stopping = global_loss(o, results, stop.asked)
 
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
-            if o.clip > 0:
-                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), o.clip, grad_norm)
             lr = optimizer.param_groups[0]["lr"]
-            optimizer.step_with_ready_grads()
-            scheduler.step(1)
+            with part("optimizer"):
+                if o.clip > 0:
+                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), o.clip, grad_norm)
+                optimizer.step_with_ready_grads()
+                scheduler.step(1)
+                if ema:
+                    values = [p.detach().float() for _, p in checkpoint.parameters(chunks)]
+                    torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
             applied, bad = applied + 1, 0
-            if ema:
-                values = [p.detach().float() for _, p in checkpoint.parameters(chunks)]
-                torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
         else:
             lr, bad, skipped = optimizer.param_groups[0]["lr"], bad + 1, skipped + 1
             _save_bad_batch(o, step + 1, batch, loss, grad_norm)
         computing = time.perf_counter() - computing  # ends with the optimizer; the read of the loss has waited for all
         step += 1
-        if profiler is not None and step == last_profiled:
-            profiler.__exit__(None, None, None)
-            (o.out / "profile").mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(o.out / "profile" / f"rank{dist.get_rank()}.json"))
-            profiler = None
 
         now = time.perf_counter()
         seconds, began = now - began, now
@@ -311,8 +313,14 @@ def train(
             "compute_ms": computing * 1e3,
             "skipped": skipped,
         }
+        if first_profiled < step <= last_profiled:
+            row["profiled"] = True
+        rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})
         log.step(row, o, skipped)
         bar.update()
+        if profiler is not None and step == last_profiled:
+            log.say(profiling.write(profiler, o.out / "profile", dist.get_rank(), o.profile_steps))
+            profiler, began = None, time.perf_counter()
         if bad >= o.max_bad_steps:
             reason = f"{bad} consecutive steps with a loss or gradient that is not finite; batch saved in {o.out / 'bad_batch'}"
             break
@@ -325,7 +333,9 @@ def train(
     bar.close()
     if bad < o.max_bad_steps and step > start:
         last_save = save(step)
-    log.record({"kind": "end", "steps": step, "reason": reason})
+    steady = perf.steady(rows)
+    log.say(perf.steady_line(steady))
+    log.record({"kind": "end", "steps": step, "reason": reason, "steady": steady})
     if log.main:
         perf.plot_loss(o.out / "metrics.jsonl", o.out / "loss.png")
     if bad >= o.max_bad_steps:
@@ -346,7 +356,7 @@ class _StopFlag:
         self.asked = True
 
 
-def _global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float, bool]:
+def global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float, bool]:
     """Mean loss over the global batch and whether any rank was asked to stop: one reduction of two numbers."""
     numbers = torch.zeros(2, device=torch.cuda.current_device())
     if results:

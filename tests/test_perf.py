@@ -1,6 +1,12 @@
-"""The performance record: its table, its refusal of irreproducible rows, and the FLOPs formula behind every MFU."""
+"""The performance record: its rows and tables, what is refused, the device figures and FLOPs formula behind every MFU."""
 
+import dataclasses
+import importlib
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +34,204 @@ def test_a_committed_row_is_appended(tmp_path):
     assert json.loads((tmp_path / "perf.jsonl").read_text())["value"] == 1
 
 
-def test_unknown_hardware_has_no_mfu():
-    assert perf.peak_tflops("Some CPU", "bf16") is None
-    assert perf.peak_tflops("NVIDIA H200", "bf16") == 989.0
+@pytest.mark.parametrize(
+    ("reported", "bf16", "memory_gb", "link"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0, 80, 900),
+        ("NVIDIA H100 PCIe", 756.0, 80, 600),
+        ("NVIDIA H100 NVL", 835.0, 94, 600),
+        ("NVIDIA H200", 989.0, 141, 900),
+        ("NVIDIA H200 NVL", 835.0, 141, 900),
+        ("NVIDIA H800", 989.0, 80, 400),
+        ("A100-SXM4-80GB", 312.0, 80, 600),
+        ("NVIDIA A100-PCIE-40GB", 312.0, 40, 600),
+        ("NVIDIA A800-SXM4-80GB", 312.0, 80, 400),
+        ("A800", 312.0, 80, 400),
+        ("Ascend910B3", 313.0, 64, None),
+        ("Ascend910_9392", 376.0, 64, 392),
+    ],
+)
+def test_reported_name_finds_its_device(reported, bf16, memory_gb, link):
+    found = perf.find_device(reported)
+    assert (found.bf16, found.memory_gb, found.link_gb_s) == (bf16, memory_gb, link)
+    assert perf.peak_tflops(reported, "bf16") == bf16
+    assert found.source in perf.figures(reported)
+
+
+@pytest.mark.parametrize(
+    "reported", ["Some CPU", "NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA H800 PCIe", "NVIDIA A10", "Ascend910B4"]
+)
+def test_device_without_a_source_has_no_mfu(reported):
+    assert perf.peak_tflops(reported, "bf16") is None
+
+
+def test_peak_is_of_the_precision():
+    assert perf.peak_tflops("NVIDIA H200", "fp32") == 67.0
+    assert perf.peak_tflops("Ascend910B3", "fp32") is None
+
+
+# ------------------------------------------------------------------------------------------------------ steady state
+
+
+def test_steady_state_leaves_out_warm_up_and_profiled_steps():
+    def row(step, ms, **extra):
+        return {"step": step, "step_time_ms": ms, "samples_per_second": 1e3 / ms, "mfu": None} | extra
+
+    rows = [row(i, 9e9) for i in (1, 2, 3)] + [row(4 + i, 10.0 + i) for i in range(11)]
+    rows += [row(15, 9e9, profiled=True), row(16, 9e9, profiled=True), row(17, 15.0)]
+    found = perf.steady(rows)
+    assert found["window"] == "steps 4-17 without 2 profiled"
+    assert found["step_time_ms"] == {"median": 15.0, "p10": pytest.approx(11.1), "p90": pytest.approx(18.9), "n": 12}
+    assert found["samples_per_second"] == pytest.approx(1e3 / 15) and found["mfu"] is None
+    assert "15.0 ms a step (p10 11.1, p90 18.9)" in perf.steady_line(found)
+
+
+def test_run_within_its_warm_up_has_no_steady_state():
+    assert perf.steady([{"step": 1}] * perf.WARMUP) is None
+    assert "warm-up" in perf.steady_line(None)
+
+
+def test_spread_of_one_value_is_that_value():
+    assert perf.spread([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0, "n": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------- published
+
+# Task, size -> published values on the Ascend machine and, where there is one, on the reference machine.
+MINDSPEED_MM = {
+    ("Wan2.1-T2V", "pretrain", "1.3B"): [0.918, 1.04],
+    ("Wan2.1-T2V", "lora", "1.3B"): [0.954, 1.042],
+    ("Wan2.1-T2V", "pretrain", "14B"): [0.16, 0.16],
+    ("Wan2.1-T2V", "lora", "14B"): [0.179, 0.174],
+    ("Wan2.1-I2V", "pretrain", "1.3B"): [0.76],
+    ("Wan2.1-I2V", "pretrain", "14B"): [0.13],
+    ("Wan2.1-I2V", "lora", "14B"): [0.179, 0.173],
+}
+MINDIE_SD = {
+    1: [860.2, 631.7, 541.8, 516.9],
+    2: [548.8, 502.8, 332.6, 327.6],
+    4: [204.0, 175.8, 151.1, 147.9],
+    8: [141.5, 102.9, 78.1, 76.4],
+}
+RECORD = perf.ROOT / "zoo" / case.RECIPE / "perf.jsonl"
+
+
+def test_no_published_figure_is_missing():
+    published = [r for r in perf.read(RECORD) if r["source"] == "published"]
+    training = [r for r in published if r["system"] == "MindSpeed-MM"]
+    for (model, task, size), values in MINDSPEED_MM.items():
+        rows = [r for r in training if (r["model"], r["task"], r["size"]) == (model, task, size)]
+        assert [r["value"] for r in rows] == values
+        assert all((r["unit"], r["devices"], r["precision"]) == ("SPS", 8, "bf16") for r in rows)
+    sampling = [r for r in published if r["system"] == "MindIE-SD"]
+    for devices, values in MINDIE_SD.items():
+        assert [r["value"] for r in sampling if r["devices"] == devices] == values
+    assert (len(training), len(sampling), len(published)) == (12, 16, 28)
+
+
+def measured(**changes) -> dict:
+    row = {"source": "measured", "system": "this zoo", "model": "Wan2.1-T2V", "task": "pretrain step", "size": "1.3B",
+           "hardware": "NVIDIA H200", "devices": 1, "layout": "1.3B", "precision": "bf16", "shape": "81x480x832",
+           "value": 0.46, "unit": "SPS", "mfu": 0.394, "commit": "0123456789ab", "command": "", "date": "",
+           "raw": {"step s": {"median": 2.17, "p10": 2.16, "p90": 2.2, "n": 60}}}  # fmt: skip
+    return row | changes
+
+
+def test_measured_row_is_compared_with_the_published_ones_of_its_workload():
+    lines = perf.compare(measured(), RECORD)
+    assert lines[0] == (
+        "published 0.918 SPS on 8 x Atlas 900 A2 PODc (MindSpeed-MM) = 0.115 per device; "
+        "ours 0.46 on 1 x NVIDIA H200 = 0.46 per device, 4.01 x"
+    )
+    assert "published 1.04 SPS on 8 x unnamed reference machine" in lines[1] and lines[1].endswith("3.54 x")
+    assert "the step alone" in lines[2] and len(lines) == 3
+
+
+@pytest.mark.parametrize("other", [{"size": "tiny"}, {"shape": "13x48x48"}, {"precision": "fp32"}])
+def test_another_workload_is_compared_with_nothing(other):
+    (line,) = perf.compare(measured(**other), RECORD)
+    assert line.startswith("no published row has this workload") and str(*other.values()) in line
+
+
+def test_table_shows_spread_mfu_and_commit(tmp_path):
+    record = tmp_path / "perf.jsonl"
+    rows = [measured(), measured(task="launcher --help", mfu=None, raw={"median": 0.2, "p10": 0.1, "p90": 0.3, "n": 3})]
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = perf.table(record)
+    assert "| SPS | median (p10-p90) | MFU | commit |" in text
+    assert "| 0.46 | step s 2.17 (2.16-2.2) | 0.394 | 0123456 |" in text
+    assert "| 0.2 (0.1-0.3) | - | 0123456 |" in text
+
+
+# ------------------------------------------------------------------------------------------------- the step benchmark
+
+bench = importlib.import_module(f"zoo.{case.RECIPE}.perf")
+
+
+def contender(name="diffusers 0", losses=(2.0,), failure=None) -> SimpleNamespace:
+    return SimpleNamespace(name=name, seconds=[9.0, 9.0, 9.0, 0.4], losses=list(losses), memory=1.0, failure=failure)
+
+
+def rows_of(monkeypatch, *peers, precision="fp32") -> list[dict]:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    o = case.options(precision=precision, buckets="5x32x64")
+    return bench.step_rows(o, case.CONFIG, [9.0, 9.0, 9.0, 0.2], [2.0], 0.5, list(peers))
+
+
+def test_step_rows_are_ours_every_peer_and_the_ratios(monkeypatch):
+    rows = rows_of(monkeypatch, contender(), contender("diffusers 0 + torch.compile", losses=[2.00001]))
+    assert [r["value"] for r in rows] == [20.0, 10.0, 2.0, 10.0, 2.0]
+    assert rows[1]["raw"]["loss apart"] == 0 and rows[3]["raw"]["loss apart"] == pytest.approx(5e-6)
+    assert rows[2]["raw"]["memory ratio"] == 0.5
+    assert rows[4]["task"] == "pretrain step, ratio to diffusers + torch.compile"
+
+
+def test_contender_with_another_loss_is_refused_and_so_are_we_beside_it(monkeypatch):
+    mine, theirs, ratio = rows_of(monkeypatch, contender(losses=[2.0001]))
+    assert all("5.0e-05 apart, expected at most 1e-05" in row["refused"] for row in (mine, theirs, ratio))
+    assert not any("refused" in row for row in rows_of(monkeypatch, contender(losses=[2.0001]), precision="bf16"))
+
+
+def test_loss_that_is_not_a_number_is_refused(monkeypatch):
+    assert all("refused" in row for row in rows_of(monkeypatch, contender(losses=[float("nan")])))
+
+
+def test_compiler_that_fails_is_said_in_words_and_not_recorded(monkeypatch, tmp_path, capsys):
+    failed = contender("diffusers 0 + torch.compile", failure="torch.compile does not work here: no C++ compiler")
+    rows = [measured() | {"commit": "0123456789ab"} | row for row in rows_of(monkeypatch, failed)]
+    (tmp_path / "perf.jsonl").write_text("")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    bench.report(rows, record=True)
+    assert (
+        "refused, not recorded: diffusers 0 + torch.compile: torch.compile does not work here"
+        in capsys.readouterr().out
+    )
+    assert [r["system"] for r in perf.read(tmp_path / "perf.jsonl")] == ["this zoo"]
+
+
+def test_equal_losses_say_something_about_the_weights(monkeypatch):
+    """Behind the zero output head of fresh weights every loss would be the same."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    o = case.options(buckets="9x32x64", micro_batch=2)
+    batch = bench.batch_of(o, case.CONFIG)
+    monkeypatch.setattr(bench, "batch_of", lambda *args: batch)  # the seed is then of the weights alone
+    one, again, other = (
+        float(bench.peer(dataclasses.replace(o, seed=seed), case.CONFIG, compiled=False)()) for seed in (0, 0, 1)
+    )
+    assert one == again and abs(one - other) / one > 100 * bench.LOSS_BOUND["fp32"]
+
+
+@pytest.mark.L4
+def test_step_benchmark_of_the_tiny_size_measures_both_and_compares(tmp_path):
+    env = os.environ | {"ZOO_PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    command = ["bash", f"zoo/{case.RECIPE}/perf.sh", "--only", "step", "--repeats", "2", "--no-compile"]
+    command += ["--buckets", "5x32x32", "--micro-batch", "2", "--global-batch", "2", "--out", str(tmp_path / "run")]
+    before = RECORD.read_bytes()
+    done = subprocess.run(command, cwd=perf.ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "refused" not in done.stdout and "'loss apart': " in done.stdout
+    assert "no published row has this workload: Wan2.1-T2V, pretrain, tiny, 5x32x32, fp32" in done.stdout
+    assert RECORD.read_bytes() == before  # only --record writes
 
 
 @pytest.mark.parametrize("size", ["tiny", "1.3B"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 import wan_case as case
 
-from common import checkpoint
+from common import checkpoint, perf
 
 pytestmark = pytest.mark.L4
 
@@ -94,7 +94,12 @@ def test_a_run_holds_what_the_contract_says(unbroken):
         "tflops_per_device mfu memory_gib data_wait_ms skipped"
     )
     assert set(fields.split()) <= rows[1].keys()
-    assert rows[-1] == {"kind": "end", "steps": STEPS, "reason": "finished"}
+    end = rows[-1]
+    assert (end["kind"], end["steps"], end["reason"]) == ("end", STEPS, "finished")
+    times = [row["step_time_ms"] for row in rows[1 + perf.WARMUP : -1]]
+    assert end["steady"]["window"] == f"steps {perf.WARMUP + 1}-{STEPS}"
+    assert end["steady"]["step_time_ms"] == perf.spread(times)
+    assert perf.steady_line(end["steady"]) in (unbroken / "log.txt").read_text()
 
 
 def test_the_console_line_keeps_the_step_time_in_field_five(unbroken):

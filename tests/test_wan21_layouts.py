@@ -66,7 +66,7 @@ def run_layout(layout: dict, steps: int, want_gradients: bool) -> dict:
         if step == 0 and want_gradients:
             out["gradients"] = whole(o, wrapped, gradient=True)
         optimizer.prepare_grads()
-        out["losses"].append(loop._global_loss(o, results, False)[0])
+        out["losses"].append(loop.global_loss(o, results, False)[0])
         optimizer.step_with_ready_grads()
     out["weights"] = whole(o, wrapped, gradient=False)
     return out if dist.get_rank() == 0 else {}

@@ -5,12 +5,15 @@
     bash zoo/wan21/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
 
 step   a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of diffusers'
-       WanTransformer3DModel with torch's fused AdamW on the same device, batch and dtype, turn by turn; peak memory
+       WanTransformer3DModel with torch's fused AdamW, plain and under torch.compile (--no-compile leaves that out), on
+       the same device, batch, weights and dtype, turn by turn; peak memory (of the compiled peer: compiling included).
+       A contender whose first loss is not the same is refused. Beside it, what is published for the same workload:
+       --size 1.3B and --size 14B are MindSpeed-MM's, on as many devices as there are
 run    the launcher as a user starts it: seconds to the first step and for --help, the share of a step spent waiting
        for data that is really decoded, and (latents cached) outside data, forward, backward and optimizer
 load   a released folder of 1.3B random weights from disk: rate against reading the same files, memory beyond the model
 
-Each number is the median of its repeats, with the smallest and the largest.
+Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
 
 import dataclasses
@@ -44,6 +47,10 @@ from .train import FlowMatching, forward_step
 CLIP = 1.0
 
 
+LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
+COMPILED = "torch.compile"
+
+
 def main() -> None:
     o: PerfOptions = parse("perf", sys.argv[1:])
     parallel.initialize(o)
@@ -53,13 +60,24 @@ def main() -> None:
             rows += [facts(o) | row for row in benchmark(o)]
         dist.barrier()
     if dist.get_rank() == 0:
-        for row in rows:
-            print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['raw']}", flush=True)
-        for row in rows if o.record else []:
-            perf.append(HERE / "perf.jsonl", row)
-        if o.record:
-            print(f"recorded in {HERE / 'perf.jsonl'}; render the tables with: python -m common.perf")
+        report(rows, o.record)
     parallel.shutdown()
+
+
+def report(rows: list[dict], record: bool) -> None:
+    """Print every row, ours beside the published ones of its workload; with record, add those not refused."""
+    for row in rows:
+        if "refused" in row:
+            print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
+            continue
+        print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['system']} {row['raw']}", flush=True)
+        if row["task"] == "pretrain step" and row["system"] == "this zoo":
+            print("\n".join("  " + line for line in perf.compare(row, HERE / "perf.jsonl")), flush=True)
+    if record:
+        for row in rows:
+            if "refused" not in row:
+                perf.append(HERE / "perf.jsonl", row)
+        print(f"recorded in {HERE / 'perf.jsonl'}; render the tables with: python -m common.perf")
 
 
 def facts(o: PerfOptions) -> dict:
@@ -80,10 +98,6 @@ def facts(o: PerfOptions) -> dict:
     }
 
 
-def spread(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
 def rounded(values: dict) -> dict:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
 
@@ -101,10 +115,18 @@ def batch_of(o: PerfOptions, config: WanConfig) -> dict:
     return FlowMatching(o).noised(latents, text, torch.zeros_like(text[0]), 0, range(o.micro_batch))
 
 
-def ours(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
-    """One training step of this recipe: everything `common.train` does between loading a batch and logging."""
+def draw_all(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    """The recipe's initial values, with noise where those are zero: behind a zero output head any model has the same loss."""
+    draw(name, whole, generator)
+    if not whole.any():
+        whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
+
+
+def ours(o: PerfOptions, config: WanConfig) -> Callable[[], list[dict]]:
+    """One training step of this recipe: everything `common.train` does between loading a batch and logging. Returns
+    what the schedule does: this rank's losses, still on the device."""
     chunks = build(o, config)
-    checkpoint.initialize(chunks, o.seed, draw)
+    checkpoint.initialize(chunks, o.seed, draw_all)
     wrapped = parallel.wrap(chunks, o, WanBlock)
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -112,13 +134,13 @@ def ours(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
     tokens = config.tokens(tuple(batch["x"].shape[2:]))
     split = o.cp * (o.tp if o.sp else 1)
 
-    def step() -> None:
+    def step() -> list[dict]:
         for chunk in wrapped:
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
         optimizer.zero_grad()
         batches = [batch] * o.micro_batches
-        run_schedule(
+        results = run_schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
             model=wrapped if len(wrapped) > 1 else wrapped[0],
@@ -129,97 +151,166 @@ def ours(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
         optimizer.prepare_grads()
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), CLIP, optimizer.get_grad_norm())
         optimizer.step_with_ready_grads()
+        return results
 
     return step
 
 
-def peer(o: PerfOptions, config: WanConfig) -> Callable[[], None]:
-    """The same step by diffusers and torch on one device. bf16: fp32 weights under autocast, as its trainers do."""
+def peer(o: PerfOptions, config: WanConfig, compiled: bool) -> Callable[[], torch.Tensor]:
+    """The same step by diffusers and torch on one device, from our weights; returns the loss, still on the device.
+    bf16: fp32 weights under autocast, as its trainers do."""
     values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
     values["patch_size"] = tuple(values["patch_size"])
     with device.current():
         model = diffusers.WanTransformer3DModel(**values)
+    weights = {}
+    for name, shape in convert.shapes(config).items():
+        whole = weights[convert.to_diffusers(name)] = torch.empty(shape)
+        draw_all(name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
+    model.load_state_dict(weights)
     if o.recompute == "full":
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
     batch, where = batch_of(o, config), device.current().type
+    forward = torch.compile(model) if compiled else model
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
+        total = torch.zeros((), device=batch["x"].device)
         for _ in range(o.micro_batches):
             with torch.autocast(where, torch.bfloat16, enabled=o.precision == "bf16"):
-                out = model(batch["x"], batch["t"], batch["text"], return_dict=False)[0]
+                out = forward(batch["x"], batch["t"], batch["text"], return_dict=False)[0]
             error = (out.float() - batch["target"]).square().mean((1, 2, 3, 4))
-            ((error * batch["weight"]).mean() / o.micro_batches).backward()
+            loss = (error * batch["weight"]).mean() / o.micro_batches
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        return total
 
     return step
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Seconds of one call, the device's queue empty before and after."""
+def timed(step: Callable) -> tuple[float, object]:
+    """Seconds of one call, the device's queue empty before and after, and what it returned."""
     device.synchronize()
     start = time.perf_counter()
-    step()
+    result = step()
     device.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
-def serve_peer(pipe, o: PerfOptions, config: WanConfig) -> None:
+def serve_peer(pipe, o: PerfOptions, config: WanConfig, compiled: bool) -> None:
     """A process of its own, so that its memory is its own: a step for every request, then its peak memory."""
     before = device.memory_gib()
-    step = peer(o, config)
+    step = peer(o, config, compiled)
     while pipe.recv():
-        pipe.send(timed(step))
+        try:
+            seconds, loss = timed(step)
+        except Exception as error:  # torch.compile fails at its first call, in as many ways as there are machines
+            if not compiled:
+                raise
+            pipe.send(f"torch.compile does not work here: {type(error).__name__}: {error}".splitlines()[0])
+            return
+        pipe.send((seconds, float(loss)))
     pipe.send(device.memory_gib() - before)
+
+
+class Peer:
+    """A contender in a process of its own, asked for one step at a time."""
+
+    def __init__(self, o: PerfOptions, config: WanConfig, compiled: bool):
+        self.name = f"diffusers {diffusers.__version__}" + (f" + {COMPILED}" if compiled else "")
+        self.seconds, self.losses, self.memory, self.failure = [], [], None, None
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_peer, args=(theirs, o, config, compiled), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a process that dies is noticed
+
+    def step(self) -> None:
+        if self.failure is None:
+            self.pipe.send(True)
+            answer = self.pipe.recv()
+            if isinstance(answer, str):
+                self.failure = answer
+            else:
+                self.seconds.append(answer[0])
+                self.losses.append(answer[1])
+
+    def finish(self) -> None:
+        if self.failure is None:
+            self.pipe.send(False)
+            self.memory = self.pipe.recv()
+        self.process.join()
 
 
 def step(o: PerfOptions) -> list[dict]:
     config, before = model_config(o), device.memory_gib()
     mine = ours(o, config)
     main = dist.get_rank() == 0
-    if main:
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=serve_peer, args=(theirs, o, config), daemon=True)
-        process.start()
-    seconds, peer_seconds = [], []
-    for i in range(3 + o.repeats):  # the first three warm up
+    peers = [Peer(o, config, compiled) for compiled in ((False, True) if o.compile else (False,))] if main else []
+    seconds, losses = [], []
+    for _ in range(perf.WARMUP + o.repeats):
         dist.barrier()
-        taken = timed(mine)
-        if main:
-            pipe.send(True)
-            peer_taken = pipe.recv()
-            if i >= 3:
-                seconds.append(taken)
-                peer_seconds.append(peer_taken)
-        dist.barrier()  # nobody computes while the peer does
-    if not main:
-        return []
+        taken, results = timed(mine)
+        seconds.append(taken)
+        losses.append(loop.global_loss(o, results, False)[0])
+        for contender in peers:
+            contender.step()
+        dist.barrier()  # nobody computes while a peer does
     memory = device.memory_gib() - before
-    pipe.send(False)
-    peer_memory = pipe.recv()
-    process.join()
+    for contender in peers:
+        contender.finish()
+    return step_rows(o, config, seconds, losses, memory, peers) if main else []
 
-    rate, peer_rate = (
-        o.global_batch / statistics.median(seconds),
-        o.global_batch / o.dp / statistics.median(peer_seconds),
-    )
-    grid = latent_grid(data.parse_buckets(o.buckets)[0])
-    tflops = 3 * config.flops(grid) * rate / o.world / 1e12
-    peak = perf.peak_tflops(device.name(), o.precision)
-    raw = {"step s": rounded(spread(seconds)), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)}
-    peer_raw = {"step s": rounded(spread(peer_seconds)), "memory GiB": round(peer_memory, 3)}
+
+def step_rows(o: PerfOptions, config: WanConfig, seconds: list, losses: list, memory: float, peers: list) -> list[dict]:
+    """The record's rows of one `step` benchmark; what must not be recorded says so in `refused`."""
+    task, unit = "pretrain step", "SPS"
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    return [
-        {"task": "pretrain step", "value": round(rate, 3), "unit": "SPS", "raw": raw | versions}
-        | {"mfu": round(tflops / peak, 4) if peak else None},
-        {"task": "pretrain step", "value": round(peer_rate, 3), "unit": "SPS", "raw": peer_raw | versions}
-        | {"system": f"diffusers {diffusers.__version__}", "devices": 1, "layout": None},
-        {"task": "pretrain step, ratio to diffusers", "value": round(rate / o.world / peer_rate, 3), "unit": "x per device",
-         "raw": {"memory ratio": round(memory / peer_memory, 3)}},
-    ]  # fmt: skip
+    taken = perf.spread(seconds[perf.WARMUP :])
+    rate = o.global_batch / taken["median"]
+    tflops = 3 * config.flops(latent_grid(data.parse_buckets(o.buckets)[0])) * rate / o.world / 1e12
+    peak = perf.peak_tflops(device.name(), o.precision)
+    raw = {"step s": rounded(taken), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)}
+    raw |= {"first loss": losses[0]} | versions
+    mine = {
+        "task": task,
+        "value": round(rate, 3),
+        "unit": unit,
+        "mfu": round(tflops / peak, 4) if peak else None,
+        "raw": raw,
+    }
+    rows = [mine]
+    for contender in peers:
+        row = {"task": task, "unit": unit, "system": contender.name, "devices": 1, "layout": None}
+        ratio = {"task": f"{task}, ratio to diffusers", "unit": "x per device"}
+        if contender.name.endswith(COMPILED):
+            ratio["task"] += f" + {COMPILED}"
+        if contender.failure:
+            rows.append(row | {"refused": contender.failure})
+            continue
+        apart = abs(contender.losses[0] - losses[0]) / abs(losses[0])
+        if not apart <= LOSS_BOUND[o.precision]:
+            why = (
+                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {apart:.1e} apart, expected at most "
+                f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
+            )
+            rows += [row | {"refused": why}, ratio | {"system": "this zoo", "refused": why}]
+            if not contender.name.endswith(COMPILED):
+                mine["refused"] = why.replace("its first loss", f"the first loss of {contender.name}")
+            continue
+        taken = perf.spread(contender.seconds[perf.WARMUP :])
+        theirs = o.global_batch / o.dp / taken["median"]
+        peer_raw = {"step s": rounded(taken), "first step s": float(f"{contender.seconds[0]:.4g}")}
+        peer_raw |= {"memory GiB": round(contender.memory, 3), "loss apart": float(f"{apart:.1e}")} | versions
+        rows.append(row | {"value": round(theirs, 3), "raw": peer_raw})
+        rows.append(
+            ratio
+            | {"value": round(rate / o.world / theirs, 3), "raw": {"memory ratio": round(memory / contender.memory, 3)}}
+        )
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -257,19 +348,19 @@ def run(o: PerfOptions) -> list[dict]:
             if process.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{Path(log.name).read_text()[-2000:]}")
             firsts.append(first)
-            rows.append(perf.read_metrics(out / "metrics.jsonl")[1][5:])
+            rows.append(perf.steady_rows(perf.read_metrics(out / "metrics.jsonl")[1], warmup=5))
     _, decoded, cached = rows
     waits = [r["data_wait_ms"] / r["step_time_ms"] for r in decoded]
     encoding = [r["prepare_ms"] / r["step_time_ms"] for r in decoded]
     # prepare: reading the cached latents, drawing noise and timesteps
     around = [1 - (r["data_wait_ms"] + r["compute_ms"] - r["prepare_ms"]) / r["step_time_ms"] for r in cached]
     return [
-        {"task": "launcher --help", "value": round(statistics.median(helps), 3), "unit": "s", "raw": rounded(spread(helps))},
+        {"task": "launcher --help", "value": round(statistics.median(helps), 3), "unit": "s", "raw": rounded(perf.spread(helps))},
         {"task": "launcher to first step, warm", "value": round(firsts[1], 2), "unit": "s", "raw": {"cold": round(firsts[0], 2)}},
         {"task": "data wait, decoding every clip", "value": round(100 * statistics.median(waits), 3), "unit": "% of step",
-         "raw": rounded(spread(waits)) | {"of it encoding (VAE, text), not waiting": round(statistics.median(encoding), 4)}},
+         "raw": rounded(perf.spread(waits)) | {"of it encoding (VAE, text), not waiting": round(statistics.median(encoding), 4)}},
         {"task": "trainer overhead", "value": round(100 * statistics.median(around), 3), "unit": "% of step",
-         "raw": rounded(spread(around))},
+         "raw": rounded(perf.spread(around))},
     ]  # fmt: skip
 
 
@@ -343,7 +434,7 @@ def load(o: PerfOptions) -> list[dict]:
     ratio = statistics.median(mine / disk for mine, disk in zip(rates, disk_rates, strict=True))
     return [
         {"task": "released weights, loading", "size": "1.3B", "layout": None, "precision": "bf16", "value": round(ratio, 3),
-         "unit": "x disk read rate", "raw": {"GB/s": rounded(spread(rates)), "disk GB/s": rounded(spread(disk_rates))}},
+         "unit": "x disk read rate", "raw": {"GB/s": rounded(perf.spread(rates)), "disk GB/s": rounded(perf.spread(disk_rates))}},
         {"task": "released weights, memory", "size": "1.3B", "layout": None, "precision": "bf16", "value": round(max(extras), 3),
          "unit": "x largest tensor", "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
     ]  # fmt: skip

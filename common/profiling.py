@@ -1,0 +1,214 @@
+"""Where a training step's time goes: the profile of --profile-steps, as a chrome trace and as a table.
+
+torch.profiler sees the CPU and CUDA; on an NPU torch_npu.profiler takes its place, because torch's does not see that
+device. Both are read back from the chrome trace they write, so one reader serves all three. The NPU path follows the
+trace format in torch_npu 2.13's published sources and has not been run on one.
+
+A step's parts are named by ranges: `part(...)` in common/train.py, and megatron-core's own marks around forward,
+backward and gradient synchronisation (`megatron_timer`). A range is a note on the host and never waits for the device.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+
+from common import device, perf
+
+PREFIX = "zoo/"
+PARTS = ("data", "prepare", "forward", "backward", "gradients", "optimizer")
+ELSEWHERE = "elsewhere"  # the schedule, the read of the loss, logging
+COMMUNICATION = re.compile(r"^(nccl|hcom|gloo|c10d::)", re.IGNORECASE)
+CPU_OP = re.compile(r"(?!autograd::|torch::|FSDP::)\w+::")
+OPERATORS = 20  # rows of the table of operators
+
+
+def part(name: str) -> torch.profiler.record_function:
+    """A range of the step, one of PARTS, in a `with`."""
+    return torch.profiler.record_function(PREFIX + name)
+
+
+class _Timer:
+    def __init__(self, name: str):
+        self.name = name
+
+    def start(self, barrier: bool = False) -> None:
+        """megatron-core's own timers would wait here for the device, and for all ranks."""
+        self.range = part(self.name)
+        self.range.__enter__()
+
+    def stop(self) -> None:
+        self.range.__exit__(None, None, None)
+
+
+_TIMERS = {
+    name: _Timer(part)
+    for name, part in {
+        "forward-compute": "forward",
+        "backward-compute": "backward",
+        "all-grads-sync": "gradients",
+    }.items()
+}
+
+
+def megatron_timer(name: str, log_level: int = 0) -> _Timer:
+    """What megatron-core calls as `config.timers(name)` around the pieces of its schedules."""
+    return _TIMERS.setdefault(name, _Timer(name))
+
+
+def profiler():
+    """A profiler of this device, started; `write` ends it."""
+    if device.KIND == "npu":
+        import torch_npu
+
+        found = torch_npu.profiler.profile(record_shapes=True)
+    else:
+        found = torch.profiler.profile(record_shapes=True)
+    found.start()
+    return found
+
+
+def write(found, folder: Path, rank: int, steps: str) -> str:
+    """End a profiler; writes rank<N>.json (chrome trace) and rank<N>.md (the table) into `folder`. Returns the table."""
+    device.synchronize()  # the last step's kernels belong to it
+    found.stop()
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"rank{rank}.json"
+    found.export_chrome_trace(str(trace))
+    text = profile_table(trace, f"Steps {steps} on rank {rank}", device.name())
+    trace.with_suffix(".md").write_text(text)
+    return text
+
+
+def profile_table(trace: Path, title: str, hardware: str) -> str:
+    """A chrome trace of whole steps as Markdown: the parts of a step, then the operators with the most time."""
+    found = breakdown(trace)
+    wall = found["step_ms"]
+
+    def share(ms: float) -> str:
+        return f"{ms:.2f} | {100 * ms / wall:.1f} %"
+
+    lines = [f"{title}: {wall:.2f} ms a step, mean of {found['steps']}", "", perf.figures(hardware), ""]
+    lines += ["| part of a step | operators run, ms | share | range on the host, ms |", "|---|---|---|---|"]
+    lines += [f"| {name} | {share(ms)} | {found['host'].get(name, 0):.2f} |" for name, ms in found["parts"].items()]
+    lines += [f"| communication, nothing else running | {share(found['communication'])} | |"]
+    lines += [f"| nothing running: waiting for the host | {share(found['idle'])} | |"]
+    lines += [f"| the step | {share(wall)} | |", ""]
+    lines += [f"Communication behind other work: {found['hidden']:.2f} ms a step.", ""]
+    lines += ["| operator | calls a step | self time, ms a step | share |", "|---|---|---|---|"]
+    lines += [f"| {name} | {calls:.1f} | {share(ms)} |" for name, calls, ms in found["operators"]]
+    return "\n".join(lines) + "\n"
+
+
+def breakdown(trace: Path) -> dict:
+    """Where the steps of a chrome trace spent their time, in ms a step.
+
+    {"steps", "step_ms", "parts": operators by part, "communication": nothing but collectives running, "idle": nothing
+    running, "hidden": collectives beside other work, "host": length of the parts' ranges on the host, "operators":
+    [(name, calls, self time)]}. parts, communication and idle add up to step_ms: no instant is counted twice.
+
+    Operators are the device's kernels, each in the part that launched it; on a CPU the ops themselves, and idle is the
+    time outside them (Python, waiting for data).
+    """
+    events = json.loads(trace.read_text())
+    events = events if isinstance(events, list) else events["traceEvents"]  # torch_npu writes the bare list
+    done = [e | {"ts": float(e["ts"]), "end": float(e["ts"]) + float(e["dur"])} for e in events if e.get("ph") == "X"]
+    host = [e for e in done if e.get("cat") in ("cpu_op", "user_annotation")]
+    ranges = sorted(
+        (e["ts"], e["end"], e["name"].removeprefix(PREFIX)) for e in host if e["name"] in {PREFIX + p for p in PARTS}
+    )
+    begins = [start for start, _, name in ranges if name == "data"]
+    if not begins:
+        raise ValueError(f"{trace} holds no step: no range named {PREFIX}data; fix: profile with --profile-steps")
+    tasks = _cuda_tasks(done) or _npu_tasks(events, done) or _cpu_tasks(host)
+    begin, end = begins[0], max([stop for _, stop, _ in ranges] + [e["end"] for _, e in tasks])
+
+    def part_at(when: float) -> str:
+        i = bisect_right(ranges, (when, float("inf"), "")) - 1
+        return ranges[i][2] if i >= 0 and when <= ranges[i][1] else ELSEWHERE
+
+    work, collectives, operators = [], [], defaultdict(lambda: [0, 0.0])
+    for launched, task in tasks:
+        start, stop = max(task["ts"], begin), min(task["end"], end)
+        if stop < start or launched < begin:
+            continue
+        if COMMUNICATION.search(task["name"]):
+            collectives.append((start, stop, "communication"))
+        else:
+            work.append((start, stop, part_at(launched)))
+        operators[task["name"]][0] += 1
+        operators[task["name"]][1] += task["self"]
+
+    ms = 1e-3 / len(begins)  # microseconds of all steps -> ms of one
+    parts, both = _covered(work), sum(_covered(work + collectives).values())
+    busy, talking = sum(parts.values()), sum(_covered(collectives).values())
+    lengths = Counter()
+    for start, stop, name in ranges:
+        lengths[name] += stop - start
+    most = sorted(operators.items(), key=lambda item: -item[1][1])[:OPERATORS]
+    return {
+        "steps": len(begins),
+        "step_ms": (end - begin) * ms,
+        "parts": {name: parts[name] * ms for name in (*PARTS, ELSEWHERE)},
+        "communication": (both - busy) * ms,
+        "hidden": (talking + busy - both) * ms,
+        "idle": (end - begin - both) * ms,
+        "host": {name: length * ms for name, length in lengths.items()},
+        "operators": [(name, calls / len(begins), time * ms) for name, (calls, time) in most],
+    }
+
+
+def _covered(intervals: list[tuple[float, float, str]]) -> Counter:
+    """Time covered by each label; where intervals overlap, the one that began first has it."""
+    total, until = Counter(), float("-inf")
+    for start, stop, label in sorted(intervals):
+        total[label] += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total
+
+
+def _cuda_tasks(done: list[dict]) -> list[tuple[float, dict]]:
+    """(when launched, task) of every kernel and copy of a CUDA trace."""
+    launches = {
+        e["args"]["correlation"]: e["ts"]
+        for e in done
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
+    kernels = [e for e in done if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return [(launches.get(e["args"].get("correlation"), e["ts"]), e | {"self": e["end"] - e["ts"]}) for e in kernels]
+
+
+def _npu_tasks(events: list[dict], done: list[dict]) -> list[tuple[float, dict]]:
+    """The same of an Ascend trace: tasks of its hardware that a torch op launched, and its collectives."""
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M" and e.get("name") == "process_name"}
+    flows = [e for e in events if e.get("name") == "torch_to_npu"]
+    starts = {e["id"]: float(e["ts"]) for e in flows if e["ph"] == "s"}
+    launches = {(e["pid"], float(e["ts"])): starts[e["id"]] for e in flows if e["ph"] == "f" and e["id"] in starts}
+    tasks = []
+    for e in done:
+        launched = launches.get((e["pid"], e["ts"]))
+        collective = names.get(e["pid"]) == "Communication" and COMMUNICATION.search(e["name"])
+        if launched is not None or collective:
+            tasks.append((e["ts"] if launched is None else launched, e | {"self": e["end"] - e["ts"]}))
+    return tasks
+
+
+def _cpu_tasks(host: list[dict]) -> list[tuple[float, dict]]:
+    """The same of a CPU trace: its ops, each with its time less that of the ops inside it on the same thread."""
+    # Not autograd's nodes, Python functions and FSDP's notes around the ops: in those a thread also waits for ranks.
+    ops = [e for e in host if CPU_OP.match(e["name"]) or COMMUNICATION.search(e["name"])]
+    open_ops: dict[tuple, list[dict]] = defaultdict(list)
+    tasks = []
+    for e in sorted(ops, key=lambda e: (e["ts"], -e["end"])):
+        stack = open_ops[e["pid"], e["tid"]]
+        while stack and stack[-1]["end"] <= e["ts"]:
+            stack.pop()
+        e = e | {"self": e["end"] - e["ts"]}
+        if stack:
+            stack[-1]["self"] -= e["self"]
+        stack.append(e)
+        tasks.append((e["ts"], e))
+    return tasks
