@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
     if ops.BACKEND == "npu":
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            part.optimizer.__class__ = ops.AdamW  # one kernel; torch_npu's own is a loop
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            each.optimizer.__class__ = ops.AdamW  # one kernel; torch_npu's own is a loop
     else:
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
@@ -223,7 +224,7 @@ def train(
         log.say(f"resumed from {found} at step {start}")
     stop = _StopFlag()
     forward_backward = get_forward_backward_func()
-    bad, skipped, last_save, reason, rows = 0, 0, None, "finished", []
+    bad, skipped, last_save, reason, rows = 0, 0, None, "finished", deque(maxlen=10_000)
     first_profiled, last_profiled = _profile_range(o)
     profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
@@ -333,7 +334,7 @@ def train(
     bar.close()
     if bad < o.max_bad_steps and step > start:
         last_save = save(step)
-    steady = perf.steady(rows)
+    steady = perf.steady(list(rows))
     log.say(perf.steady_line(steady))
     log.record({"kind": "end", "steps": step, "reason": reason, "steady": steady})
     if log.main:
