@@ -81,6 +81,18 @@ class _Stream:
     wait_event = record_event = record = wait = synchronize = wait_stream
 
 
+def _name_types_cuda(prefix: str) -> None:
+    """`x.type()` says torch.cuda.FloatTensor for what this device names `prefix` + FloatTensor: megatron's optimizers
+    compare it with "torch.cuda.BFloat16Tensor" and friends."""
+    kind_of = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = kind_of(self, *args, **kwargs)
+        return result.replace(prefix, "torch.cuda.") if isinstance(result, str) else result
+
+    torch.Tensor.type = type_name
+
+
 def _install_cpu() -> None:
     """Stand-ins for what megatron-core 0.16 asks of torch.cuda. Values are those of a one-device machine."""
     from torch.utils._device import _device_constructors
@@ -129,15 +141,6 @@ def _install_cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
-    # megatron's optimizers compare `param.type()` with "torch.cuda.BFloat16Tensor" and friends.
-    kind_of = torch.Tensor.type
-
-    def type_name(self, *args, **kwargs):
-        result = kind_of(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
-
-    torch.Tensor.type = type_name
-
     # megatron's FSDP2 wrapper builds its mesh for "cuda".
     from torch.distributed import DeviceMesh
 
@@ -147,9 +150,15 @@ def _install_cpu() -> None:
     )
 
 
-if KIND == "npu":
-    import torch_npu  # noqa: F401
+if KIND == "npu" and not getattr(torch.cuda, "_zoo_adapter", False):
+    import torch_npu
     from torch_npu.contrib import transfer_to_npu  # noqa: F401
+
+    # Else a module moved to the NPU gets its convolution weights in Ascend's own formats, which no checkpoint knows.
+    torch_npu.npu.config.allow_internal_format = False
+    _name_types_cuda("torch.npu.")
+    torch.cuda._zoo_adapter = True
 elif KIND == "cpu" and not getattr(torch.cuda, "_zoo_adapter", False):
     _install_cpu()
+    _name_types_cuda("torch.")
     torch.cuda._zoo_adapter = True
