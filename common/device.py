@@ -151,10 +151,12 @@ def _install_cpu() -> None:
 
 
 if KIND == "npu" and not getattr(torch.cuda, "_zoo_adapter", False):
+    # Without it torch.cuda.get_device_capability() is None, and torch.distributed.broadcast compares its first number.
+    os.environ.setdefault("TORCH_NPU_DEVICE_CAPABILITY", "8.0")
     import torch_npu
     from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
-    # Else a module moved to the NPU gets its convolution weights in Ascend's own formats, which no checkpoint knows.
+    # Ascend's private formats reorder a tensor's memory: the flat buffers of megatron's optimizer are views of it.
     torch_npu.npu.config.allow_internal_format = False
     _name_types_cuda("torch.npu.")
     torch.cuda._zoo_adapter = True

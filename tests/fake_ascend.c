@@ -15,6 +15,16 @@ int aclopCompileAndExecuteV2() { return NOT_SUPPORTED; }
 int rtKernelLaunch() { return NOT_SUPPORTED; }
 const char *aclGetRecentErrMsg() { return "this is the stand-in runtime of the tests: it has no such op"; }
 
+/* options: ops are compiled ahead, as is the default on this device type */
+size_t aclGetCompileoptSize(int option) { return sizeof "disable"; }
+int aclGetCompileopt(int option, char *value, size_t room) { strncpy(value, "disable", room); return OK; }
+int aclSetCompileopt() { return OK; }
+int aclrtGetSysParamOpt(int option, int64_t *value) { *value = 0; return OK; }
+int aclrtSetSysParamOpt() { return OK; }
+int aclrtCtxSetSysParamOpt() { return OK; }
+int aclrtSetOpExecuteTimeOut() { return OK; }
+int aclrtSetDeviceSatMode() { return OK; }
+
 /* devices and contexts */
 static char contexts[DEVICES];
 static __thread char *context;
@@ -24,13 +34,6 @@ int aclrtGetDevice(int32_t *device) { if (!context) return NO_CONTEXT; *device =
 int aclrtSetDevice(int32_t device) { context = contexts + device; return OK; }
 int aclrtGetCurrentContext(void **out) { if (!context) return NO_CONTEXT; *out = context; return OK; }
 int aclrtSetCurrentContext(void *in) { context = in; return OK; }
-int aclSetCompileopt() { return OK; }
-int aclrtGetSysParamOpt(int option, int64_t *value) { *value = 0; return OK; }
-int aclrtSetSysParamOpt() { return OK; }
-int aclrtCreateEventWithFlag() { return OK; }
-int aclrtDestroyStreamForce() { return OK; }
-int aclrtSetDeviceSatMode() { return OK; }
-int aclrtSetOpExecuteTimeOut() { return OK; }
 int aclGetDeviceCapability(uint32_t device, int what, int64_t *value) { *value = 0; return OK; }
 
 /* memory */
@@ -49,10 +52,13 @@ int aclrtGetMemInfo(int kind, size_t *unused, size_t *total) { *unused = 60ul <<
 /* streams are in order and finished; an event is the time it was recorded at */
 int aclrtCreateStream(void **stream) { return allocate(stream, 1); }
 int aclrtCreateStreamWithConfig(void **stream) { return allocate(stream, 1); }
+int aclrtDestroyStream(void *stream) { free(stream); return OK; }
+int aclrtDestroyStreamForce(void *stream) { free(stream); return OK; }
 int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; }
 int aclrtSynchronizeStreamWithTimeout() { return OK; }
 int aclrtSynchronizeDeviceWithTimeout() { return OK; }
 int aclrtCreateEventExWithFlag(void **event) { *event = calloc(1, sizeof(struct timespec)); return OK; }
+int aclrtCreateEventWithFlag(void **event) { return aclrtCreateEventExWithFlag(event); }
 int aclrtDestroyEvent(void *event) { free(event); return OK; }
 int aclrtRecordEvent(void *event) { clock_gettime(CLOCK_MONOTONIC, event); return OK; }
 int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }

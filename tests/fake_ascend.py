@@ -24,6 +24,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torch
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.utils._pytree import tree_leaves, tree_map
+
 ROOT = Path(__file__).parents[1]
 # What torch_npu links against: all one stub.
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb")
@@ -116,20 +120,19 @@ NATIVE = (
 HOST_KEYS = (
     "CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd",
 )  # fmt: skip
-_libraries: list = []  # registrations last as long as these objects
+_kept: list = []  # registrations and communicators last as long as these objects
 _host_groups: dict = {}
 
 
 def install() -> None:
     """Give the `npu` device kernels. Called once per process, by `import torch` itself (see `environment`)."""
-    import torch
     import torch_npu  # noqa: F401
     from npu_contract import KERNELS
 
-    if _libraries:
+    if _kept:
         return
     aten, npu, c10d = (torch.library.Library(name, "IMPL") for name in ("aten", "npu", "c10d"))
-    _libraries.extend((aten, npu, c10d))
+    _kept.extend((aten, npu, c10d))
 
     def override(library, name, kernel, key="PrivateUse1"):
         library.impl(name, kernel, key, allow_override=True)
@@ -152,12 +155,7 @@ def install() -> None:
     for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the library's own goes past the dispatcher
         override(aten, "scaled_dot_product_attention", _attention, key)
 
-    def gloo(options, _):
-        return torch.distributed.ProcessGroupGloo(
-            options.store, options.group_rank, options.group_size, timeout=options.timeout
-        )
-
-    torch.distributed.Backend.register_backend("hccl", gloo, extended_api=True, devices=["npu"])
+    torch.distributed.Backend.register_backend("hccl", _communicator, extended_api=True, devices=["npu"])
 
 
 def _is_view(op) -> bool:
@@ -166,8 +164,6 @@ def _is_view(op) -> bool:
 
 def host(x):
     """A CPU tensor over the memory of an npu tensor, keeping it alive; anything else as it is."""
-    import torch
-
     if not isinstance(x, torch.Tensor) or x.device.type != "npu":
         return x
     storage = x.untyped_storage()
@@ -181,8 +177,6 @@ def host(x):
 
 def on_device(x):
     """A copy of a CPU tensor in npu memory, strides kept."""
-    import torch
-
     if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
         return x
     copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="npu")
@@ -192,9 +186,6 @@ def on_device(x):
 
 def _on_host(op, kernel=None):
     """A kernel for npu tensors: `kernel` (default: the op itself, on the CPU) over views of their memory."""
-    import torch
-    from torch.utils._pytree import tree_leaves, tree_map
-
     names = [a.name for a in op._schema.arguments]
     written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
@@ -229,8 +220,6 @@ def _on_host(op, kernel=None):
 
 def _host_generator(generator):
     """A CPU generator for one draw: the first after seeding is what the CPU would draw from that seed."""
-    import torch
-
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # the library wants multiples of 4
     return torch.Generator("cpu").manual_seed(generator.initial_seed() + offset * 0x9E3779B9)
@@ -241,11 +230,7 @@ def _copy(to, source, non_blocking=False):
     return to
 
 
-def _to_copy(
-    x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None
-):
-    import torch
-
+def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
     copy = host(x).to(dtype=dtype or x.dtype, copy=True, memory_format=memory_format or torch.preserve_format)
     return copy if device is not None and device.type == "cpu" else on_device(copy)
 
@@ -260,18 +245,40 @@ def _matmul_backward(grad, x, y, mask):
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    import torch
-
     return torch.ops.aten._scaled_dot_product_attention_math(
         q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 
+class Communicator(ProcessGroupGloo):
+    """An HCCL communicator for what torch_npu calls on it directly; the rest comes through `_collective`."""
+
+    def allgather(self, outputs, inputs, *options):
+        return super().allgather(tree_map(host, outputs), tree_map(host, inputs), *options)
+
+    def batch_isend_irecv(self, kinds, tensors, ranks):
+        works = [
+            (self.send if kind == "isend" else self.recv)([host(tensor)], rank, 0)
+            for kind, tensor, rank in zip(kinds, tensors, ranks, strict=True)
+        ]
+        return _All(works)
+
+
+class _All(list):
+    def wait(self):
+        return all([work.wait() for work in self])
+
+
+def _communicator(options, _):
+    """What torch.distributed builds for the backend hccl."""
+    gloo = Communicator(options.store, options.group_rank, options.group_size, timeout=options.timeout)
+    _kept.append(gloo)  # dropped by Python, only its C++ half would live on
+    return gloo
+
+
 def _collective(op):
-    """A c10d op on npu tensors: the same op over their host views, in a group that has gloo for the CPU."""
-    import torch
-    from torch.distributed import ProcessGroup
-    from torch.utils._pytree import tree_map
+    """A c10d op on npu tensors: the same op over their host views, in a group that has gloo for the CPU. The group
+    itself has no backend for CPU tensors, so these are refused as hccl refuses them."""
 
     def argument(x):
         if not isinstance(x, torch.ScriptObject) or "ProcessGroup" not in str(x._type()):
