@@ -81,22 +81,22 @@ def _unzipped_wheel(folder: Path) -> Path:
 def _stub_runtime(folder: Path, site: Path) -> Path:
     """A folder laid out like CANN's, its libraries made from fake_ascend.c and what torch_npu leaves undefined."""
     source = Path(__file__).with_suffix(".c")
-    text = source.read_bytes() + Path(__file__).read_bytes() + str(site).encode()
-    home = folder / f"stub-{hashlib.sha256(text).hexdigest()[:12]}"
-    if home.is_dir():
-        return home
     for tool in ("gcc", "nm"):
         if not shutil.which(tool):
             raise Unavailable(f"no {tool} to make the stub of Ascend's runtime with")
     binaries = [*site.glob("torch_npu/_C.*.so"), *site.glob("torch_npu/lib/*.so")]
     listed = subprocess.run(["nm", "-D", "--undefined-only", *binaries], capture_output=True, text=True, check=True)
     wanted = sorted(set(re.findall(r" U ((?:acl|rt[A-Z]|Msprof|_ZN3atb)\w*)$", listed.stdout, re.M)))
+    nothing = "".join(f"__attribute__((weak)) int {name}() {{ return 0; }}\n" for name in wanted)
+    home = folder / f"stub-{hashlib.sha256(source.read_bytes() + nothing.encode()).hexdigest()[:12]}"
+    if home.is_dir():
+        return home
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / "stub"
         for part in ("runtime", "compiler", "autoload/fake_ascend-1.dist-info"):
             (made / part).mkdir(parents=True)
         weak = made / "weak.c"
-        weak.write_text("".join(f"__attribute__((weak)) int {name}() {{ return 0; }}\n" for name in wanted))
+        weak.write_text(nothing)
         library = made / "runtime" / "libascendcl.so"
         subprocess.run(["gcc", "-w", "-O1", "-shared", "-fPIC", "-o", library, source, weak], check=True)
         for name in LIBRARIES[1:]:
@@ -140,22 +140,25 @@ def install() -> None:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key
     on_host = {name for key in HOST_KEYS for name in registered(key)}
     for full in registered("PrivateUse1"):
-        namespace, name, overload = re.fullmatch(r"(\w+)::(\w+)\.?(\w*)", full).groups()
-        if namespace == "aten" and full in on_host and not name.startswith(NATIVE):
-            op = getattr(getattr(torch.ops.aten, name), overload or "default")
-            if not _is_view(op):
-                override(aten, full, _on_host(op))
+        namespace, name = full.split("::")
+        if namespace == "aten" and full in on_host and not name.startswith(NATIVE) and not _is_view(op(full)):
+            override(aten, name, _on_host(op(full)))
         elif namespace == "c10d":
-            override(c10d, full, _collective(getattr(torch.ops.c10d, name).default))
+            override(c10d, name, _collective(op(full)))
     for name, kernel in KERNELS.items():
-        override(npu, name, _on_host(getattr(torch.ops.npu, name).default, kernel))
+        override(npu, name, _on_host(op(f"npu::{name}"), kernel))
     override(aten, "copy_", _copy)
     override(aten, "_to_copy", _to_copy)
-    override(aten, "matmul_backward", _on_host(torch.ops.aten.matmul_backward.default, _matmul_backward))
+    override(aten, "matmul_backward", _on_host(op("aten::matmul_backward"), _matmul_backward))
     for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the library's own goes past the dispatcher
         override(aten, "scaled_dot_product_attention", _attention, key)
 
     torch.distributed.Backend.register_backend("hccl", _communicator, extended_api=True, devices=["npu"])
+
+
+def op(full: str):
+    namespace, name, overload = re.fullmatch(r"(\w+)::(\w+)\.?(\w*)", full).groups()
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 
 
 def _is_view(op) -> bool:
@@ -203,17 +206,18 @@ def _on_host(op, kernel=None):
         if "pin_memory" in there:
             there["pin_memory"] = False
         here = tree_map(argument, args)
-        result = (kernel or op)(*here, **there)
+        # Reference kernels take by name what the dispatcher may hand over by position.
+        result = kernel(**dict(zip(names, here, strict=False)), **there) if kernel else op(*here, **there)
         if not written:
             return tree_map(on_device, result)
         given, views = dict(zip(names, args, strict=False)) | kwargs, dict(zip(names, here, strict=False)) | there
-        outputs = [given[name] for name in written]
-        for output, view in zip(tree_leaves(outputs), tree_leaves([views[name] for name in written]), strict=True):
+        outputs, theirs = (tree_leaves([every[name] for name in written]) for every in (given, views))
+        for output, view in zip(outputs, theirs, strict=True):
             if view.shape != output.shape:  # an `out` argument the CPU kernel has resized
                 output.resize_(view.shape)
                 host(output).copy_(view)
         returns = len(op._schema.returns)
-        return None if returns == 0 else outputs[0] if returns == 1 else tuple(outputs[:returns])
+        return None if returns == 0 else outputs[0] if returns == 1 else tuple(outputs)
 
     return call
 
@@ -235,13 +239,13 @@ def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_bl
     return copy if device is not None and device.type == "cpu" else on_device(copy)
 
 
-def _matmul_backward(grad, x, y, mask):
+def _matmul_backward(grad, self, other, mask):
     """torch_npu's own backward of matmul; operands of one dimension are not needed here and not supported."""
-    if x.dim() < 2 or y.dim() < 2:
+    if self.dim() < 2 or other.dim() < 2:
         raise NotImplementedError("matmul_backward of a vector")
-    dx = (grad @ y.transpose(-1, -2)).sum_to_size(x.shape) if mask[0] else None
-    dy = (x.transpose(-1, -2) @ grad).sum_to_size(y.shape) if mask[1] else None
-    return dx, dy
+    first = (grad @ other.transpose(-1, -2)).sum_to_size(self.shape) if mask[0] else None
+    second = (self.transpose(-1, -2) @ grad).sum_to_size(other.shape) if mask[1] else None
+    return first, second
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
