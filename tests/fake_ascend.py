@@ -8,7 +8,7 @@ time measured here means anything.
 
 Everything above the kernels is the library's own: schemas, argument checks, autograd formulas, device and stream
 objects, allocator, `transfer_to_npu`. Known gaps: an op without a CPU kernel raises; random numbers are the CPU's, and
-those of the default generator ignore the NPU's RNG state.
+those of the default generator ignore the NPU's RNG state; streams are never concurrent, so a missing wait is not found.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ def _stub_runtime(folder: Path, site: Path) -> Path:
         made = Path(work) / "stub"
         for part in ("runtime", "compiler", "autoload/fake_ascend-1.dist-info"):
             (made / part).mkdir(parents=True)
-        weak = made / "weak.c"
+        weak = Path(work) / "weak.c"
         weak.write_text(nothing)
         library = made / "runtime" / "libascendcl.so"
         subprocess.run(["gcc", "-w", "-O1", "-shared", "-fPIC", "-o", library, source, weak], check=True)
@@ -157,6 +157,7 @@ def install() -> None:
 
 
 def op(full: str):
+    """'aten::add.Tensor' -> torch.ops.aten.add.Tensor"""
     namespace, name, overload = re.fullmatch(r"(\w+)::(\w+)\.?(\w*)", full).groups()
     return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 

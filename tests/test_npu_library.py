@@ -141,10 +141,15 @@ def kinds(result) -> list:
 
 
 def ask_library() -> None:
-    """In a process that has the library: the schema of every op, and what its shape functions say to every case."""
+    """In a process that has the library and no kernels: the schema of every op, what its shape functions say to every
+    case, and how a sum on the device ends."""
     import torch_npu  # noqa: F401
 
-    found: dict = {"schemas": {}, "results": {}}
+    found: dict = {"schemas": {}, "results": {}, "sum": "an answer"}
+    try:
+        torch.empty(3, device="npu") + 1
+    except RuntimeError as error:
+        found["sum"] = str(error)
     for name in npu_contract.SCHEMAS:
         found["schemas"][name] = str(fake_ascend.op(f"npu::{name}")._schema)
     for case, (name, args, options) in CASES.items():
@@ -171,6 +176,10 @@ def test_every_op_of_the_contract_has_a_case():
 @pytest.mark.parametrize("name", npu_contract.SCHEMAS)
 def test_schema_is_the_librarys(name, library):
     assert library["schemas"][name] == f"npu::{npu_contract.SCHEMAS[name]}"
+
+
+def test_an_op_without_a_kernel_fails_instead_of_doing_nothing(library):
+    assert "it has no such op" in library["sum"]
 
 
 # Its shape function wants arguments that the dispatcher leaves out as defaults, and returns two tensors, not one.
@@ -222,9 +231,14 @@ def on_cpu(tmp_path_factory) -> list[dict]:
     return pretrain("cpu", 1, "", tmp_path_factory.mktemp("cpu") / "run", dict(os.environ))
 
 
+@pytest.fixture(scope="module")
+def on_npu() -> dict[str, str]:
+    return environment(device=True)
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_pretraining_on_the_stand_in_device_has_the_losses_of_the_cpu(name, on_cpu, tmp_path):
-    record = pretrain("npu", *RUNS[name], tmp_path / "run", environment(device=True))
+def test_pretraining_on_the_stand_in_device_has_the_losses_of_the_cpu(name, on_npu, on_cpu, tmp_path):
+    record = pretrain("npu", *RUNS[name], tmp_path / "run", on_npu)
     assert record[0]["hardware"].startswith("Ascend")  # what torch_npu is told; it is host memory
     assert len(losses(record)) == 3
     assert losses(record) == pytest.approx(losses(on_cpu), rel=1e-5)
