@@ -81,6 +81,29 @@ class _Stream:
     wait_event = record_event = record = wait = synchronize = wait_stream
 
 
+def _name_types_cuda(prefix: str) -> None:
+    """`x.type()` says torch.cuda.FloatTensor for what this device names `prefix` + FloatTensor: megatron's optimizers
+    compare it with "torch.cuda.BFloat16Tensor" and friends."""
+    kind_of = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = kind_of(self, *args, **kwargs)
+        return result.replace(prefix, "torch.cuda.") if isinstance(result, str) else result
+
+    torch.Tensor.type = type_name
+
+
+def _install_npu() -> None:
+    # Without it torch.cuda.get_device_capability() is None, and torch.distributed.broadcast compares its first number.
+    os.environ.setdefault("TORCH_NPU_DEVICE_CAPABILITY", "8.0")
+    import torch_npu
+    from torch_npu.contrib import transfer_to_npu  # noqa: F401
+
+    # Ascend's private formats reorder a tensor's memory: the flat buffers of megatron's optimizer are views of it.
+    torch_npu.npu.config.allow_internal_format = False
+    _name_types_cuda("torch.npu.")
+
+
 def _install_cpu() -> None:
     """Stand-ins for what megatron-core 0.16 asks of torch.cuda. Values are those of a one-device machine."""
     from torch.utils._device import _device_constructors
@@ -128,15 +151,7 @@ def _install_cpu() -> None:
     torch.Tensor.to = to
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-
-    # megatron's optimizers compare `param.type()` with "torch.cuda.BFloat16Tensor" and friends.
-    kind_of = torch.Tensor.type
-
-    def type_name(self, *args, **kwargs):
-        result = kind_of(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
-
-    torch.Tensor.type = type_name
+    _name_types_cuda("torch.")
 
     # megatron's FSDP2 wrapper builds its mesh for "cuda".
     from torch.distributed import DeviceMesh
@@ -147,9 +162,9 @@ def _install_cpu() -> None:
     )
 
 
-if KIND == "npu":
-    import torch_npu  # noqa: F401
-    from torch_npu.contrib import transfer_to_npu  # noqa: F401
-elif KIND == "cpu" and not getattr(torch.cuda, "_zoo_adapter", False):
-    _install_cpu()
+if not getattr(torch.cuda, "_zoo_adapter", False):
+    if KIND == "npu":
+        _install_npu()
+    elif KIND == "cpu":
+        _install_cpu()
     torch.cuda._zoo_adapter = True

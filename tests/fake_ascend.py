@@ -1,0 +1,303 @@
+"""The real torch_npu library without an NPU, for contract checks on host memory. Nothing here ran on Ascend, and no
+time measured here means anything.
+
+    environment()   what a subprocess needs to import the real library: the wheel from PyPI unzipped into .cache/ (never
+                    installed), over a stub of Ascend's runtime (fake_ascend.c) whose device memory is the host's
+    install()       makes that library's `npu` device compute: its kernels are replaced by PyTorch's CPU kernels and by
+                    the reference kernels of npu_contract.py, on zero-copy views of the same memory; hccl becomes gloo
+
+Everything above the kernels is the library's own: schemas, argument checks, autograd formulas, device and stream
+objects, allocator, `transfer_to_npu`. Known gaps: an op without a CPU kernel raises; random numbers are the CPU's, and
+those of the default generator ignore the NPU's RNG state; streams are never concurrent, so a missing wait is not found.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).parents[1]
+# What torch_npu links against: all one stub.
+LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb")
+
+
+class Unavailable(RuntimeError):
+    """The environment cannot be made here; the message says what is missing."""
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+
+
+@functools.cache
+def environment(folder: Path = ROOT / ".cache" / "ascend", device: bool = False) -> dict[str, str]:
+    """Environment variables for a subprocess in which `import torch_npu` works; device=True: and its device computes.
+
+    Raises:
+        Unavailable: no wheel for this platform or no network, or no C compiler.
+    """
+    site = _unzipped_wheel(folder)
+    home = _stub_runtime(folder, site)
+    paths = [str(site), str(ROOT), str(ROOT / "tests"), *([str(home / "autoload")] if device else [])]
+    return {
+        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(home / "runtime"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+        "ASCEND_HOME_PATH": str(home),
+        "ASCEND_OPP_PATH": str(home),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(device)),  # on a real machine `import torch` loads torch_npu too
+        "TASK_QUEUE_ENABLE": "0",  # its release thread polls, and would take a core from the ranks
+    }
+
+
+def _unzipped_wheel(folder: Path) -> Path:
+    """The torch_npu of this torch's version, downloaded once."""
+    version = importlib.metadata.version("torch").split("+")[0]
+    site = folder / f"torch_npu-{version}"
+    if not site.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            done = subprocess.run([*pip, f"torch-npu=={version}", "-d", work], capture_output=True, text=True)
+            wheels = list(Path(work).glob("*.whl"))
+            if not wheels:
+                raise Unavailable(f"no torch-npu {version} wheel: {done.stderr.strip() or 'pip downloaded nothing'}")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                wheel.extractall(Path(work) / "site")
+            os.replace(Path(work) / "site", site)  # whole or not at all
+    return site
+
+
+def _stub_runtime(folder: Path, site: Path) -> Path:
+    """A folder laid out like CANN's, its libraries made from fake_ascend.c and what torch_npu leaves undefined."""
+    source = Path(__file__).with_suffix(".c")
+    for tool in ("gcc", "nm"):
+        if not shutil.which(tool):
+            raise Unavailable(f"no {tool} to make the stub of Ascend's runtime with")
+    binaries = [*site.glob("torch_npu/_C.*.so"), *site.glob("torch_npu/lib/*.so")]
+    listed = subprocess.run(["nm", "-D", "--undefined-only", *binaries], capture_output=True, text=True, check=True)
+    wanted = sorted(set(re.findall(r" U ((?:acl|rt[A-Z]|Msprof|_ZN3atb)\w*)$", listed.stdout, re.M)))
+    nothing = "".join(f"__attribute__((weak)) int {name}() {{ return 0; }}\n" for name in wanted)
+    home = folder / f"stub-{hashlib.sha256(source.read_bytes() + nothing.encode()).hexdigest()[:12]}"
+    if home.is_dir():
+        return home
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / "stub"
+        for part in ("runtime", "compiler", "autoload/fake_ascend-1.dist-info"):
+            (made / part).mkdir(parents=True)
+        weak = Path(work) / "weak.c"
+        weak.write_text(nothing)
+        library = made / "runtime" / "libascendcl.so"
+        subprocess.run(["gcc", "-w", "-O1", "-shared", "-fPIC", "-o", library, source, weak], check=True)
+        for name in LIBRARIES[1:]:
+            (made / "runtime" / f"lib{name}.so").symlink_to(library.name)
+        # `import torch` calls the entry points of this group, so that launchers and workers need no change.
+        info = made / "autoload" / "fake_ascend-1.dist-info"
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-ascend\nVersion: 1\n")
+        (info / "entry_points.txt").write_text("[torch.backends]\nfake_ascend = fake_ascend:install\n")
+        if not home.is_dir():
+            os.replace(made, home)
+    return home
+
+
+# -------------------------------------------------------------------------------------------------------------- device
+
+# Allocation, metadata and bytes: the library's own work over the stub, which needs no kernel.
+NATIVE = (
+    "empty", "new_empty", "resize_", "as_strided_", "set_", "is_set_to", "record_stream", "is_pinned", "_pin_memory",
+    "_copy_from", "_local_scalar_dense", "_lazy_clone",
+)  # fmt: skip
+HOST_KEYS = (
+    "CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd",
+)  # fmt: skip
+_kept: list = []  # registrations and communicators last as long as these objects
+_host_groups: dict = {}
+
+
+def install() -> None:
+    """Give the `npu` device kernels. Called once per process, by `import torch` itself (see `environment`)."""
+    import torch_npu  # noqa: F401
+    from npu_contract import KERNELS
+
+    if _kept:
+        return
+    aten, npu, c10d = (torch.library.Library(name, "IMPL") for name in ("aten", "npu", "c10d"))
+    _kept.extend((aten, npu, c10d))
+
+    def override(library, name, kernel, key="PrivateUse1"):
+        library.impl(name, kernel, key, allow_override=True)
+
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    on_host = {name for key in HOST_KEYS for name in registered(key)}
+    for full in registered("PrivateUse1"):
+        namespace, name = full.split("::")
+        if namespace == "aten" and full in on_host and not name.startswith(NATIVE) and not _is_view(op(full)):
+            override(aten, name, _on_host(op(full)))
+        elif namespace == "c10d":
+            override(c10d, name, _collective(op(full)))
+    for name, kernel in KERNELS.items():
+        override(npu, name, _on_host(op(f"npu::{name}"), kernel))
+    override(aten, "copy_", _copy)
+    override(aten, "_to_copy", _to_copy)
+    override(aten, "matmul_backward", _on_host(op("aten::matmul_backward"), _matmul_backward))
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the library's own goes past the dispatcher
+        override(aten, "scaled_dot_product_attention", _attention, key)
+
+    torch.distributed.Backend.register_backend("hccl", _communicator, extended_api=True, devices=["npu"])
+
+
+def op(full: str):
+    """'aten::add.Tensor' -> torch.ops.aten.add.Tensor"""
+    namespace, name, overload = re.fullmatch(r"(\w+)::(\w+)\.?(\w*)", full).groups()
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+
+
+def _is_view(op) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+
+
+def host(x):
+    """A CPU tensor over the memory of an npu tensor, keeping it alive; anything else as it is."""
+    if not isinstance(x, torch.Tensor) or x.device.type != "npu":
+        return x
+    storage = x.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory.owner = storage
+    flat = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(flat, x.storage_offset(), x.shape, x.stride())
+
+
+def on_device(x):
+    """A copy of a CPU tensor in npu memory, strides kept."""
+    if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+        return x
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="npu")
+    host(copy).copy_(x)
+    return copy
+
+
+def _on_host(op, kernel=None):
+    """A kernel for npu tensors: `kernel` (default: the op itself, on the CPU) over views of their memory."""
+    names = [a.name for a in op._schema.arguments]
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def argument(x):
+        if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() > 0:
+            raise RuntimeError(f"{op}: expected all tensors on npu, found one of shape {tuple(x.shape)} on cpu")
+        if isinstance(x, torch.Generator):
+            return _host_generator(x)
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return host(x)
+
+    def call(*args, **kwargs):
+        there = tree_map(argument, kwargs)
+        if "pin_memory" in there:
+            there["pin_memory"] = False
+        here = tree_map(argument, args)
+        # Reference kernels take by name what the dispatcher may hand over by position.
+        result = kernel(**dict(zip(names, here, strict=False)), **there) if kernel else op(*here, **there)
+        if not written:
+            return tree_map(on_device, result)
+        given, views = dict(zip(names, args, strict=False)) | kwargs, dict(zip(names, here, strict=False)) | there
+        outputs, theirs = (tree_leaves([every[name] for name in written]) for every in (given, views))
+        for output, view in zip(outputs, theirs, strict=True):
+            if view.shape != output.shape:  # an `out` argument the CPU kernel has resized
+                output.resize_(view.shape)
+                host(output).copy_(view)
+        returns = len(op._schema.returns)
+        return None if returns == 0 else outputs[0] if returns == 1 else tuple(outputs)
+
+    return call
+
+
+def _host_generator(generator):
+    """A CPU generator for one draw: the first after seeding is what the CPU would draw from that seed."""
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # the library wants multiples of 4
+    return torch.Generator("cpu").manual_seed(generator.initial_seed() + offset * 0x9E3779B9)
+
+
+def _copy(to, source, non_blocking=False):
+    host(to).copy_(host(source))
+    return to
+
+
+def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
+    copy = host(x).to(dtype=dtype or x.dtype, copy=True, memory_format=memory_format or torch.preserve_format)
+    return copy if device is not None and device.type == "cpu" else on_device(copy)
+
+
+def _matmul_backward(grad, self, other, mask):
+    """torch_npu's own backward of matmul; operands of one dimension are not needed here and not supported."""
+    if self.dim() < 2 or other.dim() < 2:
+        raise NotImplementedError("matmul_backward of a vector")
+    first = (grad @ other.transpose(-1, -2)).sum_to_size(self.shape) if mask[0] else None
+    second = (self.transpose(-1, -2) @ grad).sum_to_size(other.shape) if mask[1] else None
+    return first, second
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+class Communicator(ProcessGroupGloo):
+    """An HCCL communicator for what torch_npu calls on it directly; the rest comes through `_collective`."""
+
+    def allgather(self, outputs, inputs, *options):
+        return super().allgather(tree_map(host, outputs), tree_map(host, inputs), *options)
+
+    def batch_isend_irecv(self, kinds, tensors, ranks):
+        works = [
+            (self.send if kind == "isend" else self.recv)([host(tensor)], rank, 0)
+            for kind, tensor, rank in zip(kinds, tensors, ranks, strict=True)
+        ]
+        return _All(works)
+
+
+class _All(list):
+    def wait(self):
+        return all([work.wait() for work in self])
+
+
+def _communicator(options, _):
+    """What torch.distributed builds for the backend hccl."""
+    gloo = Communicator(options.store, options.group_rank, options.group_size, timeout=options.timeout)
+    _kept.append(gloo)  # dropped by Python, only its C++ half would live on
+    return gloo
+
+
+def _collective(op):
+    """A c10d op on npu tensors: the same op over their host views, in a group that has gloo for the CPU. The group
+    itself has no backend for CPU tensors, so these are refused as hccl refuses them."""
+
+    def argument(x):
+        if not isinstance(x, torch.ScriptObject) or "ProcessGroup" not in str(x._type()):
+            return host(x)
+        group = ProcessGroup.unbox(x)
+        if group not in _host_groups:
+            twin = ProcessGroup(group.rank(), group.size())
+            gloo = group._get_backend(torch.device("npu"))
+            twin._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+            _host_groups[group] = twin
+        return _host_groups[group].boxed()
+
+    def call(*args, **kwargs):
+        result = op(*tree_map(argument, args), **tree_map(argument, kwargs))
+        return (args[0], result[1]) if isinstance(result, tuple) else result  # the tensors returned are the outputs
+
+    return call
