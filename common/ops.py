@@ -301,14 +301,30 @@ def add_rms_norm(
     """(rms_norm(x + residual), x + residual), both [..., D]: the sum is rounded to x's dtype before it is normalised,
     and is the next residual."""
     if BACKEND == "npu":
-        y, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon=eps)
-        return y, total
+        return _NpuAddRMSNorm.apply(x, residual, weight, eps)
     if BACKEND == "cuda":
         from kernels import rms_norm as kernel
 
         return kernel.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+class _NpuAddRMSNorm(torch.autograd.Function):
+    """The library has no derivative for npu_add_rms_norm: npu_rms_norm's, over the sum."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        y, inverse, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon=eps)
+        ctx.save_for_backward(total, weight, inverse)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, dy, dtotal):
+        total, weight, inverse = ctx.saved_tensors
+        dx, dweight = torch.ops.npu.npu_rms_norm_backward(dy, total, weight, inverse)
+        dx = dx + dtotal
+        return dx, dx, dweight.to(weight.dtype), None
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:

@@ -25,6 +25,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from npu_contract import KERNELS
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -127,7 +128,6 @@ _host_groups: dict = {}
 def install() -> None:
     """Give the `npu` device kernels. Called once per process, by `import torch` itself (see `environment`)."""
     import torch_npu  # noqa: F401
-    from npu_contract import KERNELS
 
     if _kept:
         return
@@ -149,9 +149,15 @@ def install() -> None:
         override(npu, name, _on_host(op(f"npu::{name}"), kernel))
     override(aten, "copy_", _copy)
     override(aten, "_to_copy", _to_copy)
+    for name, kernel in LIBRARY_OWN.items():
+        override(npu, name, _on_host(op(f"npu::{name}"), kernel))
+    for name in ("npu_dtype_cast", "_npu_dtype_cast"):  # what the library's own kernels and autograd cast with
+        override(npu, name, _on_host(op(f"npu::{name}"), _cast))
+        override(npu, f"{name}_backward", _on_host(op(f"npu::{name}_backward"), _cast))
     override(aten, "matmul_backward", _on_host(op("aten::matmul_backward"), _matmul_backward))
-    for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the library's own goes past the dispatcher
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the library's own go past the dispatcher
         override(aten, "scaled_dot_product_attention", _attention, key)
+        override(aten, "one_hot", _on_host(op("aten::one_hot")), key)
 
     torch.distributed.Backend.register_backend("hccl", _communicator, extended_api=True, devices=["npu"])
 
@@ -238,6 +244,38 @@ def _copy(to, source, non_blocking=False):
 def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
     copy = host(x).to(dtype=dtype or x.dtype, copy=True, memory_format=memory_format or torch.preserve_format)
     return copy if device is not None and device.type == "cpu" else on_device(copy)
+
+
+def _unpermute(permuted_tokens, sorted_indices, **options):
+    """The tokens, and what the backward wants of the permuted ones."""
+    return KERNELS["npu_moe_token_unpermute"](permuted_tokens, sorted_indices, **options), permuted_tokens
+
+
+def _unpermute_grad(
+    grad_unpermuted_tokens, sorted_indices, permuted_tokens_size_0, permuted_tokens=None, probs=None, **_
+):
+    if permuted_tokens is None:  # only the gradient of probs depends on them
+        permuted_tokens = grad_unpermuted_tokens.new_zeros(permuted_tokens_size_0, grad_unpermuted_tokens.shape[1])
+    return KERNELS["npu_moe_token_unpermute_grad"](permuted_tokens, grad_unpermuted_tokens, sorted_indices, probs)
+
+
+def _permute_grad(grad_permuted_tokens, sorted_indices, tokens_size_0, num_topK, **_):
+    tokens = grad_permuted_tokens.new_empty(0)  # for its dtype
+    indices = sorted_indices.new_empty(tokens_size_0, num_topK)  # for its shape
+    return KERNELS["npu_moe_token_permute_grad"](tokens, grad_permuted_tokens, indices, sorted_indices)
+
+
+# What the library's autograd calls in place of the published ops.
+LIBRARY_OWN = {
+    "_npu_moe_token_unpermute": _unpermute,
+    "npu_moe_token_unpermute_grad_v2": _unpermute_grad,
+    "npu_moe_token_permute_grad_v2": _permute_grad,
+}
+
+
+def _cast(dtype, input=None, grad=None, **_):
+    """dtype is the number of a torch dtype, which the dispatcher takes and `to` does not."""
+    return torch.ops.aten._to_copy(grad if input is None else input, dtype=dtype)
 
 
 def _matmul_backward(grad, self, other, mask):

@@ -498,17 +498,10 @@ KERNELS = {
 
 
 # The ops that are differentiable by themselves on an NPU: (op, names of the differentiable inputs, backward), the
-# backward called with the gradient of the first output (add_rms_norm: and of the sum), the inputs and the outputs.
+# backward called with the gradients of the outputs, the inputs and the outputs.
 def _rms_norm_grad(ops, dys, i, out):
     dx, dgamma = ops.npu_rms_norm_backward(dys[0], i["input"], i["gamma"], out[1])
     return {"input": dx, "gamma": dgamma.to(i["gamma"].dtype)}
-
-
-def _add_rms_norm_grad(ops, dys, i, out):
-    dy = torch.zeros_like(out[2]) if dys[0] is None else dys[0]
-    dx, dgamma = ops.npu_rms_norm_backward(dy, out[2], i["gamma"], out[1])
-    dx = dx if dys[2] is None else dx + dys[2]
-    return {"x1": dx, "x2": dx, "gamma": dgamma.to(i["gamma"].dtype)}
 
 
 def _attention_grad(ops, dys, i, out):
@@ -539,7 +532,6 @@ def _unpermute_grad(ops, dys, i, out):
 
 GRADIENTS = {
     "npu_rms_norm": _rms_norm_grad,
-    "npu_add_rms_norm": _add_rms_norm_grad,
     "npu_fusion_attention": _attention_grad,
     "npu_block_sparse_attention": _block_sparse_grad,
     "npu_moe_token_permute": _permute_grad,

@@ -15,6 +15,8 @@ import torch
 from fake_ascend import ROOT
 from torch.utils._pytree import tree_leaves, tree_map
 
+from common import ops_check
+
 pytestmark = pytest.mark.L3
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -161,12 +163,18 @@ def ask_library() -> None:
     print("\n" + json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def library() -> dict:
-    command = [sys.executable, "-c", "import test_npu_library; test_npu_library.ask_library()"]
-    done = subprocess.run(command, env=environment(device=False), cwd=ROOT, capture_output=True, text=True, timeout=120)
+def answer(question: str, env: dict[str, str]) -> dict:
+    """What a function of this file prints last, called in a process with that environment."""
+    command = [sys.executable, "-c", f"import torch, test_npu_library; test_npu_library.{question}()"]
+    env = env | {"ZOO_DEVICE": "npu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def library() -> dict:
+    return answer("ask_library", environment(device=False))
 
 
 def test_every_op_of_the_contract_has_a_case():
@@ -195,7 +203,40 @@ def test_result_shapes_and_dtypes_are_the_librarys(case, library):
     assert kinds(ours) == library["results"][case]
 
 
-# -------------------------------------------------------------------------- level C: the recipe on the `npu` device
+# ------------------------------------------------------------ level C: ops and the recipe on the library's `npu` device
+
+
+@pytest.fixture(scope="module")
+def on_npu() -> dict[str, str]:
+    return environment(device=True)
+
+
+def ask_device() -> None:
+    """In a process whose npu device computes: the errors of every op and its gradients, which torch_npu's own autograd
+    formulas give."""
+    from common import ops_check
+
+    found: dict = {}
+    for name, case in ops_check.CASES.items():
+        for dtype in case.dtypes:
+            try:
+                found[f"{name} {dtype}"] = max(ops_check.errors(case, dtype, torch.device("npu")).values())
+            except Exception as error:
+                found[f"{name} {dtype}"] = repr(error)
+    print("\n" + json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def device_errors(on_npu) -> dict:
+    return answer("ask_device", on_npu)
+
+
+@pytest.mark.parametrize("name", ops_check.CASES)
+def test_op_and_its_gradients_through_the_librarys_autograd_equal_fp64(name, device_errors):
+    for dtype in ops_check.CASES[name].dtypes:
+        error = device_errors[f"{name} {dtype}"]
+        assert not isinstance(error, str), error
+        assert error <= ops_check.TOLERANCE[dtype], dtype
 
 
 RUNS = {
@@ -229,11 +270,6 @@ def losses(record: list[dict]) -> list[float]:
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory) -> list[dict]:
     return pretrain("cpu", 1, "", tmp_path_factory.mktemp("cpu") / "run", dict(os.environ))
-
-
-@pytest.fixture(scope="module")
-def on_npu() -> dict[str, str]:
-    return environment(device=True)
 
 
 @pytest.mark.parametrize("name", RUNS)
