@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import tomllib
@@ -102,6 +103,9 @@ class TrainOptions(LayoutOptions):
         "share of rows that may be dropped before training refuses to start", 0.05, group="data", within="[0, 1]"
     )
     workers: int = option("decoding processes per rank", 2, group="data", layout=True, within="[0, inf)")
+    compile: bool = option(
+        "torch.compile each block: fuses what lies between its matmuls", False, group="layout", layout=True
+    )
 
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
@@ -302,9 +306,19 @@ def check_run(o: TrainOptions) -> None:
     """What a training run would only stumble over later.
 
     Raises:
-        ValueError: --resume names no folder, the rate would rise to --min-lr, or the steps or ranks to profile are
-            not numbers.
+        ValueError: --resume names no folder, the rate would rise to --min-lr, the steps or ranks to profile are not
+            numbers, or --compile has no compiler or does not go with --recompute.
     """
+    if o.compile and os.environ.get("ZOO_DEVICE") == "npu":
+        raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
+    if o.compile and o.recompute == "selective":
+        raise ValueError(
+            "compile with recompute=selective: what a compiled block keeps is changed before it is read; "
+            "fix: --recompute none or full, or --no-compile"
+        )
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if o.compile and os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):
+        raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
     if o.min_lr is not None and o.min_lr > o.lr:

@@ -140,6 +140,8 @@ class RowLinear(RowParallelLinear):
 
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
     """[L/tp, B, D] -> [L, B, D] under sequence parallel (backward: reduce-scatter), else x (backward: all-reduce)."""
+    if config.tensor_model_parallel_size == 1:
+        return x
     if config.sequence_parallel:
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
     return copy_to_tensor_model_parallel_region(x)
@@ -299,9 +301,13 @@ def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
 
 
 def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
-    """Data parallelism around the model chunks: megatron's DDP with the distributed optimizer's buffers and
-    overlapped gradient reduction, or FSDP2 over every block."""
+    """What goes around the model chunks, from the inside out: torch.compile of every block if asked for, (in the
+    model's forward: recompute,) then data parallelism, by megatron's DDP with the distributed optimizer's buffers and
+    overlapped gradient reduction, or by FSDP2 over every block."""
     config = chunks[0].config
+    if getattr(o, "compile", False):
+        for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
+            block.compile()
     if o.fsdp:  # reduces gradients itself, and has no tensor or pipeline parallel ranks to agree with
         ddp = TorchFullyShardedDataParallelConfig(reshard_after_forward=True, use_distributed_optimizer=False)
         return [TorchFullyShardedDataParallel(config, ddp, chunks[0], sub_modules_to_wrap={block_type})]

@@ -64,26 +64,29 @@ def profiler():
     if device.KIND == "npu":
         import torch_npu
 
-        found = torch_npu.profiler.profile(record_shapes=True)
+        found = torch_npu.profiler.profile()
     else:
-        found = torch.profiler.profile(record_shapes=True)
+        found = torch.profiler.profile()  # recording shapes as well would slow a CPU step down twice as much
     found.start()
     return found
 
 
-def write(found, folder: Path, rank: int, steps: str) -> str:
-    """End a profiler; writes rank<N>.json (chrome trace) and rank<N>.md (the table) into `folder`. Returns the table."""
+def write(found, folder: Path, rank: int, steps: str, usual: dict | None) -> str:
+    """End a profiler; writes rank<N>.json (chrome trace) and rank<N>.md (the table) into `folder`. Returns the table.
+
+    usual: `perf.steady` of the steps before, without the profiler, which itself takes time: on a CPU half of a step.
+    """
     device.synchronize()  # the last step's kernels belong to it
     found.stop()
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"rank{rank}.json"
     found.export_chrome_trace(str(trace))
-    text = profile_table(trace, f"Steps {steps} on rank {rank}", device.name())
+    text = profile_table(trace, f"Steps {steps} on rank {rank}", device.name(), usual)
     trace.with_suffix(".md").write_text(text)
     return text
 
 
-def profile_table(trace: Path, title: str, hardware: str) -> str:
+def profile_table(trace: Path, title: str, hardware: str, usual: dict | None = None) -> str:
     """A chrome trace of whole steps as Markdown: the parts of a step, then the operators with the most time."""
     found = breakdown(trace)
     wall = found["step_ms"]
@@ -92,6 +95,12 @@ def profile_table(trace: Path, title: str, hardware: str) -> str:
         return f"{ms:.2f} | {100 * ms / wall:.1f} %"
 
     lines = [f"{title}: {wall:.2f} ms a step, mean of {found['steps']}", "", perf.figures(hardware), ""]
+    if usual:
+        median = usual["step_time_ms"]["median"]
+        lines += [
+            f"Without the profiler, {usual['window']}: {median:.2f} ms a step. Read the shares, not the sums.",
+            "",
+        ]
     lines += ["| part of a step | operators run, ms | share | range on the host, ms |", "|---|---|---|---|"]
     lines += [f"| {name} | {share(ms)} | {found['host'].get(name, 0):.2f} |" for name, ms in found["parts"].items()]
     lines += [f"| communication, nothing else running | {share(found['communication'])} | |"]

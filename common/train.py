@@ -320,7 +320,8 @@ def train(
         log.step(row, o, skipped)
         bar.update()
         if profiler is not None and step == last_profiled:
-            log.say(profiling.write(profiler, o.out / "profile", dist.get_rank(), o.profile_steps))
+            usual = perf.steady(list(rows))
+            log.say(profiling.write(profiler, o.out / "profile", dist.get_rank(), o.profile_steps, usual))
             profiler, began = None, time.perf_counter()
         if bad >= o.max_bad_steps:
             reason = f"{bad} consecutive steps with a loss or gradient that is not finite; batch saved in {o.out / 'bad_batch'}"

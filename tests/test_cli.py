@@ -105,6 +105,7 @@ REFUSED = {
     "shape of a bucket": ("--buckets 13x48", 1, ["'13x48'", "FRAMESxHEIGHTxWIDTH"]),
     "resume from nowhere": ("--resume no/such/run", 1, ["no/such/run", "--resume"]),
     "final learning rate": ("--min-lr 1", 1, ["min_lr=1.0 is above", "--min-lr"]),
+    "compiling what is kept": ("--compile --recompute selective", 1, ["selective", "--no-compile"]),
     "steps to profile": ("--profile-steps ten", 1, ["'ten'", "10-12"]),
     "ranks to profile": ("--profile-ranks all", 1, ["'all'", "0,8"]),
     "prompts to sample": ("--sample-prompts no.txt", 1, ["--sample-prompts no.txt does not exist"]),

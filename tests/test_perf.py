@@ -224,7 +224,7 @@ def test_equal_losses_say_something_about_the_weights(monkeypatch):
 @pytest.mark.L4
 def test_step_benchmark_of_the_tiny_size_measures_both_and_compares(tmp_path):
     env = os.environ | {"ZOO_PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-    command = ["bash", f"zoo/{case.RECIPE}/perf.sh", "--only", "step", "--repeats", "2", "--no-compile"]
+    command = ["bash", f"zoo/{case.RECIPE}/perf.sh", "--only", "step", "--repeats", "2", "--no-compiled-peer"]
     command += ["--buckets", "5x32x32", "--micro-batch", "2", "--global-batch", "2", "--out", str(tmp_path / "run")]
     before = RECORD.read_bytes()
     done = subprocess.run(command, cwd=perf.ROOT, env=env, capture_output=True, text=True, timeout=240)

@@ -5,8 +5,8 @@
     bash zoo/wan21/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
 
 step   a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of diffusers'
-       WanTransformer3DModel with torch's fused AdamW, plain and under torch.compile (--no-compile leaves that out), on
-       the same device, batch, weights and dtype, turn by turn; peak memory (of the compiled peer: compiling included).
+       WanTransformer3DModel with torch's fused AdamW, plain and under torch.compile (--no-compiled-peer leaves that out;
+       --compile is for this model's own blocks), on the same device, batch, weights and dtype, turn by turn; peak memory (of the compiled peer: compiling included).
        A contender whose first loss is not the same is refused. Beside it, what is published for the same workload:
        --size 1.3B and --size 14B are MindSpeed-MM's, on as many devices as there are
 run    the launcher as a user starts it: seconds to the first step and for --help, the share of a step spent waiting
@@ -48,7 +48,7 @@ CLIP = 1.0
 
 
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
-COMPILED = "torch.compile"
+OURS, COMPILED = "this zoo", "torch.compile"
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def report(rows: list[dict], record: bool) -> None:
             print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
             continue
         print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['system']} {row['raw']}", flush=True)
-        if row["task"] == "pretrain step" and row["system"] == "this zoo":
+        if row["task"] == "pretrain step" and row["system"].startswith(OURS):
             print("\n".join("  " + line for line in perf.compare(row, HERE / "perf.jsonl")), flush=True)
     if record:
         for row in rows:
@@ -83,7 +83,7 @@ def report(rows: list[dict], record: bool) -> None:
 def facts(o: PerfOptions) -> dict:
     return {
         "source": "measured",
-        "system": "this zoo",
+        "system": OURS + (f" + {COMPILED}" if o.compile else ""),
         "model": "Wan2.1-T2V",
         "size": o.size,
         "hardware": device.name(),
@@ -249,7 +249,7 @@ def step(o: PerfOptions) -> list[dict]:
     config, before = model_config(o), device.memory_gib()
     mine = ours(o, config)
     main = dist.get_rank() == 0
-    peers = [Peer(o, config, compiled) for compiled in ((False, True) if o.compile else (False,))] if main else []
+    peers = [Peer(o, config, compiled) for compiled in ((False, True) if o.compiled_peer else (False,))] if main else []
     seconds, losses = [], []
     for _ in range(perf.WARMUP + o.repeats):
         dist.barrier()
@@ -297,7 +297,7 @@ def step_rows(o: PerfOptions, config: WanConfig, seconds: list, losses: list, me
                 f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {apart:.1e} apart, expected at most "
                 f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
             )
-            rows += [row | {"refused": why}, ratio | {"system": "this zoo", "refused": why}]
+            rows += [row | {"refused": why}, ratio | {"system": OURS, "refused": why}]
             if not contender.name.endswith(COMPILED):
                 mine["refused"] = why.replace("its first loss", f"the first loss of {contender.name}")
             continue
