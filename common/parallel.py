@@ -110,8 +110,8 @@ class ColumnLinear(ColumnParallelLinear):
     linears that share it, so the layer itself communicates nothing and is a plain linear (the bias in the same
     kernel, which megatron-core's own forward adds apart)."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
-        super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True)
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
+        super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True, bias=bias)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,9 +122,9 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """y = sum over tp of x_r W_r^T, + b: all-reduce, or reduce-scatter over the tokens under sequence parallel."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(
-            inputs, outputs, config=config, init_method=None, bias=True, input_is_parallel=True, skip_bias_add=False
+            inputs, outputs, config=config, init_method=None, bias=bias, input_is_parallel=True, skip_bias_add=False
         )
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
@@ -132,10 +132,8 @@ class RowLinear(RowParallelLinear):
         """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
         if self.config.tensor_model_parallel_size == 1:
             return F.linear(x, self.weight, self.bias)
-        x = F.linear(x, self.weight)
-        if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(x) + self.bias
-        return reduce_from_tensor_model_parallel_region(x) + self.bias
+        x = leave_tensor_parallel(F.linear(x, self.weight), self.config)
+        return x if self.bias is None else x + self.bias
 
 
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -145,6 +143,31 @@ def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
     if config.sequence_parallel:
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
     return copy_to_tensor_model_parallel_region(x)
+
+
+def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """The sum over tp of each rank's part: [L, B, D] -> [L/tp, B, D] under sequence parallel, else [L, B, D]."""
+    if config.tensor_model_parallel_size == 1:
+        return x
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(x)
+    return reduce_from_tensor_model_parallel_region(x)
+
+
+def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """A weight that every tp rank holds whole and applies to its own heads or columns: backward sums its gradient."""
+    return weight if config.tensor_model_parallel_size == 1 else copy_to_tensor_model_parallel_region(weight)
+
+
+def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Rows of an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): each rank looks up what it
+    holds and the rest is zero. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
+    if config.tensor_model_parallel_size == 1:
+        return F.embedding(tokens, weight)
+    local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]
+    held = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * held.unsqueeze(-1)
+    return leave_tensor_parallel(rows, config)
 
 
 def mark_replicated(parameters, config: TransformerConfig) -> None:

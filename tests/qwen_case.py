@@ -1,0 +1,59 @@
+"""The tiny Qwen3 cases the tests of zoo/qwen3 share: every dimension different, every parameter random."""
+
+import dataclasses
+import importlib
+import os
+
+import torch
+
+from common import cli, parallel
+
+RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
+config = importlib.import_module(f"zoo.{RECIPE}.config")
+convert = importlib.import_module(f"zoo.{RECIPE}.convert")
+model = importlib.import_module(f"zoo.{RECIPE}.model")
+
+_SHAPE = dict(
+    vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
+)  # fmt: skip
+_NO_EXPERTS = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
+CONFIGS = {
+    "dense": config.Qwen3Config(**_SHAPE, **_NO_EXPERTS, tie_word_embeddings=False),
+    "dense tied": config.Qwen3Config(**_SHAPE, **_NO_EXPERTS, tie_word_embeddings=True),
+    "moe": config.Qwen3Config(
+        **_SHAPE, tie_word_embeddings=False, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+        norm_topk_prob=True,
+    ),
+}  # fmt: skip
+LENGTH, GLOBAL_BATCH = 16, 4
+
+
+def options(**layout):
+    """Checked layout options of the tiny case; needs WORLD_SIZE."""
+    cls = cli.TrainOptions
+    values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
+              "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
+    o = cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
+    return cli.check_layout(o, heads=_SHAPE["num_attention_heads"], layers=4, tokens=LENGTH)
+
+
+def random_state(which, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every parameter random, norms too, by our name."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in convert.shapes(which).items():
+        noise = torch.randn(shape, generator=generator)
+        state[name] = 1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise
+    return state
+
+
+def load(chunks, state: dict[str, torch.Tensor]) -> None:
+    """Copy whole tensors into this rank's shards."""
+    from common import checkpoint
+
+    tp = (parallel.mpu.get_tensor_model_parallel_rank(), parallel.mpu.get_tensor_model_parallel_world_size())
+    with torch.no_grad():
+        for name, p in checkpoint.parameters(chunks):
+            split = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+            p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])

@@ -1,0 +1,222 @@
+"""Qwen3 against transformers and the published counts."""
+
+import math
+import os
+
+import pytest
+import qwen_case as case
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+from common import ops, parallel, weights
+
+pytestmark = pytest.mark.L2
+
+TOLERANCE = 1e-5  # of the largest entry
+PUBLISHED = {  # parameters, tensors on disk
+    "0.6B": (596_049_920, 310), "1.7B": (1_720_574_976, 310), "4B": (4_022_468_096, 398), "8B": (8_190_735_360, 399),
+    "14B": (14_768_307_200, 443), "32B": (32_762_123_264, 707), "30B-A3B": (30_532_122_624, 18_867),
+    "235B-A22B": (235_093_634_560, 36_945),
+}  # fmt: skip
+ACTIVE = {"30B-A3B": 3_353_032_704, "235B-A22B": 22_190_763_520}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    """This process as a group of one."""
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel.initialize(case.options())
+    yield
+    parallel.shutdown()
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return (got - want).abs().max() <= TOLERANCE * want.abs().max()
+
+
+def oracle(config):
+    cls = Qwen3MoeConfig if config.num_experts else Qwen3Config
+    values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
+    return AutoModelForCausalLM.from_config(cls(**values), attn_implementation="eager", dtype=torch.float32)
+
+
+def save_oracle(folder, config, seed=0):
+    """transformers' own release of a model whose every parameter is random; the model."""
+    theirs, generator = oracle(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def ours(folder, **layout):
+    config = case.config.Qwen3Config.from_folder(folder)
+    chunk = case.model.build(case.options(**layout), config)[0]
+    case.convert.load([chunk], case.convert.released_entries(folder, config), config)
+    return chunk
+
+
+# ------------------------------------------------------------------------------------------------- full-size identity
+
+
+@pytest.mark.L1
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_size_has_exactly_the_released_parameters_and_keys(size):
+    config = case.config.SIZES[size]
+    with torch.device("meta"):
+        theirs = oracle(config)
+    model = case.model.build(case.options(), config, torch.device("meta"))[0]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    count, tensors = PUBLISHED[size]
+    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == theirs.num_parameters()
+    assert shapes == case.convert.shapes(config)
+    released = case.convert.released_shapes(config)
+    assert len(released) == tensors and sum(math.prod(s) for s in released.values()) == count
+    assert config.active_parameters == ACTIVE.get(size, count)
+
+
+@pytest.mark.L1
+@pytest.mark.parametrize("size", ["tiny", "tiny-moe", "0.6B"])
+def test_flops_formula_equals_a_counted_forward(size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, length = case.config.SIZES[size], 64
+    model = case.model.build(case.options(), config, torch.device("cpu" if "tiny" in size else "meta"))[0]
+    where = next(model.parameters()).device
+    if where.type == "cpu":
+        for p in model.parameters():
+            p.data.normal_()
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        tokens = torch.zeros(length, dtype=torch.int64, device=where)
+        hidden, _ = model(tokens, torch.arange(length, device=where), [0, length])
+        hidden.flatten(0, 1) @ model.output_weight.t()
+    attention = config.num_hidden_layers * 2 * length**2 * config.num_attention_heads * config.head_dim
+    # The counter takes the whole square of what is decomposed (meta) and nothing of the CPU's flash kernel.
+    assert counted.get_total_flops() == config.flops(length) + (attention if where.type == "meta" else -attention)
+
+
+# ------------------------------------------------------------------------------------------------------- oracle parity
+
+
+def their_loss(theirs, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """tokens and labels [B, L], labels already shifted."""
+    logits = theirs(input_ids=tokens).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("which", case.CONFIGS)
+def test_loss_and_gradients_equal_transformers(which, recompute, tmp_path):
+    config = case.CONFIGS[which]
+    theirs, model = save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(config.vocab_size, (3, 16), generator=generator) for _ in range(2))
+    want = their_loss(theirs, tokens, labels)
+    want.backward()
+    positions = torch.arange(16).repeat(3)
+    hidden, _ = model(tokens.flatten(), positions, [0, 16, 32, 48], rows=3)
+    weight = torch.full((48,), 1 / 48)
+    got, _ = ops.linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, labels.flatten(), weight)
+    got.backward()
+    assert got.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    gradients = dict(theirs.named_parameters())
+    for name, p in model.named_parameters():
+        assert close(p.grad, expected(name, gradients, config)), name
+
+
+def expected(name: str, gradients: dict, config) -> torch.Tensor:
+    """transformers' gradient of one of our parameters; its experts are stacked otherwise."""
+    if name.endswith("mlp.gate_up"):
+        fused = gradients[f"model.{name.replace('mlp.gate_up', 'mlp.experts.gate_up_proj')}"].grad  # [G, 2F, D]
+        return fused.unflatten(1, (2, -1)).permute(0, 3, 1, 2)
+    if name.endswith("mlp.down"):
+        return gradients[f"model.{name.replace('mlp.down', 'mlp.experts.down_proj')}"].grad.transpose(1, 2)
+    return gradients[case.convert.released(name)].grad
+
+
+def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path):
+    config = case.CONFIGS["dense"]
+    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    documents = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 10)]
+    positions = torch.cat([torch.arange(len(d)) for d in documents])
+    hidden, _ = model(torch.cat(documents), positions, [0, 5, 6, 16])
+    got = hidden.flatten(0, 1) @ model.output_weight.t()
+    want = torch.cat([theirs(input_ids=d[None]).logits[0] for d in documents])
+    assert close(got, want)
+
+
+def test_experts_and_balancing_loss_are_transformers(tmp_path):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    config = case.CONFIGS["moe"]
+    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    tokens = torch.randint(96, (1, 16), generator=torch.Generator().manual_seed(3))
+    want = theirs(input_ids=tokens, output_router_logits=True).router_logits
+    _, routing = model(tokens[0], torch.arange(16), [0, 16])
+    assert routing.shape == (4, 16, 6)
+    for mine, other in zip(routing, want, strict=True):
+        probabilities = mine.softmax(-1)
+        reference = other if other.min() >= 0 else other.softmax(-1)  # some versions return probabilities
+        assert torch.equal(mine.topk(2).indices.sort(-1).values, other.topk(2).indices.sort(-1).values)
+        assert close(probabilities, reference)
+    got = case.model.load_balancing_loss(routing, 2)
+    assert got.item() == pytest.approx(load_balancing_loss_func(tuple(routing), 6, 2).item(), rel=TOLERANCE)
+
+
+# --------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", case.CONFIGS)
+def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path):
+    config = case.CONFIGS[which]
+    theirs = save_oracle(tmp_path / "a", config).to(dtype)
+    theirs.save_pretrained(tmp_path / "a")
+    assert case.config.Qwen3Config.from_folder(tmp_path / "a") == config
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    parameters = dict(ours(tmp_path / "a", precision=precision).named_parameters())
+    element = {name: p.element_size() for name, p in parameters.items()}
+    case.convert.write_released(tmp_path / "b", config, element, lambda n: parameters[n].detach(), None)
+    first, second = weights.index(tmp_path / "a"), weights.index(tmp_path / "b")
+    assert {k: e.shape for k, e in second.items()} == case.convert.released_shapes(config)
+    reader = weights.Reader()
+    for key, entry in second.items():
+        assert torch.equal(reader.read(entry), reader.read(first[key])), key
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_second_copy_of_the_tied_embedding_is_taken_if_it_is_one(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_oracle(tmp_path, case.CONFIGS["dense tied"])
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    assert ours(tmp_path).output_weight.shape == (96, 40)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="differs from the embedding"):
+        ours(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "expected qwen3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scales its rotary"),
+        ({"attention_bias": True}, "only does False"),
+        ({"hidden_act": "gelu"}, "only does 'silu'"),
+        ({"head_dim": None}, "lacks head_dim"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(change, message, tmp_path):
+    import json
+
+    values = case.CONFIGS["dense"].to_released() | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        case.config.Qwen3Config.from_folder(tmp_path)

@@ -1,0 +1,209 @@
+"""Name map between the released Qwen3 layout and ours, and conversion to and from sharded checkpoints.
+
+Our names are the released ones without their `model.`; the only tensors that differ are the experts, which are stacked:
+
+    layers.N.mlp.gate_up [G, D, 2, F]   mlp.experts.g.gate_proj.weight^T and mlp.experts.g.up_proj.weight^T, [F, D] each
+    layers.N.mlp.down    [G, F, D]      mlp.experts.g.down_proj.weight^T, [D, F]
+
+so every conversion is bit-exact, dtypes included. The released 0.6B and 1.7B store their tied embedding twice; the
+second copy is compared, and not written again.
+
+    bash zoo/qwen3/convert.sh --weights Qwen3-8B --to sharded --out Qwen3-8B-sharded
+    bash zoo/qwen3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-8B
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import cli, weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Qwen3Config
+
+STEM = "model"  # the release names its files so
+COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+
+
+def shapes(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model, by our name."""
+    D, E, V = config.hidden_size, config.head_dim, config.vocab_size
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    out = {"embed_tokens.weight": (V, D)}
+    for i in range(config.num_hidden_layers):
+        layer = {
+            "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (queries, D), "self_attn.k_proj.weight": (keys, D),
+            "self_attn.v_proj.weight": (keys, D), "self_attn.o_proj.weight": (D, queries),
+            "self_attn.q_norm.weight": (E,), "self_attn.k_norm.weight": (E,),
+        }  # fmt: skip
+        if config.num_experts:
+            G, width = config.num_experts, config.moe_intermediate_size
+            layer |= {"mlp.gate.weight": (G, D), "mlp.gate_up": (G, D, 2, width), "mlp.down": (G, width, D)}
+        else:
+            width = config.intermediate_size
+            layer |= {f"mlp.{part}_proj.weight": (width, D) for part in ("gate", "up")}
+            layer |= {"mlp.down_proj.weight": (D, width)}
+        out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    out["norm.weight"] = (D,)
+    return out if config.tie_word_embeddings else out | {"lm_head.weight": (V, D)}
+
+
+def released(name: str) -> str:
+    """'layers.3.self_attn.q_proj.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def expert_pieces(name: str, config: "Qwen3Config") -> dict[str, tuple]:
+    """Released key -> the index of its transpose in our stacked tensor; empty for a tensor that is not stacked."""
+    found = re.fullmatch(r"layers\.(\d+)\.mlp\.(gate_up|down)", name)
+    if not found:
+        return {}
+    stem, every = f"model.layers.{found[1]}.mlp.experts", slice(None)
+    if found[2] == "down":
+        return {f"{stem}.{g}.down_proj.weight": (g,) for g in range(config.num_experts)}
+    parts = [(g, i, part) for g in range(config.num_experts) for i, part in enumerate(("gate", "up"))]
+    return {f"{stem}.{g}.{part}_proj.weight": (g, every, i) for g, i, part in parts}
+
+
+def released_shapes(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
+    """Every tensor of the release, by its key."""
+    D, width = config.hidden_size, config.moe_intermediate_size
+    out = {}
+    for name, shape in shapes(config).items():
+        pieces = expert_pieces(name, config)
+        out |= {key: (D, width) if "down" in key else (width, D) for key in pieces} or {released(name): shape}
+    return out
+
+
+def released_entries(folder: Path, config: "Qwen3Config") -> dict[str, weights.Entry]:
+    """The tensors of a released folder, strictly checked.
+
+    Raises:
+        ValueError: missing, extra or misshaped tensors, pickled or torn files.
+    """
+    entries = weights.index(folder)
+    expected = released_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" in entries:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    weights.check(entries, expected, folder)
+    return entries
+
+
+def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> None:
+    """Copy released tensors into this rank's parameters: each rank reads only its slice.
+
+    Raises:
+        ValueError: a tied embedding's second copy differs from the first.
+    """
+    import torch
+    from megatron.core import parallel_state as mpu
+
+    from common import checkpoint
+
+    reader = weights.Reader()
+    if config.tie_word_embeddings and "lm_head.weight" in entries:
+        embedding, copy = entries["model.embed_tokens.weight"], entries["lm_head.weight"]
+        if not torch.equal(reader.read(embedding), reader.read(copy)):
+            raise ValueError(
+                f"{copy.file}: lm_head.weight differs from the embedding it is tied to; fix: --weights, or "
+                "tie_word_embeddings in its config.json"
+            )
+    checkpoint.load_released(chunks, entries, lambda name: None if expert_pieces(name, config) else released(name))
+    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    with torch.no_grad():
+        for name, parameter in checkpoint.parameters(chunks):
+            for key, where in expert_pieces(name, config).items():
+                # The experts' columns are split: rows of the released gate and up, columns of down.
+                parameter[where].copy_(reader.read(entries[key], 1 if "down" in key else 0, *tp).t())
+
+
+def write_released(
+    out: Path, config: "Qwen3Config", dtypes: dict[str, int], read: Callable[[str], "torch.Tensor"], source: Path | None
+) -> None:
+    """Write the released layout, with the tokenizer of `source` if it has one.
+
+    dtypes: bytes of an element by our parameter name; read(our name) gives the tensor.
+    """
+    pieces = {}  # released key -> (our name, where in it)
+    for name in shapes(config):
+        stacked = expert_pieces(name, config)
+        pieces |= {key: (name, where) for key, where in stacked.items()} or {released(name): (name, None)}
+    sizes = {key: dtypes[pieces[key][0]] * _count(shape) for key, shape in released_shapes(config).items()}
+    held: dict[str, torch.Tensor] = {}  # a stacked tensor serves many keys in a row
+
+    def tensor(key: str) -> "torch.Tensor":
+        name, where = pieces[key]
+        if name not in held:
+            held.clear()
+            held[name] = read(name)
+        return held[name] if where is None else held[name][where].t()
+
+    weights.save(out, sizes, tensor, STEM)
+    (out / "config.json").write_text(json.dumps(config.to_released(), indent=2))
+    for name in COPIED:
+        if source and (source / name).is_file():
+            shutil.copy2(source / name, out)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def main() -> None:
+    from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
+    import torch
+    import torch.distributed as dist
+
+    from common import checkpoint, parallel
+
+    from .config import is_sharded, model_config, parse
+
+    o = parse("convert", sys.argv[1:])
+    parallel.initialize(o)
+    config, reader, wanted = model_config(o), weights.Reader(), shapes(model_config(o))
+    if is_sharded(o.weights):
+        tensors = checkpoint.tensor_sizes(o.weights)
+        element = {name: tensors[name] // _count(shape) for name, shape in wanted.items()}
+
+        def read(name: str) -> "torch.Tensor":
+            return checkpoint.read_tensor(o.weights, name)
+    else:
+        entries = released_entries(o.weights, config)
+        first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}
+        element = {name: entry.bytes // _count(entry.shape) for name, entry in first.items()}
+
+        def read(name: str) -> "torch.Tensor":
+            pieces = expert_pieces(name, config)
+            if not pieces:
+                return reader.read(entries[released(name)])
+            whole = torch.empty(wanted[name], dtype=reader.read(first[name]).dtype)
+            for key, where in pieces.items():
+                whole[where] = reader.read(entries[key]).t()
+            return whole
+
+    if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
+        mine = list(wanted)[dist.get_rank() :: dist.get_world_size()]
+        state = {"step": 0, "model": dataclasses.asdict(config)}
+        checkpoint.save_tensors(o.out, {name: read(name) for name in mine}, state)
+    elif dist.get_rank() == 0:
+        write_released(o.out, config, element, read, None if is_sharded(o.weights) else o.weights)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{o.out}: {config.parameters:,} parameters, {len(wanted)} tensors", flush=True)
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)
