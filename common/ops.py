@@ -131,21 +131,21 @@ def _attention_varlen(q, k, v, window, cu_seqlens):
 
 
 def attention_with_lse(
-    q_BHLE: torch.Tensor, k_BHSE: torch.Tensor, v_BHSE: torch.Tensor, causal: bool = False
+    q_BHLE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one block of keys, and what is needed to merge it with other blocks.
 
-    q [B, H, L, E], k and v [B, H, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
+    q [B, H, L, E], k and v [B, K, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
     [B, H, L] fp32. Not differentiable by itself: `parallel.RingAttention` pairs it with `attention_backward`.
     """
     H, E = q_BHLE.shape[1], q_BHLE.shape[3]
     if BACKEND == "npu":
         options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
-        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BHSE, v_BHSE, H, "BNSD", **options)
+        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSE, H, "BNSD", **options)
         return out, (peak + total.log())[..., 0]  # both come as [B, H, L, 8], eight equal columns
     if BACKEND == "cuda":
-        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BHSE, v_BHSE, 0.0, causal)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BHSE, v_BHSE, 0.0, causal)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)
 
 
 def attention_backward(
