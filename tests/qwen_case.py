@@ -12,6 +12,7 @@ RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
 convert = importlib.import_module(f"zoo.{RECIPE}.convert")
 model = importlib.import_module(f"zoo.{RECIPE}.model")
+train = importlib.import_module(f"zoo.{RECIPE}.train")
 
 _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,

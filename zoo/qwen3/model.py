@@ -14,7 +14,8 @@ What is unusual:
 A micro-batch is one row of tokens, its sequences end to end, with the bounds that attention must not cross.
 
 Parallelism: tokens first. Under tensor parallelism heads, FFN columns (of every expert too) and the vocabulary are
-split; under sequence parallelism everything between holds T/tp tokens. What every rank holds whole but uses on its own
+split; under sequence parallelism everything between holds T/tp tokens. Context parallelism splits the tokens for the whole network, in zig-zag order, and
+meets only in attention. What every rank holds whole but uses on its own
 heads or columns (q_norm, k_norm, the router) goes through `copy_to_tensor_model_parallel_region`, whose backward sums
 its gradient. A pipeline stage hands on the hidden states alone.
 
@@ -65,7 +66,7 @@ class Qwen3Attention(nn.Module):
         v = self.v_proj(x).unflatten(2, (-1, E))
         q = ops.rotary_half(ops.rms_norm(q, parallel.shared_by_tp(self.q_norm.weight, self.mc), eps), *rope)
         k = ops.rotary_half(ops.rms_norm(k, parallel.shared_by_tp(self.k_norm.weight, self.mc), eps), *rope)
-        out = ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)  # [T, 1, H, E]
+        out = parallel.context_parallel_attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)  # [T, 1, H, E]
         return self.o_proj(out.flatten(2))
 
 
@@ -139,7 +140,7 @@ class Qwen3Block(nn.Module):
 class Qwen3(MegatronModule):
     """One pipeline stage's chunk of the model: `layers` are the global indices of its blocks.
 
-    `first` chunks embed, `last` ones normalise; the vocabulary projection lies in the loss (`output_weight`).
+    `first` chunks embed, `last` ones normalise and make the loss.
     """
 
     model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask
@@ -177,15 +178,20 @@ class Qwen3(MegatronModule):
         """Called by the pipeline schedule: what the previous stage sent, or None."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1):
-        """tokens and positions int64 [T], cu_seqlens their sequences' bounds, rows: how many sequences of the
-        micro-batch lie end to end.
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
+        labels: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    ):  # fmt: skip
+        """tokens and positions int64 [T*cp] of the whole micro-batch, cu_seqlens its sequences' bounds, rows: how many
+        sequences of one length lie end to end in it. With labels int64 (negative: no loss) and their weight fp32, both
+        [T*cp], the vocabulary projection is done inside the loss, and in here, where FSDP has gathered its weight.
 
-        Returns (hidden states after the last norm [T(/tp), 1, D], router logits of this chunk's layers [layers, T, G]
-        or None), or, on all but the last pipeline stage, the hidden states as the schedule passes them on
-        [T(/tp)/rows, rows, D].
+        Returns on the last pipeline stage (sum over this rank's tokens of weight * cross entropy, router logits of this
+        chunk's layers [layers, T, G] or None), without labels the states after the last norm [T(/tp), 1, D] in place of
+        the sum; on the others the hidden states as the schedule passes them on, [T(/tp)/rows, rows, D].
         """
         D = self.qwen.hidden_size
+        tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
         if self.first:
             x = parallel.vocab_parallel_embedding(tokens, self.embed_tokens.weight, self.config).unsqueeze(1)
         else:
@@ -197,7 +203,13 @@ class Qwen3(MegatronModule):
             routing.append(logits)
         if not self.last:
             return x.view(-1, rows, D)
-        return self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
+        x, routing = self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
+        if labels is None:
+            return x, routing
+        labels, weight = (parallel.context_tokens(t, causal=True) for t in (labels, weight))  # [T]
+        x = parallel.enter_tensor_parallel(x, self.config).flatten(0, 1)  # [T, D]
+        tp = self.config.tensor_model_parallel_size
+        return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp)[0], routing
 
 
 def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor]:
