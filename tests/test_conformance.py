@@ -34,6 +34,8 @@ from pathlib import Path
 
 import pytest
 
+from zoo.new import MEASURED
+
 pytestmark = pytest.mark.L0
 
 ROOT = Path(__file__).parents[1]
@@ -356,6 +358,16 @@ def test_documented_paths_and_links_exist(path):
         if target and not re.match(r"\w+:", target) and not (path.parent / target).exists():
             lost.append(link)
     assert not lost, f"{path.relative_to(ROOT)} names {lost}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pictures_of_runs_stand_where_a_copy_loses_them(recipe):
+    """Else the samples and the loss curve of one model would decorate the next one made by zoo/new.sh."""
+    claimed = MEASURED.sub("", (ROOT / "zoo" / recipe / "README.md").read_text())
+    found = re.findall(r"!\[[^\]]*\]\([^)]*\)", claimed)
+    assert not found, (
+        f"{found}: put them, and figures of runs, between <!-- measured:begin --> and <!-- measured:end -->"
+    )
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
