@@ -209,6 +209,8 @@ def _spreads(raw: dict) -> str:
 def table(record: Path) -> str:
     """One recipe's record as Markdown, a table per model and task, ours last; 'not measured' where we have no row."""
     rows, text = read(record), []
+    if not rows:
+        return "Nothing recorded yet.\n"
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["task"]) == (model, task)]
         unit = mine[0]["unit"]

@@ -34,6 +34,8 @@ from pathlib import Path
 
 import pytest
 
+from zoo.new import MEASURED
+
 pytestmark = pytest.mark.L0
 
 ROOT = Path(__file__).parents[1]
@@ -358,6 +360,16 @@ def test_documented_paths_and_links_exist(path):
     assert not lost, f"{path.relative_to(ROOT)} names {lost}"
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pictures_of_runs_stand_where_a_copy_loses_them(recipe):
+    """Else the samples and the loss curve of one model would decorate the next one made by zoo/new.sh."""
+    claimed = MEASURED.sub("", (ROOT / "zoo" / recipe / "README.md").read_text())
+    found = re.findall(r"!\[[^\]]*\]\([^)]*\)", claimed)
+    assert not found, (
+        f"{found}: put them, and figures of runs, between <!-- measured:begin --> and <!-- measured:end -->"
+    )
+
+
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
 def test_documentation_has_no_machine_paths(path):
     assert not re.search(r"(?<![\w.])/(work|home|root|mnt|tmp|Users)/|/path/to", path.read_text())
@@ -400,3 +412,120 @@ def test_report_files_that_two_recipes_could_share(one, other, capsys):
                     f"\n{path.relative_to(ROOT)} and {other}'s are {alike:.2f} alike: does it belong in common/?",
                     end="",
                 )
+
+
+COPIED = r"# Copied from (zoo(?:\.\w+)+)(?: with (\w+->\w+(?:, \w+->\w+)*))?"
+ADAPTED = r"# Adapted from (zoo(?:\.\w+)+): \S.*"
+
+
+def definition(root: Path, name: str) -> ast.stmt | None:
+    """The class, function or method of a dotted name, read without an import; None: there is none."""
+    parts = name.split(".")
+    for i in range(2, len(parts)):
+        path = root.joinpath(*parts[:i]).with_suffix(".py")
+        if path.is_file():
+            found = parsed(path)
+            for part in parts[i:]:
+                found = next((n for n in getattr(found, "body", []) if getattr(n, "name", None) == part), None)
+            return found
+    return None
+
+
+def marked(path: Path) -> Iterator[tuple[int, str, ast.stmt | None]]:
+    """(line, marker, the class or function right below it) of everything a file says it took from a recipe."""
+    lines = path.read_text().splitlines()
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [n for n in ast.walk(parsed(path)) if isinstance(n, kinds)]
+    below = {min([n, *n.decorator_list], key=lambda part: part.lineno).lineno: n for n in nodes}
+    for i, line in enumerate(lines, 1):
+        if re.match(r"\s*#\s*(copied|adapted) from\W*zoo\b", line, re.I):
+            after = next((k for k, text in enumerate(lines[i:], i + 1) if not text.lstrip().startswith("#")), 0)
+            yield i, line.strip(), below.get(after)
+
+
+def copy_faults(root: Path, path: Path) -> Iterator[str]:
+    """What is wrong with the copies of a file; layout and comments may differ, docstrings may not."""
+    for line, marker, ours in marked(path):
+        where = f"{path.relative_to(root)}:{line}"
+        match = re.fullmatch(COPIED, marker) or re.fullmatch(ADAPTED, marker)
+        if not match:
+            yield (
+                f"{where}: {marker!r}; expected '# Copied from zoo.recipe.module.Name', with or without ' with X->Y', "
+                "or '# Adapted from zoo.recipe.module.Name: what differs'"
+            )
+        elif (theirs := definition(root, match[1])) is None:
+            yield f"{where}: there is no {match[1]}"
+        elif ours is None:
+            yield f"{where}: no class or function stands right below the marker"
+        elif match.re.pattern == COPIED:
+            expected = ast.unparse(theirs)
+            for pair in match[2].split(", ") if match[2] else ():
+                expected = expected.replace(*pair.split("->"))
+            if expected != ast.unparse(ours):
+                texts = expected.splitlines(), ast.unparse(ours).splitlines()
+                diff = "\n".join(difflib.unified_diff(*texts, match[1], where, n=0, lineterm=""))
+                yield f"{diff}\nfix: make them equal, or mark it '# Adapted from {match[1]}: what differs'"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_marked_copies_equal_their_source(recipe):
+    faults = [fault for path in sources(f"zoo/{recipe}") for fault in copy_faults(ROOT, path)]
+    assert not faults, "\n".join(faults)
+
+
+ORIGINAL = '''
+@final
+class AlphaMLP(Module):
+    """gate, up: [F, D]; down: [D, F]."""
+
+    def forward(self, x):
+        """x: [L, D]."""
+        return self.down(silu(self.gate(x)) * self.up(x))  # [L, D]
+
+
+def swap(x): return x.mT
+'''
+PLANTED = [
+    ("# Copied from zoo.alpha.model.AlphaMLP", {}, ""),
+    ("# Copied from zoo.alpha.model.AlphaMLP", {"silu(self.gate(x))": "silu(\n  self.gate(x)\n  )", "  # [L, D]": ""}, ""),
+    ("# Copied from zoo.alpha.model.AlphaMLP with Alpha->Beta", {"Alpha": "Beta"}, ""),
+    ("# Copied from zoo.alpha.model.AlphaMLP with Alpha->Beta, silu->gelu", {"Alpha": "Beta", "silu": "gelu"}, ""),
+    ("# Copied from zoo.alpha.model.AlphaMLP\n# Why it is here.", {}, ""),
+    ("# Copied from zoo.alpha.model.AlphaMLP", {"silu": "gelu"}, "+        return self.down(gelu("),
+    ("# Copied from zoo.alpha.model.AlphaMLP", {"[L, D].": "[B, D]."}, '+        """x: [B, D]."""'),
+    ("# Copied from zoo.alpha.model.AlphaMLP", {"@final\n": ""}, "-@final"),
+    ("# Copied from zoo.alpha.model.AlphaMLP", {"Alpha": "Beta"}, "+class BetaMLP"),
+    ("# Copied from zoo.alpha.model.AlphaMLP with Alpha->Beta", {"Alpha": "Beta", "silu": "gelu"}, "+        return self"),
+    ("# Copied from zoo.alpha.model.AlphaMLP with Alpha->Beta", {}, "-class BetaMLP"),
+    ("# Copied from zoo.alpha.model.OmegaMLP", {}, "there is no zoo.alpha.model.OmegaMLP"),
+    ("# Copied from zoo.alpha.modle.AlphaMLP", {}, "there is no zoo.alpha.modle.AlphaMLP"),
+    ("# Copied from zoo.alpha.model.AlphaMLP\n", {}, "no class or function stands right below"),
+    ("# Copied from zoo.alpha.model.AlphaMLP with Alpha to Beta", {"Alpha": "Beta"}, "expected '# Copied from"),
+    ("# copied from zoo.alpha.model.AlphaMLP", {}, "expected '# Copied from"),
+    ("# Adapted from zoo.alpha.model.AlphaMLP: gelu", {"silu": "gelu"}, ""),
+    ("# Adapted from zoo.alpha.model.AlphaMLP", {"silu": "gelu"}, "expected '# Copied from"),
+    ("# Adapted from zoo.alpha.model.OmegaMLP: gelu", {"silu": "gelu"}, "there is no zoo.alpha.model.OmegaMLP"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("marker", "changes", "fault"), PLANTED)
+def test_planted_copy_is_accepted_only_if_equal(marker, changes, fault, tmp_path):
+    body = ORIGINAL.lstrip()
+    for old, new in changes.items():
+        assert old in body
+        body = body.replace(old, new)
+    for recipe, text in (("alpha", ORIGINAL), ("beta", f"{marker}\n{body}")):
+        (tmp_path / "zoo" / recipe).mkdir(parents=True)
+        (tmp_path / "zoo" / recipe / "model.py").write_text(text)
+    found = "\n".join(copy_faults(tmp_path, tmp_path / "zoo" / "beta" / "model.py"))
+    assert fault in found if fault else not found, found
+
+
+@pytest.mark.parametrize(("factor", "equal"), [(1, False), (2, True)])
+def test_copied_method_is_compared_with_that_of_its_class(factor, equal, tmp_path):
+    methods = "class {}:\n    {}\n    def forward(self, x): return {} * x\n"
+    (tmp_path / "zoo" / "alpha").mkdir(parents=True)
+    (tmp_path / "zoo" / "alpha" / "model.py").write_text(methods.format("A", "", 1) + methods.format("B", "", 2))
+    copy = tmp_path / "zoo" / "copy.py"
+    copy.write_text(methods.format("C", "# Copied from zoo.alpha.model.B.forward", factor))
+    assert (list(copy_faults(tmp_path, copy)) == []) == equal

@@ -8,7 +8,7 @@ name="${1:?usage: bash tests/verify.sh RECIPE}"
 export ZOO_DEVICE=cpu ZOO_RECIPE="$name"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 cd "$ZOO_ROOT"
-[ -f "zoo/$name/config.py" ] || { echo "error: zoo/$name/config.py is missing; recipes: $(ls zoo)" >&2; exit 2; }
+[ -f "zoo/$name/config.py" ] || { echo "error: zoo/$name/config.py is missing; recipes: $(cd zoo && echo */)" >&2; exit 2; }
 
 levels=(L0 L1 L2 L3 L4)
 proves=("files, imports, README, commands" "published parameter counts, FLOPs" "oracle parity, round trips, data"

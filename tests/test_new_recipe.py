@@ -1,0 +1,143 @@
+"""zoo/new.sh, in a copy of the repository: what it makes keeps the contract and claims nothing; bad input makes nothing."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_conformance import RECIPES, ROOT, tracked
+
+pytestmark = pytest.mark.L0
+
+NAME = "planted"
+
+
+def copy_of_the_repository(root: Path) -> Path:
+    for path in tracked():
+        target = root / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    subprocess.run(["git", "init", "-q", str(root)], check=True)  # the conformance suite asks git for the files
+    bare = root / "runs" / "python"  # an interpreter without packages is enough
+    bare.parent.mkdir()
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    return root
+
+
+def new(root: Path, *argv: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"ZOO_PYTHON": str(root / "runs" / "python")}
+    return subprocess.run(["bash", root / "zoo" / "new.sh", *argv], env=env, capture_output=True, text=True, timeout=60)
+
+
+def python(root: Path, *argv: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"ZOO_RECIPE": NAME, "ZOO_DEVICE": "cpu", "PYTHONPATH": str(root)}
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def made(request, tmp_path_factory) -> tuple[Path, str]:
+    """(a repository with a new recipe, the recipe it came from)."""
+    root = copy_of_the_repository(tmp_path_factory.mktemp("repository"))
+    done = new(root, NAME, "--from", request.param)
+    assert done.returncode == 0 and f"bash tests/verify.sh {NAME}" in done.stdout, done.stderr
+    return root, request.param
+
+
+def test_new_recipe_passes_the_conformance_suite(made):
+    done = python(made[0], "-m", "pytest", "tests/test_conformance.py", "-p", "no:cacheprovider", "--durations=0")
+    assert done.returncode == 0, done.stdout
+    for launcher in (made[0] / "zoo" / NAME).glob("*.sh"):
+        assert f"zoo/{NAME}/{launcher.name} --help: " in done.stdout  # they ran, and on the new folder
+
+
+def test_every_module_of_a_new_recipe_imports(made):
+    paths = sorted((made[0] / "zoo" / NAME).rglob("*.py"))
+    names = [".".join(path.relative_to(made[0]).with_suffix("").parts) for path in paths]
+    done = python(made[0], "-c", "".join(f"import {name}\n" for name in names))
+    assert done.returncode == 0, done.stderr
+
+
+def code(path: Path) -> str:
+    """The statements of a file without its docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return ast.dump(tree)
+
+
+def test_only_documents_and_records_differ(made):
+    root, nearest = made
+    old, copy = root / "zoo" / nearest, root / "zoo" / NAME
+    shown = {
+        copy / name for name in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "zoo" / nearest / "README.md").read_text())
+    }
+    for path in tracked(f"zoo/{nearest}/*"):
+        twin = copy / path.relative_to(ROOT / "zoo" / nearest)
+        assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source is left alone"
+        assert twin.exists() != (twin in shown)
+        if twin.suffix == ".py":
+            assert code(twin) == code(path)
+        elif twin.exists() and twin.suffix in (".safetensors", ".json", ".toml"):
+            assert twin.read_bytes() == path.read_bytes()
+        if twin.suffix in (".py", ".sh", ".md"):
+            assert not re.search(rf"zoo[/.]{nearest}\b", twin.read_text())
+    assert len(list(copy.rglob("*"))) == len(list(old.rglob("*"))) - len(shown)
+
+
+def test_new_recipe_has_no_record_and_no_verified_status(made):
+    root, nearest = made
+    assert (root / "zoo" / NAME / "perf.jsonl").read_bytes() == b""
+    card, table, readme = (
+        (root / name).read_text() for name in (f"zoo/{NAME}/README.md", "perf_table.md", "README.md")
+    )
+    assert not re.search(r"\bverified\b|!\[", card, re.I)
+    assert re.search(r"<!-- perf:begin -->\nNothing recorded yet.\n<!-- perf:end -->", card)
+    assert f"## {NAME}\n\nNothing recorded yet.\n" in table
+    assert python(root, "-m", "common.perf", "--check").returncode == 0
+    old, rows = (re.findall(rf"^\| \[{n}\]\(zoo/{n}/README.md\) \|.*", readme, re.M) for n in (nearest, NAME))
+    assert rows and len(rows) == len(old) and not re.search(r"\bverified\b", "".join(rows))
+    assert readme.replace("".join(row + "\n" for row in rows), "") == (ROOT / "README.md").read_text()
+
+
+def everything(root: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in root.rglob("*") if "__pycache__" not in p.parts}
+
+
+NEAREST = RECIPES[-1]
+BAD_INPUT = [
+    ([], "usage: bash zoo/new.sh NAME --from NEAREST; recipes: "),
+    ([NAME], "usage: bash zoo/new.sh NAME --from NEAREST"),
+    ([NAME, "--from"], "usage: bash zoo/new.sh NAME --from NEAREST"),
+    ([NAME, "--form", NEAREST], "usage: bash zoo/new.sh NAME --from NEAREST"),
+    ([NAME, "--from", NEAREST[:-1]], f"unknown recipe {NEAREST[:-1]!r}; did you mean {NEAREST}?; fix: --from"),
+    ([NAME, "--from", "../zoo/" + NEAREST], "unknown recipe"),
+    ([NEAREST, "--from", NEAREST], f"zoo/{NEAREST} exists"),
+    (["new", "--from", NEAREST], "zoo/new.py exists"),
+    *(([name, "--from", NEAREST], f"NAME {name!r}") for name in ("a-b", "3d", "class", "_mine", "../mine", "a.b", "")),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_changes_nothing(argv, message, tmp_path):
+    root = copy_of_the_repository(tmp_path)
+    before = everything(root)
+    done = new(root, *argv)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert everything(root) == before
+
+
+def test_copy_that_fails_half_way_leaves_nothing(tmp_path):
+    root = copy_of_the_repository(tmp_path)
+    (root / "zoo" / NEAREST / "notes.md").write_bytes(b"\xff")  # cannot be read as text
+    before = everything(root)
+    done = new(root, NAME, "--from", NEAREST)
+    assert done.returncode == 2 and "decode" in done.stderr
+    assert everything(root) == before

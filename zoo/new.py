@@ -1,0 +1,100 @@
+"""The work of `bash zoo/new.sh NAME --from NEAREST`.
+
+A copy carries along what was proved of the other model. So it loses the rows of `perf.jsonl`, what stands in its README
+between the `measured` markers, the pictures shown there, and every status; then the tables are rendered anew and the
+root README's table of recipes gets its rows.
+"""
+
+import difflib
+import keyword
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from common import cli, perf
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+MEASURED = re.compile(r"(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.S)
+
+
+def arguments(argv: list[str]) -> tuple[str, str]:
+    """(NAME, NEAREST), checked.
+
+    Raises:
+        ValueError: they are not two, NAME cannot be a new folder and module, or NEAREST is no recipe.
+    """
+    recipes = sorted(p.parent.name for p in ROOT.glob("zoo/[!_]*/config.py"))
+    match argv:
+        case [name, "--from", nearest] | ["--from", nearest, name]:
+            pass
+        case _:
+            raise ValueError(f"usage: bash zoo/new.sh NAME --from NEAREST; recipes: {', '.join(recipes)}")
+    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+        raise ValueError(f"NAME {name!r} is no module's name; expected letters, digits and _, no keyword; fix: NAME")
+    for taken in (ROOT / "zoo" / name, ROOT / "zoo" / f"{name}.py"):
+        if taken.exists():
+            raise ValueError(f"{taken.relative_to(ROOT)} exists; expected a new name; fix: NAME")
+    if nearest not in recipes:
+        near = difflib.get_close_matches(nearest, recipes, n=1) or [", ".join(recipes)]
+        raise ValueError(f"unknown recipe {nearest!r}; did you mean {near[0]}?; fix: --from")
+    return name, nearest
+
+
+def renamed(text: str, old: str, new: str) -> str:
+    """The paths and modules named after a recipe; a name elsewhere is its model's (`model_type`) and stays."""
+    return re.sub(rf"\b(zoo[/.]|data/|runs/){old}\b", rf"\g<1>{new}", text)
+
+
+def unverified(text: str) -> str:
+    """Every status of a document: the whole cell in a table, the word in a sentence."""
+    text = re.sub(r"(?<=\| )(un)?verified\b[^|\n]*(?= \|)", "unverified", text, flags=re.I)
+    return re.sub(r"\bverified\b", "unverified", text).replace("Verified", "Unverified")
+
+
+def copy(nearest: str, name: str, folder: Path) -> None:
+    """The folder of a recipe under its new name, with nothing in it that only a run could know."""
+    shutil.copytree(ROOT / "zoo" / nearest, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "perf.jsonl").write_text("")
+    card = folder / "README.md"
+    for record in MEASURED.findall(card.read_text()):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", record):
+            (folder / picture).unlink(missing_ok=True)
+    card.write_text(MEASURED.sub("Not measured yet.\n", card.read_text()))
+    for path in folder.rglob("*"):
+        if path.suffix in (".md", ".py", ".sh", ".toml"):
+            text = renamed(path.read_text(), nearest, name)
+            path.write_text(unverified(text) if path.suffix == ".md" else text)
+
+
+def listed(readme: str, nearest: str, name: str) -> str:
+    """The root README with the copy's rows below those of the recipe it came from."""
+    rows = re.findall(rf"^\| \[{nearest}\]\(zoo/{nearest}/.*\n", readme, re.M)
+    if not rows:
+        raise ValueError(f"README.md has no row [{nearest}](zoo/{nearest}/README.md); expected one; fix: README.md")
+    mine = unverified(renamed("".join(rows), nearest, name).replace(f"[{nearest}]", f"[{name}]"))
+    return readme.replace(rows[-1], rows[-1] + mine)
+
+
+def make(argv: list[str]) -> None:
+    """All of it, or nothing: the copy is made beside its place, and moved there when nothing can be wrong any more."""
+    name, nearest = arguments(argv)
+    readme = listed(README.read_text(), nearest, name)
+    perf.rendered()  # would refuse a broken record of any recipe
+    with tempfile.TemporaryDirectory(dir=ROOT / "zoo", prefix="_") as beside:
+        copy(nearest, name, Path(beside) / name)
+        (Path(beside) / name).rename(ROOT / "zoo" / name)
+    README.write_text(readme)
+    for path, text in perf.rendered().items():
+        path.write_text(text)
+    print(
+        f"zoo/{name} is a copy of zoo/{nearest}: nothing in it is verified, its record is empty\n"
+        f"next: bash tests/verify.sh {name}        climbs L0-L4, stops at the first thing to mend\n"
+        f"then: config.py, model.py, convert.py for your model, the ladder after each; README.md, demo/"
+    )
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(make, sys.argv[1:])
