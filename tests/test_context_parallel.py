@@ -19,6 +19,7 @@ TOLERANCE = 1e-5  # relative to the largest entry of the tensor
 L, E = 48, 8
 
 LAYOUTS = {
+    "one process": {"cp": 1},
     "ulysses 2": {"cp": 2, "ulysses": 2},
     "ring 2": {"cp": 2, "ulysses": 1},
     "ulysses 4": {"cp": 4, "ulysses": 4},
@@ -98,11 +99,24 @@ def test_split_attention_equals_single_process(layout, case, split):
     compare(split[layout][case], case, layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])
 def test_npu_branch_equals_single_process(layout):
     """Over the published contract: not a run on Ascend."""
     case = (True, "4 on 2", "bounds inside chunks")
     compare(run_ranks(LAYOUTS[layout]["cp"], attend, LAYOUTS[layout], [case], "npu")[0][0], case, layout)
+
+
+def bounds_of_one_rank_alone() -> str:
+    start(LAYOUTS["ring 2"])
+    share = torch.zeros(L // 2, 1, 4, E)
+    with pytest.raises(ValueError) as refused:
+        parallel.context_parallel_attention(share, share, share, causal=True, cu_seqlens=[0, 7, L // 2])
+    return str(refused.value)
+
+
+def test_bounds_that_leave_out_other_ranks_tokens_are_refused():
+    want = "cu_seqlens=[0, 7, 24] for 48 tokens; expected bounds [0, ..., 48]"
+    assert run_ranks(2, bounds_of_one_rank_alone) == [want] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens

@@ -90,16 +90,18 @@ def test_packed_bounds_that_do_not_fit_are_refused(backend):
             ops.attention(q, q, q, cu_seqlens=bounds)
 
 
+@pytest.mark.parametrize("K", [6, 3, 1])
 @pytest.mark.parametrize("causal", [False, True])
-def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, backend):
-    q, k, v, dout = (torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(4))
+def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, backend):
+    generator = torch.Generator().manual_seed(K)
+    q, k, v, dout = (torch.randn(2, heads, 10, 8, generator=generator) for heads in (6, K, K, 6))
     out, lse = ops.attention_with_lse(q, k, v, causal)
-    scores = q @ k.transpose(2, 3) * 8**-0.5
+    scores = q @ k.repeat_interleave(6 // K, 1).transpose(2, 3) * 8**-0.5
     if causal:
         scores = scores.masked_fill(torch.ones(10, 10, dtype=torch.bool).triu(1), -torch.inf)
     assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    want = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+    want = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
     assert torch.allclose(out, want, atol=1e-5)
     want.backward(dout)
     for got, leaf in zip(ops.attention_backward(dout, q, k, v, out, lse, causal), leaves, strict=True):
