@@ -278,6 +278,8 @@ class Chat:
         # what a prompt for a generation holds beyond the opening, with and without thinking; the longest first
         prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
         begin = len(asked + self.opening)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.reserved = [text for text in (*special, self.closing, self.MARK) if text]
         self.prompts = sorted({p[begin:] for p in prompts if p.startswith(asked + self.opening)}, key=len)[::-1]
         if not self.opening or not self.prompts:
             raise ValueError(f"the chat template of {name} has no prompt for an answer; fix: --tokenizer")
@@ -323,9 +325,7 @@ class Chat:
         """(tokens int32 [n], generated bool [n]): the template's tokens; those that reach into an assistant's span."""
         for i, message in enumerate(messages):
             for text in (message["content"], message.get("reasoning_content", "")):
-                if found := [
-                    t for t in (*self.tokenizer.all_special_tokens, self.closing, self.MARK) if t and t in text
-                ]:
+                if found := [reserved for reserved in self.reserved if reserved in text]:
                     raise BadRow("special token in the text", f"message {i} holds {found[0]!r}")
         text, spans = self.spans(messages, tools)
         inside = np.zeros(len(text) + 2, np.int64)  # of the characters before i, how many are in a span
