@@ -1,0 +1,722 @@
+"""Tokens for Qwen3: documents, conversations or preference pairs -> rows of seq_len -> micro-batches.
+
+    rows = TextRows("data/qwen3-demo/text/train", seq_len=512, eos=0, seed=0)
+    rows = PackedRows(prepare_chats("chats.jsonl", "Qwen3-8B", seq_len=4096, cache="data/cache"))
+    for step in prefetch(rows, rows.sampler(8, 1, dp_rank, dp_size, seed=0), start_step, end_step):
+        train(step.micro_batches)
+
+Pretraining reads a megatron-core indexed data set (PREFIX.bin, PREFIX.idx; `preprocess.py` writes one), one document per
+sequence. The documents of an epoch, shuffled, stand end to end with an end-of-text token after each; row r is tokens
+r * seq_len … of that endless stream, so a run's place in the data is (seed, rows consumed) and is found again by
+arithmetic. Nothing is dropped or padded; a document is cut where a row ends. With `separate_documents` no token sees
+another document, and none is asked to predict the first token of one. Cost: 16 bytes of memory per document and process.
+
+Conversations and pairs (`--data`), .jsonl or .json, a file or a folder of them; other keys are ignored:
+
+    {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "…", "history": [["q", "a"]]}    Alpaca
+    {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}             ShareGPT
+    {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}         OpenAI
+    {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}      a pair; text or messages, or any of the above as the prompt
+
+The tokenizer's own template renders them, and the loss is on what the assistant generates: from where the prompt for a
+generation ends (so the empty thoughts that `enable_thinking=False` puts there are no target, real thoughts are) through
+the token that closes the turn. What follows the last answer is cut off. In a pair only the last answer counts.
+Packing rule: best fit decreasing, so whole conversations fill rows of seq_len (99 % and more where there are short ones);
+the rest of a row is padding, a sequence of its own without loss. A pair shares a row. One longer than a row is dropped
+and counted, or cut (`too_long`).
+
+Reading and checking data works without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from common.data import BucketSampler, DropReport, partial_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # label of a token that predicts nothing
+DOCUMENT_END = "<|endoftext|>"
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "tool": "tool", "observation": "tool",
+}  # fmt: skip
+CHUNK = 1 << 20  # characters read at a time
+BATCH = 64  # rows a worker tokenizes at a time
+
+
+# ---- the user's files ----
+
+
+class BadRow(Exception):
+    """A row that cannot be used: (reason, detail) of the drop report; the detail names the field."""
+
+
+def list_files(path: str | Path, suffixes: Sequence[str]) -> list[Path]:
+    """The file, or the files of those kinds anywhere under the folder, sorted.
+
+    Raises:
+        ValueError: missing, of another kind, or an empty folder.
+    """
+    path, kinds = Path(path), ", ".join(suffixes)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        if not files:
+            raise ValueError(f"{path} holds no data file; expected {kinds}; fix: --data")
+        return files
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a file ({kinds}) or a folder of them; fix: --data")
+    if path.suffix not in suffixes:
+        raise ValueError(f"unknown kind of file: {path}; expected {kinds}; fix: --data")
+    return [path]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of the lines that are not blank. ValueError: not UTF-8."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        try:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text; fix: {path}") from error
+
+
+def read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, item) of a file that is one JSON list, which need not fit into memory."""
+    decoder, separator = json.JSONDecoder(), re.compile(r"\s*([\[,\]]?)\s*")
+    with open(path, encoding="utf-8-sig") as file:
+        text, at, line, wanted = file.read(CHUNK), 0, 1, "["
+        while True:
+            match = separator.match(text, at)
+            try:
+                if match[1] == "]" and wanted != "[":
+                    return
+                if match[1] not in wanted or not match[1]:
+                    raise json.JSONDecodeError(f"expected {' or '.join(wanted)}", text, match.start(1))
+                start, wanted = match.end(), ",]"
+                if match[1] == "[" and text[start : start + 1] == "]":
+                    return
+                item, end = decoder.raw_decode(text, start)
+                if end == len(text):  # a number may go on, and what follows is not seen
+                    raise json.JSONDecodeError("the list is not closed", text, end)
+            except json.JSONDecodeError as error:
+                wanted = "[" if match[1] == "[" else wanted
+                more = file.read(max(CHUNK, len(text) - at))
+                if not more:
+                    where = line + text.count("\n", at, error.pos)
+                    raise ValueError(
+                        f"{path}:{where}: malformed JSON, {error.msg}; expected a list; fix: {path}"
+                    ) from None
+                text, at = text[at:] + more, 0
+                continue
+            line += text.count("\n", at, start)
+            yield line, item
+            line, at = line + text.count("\n", start, end), end
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) of .jsonl and .json files. ValueError: malformed; names file and line."""
+    for file in list_files(path, (".jsonl", ".json")):
+        if file.suffix == ".json":
+            yield from ((f"{file.name}:{line}", row) for line, row in read_json_list(file))
+            continue
+        for line, text in read_lines(file):
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                rule = f"malformed JSON, {error.msg}; expected an object a line"
+                raise ValueError(f"{file}:{line}: {rule}; fix: {file}") from error
+            yield f"{file.name}:{line}", row
+
+
+# ---- rows to messages ----
+
+
+def to_messages(row: Any) -> list[dict]:
+    """Alpaca, ShareGPT or OpenAI -> [{"role", "content", …}, …], the roles as they stand.
+
+    Raises:
+        BadRow: which field is not what it should be.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
+    field = next((f for f in ("messages", "conversations") if f in row), None)
+    if field:
+        if not isinstance(row[field], list):
+            raise BadRow("bad row", f"{field} is {type(row[field]).__name__}; expected a list")
+        messages = [_message(turn, f"{field}[{i}]") for i, turn in enumerate(row[field])]
+    elif "instruction" in row:
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history):
+            raise BadRow("bad row", "history; expected a list of [question, answer]")
+        texts = [(text, "history") for pair in history for text in pair]
+        question = "\n".join(_text(row[f], f) for f in ("instruction", "input") if row.get(f))
+        texts += [(question, "instruction")] + ([(row["output"], "output")] if "output" in row else [])
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": next(roles), "content": _text(text, name)} for text, name in texts]
+    else:
+        raise BadRow("unknown format", f"keys: {', '.join(row)}; expected messages, conversations or instruction")
+    if row.get("system") and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    return messages
+
+
+def _text(value: Any, field: str) -> str:
+    """Text, or the joined text parts of OpenAI's list form; without lone surrogates, on which a tokenizer stops."""
+    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise BadRow("bad row", f"{field} is {type(value).__name__}; expected text")
+    return value.encode(errors="replace").decode()
+
+
+def _message(turn: Any, field: str) -> dict:
+    if not isinstance(turn, dict):
+        raise BadRow("bad row", f"{field} is {type(turn).__name__}; expected an object")
+    role = turn.get("role", turn.get("from"))
+    if role not in ROLES:
+        raise BadRow("unknown role", f"{field} has role {role!r}; expected {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    message = {"role": ROLES[role], "content": _text(content, f"{field}.content")}
+    if turn.get("reasoning_content"):
+        message["reasoning_content"] = _text(turn["reasoning_content"], f"{field}.reasoning_content")
+    return message | ({"tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else {})
+
+
+def to_chat(row: Any) -> list[dict]:
+    """The messages of a conversation to learn from, up to its last answer. BadRow: there is none, or no question."""
+    messages = to_messages(row)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise BadRow("no assistant turn", f"keys: {', '.join(row)}")
+    for i, message in enumerate(messages):
+        if message["role"] == "system" and i:
+            raise BadRow("bad row", f"message {i} is a system message; expected it first")
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise BadRow("empty turn", f"message {i}, of {message['role']}")
+    if next(m["role"] for m in messages if m["role"] != "system") != "user":
+        raise BadRow("no question", "the first turn is not the user's")
+    return messages
+
+
+def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
+    """A preference pair -> (conversation ending in the chosen answer, in the rejected one). BadRow: what is wrong."""
+    if not isinstance(row, dict) or not {"chosen", "rejected"} <= set(row):
+        raise BadRow("unknown format", f"{str(row)[:40]!r}; expected an object with chosen and rejected")
+    if isinstance(row.get("prompt"), str):
+        asked = to_messages({"instruction": row["prompt"], "system": row.get("system")})
+    elif "prompt" in row:
+        asked = to_messages({"messages": row["prompt"], "system": row.get("system")})
+    elif {"messages", "conversations", "instruction"} & set(row):
+        asked = to_messages({key: value for key, value in row.items() if key != "output"})
+    else:
+        asked = []  # chosen and rejected are whole conversations
+    pair = []
+    for side in ("chosen", "rejected"):
+        answer = row[side] if isinstance(row[side], list) else [row[side]]
+        turns = [{"role": "assistant", "content": a} if isinstance(a, str) else a for a in answer]
+        turns = [_message(turn, f"{side}[{i}]") for i, turn in enumerate(turns)]
+        if not turns or turns[-1]["role"] != "assistant":
+            raise BadRow("no assistant turn", f"{side} does not end in one")
+        pair.append(to_chat({"messages": asked + turns}))
+    if pair[0][:-1] != pair[1][:-1]:
+        raise BadRow("bad row", "chosen and rejected answer different questions")
+    if pair[0] == pair[1]:
+        raise BadRow("equal answers", "chosen is rejected")
+    return pair[0], pair[1]
+
+
+# ---- messages to tokens ----
+
+
+class Chat:
+    """A tokenizer's own conversation template: messages -> tokens, and which of them the assistant generates.
+
+    A template may render the turns before the last question otherwise than when they were last (Qwen3's leaves their
+    thoughts out), so the rendering of a longer conversation need not begin with that of a shorter one. A turn is
+    therefore found by rendering the whole conversation with a mark in its place: what then stands before the mark, up to
+    the opening of a turn, and what stands after it are the parts of the rendering that are not this turn.
+    """
+
+    MARK = "\ue000\ue0ff\ue000"  # private use characters
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        name = tokenizer.name_or_path
+        if not tokenizer.chat_template or not tokenizer.is_fast:
+            raise ValueError(
+                f"{name} has no chat template or no tokenizer.json; expected both; fix: --tokenizer of a chat model"
+            )
+        question = {"role": "user", "content": "question"}
+        asked = self.render([question])
+        turns = self.render([question, {"role": "assistant", "content": self.MARK}, question])
+        before, mark, after = turns.partition(self.MARK)
+        if not mark or not before.startswith(asked):
+            raise ValueError(f"the chat template of {name} does not show answers in order; fix: --tokenizer")
+        self.opening = before[len(asked) :]
+        self.closing = after[: after.index(asked.strip())].rstrip()
+        # what a prompt for a generation holds beyond the opening, with and without thinking; the longest first
+        prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
+        begin = len(asked + self.opening)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.reserved = [text for text in (*special, self.closing, self.MARK) if text]
+        self.prompts = sorted({p[begin:] for p in prompts if p.startswith(asked + self.opening)}, key=len)[::-1]
+        if not self.opening or not self.prompts:
+            raise ValueError(f"the chat template of {name} has no prompt for an answer; fix: --tokenizer")
+
+    def render(self, messages: list[dict], tools: list | None = None, **options) -> str:
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+
+    def spans(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
+        """The rendering, and where in it each assistant turn is generated: [start, end) characters.
+
+        Raises:
+            BadRow: the template refuses the messages.
+            ValueError: the template does more to earlier turns than leaving their thoughts out.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.render(messages, tools)
+            spans = []
+            for i, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                marked = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": self.MARK}
+                rendered = self.render([*messages[:i], marked, *messages[i + 1 :]], tools)
+                head, mark, tail = rendered.partition(self.MARK)
+                start = head.rfind(self.opening) + len(self.opening)
+                end = len(text) - len(tail) + tail.find(self.closing) + len(self.closing)
+                whole = text.startswith(head[:start]) and text.endswith(tail) and len(text) - len(tail) >= start
+                if not mark or self.opening not in head or self.closing not in tail or not whole:
+                    raise ValueError(
+                        f"the chat template of {self.tokenizer.name_or_path} changes the rest of a conversation with "
+                        f"answer {i}; expected one that does not; fix: --tokenizer"
+                    )
+                start += next((len(p) for p in self.prompts if text.startswith(p, start)), 0)
+                spans.append((start, end))
+        except TemplateError as error:
+            raise BadRow("refused by the template", str(error)) from error
+        return text, spans
+
+    def encode(
+        self, messages: list[dict], tools: list | None = None, last_turn_only: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [n], generated bool [n]): the template's tokens; those that reach into an assistant's span."""
+        for i, message in enumerate(messages):
+            for text in (message["content"], message.get("reasoning_content", "")):
+                if found := [reserved for reserved in self.reserved if reserved in text]:
+                    raise BadRow("special token in the text", f"message {i} holds {found[0]!r}")
+        text, spans = self.spans(messages, tools)
+        inside = np.zeros(len(text) + 2, np.int64)  # of the characters before i, how many are in a span
+        for start, end in spans[-1:] if last_turn_only else spans:
+            inside[start + 1 : end + 1] = 1
+        inside = inside.cumsum()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        ends = np.maximum(ends, starts + 1)  # some tokenizers trim the offsets of a space to nothing
+        return np.array(encoded["input_ids"], np.int32), inside[ends] > inside[starts]
+
+
+# ---- packing ----
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which items share a row: best fit decreasing, the same for the same lengths.
+
+    Every length is at most `capacity`. Items of one length keep their order; rows are in the order they were opened.
+    """
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # the distinct free spaces, ascending
+    with_space: dict[int, list[int]] = {}
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[item])
+        place = bisect_left(spaces, length)
+        if place == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[place]
+        assert space >= length, f"item {item} of {length} in rows of {capacity}"
+        rows[row].append(item)
+        if space > length:
+            if space - length not in with_space:
+                insort(spaces, space - length)
+            with_space.setdefault(space - length, []).append(row)
+    return rows
+
+
+def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Sequences (tokens [n], labels [n], already shifted) laid end to end: tokens, labels, positions int64 [T], and
+    cu_seqlens, host bounds [0, …, T]."""
+    from torch import from_numpy
+
+    tokens, labels = (np.concatenate(parts).astype(np.int64) for parts in zip(*sequences, strict=True))
+    lengths = [len(part) for part, _ in sequences]
+    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+    bounds = [0, *itertools.accumulate(lengths)]
+    arrays = {"tokens": tokens, "labels": labels, "positions": positions}
+    return {name: from_numpy(array) for name, array in arrays.items()} | {"cu_seqlens": bounds}
+
+
+# ---- pretraining ----
+
+
+class StreamSampler(BucketSampler):
+    """The rows of an endless stream in its own order: step n takes rows n * global_batch …"""
+
+    def __init__(self, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int):
+        super().__init__([0], global_batch, micro_batch, dp_rank, dp_size, seed=0, shuffle=False)
+
+    def epoch(self, step: int) -> int:
+        return 0
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        return 0, list(range(step * self.global_batch, (step + 1) * self.global_batch))
+
+
+class TextRows:
+    """Rows of an indexed data set; see the head of this file."""
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        seq_len: int,
+        eos: int,
+        seed: int = 0,
+        separate_documents: bool = True,
+        shuffle: bool = True,
+    ):
+        """
+        Args:
+            eos: id of the token that ends a document; added where the data set has none.
+            shuffle: False takes the documents as they stand, to evaluate on rows 0 … rows_per_epoch - 1.
+
+        Raises:
+            ValueError: no such data set, one made with another tokenizer, or one of which some documents end in `eos`.
+        """
+        self.prefix = re.sub(r"\.(bin|idx)$", "", str(prefix))
+        self.seq_len, self.eos, self.seed = seq_len, eos, seed
+        self.separate, self.shuffle = separate_documents, shuffle
+        self._indexed = _indexed(self.prefix)
+        lengths = self._indexed.sequence_lengths
+        self._documents = np.flatnonzero(lengths)
+        if not len(self._documents):
+            raise ValueError(f"{self.prefix}.bin holds no token; expected text; fix: --data")
+        some = self._documents[np.linspace(0, len(self._documents) - 1, 1000).astype(int)]
+        ended = [int(self._indexed.get(int(d), int(lengths[d]) - 1, 1)[0]) == eos for d in some]
+        if any(ended) and not all(ended):
+            raise ValueError(
+                f"{self.prefix}: {sum(ended)} of {len(ended)} documents end in token {eos}; expected all or none; "
+                "fix: preprocess it again"
+            )
+        self._lengths = lengths + (0 if all(ended) else 1)
+        self.tokens_per_epoch = int(self._lengths[self._documents].sum(dtype=np.int64))
+        self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch
+
+    def where(self, row: int) -> str:
+        return f"{self.prefix} row {row}"
+
+    def sampler(self, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> StreamSampler:
+        return StreamSampler(global_batch, micro_batch, dp_rank, dp_size)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents in the order of an epoch, and where in it each ends."""
+        order = (
+            np.random.default_rng([self.seed, epoch]).permutation(self._documents) if self.shuffle else self._documents
+        )
+        return order, np.cumsum(self._lengths[order], dtype=np.int64)
+
+    def _pieces(self, start: int, count: int) -> Iterator[np.ndarray]:
+        """Tokens start … start + count - 1 of the stream, cut where documents meet."""
+        epoch, at = divmod(start, self.tokens_per_epoch)
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, at, side="right"))
+        while count:
+            if place == len(order):
+                epoch, place, at = epoch + 1, 0, 0
+                order, ends = self._epoch(epoch)
+            document, end = int(order[place]), int(ends[place])
+            length = int(self._lengths[document])
+            taken = min(count, end - at)
+            yield self._read(document, at - (end - length), taken)
+            count, at, place = count - taken, at + taken, place + 1
+
+    def _read(self, document: int, offset: int, count: int) -> np.ndarray:
+        stored = int(self._indexed.sequence_lengths[document])
+        tokens = self._indexed.get(document, offset, min(count, stored - offset)) if offset < stored else []
+        return np.append(tokens, self.eos).astype(np.int32) if offset + count > stored else tokens.astype(np.int32)
+
+    def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Sequences (tokens, labels) of a row of the stream."""
+        pieces = list(self._pieces(number * self.seq_len, self.seq_len + 1))  # the last token is a label only
+        tokens = np.concatenate(pieces)
+        labels = tokens[1:].copy()
+        if not self.separate:
+            return [(tokens[:-1], labels)]
+        starts = np.cumsum([len(piece) for piece in pieces])[:-1]
+        labels[starts - 1] = IGNORE
+        cuts = starts[starts < self.seq_len]
+        return list(zip(np.split(tokens[:-1], cuts), np.split(labels, cuts), strict=True))
+
+    def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
+        """A micro-batch; `epoch` is in the row's number."""
+        return micro_batch([sequence for number in rows for sequence in self.row(number)])
+
+
+def _indexed(prefix: str):
+    from common import device  # noqa: F401  before the first import of megatron
+
+    for suffix in (".bin", ".idx"):
+        if not os.path.isfile(prefix + suffix):
+            raise ValueError(
+                f"{prefix}{suffix} does not exist; expected an indexed data set; fix: --data, or preprocess.sh"
+            )
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(prefix)
+
+
+# ---- conversations and pairs ----
+
+
+def prepare_chats(
+    data: str | Path,
+    tokenizer: str | Path,
+    seq_len: int,
+    cache: str | Path,
+    *,
+    kind: Literal["sft", "dpo"] = "sft",
+    too_long: Literal["drop", "cut"] = "drop",
+    last_turn_only: bool = False,
+    max_drop: float = 0.05,
+    workers: int = 0,
+) -> Path:
+    """Renders, tokenizes and packs the user's rows into a folder under `cache`, once; `PackedRows` reads it.
+
+    The folder's name stands for the data files (size, time), the tokenizer and the arguments. It holds drops.jsonl.
+
+    Args:
+        tokenizer: folder of a released tokenizer with its chat template.
+        too_long: what becomes of a conversation, or pair, of more than seq_len tokens.
+        last_turn_only: no loss on earlier answers. A template that leaves their thoughts out shows them as the model
+            would never generate them; for such data put one row per answer and set this.
+        workers: processes; 0 does the work in this one.
+
+    Raises:
+        ValueError: more than the share `max_drop` of the rows cannot be used, a file is malformed, or no chat template.
+    """
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(data, (".jsonl", ".json"))]
+    settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, last_turn_only]
+    folder = Path(cache) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    if folder.is_dir():
+        return folder
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    chat, report = Chat(loaded), DropReport()
+
+    def encode(rows: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """(where, [(tokens, generated), …]) of each row, or (where, (reason, detail))."""
+        done = []
+        for where, row in rows:
+            try:
+                unit = [to_chat(row)] if kind == "sft" else to_pair(row)
+                tools = row.get("tools")
+                last = last_turn_only or kind == "dpo"
+                done.append((where, _fit([chat.encode(m, tools, last) for m in unit], seq_len, too_long)))
+            except BadRow as error:
+                done.append((where, error.args))
+        return done
+
+    building = partial_name(folder)
+    building.mkdir(parents=True)
+    try:
+        kept = _write_units(building, in_order(encode, _batched(read_rows(data), BATCH), workers), report)
+        report.save(building)
+        report.check(kept + len(report.drops), max_drop)
+        bounds = np.load(building / "bounds.npy")
+        per_unit = 1 if kind == "sft" else 2
+        rows = pack(np.diff(bounds[::per_unit]).tolist(), seq_len)
+        np.save(building / "units.npy", np.array(list(itertools.chain(*rows)), np.int64))
+        np.save(building / "row_bounds.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
+        pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
+        (building / "meta.json").write_text(json.dumps({"seq_len": seq_len, "per_unit": per_unit, "pad": pad}))
+        print(f"{data}: {kept} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}")
+        try:
+            os.rename(building, folder)
+        except OSError:  # another process was faster, with the same content
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """Of what decides the tokens of a text and of a conversation. ValueError: no tokenizer.json."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; expected a released tokenizer's folder; fix: --tokenizer")
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    contents = [(Path(folder) / name).read_bytes() for name in names if (Path(folder) / name).is_file()]
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _fit(unit: list[tuple[np.ndarray, np.ndarray]], seq_len: int, too_long: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The sequences of a unit if they fit a row together, else cut to equal shares of it, or BadRow."""
+    total, share = sum(len(tokens) for tokens, _ in unit), seq_len // len(unit)
+    if total > seq_len and too_long == "cut":
+        unit = [(tokens[:share], generated[:share]) for tokens, generated in unit]
+        if not all(generated[1:].any() for _, generated in unit):
+            raise BadRow("too long", f"no answer in the first {share} tokens")
+    elif total > seq_len:
+        raise BadRow("too long", f"{total} tokens, a row has {seq_len}")
+    return unit
+
+
+def _write_units(folder: Path, done: Iterable[list[tuple[str, Any]]], report: DropReport) -> int:
+    """Tokens, flags and bounds of the sequences, end to end; how many units there are."""
+    from tqdm import tqdm
+
+    kept, lengths = 0, [0]
+    with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "generated.bin", "wb") as flags_file:
+        progress = tqdm(desc="rendering conversations", unit=" rows", mininterval=1)
+        for batch in done:
+            for where, result in batch:
+                if isinstance(result, tuple):
+                    report.add(result[0], where, result[1])
+                    continue
+                kept += 1
+                for tokens, generated in result:
+                    tokens_file.write(tokens.tobytes())
+                    flags_file.write(generated.tobytes())
+                    lengths.append(len(tokens))
+            progress.update(len(batch))
+        progress.close()
+    np.save(folder / "bounds.npy", np.cumsum(lengths, dtype=np.int64))
+    return kept
+
+
+class PackedRows:
+    """Rows of whole conversations or pairs; see the head of this file. The tokens stay on disk, memory-mapped.
+
+    A micro-batch of pairs also has `pairs`: the numbers of the chosen sequences in cu_seqlens; the rejected ones follow.
+    """
+
+    def __init__(self, folder: str | Path):
+        """folder: what `prepare_chats` returned."""
+        self.folder = Path(folder)
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.seq_len, self.per_unit, self.pad = meta["seq_len"], meta["per_unit"], meta["pad"]
+        arrays = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("bounds", "units", "row_bounds"))
+        self._bounds, self._units, self._row_bounds = arrays
+        self._tokens = np.memmap(self.folder / "tokens.bin", np.int32, "r")
+        self._generated = np.memmap(self.folder / "generated.bin", bool, "r")
+
+    def __len__(self) -> int:
+        return len(self._row_bounds) - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows that is not padding."""
+        return len(self._tokens) / (len(self) * self.seq_len)
+
+    def where(self, row: int) -> str:
+        return f"{self.folder} row {row}"
+
+    def sampler(self, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, seed: int) -> BucketSampler:
+        return BucketSampler(np.zeros(len(self), np.int8), global_batch, micro_batch, dp_rank, dp_size, seed)
+
+    def units(self, row: int) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+        """The conversations or pairs of a row: sequences (tokens, labels)."""
+        for unit in self._units[self._row_bounds[row] : self._row_bounds[row + 1]].tolist():
+            bounds = self._bounds[unit * self.per_unit : (unit + 1) * self.per_unit + 1].tolist()
+            yield [self._sequence(start, end) for start, end in itertools.pairwise(bounds)]
+
+    def _sequence(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.array(self._tokens[start:end])
+        labels = np.where(self._generated[start + 1 : end], tokens[1:], IGNORE)
+        return tokens, np.append(labels, IGNORE)
+
+    def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
+        """A micro-batch; rows do not change between epochs."""
+        sequences, pairs = [], []
+        for row in rows:
+            rest = self.seq_len
+            for unit in self.units(row):
+                pairs.append(len(sequences))
+                sequences += unit
+                rest -= sum(len(tokens) for tokens, _ in unit)
+            if rest:
+                sequences.append((np.full(rest, self.pad), np.full(rest, IGNORE)))
+        return micro_batch(sequences) | ({"pairs": pairs} if self.per_unit == 2 else {})
+
+
+# ---- processes ----
+
+_function: Callable | None = None
+
+
+def _start(function: Callable) -> None:
+    """What a worker does first: keep the function, and watch its parent, for a killed one ends no worker."""
+    global _function
+    _function = function
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _call(task: Any) -> Any:
+    return _function(task)
+
+
+def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
+    """function(task) of each task, in order, by `workers` forked processes (0: this one); two tasks a worker wait.
+
+    The function is inherited, not pickled, so it may hold a tokenizer; nothing but tasks and results travels.
+    """
+    if not workers:
+        yield from map(function, tasks)
+        return
+    waiting: deque = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (function,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_call, task))
+            if len(waiting) >= 2 * workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

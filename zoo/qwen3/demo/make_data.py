@@ -1,0 +1,147 @@
+"""Demo data: English that every Python carries, and a task whose answers can be checked.
+
+    python -m zoo.qwen3.demo.make_data --out data/qwen3-demo
+
+writes `text/{train,validation}.jsonl`, rows {"text": docstring}; `sft/{train,test}.jsonl`, conversations that ask for
+five digits in ascending order; `pairs/{train,test}.jsonl`, the same questions with a right and a wrong answer. The
+texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
+3,600 documents, 1.4 million characters in 3.11, other figures in other versions, so none of it is shipped.
+
+Of the multisets of digits every eighth is never in a train file, in any order: no answer of the test files was trained
+on. Chance: a random order of the given digits is right in 2 % of the questions.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import combinations_with_replacement, permutations
+from pathlib import Path
+
+SHORTEST = 100  # characters of a document
+HELD_OUT = 20  # every 20th document, by hash, is validation
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+DIGITS = 5
+PROMPT = "Sort the digits: {}"
+
+
+def docstrings() -> Iterator[str]:
+    """Docstrings of the modules, classes and functions of the standard library, each once, in the order of its files."""
+    library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(library.rglob("*.py")):
+        if NOT_LIBRARY & set(path.relative_to(library).parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # files of other versions, kept as examples
+            continue
+        for node in ast.walk(tree):
+            text = (ast.get_docstring(node) or "") if isinstance(node, kinds) else ""
+            if len(text) >= SHORTEST and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_text(folder: Path) -> None:
+    splits = {"train": [], "validation": []}
+    for text in docstrings():
+        number = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
+        splits["train" if number % HELD_OUT else "validation"].append({"text": text})
+    for split, rows in splits.items():
+        _write(folder / f"{split}.jsonl", rows)
+
+
+def questions(split: str, count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` different (digits, digits in ascending order) of the multisets of a split."""
+    answers = ["".join(digits) for digits in combinations_with_replacement("0123456789", DIGITS)]
+    random.Random(seed).shuffle(answers)
+    answers = answers[len(answers) // 8 :] if split == "train" else answers[: len(answers) // 8]
+    asked = sorted({("".join(order), answer) for answer in answers for order in permutations(answer)})
+    random.Random(f"{seed} {split}").shuffle(asked)
+    if count > len(asked):
+        raise ValueError(f"{count} questions; expected at most {len(asked)}, all there are of {split}; fix: --{split}")
+    return asked[:count]
+
+
+def write_sft(folder: Path, train: int, test: int, seed: int) -> None:
+    for split, count in (("train", train), ("test", test)):
+        rows = []
+        for digits, answer in questions(split, count, seed):
+            question = {"role": "user", "content": PROMPT.format(digits)}
+            rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
+        _write(folder / f"{split}.jsonl", rows)
+
+
+def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
+    """The rejected answer has the right digits in a wrong order."""
+    for split, count in (("train", train), ("test", test)):
+        rows = []
+        for digits, answer in questions(split, count, seed + 1):
+            wrong = digits if digits != answer else answer[::-1]
+            if wrong != answer:  # not so for five equal digits
+                rows.append({"prompt": PROMPT.format(digits), "chosen": answer, "rejected": wrong})
+        _write(folder / f"{split}.jsonl", rows)
+
+
+def _make(out: Path, settings: dict, write) -> Path:
+    """Runs write(folder) aside and renames, so that a killed run leaves nothing half done; a folder made with the same
+    settings is reused, any other folder that is no demo data is refused."""
+    out, marker = Path(out), json.dumps(settings)
+    if (out / "demo.json").is_file() and (out / "demo.json").read_text() == marker:
+        return out
+    if out.exists() and any(out.iterdir()) and not (out / "demo.json").is_file():
+        raise ValueError(f"{out} holds other files; expected a new or a demo data folder; fix: --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        write(building)
+        (building / "demo.json").write_text(marker)
+        building.chmod(0o755)  # mkdtemp's is 0700
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+def make(out: Path) -> Path:
+    """train.jsonl and validation.jsonl under `out`: text of the standard library, the same in every run."""
+    return _make(out, {"python": platform.python_version(), "held out": HELD_OUT}, write_text)
+
+
+def make_sft(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Path:
+    """train.jsonl and test.jsonl of conversations under `out`."""
+    settings = {"sft": PROMPT, "train": train, "test": test, "seed": seed}
+    return _make(out, settings, lambda folder: write_sft(folder, train, test, seed))
+
+
+def make_pairs(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> Path:
+    """train.jsonl and test.jsonl of preference pairs under `out`."""
+    settings = {"pairs": PROMPT, "train": train, "test": test, "seed": seed}
+    return _make(out, settings, lambda folder: write_pairs(folder, train, test, seed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; complete parts are reused")
+    out = parser.parse_args().out
+    print(make(out / "text"), make_sft(out / "sft"), make_pairs(out / "pairs"), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

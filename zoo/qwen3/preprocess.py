@@ -1,0 +1,345 @@
+"""Text -> megatron-core indexed data set for pretraining: OUT.bin, OUT.idx, and OUT.meta.json with the counts.
+
+    bash zoo/qwen3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpus --workers 32
+
+Formats (`--data`), a file or a folder of them, taken in the order of their names:
+
+    .jsonl, .json, .csv     a document per line, item or row, under the key or column --field
+    .txt                    a document per block of lines; blank lines separate blocks
+    .parquet, .arrow        a document per row, in the column --field; these need the package pyarrow
+
+Each document is one sequence, tokenized without special tokens (their names in a text are ordinary text), and
+ends in the token --end. Texts are read by one process, which makes shards of about 4 million characters; --workers
+processes tokenize them. Finished shards wait in OUT.parts/ for the rest, so a killed run goes on where it stopped, with
+any number of workers; the result is the same, and is there whole or not at all. Memory: about 100 MB a worker.
+Rows without text, and malformed lines, are dropped and counted by reason (OUT.drops.jsonl).
+
+No torch here: options are checked before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import option
+from common.data import DropReport, partial_name
+
+from .data import DOCUMENT_END, BadRow, in_order, list_files, read_json_list, read_lines, tokenizer_hash
+
+HERE = Path(__file__).parent
+DEMO_TEXT = HERE.parents[1] / "data" / f"{HERE.name}-demo" / "text"
+DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
+SHARD = 4_000_000  # characters of the rows of a shard
+BATCH = 256  # documents given to the tokenizer at a time
+FEW = 10_000  # rows; of fewer, a share dropped says little about the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    size: str = option("the model whose vocabulary must hold the tokenizer's", "tiny", group="model")
+    weights: Path | None = option("released Hugging Face folder, instead of --size and --tokenizer", group="model")
+    tokenizer: Path | None = option(
+        "folder with a tokenizer.json (default: of --weights, or the demo's)", group="model"
+    )
+    data: Path | None = option("your text, a file or a folder (default: the demo's)", group="data")
+    field: str = option("key or column that holds the text", "text", group="data")
+    end: str = option("token that ends every document", DOCUMENT_END, group="data")
+    max_drop: float = option("share of rows that may be dropped", 0.05, group="data", within="[0, 1]")
+    out: Path | None = option("prefix of the files to write (default: the name of --data)", group="run")
+    workers: int = option(
+        "tokenizing processes (0: the reading one; default: one per core)", group="run", within="[0, inf)"
+    )
+    dry_run: bool = option("check everything checkable, write nothing", False, group="run")
+    print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
+
+
+def checked(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
+    """The options with their defaults filled in.
+
+    Raises:
+        ValueError: no such data, a kind of file that cannot be read here, a tokenizer that is none, lacks the end
+            token, or has tokens the model (of `vocab_size`) has no embedding for; or the output is there already.
+    """
+    tokenizer = o.tokenizer or o.weights or DEMO_TOKENIZER
+    data = o.data or DEMO_TEXT / "train.jsonl"
+    workers = len(os.sched_getaffinity(0)) if o.workers is None else o.workers
+    out = o.out or (data if data.is_dir() else data.with_suffix(""))
+    o = dataclasses.replace(o, data=data, tokenizer=tokenizer, out=out, workers=workers)
+    if data.is_dir() and out.absolute().is_relative_to(data.absolute()) and out != data:
+        raise ValueError(f"--out {out} is inside --data {data}, which is read in full; fix: --out")
+    if o.data.parent != DEMO_TEXT:  # which is made on first use
+        for file in list_files(o.data, SUFFIXES):
+            if file.suffix in (".parquet", ".arrow"):
+                _pyarrow(file)
+    _load(o, vocab_size)
+    return o
+
+
+def _load(o: PreprocessOptions, vocab_size: int) -> tuple[Any, int]:
+    """The tokenizer and the id of the end token."""
+    from tokenizers import Tokenizer
+
+    tokenizer_hash(o.tokenizer)  # says what is missing
+    tokenizer = Tokenizer.from_file(str(o.tokenizer / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # "<|im_end|>" in a text is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{o.tokenizer} has token ids up to {largest}, the model (size {o.size}) a vocabulary of {vocab_size}; "
+            "expected ids below it; fix: --tokenizer, --size or --weights"
+        )
+    end = tokenizer.token_to_id(o.end)
+    if end is None:
+        raise ValueError(f"{o.tokenizer} has no token {o.end!r}; expected one that ends a document; fix: --end")
+    return tokenizer, end
+
+
+# ---- reading ----
+
+
+def read_records(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    """(line or row number, what `text_of` makes a text of) of one file. ValueError: it is none of its kind."""
+    if path.suffix == ".jsonl":
+        yield from read_lines(path)  # parsed by the workers
+    elif path.suffix == ".json":
+        yield from read_json_list(path)
+    elif path.suffix == ".csv":
+        yield from _read_csv(path, field)
+    elif path.suffix == ".txt":
+        yield from ((line, {field: text}) for line, text in _read_blocks(path))
+    else:
+        yield from _read_arrow(path, field)
+
+
+def text_of(record: Any, field: str) -> str:
+    """The document of a record. BadRow: there is none."""
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except json.JSONDecodeError as error:
+            raise BadRow("malformed JSON", error.msg) from error
+    if not isinstance(record, dict):
+        raise BadRow("bad row", f"{str(record)[:40]!r}; expected an object")
+    if record.get(field) is None:
+        raise BadRow("no text", f"no {field!r}, keys: {', '.join(map(str, record))}")
+    if not isinstance(record[field], str):
+        raise BadRow("bad row", f"{field} is {type(record[field]).__name__}; expected text")
+    if not record[field].strip():
+        raise BadRow("empty text", field)
+    return record[field].encode(errors="replace").decode()  # a tokenizer stops on lone surrogates
+
+
+def _read_blocks(path: Path) -> Iterator[tuple[int, str]]:
+    block, first, last = [], 0, 0
+    for number, line in read_lines(path):
+        if block and number != last + 1:
+            yield first, "".join(block).rstrip("\n")
+            block = []
+        first, last = (first if block else number), number
+        block.append(line)
+    if block:
+        yield first, "".join(block).rstrip("\n")
+
+
+def _read_csv(path: Path, field: str) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(1 << 30)  # a document is longer than the 128 KiB the module allows
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            if field not in header:
+                found = ", ".join(header) or "nothing"
+                raise ValueError(f"{path}:1: the header has {found}; expected {field!r}; fix: --field")
+            yield from ((reader.line_num, row) for row in reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"cannot read {path}: {error}; expected a UTF-8 .csv file; fix: {path}") from error
+
+
+def _pyarrow(path: Path):
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow, not installed; fix: pip install pyarrow") from None
+    return pyarrow
+
+
+def _read_arrow(path: Path, field: str) -> Iterator[tuple[int, dict]]:
+    pyarrow = _pyarrow(path)
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            file = ParquetFile(path)
+            names, batches = file.schema_arrow.names, lambda: file.iter_batches(1000, columns=[field])
+        else:
+            try:
+                file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+                names, batches = file.schema.names, lambda: map(file.get_batch, range(file.num_record_batches))
+            except pyarrow.ArrowInvalid:  # what the datasets library writes is a stream
+                file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+                names, batches = file.schema.names, lambda: file
+        if field not in names:
+            raise ValueError(f"{path} has the columns {', '.join(names)}; expected {field!r}; fix: --field")
+        number = 0
+        for batch in batches():
+            for value in batch.column(field):
+                number += 1
+                yield number, {field: value.as_py()}
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"cannot read {path}: {error}; expected a {path.suffix} file; fix: {path}") from error
+
+
+def _shards(o: PreprocessOptions, size: int) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
+    """(number, [(file:line, record), …]): cut by the characters read, so always in the same places."""
+    number, records, characters = 0, [], 0
+    for file in list_files(o.data, SUFFIXES):
+        for line, record in read_records(file, o.field):
+            records.append((f"{file.name}:{line}", record))
+            characters += len(record if isinstance(record, str) else str(record))
+            if characters >= size:
+                yield number, records
+                number, records, characters = number + 1, [], 0
+    if records:
+        yield number, records
+
+
+# ---- writing ----
+
+
+def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
+    """Preprocess `checked` options; returns what OUT.meta.json holds: documents, tokens, drops, and where from.
+
+    Raises:
+        ValueError: more than --max-drop of the rows were dropped (said after the first FEW rows, or at the end), or a
+            file cannot be read.
+    """
+    from common import device  # noqa: F401  isort: skip  (before the first import of megatron)
+    from megatron.core.datasets.indexed_dataset import DType
+    from tqdm import tqdm
+
+    tokenizer, end = _load(o, vocab_size)
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(o.data, SUFFIXES)]
+    about = {
+        "files": files, "field": o.field, "tokenizer": tokenizer_hash(o.tokenizer), "vocabulary": vocab_size,
+        "end": end, "shard_size": shard_size,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    meta = _beside(o.out, ".meta.json")
+    if meta.is_file() and (found := json.loads(meta.read_text()))["key"] == key:
+        return found
+    folder, dtype = _open_parts(o.out, key), DType.optimal_dtype(vocab_size)
+
+    def tokenize(task: tuple[int, list[tuple[str, Any]]]) -> dict:
+        return _write_shard(folder / f"{task[0]:06d}", task[1], o.field, tokenizer, end, dtype)
+
+    report, rows, documents, tokens, shards = DropReport(), 0, 0, 0, []
+    progress = tqdm(desc=f"tokenizing {o.data.name}", unit=" documents", mininterval=1)
+    for number, shard in enumerate(in_order(tokenize, _shards(o, shard_size), o.workers)):
+        shards.append(folder / f"{number:06d}")
+        rows, documents, tokens = rows + shard["rows"], documents + shard["documents"], tokens + shard["tokens"]
+        for drop in shard["drops"]:
+            report.add(*drop)
+        progress.update(shard["documents"])
+        progress.set_postfix(tokens=f"{tokens:,}", dropped=len(report.drops))
+        if rows >= FEW:
+            report.check(rows, o.max_drop)
+    progress.close()
+    report.check(rows, o.max_drop)
+
+    found = {"key": key, "documents": documents, "tokens": tokens, "dropped": report.counts, "from": about}
+    _publish(shards, folder, o.out, dtype, report, found)
+    print(f"{o.out}: {documents:,} documents, {tokens:,} tokens; {report}")
+    return found
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)
+
+
+def _open_parts(out: Path, key: str) -> Path:
+    """The folder of the finished shards of `key`, without half-written ones and those of other data or tokenizers."""
+    parts = _beside(out, ".parts")
+    folder = parts / key
+    for stale in parts.glob("*"):
+        if stale != folder:
+            shutil.rmtree(stale)
+    folder.mkdir(parents=True, exist_ok=True)
+    for half in folder.glob(".*"):
+        half.unlink()
+    return folder
+
+
+def _write_shard(base: Path, records: list[tuple[str, Any]], field: str, tokenizer, end: int, dtype) -> dict:
+    """BASE.bin and BASE.idx, then BASE.json, which makes it a finished shard; a finished one is left as it is."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    if base.with_suffix(".json").is_file():
+        return json.loads(base.with_suffix(".json").read_text())
+    texts, drops, tokens = [], [], 0
+    for where, record in records:
+        try:
+            texts.append(text_of(record, field))
+        except BadRow as error:
+            drops.append((error.args[0], where, error.args[1]))
+    partial = partial_name(base)
+    builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
+    for first in range(0, len(texts), BATCH):
+        for encoding in tokenizer.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False):
+            ids = [*encoding.ids, end]
+            builder.add_document(ids, [len(ids)])
+            tokens += len(ids)
+    builder.finalize(f"{partial}.idx")
+    result = {"documents": len(texts), "tokens": tokens, "rows": len(records), "drops": drops}
+    Path(f"{partial}.json").write_text(json.dumps(result))
+    for suffix in (".bin", ".idx", ".json"):
+        os.replace(f"{partial}{suffix}", base.with_suffix(suffix))
+    return result
+
+
+def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropReport, meta: dict) -> None:
+    """Joins the shards into OUT.*; the .meta.json last, and gone first, so that it always speaks of what is there."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(folder / ".joined.bin"), dtype=dtype)
+    for shard in shards:
+        builder.add_index(str(shard))
+    builder.finalize(str(folder / ".joined.idx"))
+    report.save(folder)
+    os.replace(folder / "drops.jsonl", folder / ".joined.drops.jsonl")
+    (folder / ".joined.meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for suffix in (".meta.json", ".idx"):
+        _beside(out, suffix).unlink(missing_ok=True)
+    for suffix in (".bin", ".drops.jsonl", ".idx", ".meta.json"):
+        os.replace(folder / f".joined{suffix}", _beside(out, suffix))
+    shutil.rmtree(folder.parent)
+
+
+def main() -> None:
+    from .config import model_config, parse
+    from .demo import make_data
+
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # the launcher starts a process a device; the work is divided among --workers
+        return
+    o = parse("preprocess", sys.argv[1:])
+    if o.data.parent == DEMO_TEXT:
+        make_data.make(DEMO_TEXT)
+    run(o, model_config(o).vocab_size)
+
+
+if __name__ == "__main__":
+    main()
