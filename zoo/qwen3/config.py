@@ -5,10 +5,13 @@ No torch here: options are checked before anything heavy is imported.
 """
 
 import dataclasses
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from common import weights
+from common import cli, weights
 
 HERE = Path(__file__).parent
 
@@ -145,3 +148,264 @@ SIZES = {
     "30B-A3B": _size(2048, 6144, 48, 32, False, **_SPARSE, moe_intermediate_size=768),
     "235B-A22B": _size(4096, 12288, 94, 64, False, **_SPARSE, moe_intermediate_size=1536),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
+DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(cli.TrainOptions):
+    job: str = option("which launcher this is: pretrain or sft", "pretrain", group="job")
+    from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
+    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
+    validation: Path | None = option("held-out data of the same kind, evaluated at the end", group="data")
+    seq_len: int = option("tokens of a row", 4096, group="data", layout=True, within="[2, inf)")
+    separate_documents: bool = option(
+        "documents packed into a row do not see each other (pretrain)", True, group="data", layout=True
+    )
+    too_long: Literal["drop", "cut"] = option(
+        "what becomes of a conversation longer than a row (sft)", "drop", group="data", layout=True
+    )
+    cache: Path | None = option("folder that keeps rendered conversations (default: beside --out)", group="data")
+    aux: float = option("weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions(cli.LayoutOptions):
+    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
+    prompt: str = option("what to answer", group="job")
+    prompts: Path | None = option("text file, a prompt per line", group="job")
+    out: Path | None = option("file for the answers (.jsonl)", group="job")
+    chat: bool = option("put the prompt into the tokenizer's chat template", True, group="job")
+    thinking: bool = option("let the template open a thought first", False, group="job")
+    max_new_tokens: int = option("longest answer", 256, group="job", layout=True, within="[1, inf)")
+    batch: int = option("prompts of one length generated together", 16, group="job", within="[1, inf)")
+    temperature: float = option("0: always the likeliest token", 0.0, group="job", within="[0, inf)")
+    top_p: float = option("share of the probability drawn from", 1.0, group="job", within="(0, 1]")
+    top_k: int = option("number of tokens drawn from (0: all)", 0, group="job", within="[0, inf)")
+    seed: int = option("seed of the draws", 0, group="job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(cli.LayoutOptions):
+    to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
+    out: Path = option("folder to write", group="job")
+
+
+JOBS = {
+    "train": (TrainOptions, "Train Qwen3."),
+    "infer": (InferOptions, "Generate text with Qwen3."),
+    "convert": (ConvertOptions, "Convert Qwen3 weights between the released and the sharded layout."),
+}
+
+
+def parse(script: str, argv: list[str]):
+    """argv of a job -> its checked options. See common/cli.py for the contract.
+
+    Raises:
+        ValueError: anything about the options, the weights folder or the data that can be known to be wrong.
+    """
+    cls, description = JOBS[script]
+    o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
+    o = _with_demo(o, script)
+    if script != "train":  # these have no batch
+        o = dataclasses.replace(o, micro_batch=1, global_batch=None)
+    config = model_config(o)
+    tokens = o.seq_len * o.micro_batch if script == "train" else None
+    o = cli.check_layout(o, heads=config.num_attention_heads, layers=config.num_hidden_layers, tokens=tokens)
+    _check_model(o, config, script)
+    if o.weights is not None and not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
+        convert.released_entries(o.weights, config)
+    if script == "train":
+        cli.check_run(o)
+        _check_data(o, config)
+        if o.export:
+            weights.refuse_existing(o.export, "--export")
+    if script == "infer":
+        if not (o.prompt or o.prompts):
+            raise ValueError("nothing to answer; fix: --prompt TEXT or --prompts FILE")
+        if o.prompts:
+            read_prompts(o.prompts)
+    if script == "convert":
+        if o.to is None or o.weights is None:
+            raise ValueError("nothing to convert; fix: --weights DIR --to released or sharded")
+        weights.refuse_existing(o.out, "--out")
+    return o
+
+
+def _check_model(o, config: Qwen3Config, script: str) -> None:
+    """What this model asks of a layout beyond `cli.check_layout`."""
+    for count, what in (
+        (config.num_key_value_heads, "key-value heads"),
+        (config.vocab_size, "tokens of the vocabulary"),
+        (config.moe_intermediate_size if config.num_experts else config.intermediate_size, "columns of the MLP"),
+    ):
+        if count % o.tp:
+            raise ValueError(f"tp={o.tp} does not divide {count} {what} (size {o.size}); fix: --tp")
+    if config.tie_word_embeddings and o.pp > 1:
+        raise ValueError(f"pp={o.pp} would part the tied embeddings of size {o.size}; fix: --pp 1")
+    if script == "infer" and (o.pp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
+        raise ValueError("generation runs on one device or with --tp; fix: --pp 1 --cp 1 --no-sp --no-fsdp")
+    if script != "train":
+        return
+    if o.seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"seq_len={o.seq_len} is more than the model's {config.max_position_embeddings} positions; fix: --seq-len"
+        )
+    if o.ring > 1 and o.seq_len * o.micro_batch % (2 * o.cp * (o.tp if o.sp else 1)):
+        raise ValueError(
+            f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
+        )
+    if o.aux and (not config.num_experts or o.pp > 1 or o.cp > 1):
+        raise ValueError("aux balances experts that one rank sees whole; fix: --aux 0, or a size with experts, pp=cp=1")
+
+
+def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
+    tokenizer = o.tokenizer / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer} does not exist; expected a released tokenizer's folder; fix: --tokenizer")
+    if (o.data is None) != (o.validation is None) and o.data is None:
+        raise ValueError("--validation without --data; fix: --data")
+    for path, flag in ((o.data, "--data"), (o.validation, "--validation")):
+        if path is None or _is_demo(path):
+            continue
+        if o.job == "pretrain":
+            for suffix in (".bin", ".idx"):
+                if not Path(f"{path}{suffix}").is_file():
+                    raise ValueError(f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh")
+        elif not path.exists():
+            raise ValueError(f"{path} does not exist; expected .jsonl or .json conversations; fix: {flag}")
+
+
+def _is_demo(path: Path) -> bool:
+    return DEMO_DATA in path.parents
+
+
+def _default_size(folder: Path | None) -> str:
+    """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
+    if folder is None:
+        return "tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "0.6B"
+    found = _sharded_config(folder) if is_sharded(folder) else Qwen3Config.from_folder(folder)
+    for name, config in SIZES.items():
+        if not _differs(found, config):
+            return name
+    nearest = min(SIZES, key=lambda name: len(_differs(found, SIZES[name])))
+    raise ValueError(
+        f"{folder} has an architecture that is none of {', '.join(SIZES)} (nearest {nearest}: "
+        f"{', '.join(_differs(found, SIZES[nearest]))}); fix: --weights, or add the size to config.py"
+    )
+
+
+def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
+    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Qwen3Config)}
+    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is one of our sharded checkpoints."""
+    return (folder / "manifest.json").is_file()
+
+
+def _sharded_config(folder: Path) -> Qwen3Config:
+    return Qwen3Config(**json.loads((folder / "state.json").read_text())["model"])
+
+
+def _with_demo(o, script: str):
+    """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
+    changes = {}
+    if script == "train" and o.data is None:
+        stem = "text" if o.job == "pretrain" else "sft"
+        names = ("train", "validation") if o.job == "pretrain" else ("train.jsonl", "test.jsonl")
+        changes["data"], validation = (DEMO_DATA / stem / name for name in names)
+        changes["validation"] = o.validation or validation
+    if o.weights is None and script == "train":
+        if o.size not in ("tiny", "tiny-moe") and o.data is not None and not o.from_scratch:
+            raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
+        changes["from_scratch"] = True
+    elif o.weights is None:
+        raise ValueError("no weights; fix: --weights DIR (a released folder, or a run's checkpoint)")
+    if hasattr(o, "tokenizer") and o.tokenizer is None:
+        has_one = o.weights is not None and (o.weights / "tokenizer.json").is_file()
+        changes["tokenizer"] = o.weights if has_one else DEMO_TOKENIZER
+    if script == "train" and o.out is None:
+        changes["out"] = cli.default_out(HERE.name, o.job)
+    if script == "train":
+        changes["cache"] = o.cache or DEMO_DATA / "cache"
+    return dataclasses.replace(o, **changes)
+
+
+def model_config(o) -> Qwen3Config:
+    """The architecture: the weights folder's own, or the size's."""
+    if o.size not in SIZES:
+        raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
+    if o.weights is None:
+        return SIZES[o.size]
+    if is_sharded(o.weights):
+        return _sharded_config(o.weights)
+    found = Qwen3Config.from_folder(o.weights)
+    if not getattr(o, "from_scratch", False) and (differs := _differs(found, SIZES[o.size])):
+        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. ValueError: there is none."""
+    if not path.is_file():
+        raise ValueError(f"--prompts {path} does not exist; expected a text file, a prompt per line; fix: --prompts")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts {path} holds no prompt; expected a prompt per line; fix: --prompts")
+    return lines
+
+
+def prepare(o) -> None:
+    """Before any process starts: make the demo data if this job uses it."""
+    if getattr(o, "data", None) is not None and _is_demo(o.data):
+        from .demo import make_data
+
+        make_data.prepare(DEMO_DATA, o.job, DEMO_TOKENIZER)
+
+
+def dry_run(o) -> str:
+    """What a run would be, from the options alone."""
+    config = model_config(o)
+    length = getattr(o, "seq_len", 4096)
+    flops = config.flops(length)
+    return "\n".join([
+        cli.to_toml(o),
+        f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}",
+        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}",
+        cli.rank_map(o),
+        f"{flops / 1e12:.3f} TFLOP per row of {length} tokens forward, "
+        f"{3 * flops * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step",
+        f"memory per rank, estimated: {memory_estimate(o, config, length) / 2**30:.2f} GiB",
+    ])  # fmt: skip
+
+
+def memory_estimate(o, config: Qwen3Config, length: int) -> float:
+    """Bytes per rank of weights, gradients, optimizer and saved activations; workspace not counted.
+
+    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
+    what the backward reads of each block (recompute none: all of it; full: the block's input alone). Experts' rows as
+    if spread evenly.
+    """
+    dtype = 4 if o.precision == "fp32" else 2
+    share, shards = config.parameters / (o.tp * o.pp), o.dp * o.cp
+    kept_weights = share * dtype / (shards if o.fsdp else 1)
+    gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+    master = share * (8 if o.fsdp and dtype == 4 else 12) / shards
+    tokens = length / o.cp * o.micro_batch
+    D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
+    attention = E * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) / o.tp
+    width, copies = config.intermediate_size, 1
+    if config.num_experts:
+        width, copies = config.moe_intermediate_size, config.num_experts_per_tok
+    mlp = copies * (3 * width / o.tp + (2 * D if config.num_experts else 0))
+    everything = tokens * dtype * (4 * D / sp + attention + mlp)
+    kept = {"none": everything, "selective": tokens * dtype * (2 * D / sp + attention + mlp), "full": tokens * D * dtype / sp}
+    blocks = config.num_hidden_layers / o.pp
+    peak = everything if o.recompute == "full" else 0
+    return kept_weights + gradients + master + kept[o.recompute] * blocks + peak

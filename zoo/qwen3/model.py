@@ -57,8 +57,10 @@ class Qwen3Attention(nn.Module):
         self.q_norm = Qwen3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
         self.k_norm = Qwen3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int]) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]."""
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int], cache=None
+    ) -> torch.Tensor:
+        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `infer.Cache`, when generating."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
         x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
@@ -66,7 +68,10 @@ class Qwen3Attention(nn.Module):
         v = self.v_proj(x).unflatten(2, (-1, E))
         q = ops.rotary_half(ops.rms_norm(q, parallel.shared_by_tp(self.q_norm.weight, self.mc), eps), *rope)
         k = ops.rotary_half(ops.rms_norm(k, parallel.shared_by_tp(self.k_norm.weight, self.mc), eps), *rope)
-        out = parallel.context_parallel_attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)  # [T, 1, H, E]
+        if cache is not None:
+            out = cache.attend(self, q, k, v)
+        else:
+            out = parallel.context_parallel_attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)  # [T, 1, H, E]
         return self.o_proj(out.flatten(2))
 
 
@@ -127,9 +132,9 @@ class Qwen3Block(nn.Module):
         self.mlp = Qwen3SparseMLP(config, mc) if config.num_experts else Qwen3MLP(config, mc)
         parallel.mark_replicated([self.input_layernorm.weight, self.post_attention_layernorm.weight], mc)
 
-    def forward(self, x, cos, sin, cu_seqlens):
+    def forward(self, x, cos, sin, cu_seqlens, cache=None):
         """x [T(/tp), 1, D], cos and sin [T, 1, 1, E] -> (x, the router's logits [T, G] or an empty tensor)."""
-        y = self.self_attn(self.input_layernorm(x), (cos, sin), cu_seqlens)
+        y = self.self_attn(self.input_layernorm(x), (cos, sin), cu_seqlens, cache)
         norm = self.post_attention_layernorm
         y, x = ops.add_rms_norm(y, x, norm.weight, norm.eps)
         routing: list[torch.Tensor] = []
@@ -180,7 +185,7 @@ class Qwen3(MegatronModule):
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
-        labels: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, cache=None,
     ):  # fmt: skip
         """tokens and positions int64 [T*cp] of the whole micro-batch, cu_seqlens its sequences' bounds, rows: how many
         sequences of one length lie end to end in it. With labels int64 (negative: no loss) and their weight fp32, both
@@ -199,7 +204,7 @@ class Qwen3(MegatronModule):
         cos, sin = rotary_table(positions, self.qwen)
         routing = []
         for block in self.layers.values():
-            x, logits = parallel.recomputed(block, self.recompute)(x, cos, sin, cu_seqlens)
+            x, logits = parallel.recomputed(block, self.recompute)(x, cos, sin, cu_seqlens, cache)
             routing.append(logits)
         if not self.last:
             return x.view(-1, rows, D)

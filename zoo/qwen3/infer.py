@@ -1,0 +1,157 @@
+"""Generate text with Qwen3: a chat that streams, or a file of prompts in batches.
+
+    bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
+    bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompts questions.txt --out answers.jsonl
+
+Prompts of one length are generated together, so that no padding is ever seen; tensor parallelism works as in training.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+
+from common import device  # isort: skip  (before megatron)
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from common import checkpoint, cli, ops, parallel
+
+from .config import InferOptions, is_sharded, model_config, parse, read_prompts
+from .model import Qwen3, build, fill
+
+
+class Cache:
+    """Keys and values of every layer so far, [S, B, K, E], for B sequences of one length."""
+
+    def __init__(self, batch: int, length: int):
+        self.batch, self.length, self.kept, self.used = batch, length, {}, 0
+
+    def attend(self, layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of the newest tokens to all; q [B*n, 1, H, E], k and v [B*n, 1, K, E], sequences end to end."""
+        q, k, v = (t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(0, 1) for t in (q, k, v))  # [n, B, H, E]
+        if layer not in self.kept:
+            self.kept[layer] = k.new_empty(2, self.length, *k.shape[1:])
+        kept, end = self.kept[layer], self.used + len(k)
+        kept[0, self.used : end], kept[1, self.used : end] = k, v
+        out = ops.attention(q, kept[0, :end], kept[1, :end], causal=True)  # [n, B, H, E]
+        return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+
+
+def choose(logits: torch.Tensor, o: InferOptions, generator: torch.Generator) -> torch.Tensor:
+    """The next token [B] of logits fp32 [B, V]: the likeliest at temperature 0, else drawn from the top_k likeliest of
+    those that make up top_p of the probability."""
+    if o.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, tokens = (logits / o.temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= o.top_p, 0)
+    if o.top_k:
+        probabilities[:, o.top_k :] = 0
+    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen3, prompts: list[list[int]], o: InferOptions, ends: set[int], show: Callable[[int], None] | None = None
+) -> list[list[int]]:
+    """What follows each prompt (token ids), up to an end token (left out) or o.max_new_tokens. show: called with each
+    token of a single prompt as it comes. Greedy generation is transformers' `generate(do_sample=False)`."""
+    where = next(model.parameters()).device
+    groups, answers = defaultdict(list), [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        groups[len(prompt)].append(i)
+    for length, members in groups.items():
+        for rows in (members[i : i + o.batch] for i in range(0, len(members), o.batch)):
+            cache = Cache(len(rows), length + o.max_new_tokens)
+            generator = torch.Generator(where).manual_seed(checkpoint.stable_seed(o.seed, rows[0]))
+            tokens = torch.tensor([prompts[i] for i in rows], device=where)  # [B, n]
+            done = [False] * len(rows)
+            for _ in range(o.max_new_tokens):
+                n = tokens.shape[1]
+                positions = (cache.used + torch.arange(n, device=where)).repeat(len(rows))
+                hidden, _ = model(tokens.flatten(), positions, [], cache=cache)
+                cache.used += n
+                last = hidden.view(len(rows), n, -1)[:, -1]
+                chosen = choose(whole_logits(last, model), o, generator)
+                for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
+                    done[place] = done[place] or token in ends
+                    if not done[place]:
+                        answers[rows[place]].append(token)
+                        if show:
+                            show(token)
+                if all(done):
+                    break
+                tokens = chosen.unsqueeze(1)
+    return answers
+
+
+def whole_logits(hidden: torch.Tensor, model: Qwen3) -> torch.Tensor:
+    """Logits fp32 [B, V] of states [B, D], the vocabulary gathered over tensor parallel."""
+    local = (hidden @ model.output_weight.t()).float()
+    tp = model.config.tensor_model_parallel_size
+    if tp == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(tp)]
+    dist.all_gather(parts, local, group=mpu.get_tensor_model_parallel_group())
+    return torch.cat(parts, -1)
+
+
+def end_tokens(tokenizer) -> set[int]:
+    """The ids at which an answer ends."""
+    found = {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")} | {tokenizer.eos_token_id}
+    return {i for i in found if i is not None and i != tokenizer.unk_token_id}
+
+
+def main() -> None:
+    from transformers import AutoTokenizer
+
+    o: InferOptions = parse("infer", sys.argv[1:])
+    parallel.initialize(o)
+    config = model_config(o)
+    chunks = build(o, config)
+    if is_sharded(o.weights):
+        checkpoint.load(o.weights, chunks)
+    else:
+        fill(chunks, o, config)
+    model = chunks[0].eval()
+    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
+    texts = read_prompts(o.prompts) if o.prompts else [o.prompt]
+    if o.chat:
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": o.thinking}
+        rendered = [tokenizer.apply_chat_template([{"role": "user", "content": t}], **options) for t in texts]
+    else:
+        rendered = texts
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
+    longest = max(map(len, prompts)) + o.max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and answer may take {longest} tokens, the model has {config.max_position_embeddings} positions; "
+            "fix: --max-new-tokens, or shorter prompts"
+        )
+    main_rank, shown = dist.get_rank() == 0, []
+
+    def show(token: int) -> None:  # only what is whole: half a character decodes to a replacement mark
+        before = tokenizer.decode(shown)
+        shown.append(token)
+        text = tokenizer.decode(shown)
+        if main_rank and not text.endswith("\ufffd"):
+            print(text[len(before.rstrip("\ufffd")) :], end="", flush=True)
+
+    answers = generate(model, prompts, o, end_tokens(tokenizer), show if len(texts) == 1 else None)
+    if main_rank and len(texts) == 1:
+        print()
+    if main_rank and o.out:
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": t, "answer": tokenizer.decode(a)} for t, a in zip(texts, answers, strict=True)]
+        o.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{len(rows)} answers in {o.out}")
+    elif main_rank and len(texts) > 1:
+        for text, answer in zip(texts, answers, strict=True):
+            print(f"> {text}\n{tokenizer.decode(answer)}\n")
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)
