@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from common import cli, weights
+from common.cli import option
+
+from . import convert, preprocess
 
 HERE = Path(__file__).parent
 
@@ -170,7 +173,9 @@ class TrainOptions(cli.TrainOptions):
         "what becomes of a conversation longer than a row (sft)", "drop", group="data", layout=True
     )
     cache: Path | None = option("folder that keeps rendered conversations (default: beside --out)", group="data")
-    aux: float = option("weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)")
+    aux: float = option(
+        "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +203,7 @@ class ConvertOptions(cli.LayoutOptions):
 JOBS = {
     "train": (TrainOptions, "Train Qwen3."),
     "infer": (InferOptions, "Generate text with Qwen3."),
+    "preprocess": (preprocess.PreprocessOptions, "Tokenize text for pretraining."),
     "convert": (ConvertOptions, "Convert Qwen3 weights between the released and the sharded layout."),
 }
 
@@ -210,6 +216,8 @@ def parse(script: str, argv: list[str]):
     """
     cls, description = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
+    if script == "preprocess":
+        return preprocess.checked(o, model_config(o).vocab_size)
     o = _with_demo(o, script)
     if script != "train":  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
@@ -275,7 +283,9 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
         if o.job == "pretrain":
             for suffix in (".bin", ".idx"):
                 if not Path(f"{path}{suffix}").is_file():
-                    raise ValueError(f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh")
+                    raise ValueError(
+                        f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh"
+                    )
         elif not path.exists():
             raise ValueError(f"{path} does not exist; expected .jsonl or .json conversations; fix: {flag}")
 
@@ -366,11 +376,27 @@ def prepare(o) -> None:
     if getattr(o, "data", None) is not None and _is_demo(o.data):
         from .demo import make_data
 
-        make_data.prepare(DEMO_DATA, o.job, DEMO_TOKENIZER)
+        if o.job == "sft":
+            make_data.make_sft(DEMO_DATA / "sft")
+            return
+        make_data.make(DEMO_DATA / "text")
+        for split in (o.data, o.validation):
+            text = preprocess.PreprocessOptions(
+                **_defaults(preprocess.PreprocessOptions) | {"workers": 0, "out": split}
+            )
+            text = dataclasses.replace(text, data=split.with_suffix(".jsonl"))
+            vocabulary = model_config(o).vocab_size
+            preprocess.run(preprocess.checked(text, vocabulary), vocabulary)
+
+
+def _defaults(cls) -> dict:
+    return {f.name: f.default for f in dataclasses.fields(cls)}
 
 
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
+    if isinstance(o, preprocess.PreprocessOptions):
+        return cli.to_toml(o)
     config = model_config(o)
     length = getattr(o, "seq_len", 4096)
     flops = config.flops(length)
@@ -405,7 +431,11 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
         width, copies = config.moe_intermediate_size, config.num_experts_per_tok
     mlp = copies * (3 * width / o.tp + (2 * D if config.num_experts else 0))
     everything = tokens * dtype * (4 * D / sp + attention + mlp)
-    kept = {"none": everything, "selective": tokens * dtype * (2 * D / sp + attention + mlp), "full": tokens * D * dtype / sp}
+    kept = {
+        "none": everything,
+        "selective": tokens * dtype * (2 * D / sp + attention + mlp),
+        "full": tokens * D * dtype / sp,
+    }
     blocks = config.num_hidden_layers / o.pp
     peak = everything if o.recompute == "full" else 0
     return kept_weights + gradients + master + kept[o.recompute] * blocks + peak

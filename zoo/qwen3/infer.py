@@ -11,7 +11,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Convert Qwen3 weights between the released and the sharded layout, bit-exactly.
+#
+#   bash zoo/qwen3/convert.sh --weights Qwen3-8B --to sharded --out Qwen3-8B-sharded
+#   bash zoo/qwen3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-8B
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+launch convert "$@"
