@@ -136,7 +136,7 @@ def attention_with_lse(
     """Attention over one block of keys, and what is needed to merge it with other blocks.
 
     q [B, H, L, E], k and v [B, K, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
-    [B, H, L] fp32. Not differentiable by itself: `parallel.RingAttention` pairs it with `attention_backward`.
+    [B, H, L] fp32. Not differentiable by itself: `ring.RingAttention` pairs it with `attention_backward`.
     """
     H, E = q_BHLE.shape[1], q_BHLE.shape[3]
     if BACKEND == "npu":

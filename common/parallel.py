@@ -1,12 +1,12 @@
 """Process groups, context parallelism and the wrapping of a model, on megatron-core.
 
-megatron-core does tensor, sequence, pipeline and data parallelism; here are the two ways of splitting attention over
-the context-parallel group and the one place that says in which order everything wraps.
+megatron-core does tensor, sequence, pipeline and data parallelism; here are the shares of the tokens, attention
+over the context-parallel group (its ring is in `common/ring.py`) and the one place that says in which order everything
+wraps.
 
 Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim, D hidden, cp = ulysses * ring.
 """
 
-import functools
 import math
 import os
 from datetime import timedelta
@@ -37,6 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from common import device, ops
 from common.cli import LayoutOptions
+from common.ring import RingAttention, unzigzag, zigzag
 
 _SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work on the same samples
 
@@ -213,26 +214,6 @@ def ring_size() -> int:
     return mpu.get_hierarchical_context_parallel_groups()[1].size() if mpu.get_context_parallel_world_size() > 1 else 1
 
 
-def zigzag(x: torch.Tensor, ring: int) -> torch.Tensor:
-    """Reorder [L, ...] so that the r-th of `ring` equal parts holds chunks r and 2 ring - 1 - r of 2 ring: an early
-    one, whose queries see little, with a late one, so that causal attention is the same work for every rank."""
-    if ring == 1:
-        return x
-    if x.shape[0] % (2 * ring):
-        raise ValueError(
-            f"{x.shape[0]} tokens do not split into 2*ring = {2 * ring} chunks; expected a multiple; "
-            "fix: --seq-len, --micro-batch, or fewer ranks in the ring (--cp, --ulysses)"
-        )
-    chunks = x.chunk(2 * ring)
-    return torch.cat([chunks[i] for r in range(ring) for i in (r, 2 * ring - 1 - r)])
-
-
-def unzigzag(x: torch.Tensor, ring: int) -> torch.Tensor:
-    """Inverse of `zigzag`."""
-    chunks = x.chunk(2 * ring)
-    return torch.cat([*chunks[::2], *chunks[::-1][::2]]) if ring > 1 else x
-
-
 # ------------------------------------------------------------------------------------------ context parallel attention
 
 
@@ -282,115 +263,6 @@ def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     n = group.size()
     x = all_to_all(group, x.contiguous())  # [n source ranks * L/n, B, H/n, E]
     return x.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-class RingAttention(torch.autograd.Function):
-    """Attention whose keys and values travel a ring while each rank keeps its queries. q [B, H, L/n, E], k and v
-    [B, K, L/n, E], in `zigzag` order if causal; bounds: (0, ..., L), of the packed documents or of the one there is.
-
-    Blocks are merged by their log-sum-exp; the backward gives every block the lse of the whole row, which makes
-    each block's gradient exact, and lets the key and value gradients travel home with their block, in fp32.
-
-    A step costs one kernel call per document that has queries here and keys in the block: one if nothing is packed,
-    and a document that lies in one chunk has its only call in the first step. Every block makes the whole round even
-    so. Work is the same on every rank for one document; short ones of mixed lengths (log-normal, mean a quarter of a
-    chunk) leave the busiest of 4 ranks 1.5 times the mean.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, group, causal, bounds):
-        n, me = group.size(), group.rank()
-        out = torch.zeros_like(q, dtype=torch.float32)
-        lse = torch.full_like(q[..., 0], -torch.inf, dtype=torch.float32)
-        block = torch.stack((k, v))
-        for step in range(n):
-            incoming, wait = _pass_on(block, group) if step < n - 1 else (None, None)
-            for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], causal, bounds):
-                part, part_lse = ops.attention_with_lse(*_cut(rows, q), *_cut(columns, *block), masked)
-                share = torch.sigmoid(part_lse - lse[:, :, rows]).unsqueeze(-1)  # of the sum of exponentials
-                out[:, :, rows].lerp_(part.float(), share)
-                lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], part_lse)
-            if wait:
-                wait()
-                block = incoming
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.group, ctx.causal, ctx.bounds = group, causal, bounds
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        n, me, dout = ctx.group.size(), ctx.group.rank(), dout.contiguous()
-        dq = torch.zeros_like(q, dtype=torch.float32)
-        block = torch.stack((k, v))
-        arriving, wait_gradient = None, None
-        for step in range(n):
-            incoming, wait = _pass_on(block, ctx.group) if step < n - 1 else (None, None)
-            added = torch.zeros_like(block, dtype=torch.float32)
-            for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], ctx.causal, ctx.bounds):
-                (dout_, q_, out_, lse_), (k_, v_) = _cut(rows, dout, q, out, lse), _cut(columns, *block)
-                dq_part, dk_part, dv_part = ops.attention_backward(dout_, q_, k_, v_, out_, lse_, masked)
-                dq[:, :, rows] += dq_part
-                added[0, :, :, columns] += dk_part
-                added[1, :, :, columns] += dv_part
-            if step > 0:  # what the ranks before have added travels while this one computes
-                wait_gradient()
-                added += arriving
-            dblock = added  # kept while it is being sent
-            arriving, wait_gradient = _pass_on(dblock, ctx.group)
-            if wait:
-                wait()
-                block = incoming
-        wait_gradient()  # after n passes it is home
-        return dq.to(q.dtype), arriving[0].to(k.dtype), arriving[1].to(v.dtype), None, None, None
-
-
-def _cut(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """These tokens of [B, H, L, ...] tensors, as the kernels want them: contiguous (no copy if that is all of them)."""
-    return [t[:, :, tokens].contiguous() for t in tensors]
-
-
-@functools.lru_cache(maxsize=1024)  # the same for all layers
-def ring_blocks(
-    mine: int, theirs: int, n: int, held: int, causal: bool, bounds: tuple[int, ...]
-) -> list[tuple[slice, slice, bool]]:
-    """Which of the `held` queries of rank `mine` see which keys of rank `theirs` in a ring of n: (queries, keys,
-    whether with the causal mask between them), at most one per document of `bounds`.
-
-    One is enough because ranks hold their tokens in rising order: a document's are contiguous in every rank, and of two
-    ranks' chunks r < s < 2n-1-s < 2n-1-r, r's late queries see all keys of s, and all queries of s see r's early keys.
-    """
-    width = held // 2 if causal else held
-
-    def before(rank: int, bound: int) -> int:
-        """How many of the rank's tokens come before this one."""
-        chunks = (rank, 2 * n - 1 - rank) if causal else (rank,)
-        return sum(min(max(bound - chunk * width, 0), width) for chunk in chunks)
-
-    blocks = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        first_query, last_query = before(mine, start), before(mine, end)
-        first_key, last_key = before(theirs, start), before(theirs, end)
-        if causal and theirs < mine:
-            last_key = min(last_key, width)
-        if causal and theirs > mine:
-            first_query = max(first_query, width)
-        if first_query < last_query and first_key < last_key:
-            blocks.append((slice(first_query, last_query), slice(first_key, last_key), causal and mine == theirs))
-    return blocks
-
-
-def _pass_on(x: torch.Tensor, group: dist.ProcessGroup):
-    """Send x to the next rank of the ring while receiving the previous one's; returns (incoming, wait)."""
-    ranks, me, incoming = dist.get_process_group_ranks(group), group.rank(), torch.empty_like(x)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, x, ranks[(me + 1) % len(ranks)], group),
-            dist.P2POp(dist.irecv, incoming, ranks[me - 1], group),
-        ]
-    )
-    return incoming, lambda: [work.wait() for work in works]
 
 
 # ------------------------------------------------------------------------------------------ wrapping, in order

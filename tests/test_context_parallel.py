@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from common import ops, parallel
+from common import ops, parallel, ring
 from common.cli import LayoutOptions
 
 pytestmark = pytest.mark.L3
@@ -142,33 +142,33 @@ def test_a_ring_of_two_holds_first_and_last_quarter_and_the_two_between(layout):
     assert list(gathered) == [list(range(16))] * 4
 
 
-@pytest.mark.parametrize("ring", [1, 2, 3])
-def test_unzigzag_inverts_zigzag(ring):
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_unzigzag_inverts_zigzag(n):
     x = torch.randn(12, 5)
-    assert torch.equal(parallel.unzigzag(parallel.zigzag(x, ring), ring), x)
-    assert (ring == 1) == torch.equal(parallel.zigzag(x, ring), x)
+    assert torch.equal(ring.unzigzag(ring.zigzag(x, n), n), x)
+    assert (n == 1) == torch.equal(ring.zigzag(x, n), x)
 
 
 def test_tokens_that_do_not_split_are_refused():
     with pytest.raises(ValueError, match=r"14 tokens do not split into 2\*ring = 4 chunks"):
-        parallel.zigzag(torch.zeros(14), 2)
+        ring.zigzag(torch.zeros(14), 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- blocks
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("ring", [2, 3, 4])
-def test_blocks_cover_what_is_visible_once(ring, causal):
-    held, draws = 6, random.Random(ring)
-    tokens = ring * held
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_blocks_cover_what_is_visible_once(n, causal):
+    held, draws = 6, random.Random(n)
+    tokens = n * held
     places = torch.arange(tokens)
-    places = (parallel.zigzag(places, ring) if causal else places).view(ring, held)
+    places = (ring.zigzag(places, n) if causal else places).view(n, held)
     for documents in range(1, 9):
         bounds = (0, *sorted(draws.sample(range(1, tokens), documents - 1)), tokens)
         seen = torch.zeros(tokens, tokens, dtype=torch.int)  # [query, key], by place in the sequence
-        for mine, theirs in itertools.product(range(ring), repeat=2):
-            blocks = parallel.ring_blocks(mine, theirs, ring, held, causal, bounds)
+        for mine, theirs in itertools.product(range(n), repeat=2):
+            blocks = ring.ring_blocks(mine, theirs, n, held, causal, bounds)
             assert len(blocks) <= documents
             for rows, columns, masked in blocks:
                 block = torch.ones(len(places[mine, rows]), len(places[theirs, columns]), dtype=torch.int)
@@ -181,11 +181,9 @@ def test_blocks_cover_what_is_visible_once(ring, causal):
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_every_rank_computes_the_same_amount_in_a_causal_step(step):
-    ring, held = 4, 10
-    for mine in range(ring):
-        ((rows, columns, masked),) = parallel.ring_blocks(
-            mine, (mine - step) % ring, ring, held, True, (0, ring * held)
-        )
+    n, held = 4, 10
+    for mine in range(n):
+        ((rows, columns, masked),) = ring.ring_blocks(mine, (mine - step) % n, n, held, True, (0, n * held))
         amount = (rows.stop - rows.start) * (columns.stop - columns.start)
         assert (amount, masked) == ((held * held, True) if step == 0 else (held * held // 2, False))
 
@@ -197,7 +195,7 @@ def sent(layout: dict, heads: str) -> dict[str, int]:
     """Bytes this rank gives to its ring and to its Ulysses group in a causal forward and backward in bf16."""
     config = start(layout)
     counted = {"ring": 0, "ulysses": 0}
-    pass_on, all_to_all = parallel._pass_on, parallel.all_to_all
+    pass_on, all_to_all = ring._pass_on, parallel.all_to_all
 
     def counting_pass_on(x, group):
         counted["ring"] += x.numel() * x.element_size()
@@ -207,13 +205,13 @@ def sent(layout: dict, heads: str) -> dict[str, int]:
         counted["ulysses"] += x.numel() * x.element_size()
         return all_to_all(group, x)
 
-    parallel._pass_on, parallel.all_to_all = counting_pass_on, counting_all_to_all
+    ring._pass_on, parallel.all_to_all = counting_pass_on, counting_all_to_all
     try:
         *leaves, dout = (parallel.local_tokens(t, config, True).bfloat16().clone() for t in draw(heads, "one document"))
         leaves = [t.requires_grad_() for t in leaves]
         parallel.context_parallel_attention(*leaves, causal=True).backward(dout)
     finally:
-        parallel._pass_on, parallel.all_to_all = pass_on, all_to_all
+        ring._pass_on, parallel.all_to_all = pass_on, all_to_all
     return counted
 
 
