@@ -219,3 +219,82 @@ def test_a_config_of_another_model_is_refused(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         case.config.Qwen3Config.from_folder(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("which", case.CONFIGS)
+def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
+    config = case.CONFIGS[which]
+    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
+    o = infer_options(max_new_tokens=12, batch=2)
+    got = case.infer.generate(model, prompts, o, ends=set())
+    for prompt, answer in zip(prompts, got, strict=True):
+        want = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert answer == want[0, len(prompt) :].tolist()
+
+
+def infer_options(**values):
+    import dataclasses
+
+    cls = case.config.InferOptions
+    return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
+
+
+def test_generation_stops_at_an_end_token_which_is_left_out(tmp_path):
+    save_oracle(tmp_path, case.CONFIGS["dense"])
+    model, o = ours(tmp_path), infer_options(max_new_tokens=10)
+    whole = case.infer.generate(model, [[1, 2, 3]], o, ends=set())[0]
+    stop = whole[4]
+    shown = []
+    assert case.infer.generate(model, [[1, 2, 3]], o, {stop}, shown.append)[0] == whole[: whole.index(stop)] == shown
+
+
+def test_draws_follow_temperature_top_p_and_top_k():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**values):
+        drawn = case.infer.choose(logits.expand(20000, 4), infer_options(**values), generator)
+        return torch.bincount(drawn, minlength=4) / 20000
+
+    p = logits.exp()[0]
+    assert torch.allclose(shares(temperature=1.0), p, atol=0.015)
+    assert torch.allclose(shares(temperature=2.0), (logits[0] / 2).softmax(-1), atol=0.015)
+    assert torch.allclose(shares(temperature=1.0, top_k=2), torch.tensor([*(p[:2] / p[:2].sum()), 0, 0]), atol=0.015)
+    assert torch.allclose(shares(temperature=1.0, top_p=0.7), torch.tensor([*(p[:2] / p[:2].sum()), 0, 0]), atol=0.015)
+    assert shares(temperature=0)[0] == 1
+
+
+def test_trigram_baseline_is_a_distribution(tmp_path):
+    """Over all continuations of every history of a tiny corpus the probabilities sum to 1."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from zoo.qwen3.demo import trigram
+
+    def write(prefix, documents):
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+        for document in documents:
+            builder.add_item(torch.tensor(document))
+            builder.end_document()
+        builder.finalize(f"{prefix}.idx")
+
+    write(tmp_path / "train", [[0, 1, 2, 0, 1, 3], [1, 2, 3]])
+    total = 0.0
+    for token in range(5):
+        write(tmp_path / f"v{token}", [[0, 1, token]])
+        first = trigram.perplexity(tmp_path / "train", tmp_path / f"v{token}", 5) ** -2  # p(1 | 0) p(token | 0 1)
+        write(tmp_path / f"w{token}", [[0, 1]])
+        total += first / trigram.perplexity(tmp_path / "train", tmp_path / f"w{token}", 5) ** -1
+    assert total == pytest.approx(1.0, rel=1e-9)

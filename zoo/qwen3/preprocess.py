@@ -17,8 +17,6 @@ Rows without text, and malformed lines, are dropped and counted by reason (OUT.d
 No torch here: options are checked before anything heavy is imported.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import hashlib
