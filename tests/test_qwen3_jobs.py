@@ -1,0 +1,95 @@
+"""The jobs of Qwen3 as a user starts them: bad input, resume, and what a run leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import qwen_case as case
+
+pytestmark = pytest.mark.L4
+
+ROOT = case.config.HERE.parents[1]
+
+
+def launch(launcher: str, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
+    env = {**os.environ, "ZOO_PYTHON": sys.executable, "ZOO_DEVICE": "cpu", "NPROC": str(processes)}
+    command = ["bash", f"zoo/{case.RECIPE}/{launcher}.sh", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def steps_of(folder) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
+
+
+WRONG = {
+    "size": ("pretrain", ["--size", "7B"], "7B"),
+    "no weights": ("pretrain", ["--size", "8B", "--data", "corpus"], "--weights"),
+    "no data set": ("pretrain", ["--data", "nowhere/corpus"], "nowhere/corpus.bin"),
+    "no conversations": ("sft", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "row longer than the model's positions": ("pretrain", ["--seq-len", "4096"], "2048 positions"),
+    "tokenizer": ("pretrain", ["--tokenizer", "nowhere"], "tokenizer.json"),
+    "balancing a dense model": ("pretrain", ["--aux", "0.1"], "--aux 0"),
+    "prompts": ("generate", ["--prompts", "nowhere.txt"], "nowhere.txt"),
+    "context parallel generation": ("generate", ["--cp", "2"], "--cp"),
+    "nothing to convert to": ("convert", ["--out", "x"], "--to"),
+    "text": ("preprocess", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_one_line_and_exit_code_2(name):
+    launcher, options, named = WRONG[name]
+    done = launch(launcher, *options)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--tp", "4"], "2 key-value heads"),
+        (["--pp", "2"], "tied embeddings"),
+        (["--cp", "2", "--ulysses", "1", "--seq-len", "6", "--micro-batch", "1"], "zig-zag"),
+    ],
+)
+def test_layout_this_model_cannot_have_is_refused(options, named):
+    done = launch("pretrain", *options, processes=4 if "4" in options else 2)
+    assert done.returncode == 2 and named in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("job", ["pretrain", "sft"])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
+    settings = ["--save-every", "3", "--deterministic", "--lr-schedule", "constant", "--seq-len", "128", "--warmup", "1"]
+    whole = launch(job, "--steps", "6", "--out", tmp_path / "whole", *settings)
+    assert whole.returncode == 0, whole.stderr
+    first = launch(job, "--steps", "3", "--out", tmp_path / "parts", *settings)
+    assert first.returncode == 0, first.stderr
+    second = launch(job, "--steps", "6", "--out", tmp_path / "parts", *settings)
+    assert second.returncode == 0 and "resumed from" in second.stdout, second.stderr
+    assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result == json.loads((tmp_path / "parts" / "result.json").read_text())
+    assert "perplexity" in result["lines"][0] and (tmp_path / "whole" / "loss.png").is_file()
+
+
+def test_an_exported_run_is_what_transformers_loads(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = launch(
+        "pretrain", "--steps", "2", "--size", "tiny-moe", "--out", tmp_path / "run", "--export", tmp_path / "mine"
+    )
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
+    assert model.num_parameters() == case.config.SIZES["tiny-moe"].parameters
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
+    said = launch(
+        "generate", "--weights", tmp_path / "mine", "--prompt", "Return the", "--no-chat", "--max-new-tokens", "8"
+    )
+    assert said.returncode == 0, said.stderr
+    ids = tokenizer("Return the", return_tensors="pt").input_ids
+    want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
+    assert said.stdout.strip() == tokenizer.decode(want).strip()
