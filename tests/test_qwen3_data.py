@@ -214,9 +214,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRIMMED = CHATML.replace("m.content +", "(m.content | trim) +").replace(
-    "'<|im_start|>' + m.role + '\n'", "m.role + ': '"
+    "'<|im_start|>' + m.role + '\n'", "m.role + ':\n'"
 )
-TRIMMED = TRIMMED.replace("'<|im_start|>assistant\n'", "'assistant: '")
+TRIMMED = TRIMMED.replace("'<|im_start|>assistant\n'", "'assistant:\n'")
 THINKS = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 
 
@@ -231,7 +231,7 @@ def test_mask_of_other_templates(tokenizer, template, begin):
     chat = Chat(with_template(tokenizer, template))
     messages = [
         {"role": "user", "content": " Q "}, {"role": "assistant", "content": "first"},
-        {"role": "user", "content": "assistant: "}, {"role": "assistant", "content": begin + "second"},
+        {"role": "user", "content": "assistant:\n"}, {"role": "assistant", "content": begin + "second"},
     ]  # fmt: skip
     tokens, generated = chat.encode(messages)
     assert tokenizer.decode(tokens) == chat.render(messages)
@@ -246,7 +246,11 @@ def test_mask_of_other_templates(tokenizer, template, begin):
         (None, "no chat template"),
         ("{{ messages[-1].content }}", "does not show answers in order"),
         (CHATML.split("{% if add")[0], "no prompt for an answer"),
-        ("{{ messages[-1].content | length }}" + CHATML, "show answers in order|changes the rest"),
+        (
+            "{{ messages[-1].content | length }}" + CHATML,
+            "changes the rest of a conversation with the answer in message 1",
+        ),
+        ("{{ messages | length }}" + CHATML, "show answers in order"),
     ],
 )
 def test_template_that_cannot_be_masked_is_refused(tokenizer, template, message):
@@ -398,7 +402,7 @@ def test_packing_fills_rows_and_loses_nothing():
     assert sorted(item for row in rows for item in row) == list(range(5000))
     used = [int(lengths[row].sum()) for row in rows]
     assert max(used) <= 2048 and sum(used) / (len(rows) * 2048) >= 0.99
-    assert pack([5, 5, 5, 3, 3, 3, 2, 8], 8) == [[7], [0, 3], [1, 4], [2, 5], [6]] or len(pack([5] * 3, 8)) == 3
+    assert pack([5, 5, 5, 3, 3, 3, 2, 8], 8) == [[7], [0, 5], [1, 4], [2, 3], [6]]
 
 
 def test_packing_takes_the_tightest_space_and_a_hundred_thousand_lengths_in_seconds():
@@ -564,7 +568,7 @@ def test_stream_is_every_document_once_an_epoch_in_another_order(tmp_path, numbe
     assert epochs[0] != epochs[1]
     again = TextRows(prefix, 16, END, seed=3, separate_documents=False)
     assert (again.row(count - 1)[0][0] == sequences[-1][0][0]).all()
-    assert any((TextRows(prefix, 16, END, seed=4).row(0)[0][0][:4] != stream[:4]).tolist() or [True])
+    assert (TextRows(prefix, 16, END, seed=4, separate_documents=False).row(0)[0][0] != stream[:16]).any()
 
 
 def test_unshuffled_rows_are_the_documents_as_they_stand(numbered):
@@ -753,6 +757,12 @@ def test_every_bad_text_is_dropped_counted_and_written_down(tmp_path, tokenizer)
     assert "body" in drops[1]["detail"] and "text is int" in drops[2]["detail"]
 
 
+def test_shard_of_nothing_but_bad_rows_is_an_empty_one(tmp_path, tokenizer):
+    o = options(write(tmp_path / "a.jsonl", [{"text": "first"}, {}, {"text": "second"}, {}]), max_drop=0.5)
+    assert preprocess.run(o, VOCABULARY, shard_size=1)["documents"] == 2
+    assert documents_of(o.out, tokenizer) == ["first", "second"]
+
+
 def test_too_many_bad_texts_stop_and_early_in_a_long_file(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}] * 8 + [{"txt": "x"}] * 2)
     with pytest.raises(
@@ -810,11 +820,11 @@ def test_workers_and_a_second_run_change_nothing_but_other_data_do(demo, tmp_pat
     results = {}
     for workers in (0, 2):
         o = options(source, out=tmp_path / str(workers) / "text", workers=workers)
-        preprocess.run(o, VOCABULARY, shard_size=10_000)
+        preprocess.run(o, VOCABULARY, shard_size=13_000)
         results[workers] = [o.out.with_name(f"text{suffix}").read_bytes() for suffix in (".bin", ".idx")]
     assert results[0] == results[2]
     before = o.out.with_name("text.bin").stat().st_mtime_ns
-    preprocess.run(o, VOCABULARY, shard_size=10_000)
+    preprocess.run(o, VOCABULARY, shard_size=13_000)
     assert o.out.with_name("text.bin").stat().st_mtime_ns == before
     found = preprocess.run(replace(o, data=write(tmp_path / "b.jsonl", [{"text": "other"}])), VOCABULARY)
     assert found["documents"] == 1 == len(IndexedDataset(str(o.out)))
@@ -832,7 +842,7 @@ def slowly(base, *rest):
     return write(base, *rest)
 preprocess._write_shard = slowly
 o = preprocess.PreprocessOptions(data=pathlib.Path(sys.argv[1]), out=pathlib.Path(sys.argv[2]), workers=2)
-preprocess.run(preprocess.checked(o, 2048), 2048, shard_size=10_000)
+preprocess.run(preprocess.checked(o, 2048), 2048, shard_size=13_000)
 """
 
 
@@ -855,13 +865,13 @@ def test_killed_run_keeps_its_finished_shards_and_ends_like_an_unbroken_one(demo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "_publish", lambda shards, *rest: redone.extend(shards))
         o = options(source, out=out)
-        preprocess.run(o, VOCABULARY, shard_size=10_000)
+        preprocess.run(o, VOCABULARY, shard_size=13_000)
     assert write_shard is preprocess._write_shard and len(redone) > 5
     assert {file: file.stat().st_mtime_ns for file in kept} == kept, "finished shards were made again"
     assert not list(parts.glob(".*"))
-    preprocess.run(o, VOCABULARY, shard_size=10_000)
+    preprocess.run(o, VOCABULARY, shard_size=13_000)
     whole = options(source, out=tmp_path / "whole" / "text")
-    preprocess.run(whole, VOCABULARY, shard_size=10_000)
+    preprocess.run(whole, VOCABULARY, shard_size=13_000)
     for suffix in (".bin", ".idx"):
         assert out.with_name(f"text{suffix}").read_bytes() == whole.out.with_name(f"text{suffix}").read_bytes()
     assert not out.with_name("text.parts").exists()
