@@ -270,11 +270,13 @@ class Chat:
         question = {"role": "user", "content": "question"}
         asked = self.render([question])
         turns = self.render([question, {"role": "assistant", "content": self.MARK}, question])
-        before, mark, after = turns.partition(self.MARK)
+        before, mark, _ = turns.partition(self.MARK)
         if not mark or not before.startswith(asked):
             raise ValueError(f"the chat template of {name} does not show answers in order; fix: --tokenizer")
         self.opening = before[len(asked) :]
-        self.closing = after[: after.index(asked.strip())].rstrip()
+        self.closing = (
+            self.render([question, {"role": "assistant", "content": self.MARK}]).partition(self.MARK)[2].rstrip()
+        )
         # what a prompt for a generation holds beyond the opening, with and without thinking; the longest first
         prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
         begin = len(asked + self.opening)
@@ -311,7 +313,7 @@ class Chat:
                 if not mark or self.opening not in head or self.closing not in tail or not whole:
                     raise ValueError(
                         f"the chat template of {self.tokenizer.name_or_path} changes the rest of a conversation with "
-                        f"answer {i}; expected one that does not; fix: --tokenizer"
+                        f"the answer in message {i}; expected one that does not; fix: --tokenizer"
                     )
                 start += next((len(p) for p in self.prompts if text.startswith(p, start)), 0)
                 spans.append((start, end))
@@ -424,8 +426,6 @@ class TextRows:
         self._indexed = _indexed(self.prefix)
         lengths = self._indexed.sequence_lengths
         self._documents = np.flatnonzero(lengths)
-        if not len(self._documents):
-            raise ValueError(f"{self.prefix}.bin holds no token; expected text; fix: --data")
         some = self._documents[np.linspace(0, len(self._documents) - 1, 1000).astype(int)]
         ended = [int(self._indexed.get(int(d), int(lengths[d]) - 1, 1)[0]) == eos for d in some]
         if any(ended) and not all(ended):
@@ -499,6 +499,8 @@ def _indexed(prefix: str):
             raise ValueError(
                 f"{prefix}{suffix} does not exist; expected an indexed data set; fix: --data, or preprocess.sh"
             )
+    if not os.path.getsize(f"{prefix}.bin"):
+        raise ValueError(f"{prefix}.bin holds no token; expected text; fix: --data")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset(prefix)

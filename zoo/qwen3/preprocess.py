@@ -67,12 +67,12 @@ def checked(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
 
     Raises:
         ValueError: no such data, a kind of file that cannot be read here, a tokenizer that is none, lacks the end
-            token, or has tokens the model (of `vocab_size`) has no embedding for; or the output is there already.
+            token, or has tokens the model (of `vocab_size`) has no embedding for.
     """
     tokenizer = o.tokenizer or o.weights or DEMO_TOKENIZER
     data = o.data or DEMO_TEXT / "train.jsonl"
-    workers = len(os.sched_getaffinity(0)) if o.workers is None else o.workers
-    out = o.out or (data if data.is_dir() else data.with_suffix(""))
+    workers = os.cpu_count() if o.workers is None else o.workers
+    out = o.out or (data.absolute() if data.is_dir() else data.with_suffix(""))
     o = dataclasses.replace(o, data=data, tokenizer=tokenizer, out=out, workers=workers)
     if data.is_dir() and out.absolute().is_relative_to(data.absolute()) and out != data:
         raise ValueError(f"--out {out} is inside --data {data}, which is read in full; fix: --out")

@@ -91,7 +91,7 @@ def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
     """The rejected answer has the right digits in a wrong order."""
     for split, count in (("train", train), ("test", test)):
         rows = []
-        for digits, answer in questions(split, count, seed + 1):
+        for digits, answer in questions(split, count, seed):
             wrong = digits if digits != answer else answer[::-1]
             if wrong != answer:  # not so for five equal digits
                 rows.append({"prompt": PROMPT.format(digits), "chosen": answer, "rejected": wrong})

@@ -27,13 +27,16 @@ def train(texts: list[str]) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(text, special=special, normalized=False) for text, special in SPECIAL.items()]
+    added = [AddedToken(text, normalized=False) for text in SPECIAL]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=added, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:  # the trainer calls every one special
+        token["special"] = SPECIAL[token["content"]]
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def main() -> None:
