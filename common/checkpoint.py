@@ -268,11 +268,13 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict) ->
 def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
     """Copy released tensors into this rank's parameters: each rank reads only its slice.
 
-    entries: what `weights.index` found, already checked; rename: our parameter name -> released key.
+    entries: what `weights.index` found, already checked; rename: our parameter name -> released key, or None for a
+    parameter that the recipe puts together itself.
     """
     reader = weights.Reader()
     tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
-    targets = [(entries[rename(name)], parameter) for name, parameter in parameters(chunks)]
+    named = ((rename(name), parameter) for name, parameter in parameters(chunks))
+    targets = [(entries[key], parameter) for key, parameter in named if key is not None]
     with torch.no_grad():
         for (entry, parameter), ahead in zip(targets, [*targets[READ_AHEAD:], *[None] * READ_AHEAD], strict=True):
             if ahead:

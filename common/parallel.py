@@ -3,9 +3,11 @@
 megatron-core does tensor, sequence, pipeline and data parallelism; here are the two ways of splitting attention over
 the context-parallel group and the one place that says in which order everything wraps.
 
-Shape legend: L tokens, B batch, H heads, E head dim, D hidden, cp = ulysses * ring.
+Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim, D hidden, cp = ulysses * ring.
 """
 
+import functools
+import math
 import os
 from datetime import timedelta
 
@@ -110,8 +112,8 @@ class ColumnLinear(ColumnParallelLinear):
     linears that share it, so the layer itself communicates nothing and is a plain linear (the bias in the same
     kernel, which megatron-core's own forward adds apart)."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
-        super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True)
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
+        super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True, bias=bias)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,9 +124,9 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """y = sum over tp of x_r W_r^T, + b: all-reduce, or reduce-scatter over the tokens under sequence parallel."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(
-            inputs, outputs, config=config, init_method=None, bias=True, input_is_parallel=True, skip_bias_add=False
+            inputs, outputs, config=config, init_method=None, bias=bias, input_is_parallel=True, skip_bias_add=False
         )
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
@@ -132,10 +134,8 @@ class RowLinear(RowParallelLinear):
         """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
         if self.config.tensor_model_parallel_size == 1:
             return F.linear(x, self.weight, self.bias)
-        x = F.linear(x, self.weight)
-        if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(x) + self.bias
-        return reduce_from_tensor_model_parallel_region(x) + self.bias
+        x = leave_tensor_parallel(F.linear(x, self.weight), self.config)
+        return x if self.bias is None else x + self.bias
 
 
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -147,21 +147,55 @@ def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
     return copy_to_tensor_model_parallel_region(x)
 
 
+def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """The sum over tp of each rank's part: [L, B, D] -> [L/tp, B, D] under sequence parallel, else [L, B, D]."""
+    if config.tensor_model_parallel_size == 1:
+        return x
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(x)
+    return reduce_from_tensor_model_parallel_region(x)
+
+
+def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """A weight that every tp rank holds whole and applies to its own heads or columns: backward sums its gradient."""
+    return weight if config.tensor_model_parallel_size == 1 else copy_to_tensor_model_parallel_region(weight)
+
+
+def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Rows of an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): each rank looks up what it
+    holds and the rest is zero. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
+    if config.tensor_model_parallel_size == 1:
+        return F.embedding(tokens, weight)
+    local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]
+    held = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * held.unsqueeze(-1)
+    return leave_tensor_parallel(rows, config)
+
+
 def mark_replicated(parameters, config: TransformerConfig) -> None:
     """Parameters every tp rank holds whole but applies to its own tokens: their gradients are summed over tp."""
     for parameter in parameters:
         parameter.sequence_parallel = config.sequence_parallel
 
 
-def local_tokens(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """This rank's contiguous share of the first dimension: [L, ...] -> [L/cp, ...], or [L/cp/tp, ...] under sp."""
-    x = x.chunk(config.context_parallel_size)[mpu.get_context_parallel_rank()]
+def context_tokens(x: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    """This context-parallel rank's share of the first dimension, [L, ...] -> [L/cp, ...]: contiguous, or for causal
+    attention cut from the `zigzag` order. Positions, labels and whatever else belongs to a token are split alike."""
+    if mpu.get_context_parallel_world_size() > 1:
+        x = zigzag(x, ring_size()) if causal else x
+        x = x.chunk(mpu.get_context_parallel_world_size())[mpu.get_context_parallel_rank()]
+    return x
+
+
+def local_tokens(x: torch.Tensor, config: TransformerConfig, causal: bool = False) -> torch.Tensor:
+    """This rank's share of the first dimension: `context_tokens`, under sp split over tp: [L, ...] -> [L/cp(/tp), ...]."""
+    x = context_tokens(x, causal)
     if config.sequence_parallel:
         x = x.chunk(config.tensor_model_parallel_size)[mpu.get_tensor_model_parallel_rank()]
     return x
 
 
-def gather_tokens(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, config: TransformerConfig, causal: bool = False) -> torch.Tensor:
     """Inverse of `local_tokens`, without gradient: [L/cp(/tp), ...] -> [L, ...] on every rank."""
     for size, group in (
         (config.tensor_model_parallel_size if config.sequence_parallel else 1, mpu.get_tensor_model_parallel_group()),
@@ -171,37 +205,74 @@ def gather_tokens(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
             out = x.new_empty(size * x.shape[0], *x.shape[1:])
             dist.all_gather_into_tensor(out, x.contiguous(), group=group)
             x = out
-    return x
+    return unzigzag(x, ring_size()) if causal else x
+
+
+def ring_size() -> int:
+    """Ranks of the attention ring: cp = ulysses * ring."""
+    return mpu.get_hierarchical_context_parallel_groups()[1].size() if mpu.get_context_parallel_world_size() > 1 else 1
+
+
+def zigzag(x: torch.Tensor, ring: int) -> torch.Tensor:
+    """Reorder [L, ...] so that the r-th of `ring` equal parts holds chunks r and 2 ring - 1 - r of 2 ring: an early
+    one, whose queries see little, with a late one, so that causal attention is the same work for every rank."""
+    if ring == 1:
+        return x
+    if x.shape[0] % (2 * ring):
+        raise ValueError(
+            f"{x.shape[0]} tokens do not split into 2*ring = {2 * ring} chunks; expected a multiple; "
+            "fix: --seq-len, --micro-batch, or fewer ranks in the ring (--cp, --ulysses)"
+        )
+    chunks = x.chunk(2 * ring)
+    return torch.cat([chunks[i] for r in range(ring) for i in (r, 2 * ring - 1 - r)])
+
+
+def unzigzag(x: torch.Tensor, ring: int) -> torch.Tensor:
+    """Inverse of `zigzag`."""
+    chunks = x.chunk(2 * ring)
+    return torch.cat([*chunks[::2], *chunks[::-1][::2]]) if ring > 1 else x
 
 
 # ------------------------------------------------------------------------------------------ context parallel attention
 
 
-def context_parallel_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Full attention over all tokens of the context-parallel group. q, k, v and the result [L/cp, B, H, E].
+def context_parallel_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, cu_seqlens: list[int] | None = None
+) -> torch.Tensor:
+    """`ops.attention` over all tokens of the context-parallel group. q and the result [L/cp, B, H, E], k and v
+    [L/cp, B, K, E], the tokens as `context_tokens` splits them; cu_seqlens bounds all L.
 
     Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group, ring attention (arXiv:2310.01889)
     passes keys and values around the outer one; each is nothing where its group has one rank.
     """
     if mpu.get_context_parallel_world_size() == 1:
-        return ops.attention(q, k, v)
+        return ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
     ulysses, ring = mpu.get_hierarchical_context_parallel_groups()
     if ulysses.size() > 1:
-        q, k, v = scatter_heads(torch.stack((q, k, v)), ulysses)  # 3 x [L/ring, B, H/ulysses, E]
+        q, k, v = scatter_heads(q, k, v, ulysses)  # [L/ring, B, H/ulysses, E], k and v likewise
     if ring.size() > 1:
         q, k, v = (t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
-        out = RingAttention.apply(q, k, v, ring).permute(2, 0, 1, 3)
+        bounds = tuple(cu_seqlens or (0, q.shape[2] * ring.size()))
+        out = RingAttention.apply(q, k, v, ring, causal, bounds).permute(2, 0, 1, 3)
     else:
-        out = ops.attention(q, k, v)
+        out = ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
     return gather_heads(out, ulysses) if ulysses.size() > 1 else out
 
 
-def scatter_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """All-to-all, tokens for heads: [3, L/n, B, H, E] -> [3, L, B, H/n, E] over a group of n."""
+def scatter_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and k and v, whose K heads are
+    first repeated until n divides them: with the fewest copies, a rank's query heads still share its key heads evenly.
+    """
     n = group.size()
-    x = x.unflatten(3, (n, -1)).permute(3, 1, 0, 2, 4, 5)  # [n, L/n, 3, B, H/n, E]
-    x = all_to_all(group, x.contiguous().flatten(0, 1))  # [L, 3, B, H/n, E], source ranks in token order
-    return x.transpose(0, 1)
+    copies = n // math.gcd(n, k.shape[2])
+    if copies > 1:
+        k, v = (t.repeat_interleave(copies, 2) for t in (k, v))
+    parts = [t.unflatten(2, (n, -1)).permute(2, 0, 1, 3, 4) for t in (q, k, v)]  # [n, L/n, B, H/n, E]
+    x = torch.cat(parts, 3).contiguous().flatten(0, 1)
+    x = all_to_all(group, x)  # [L, B, (H + 2 K)/n, E], source ranks in token order
+    return x.split([part.shape[3] for part in parts], 2)
 
 
 def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -212,52 +283,99 @@ def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 class RingAttention(torch.autograd.Function):
-    """Attention whose keys and values travel a ring while each rank keeps its queries. q, k, v [B, H, L/n, E].
+    """Attention whose keys and values travel a ring while each rank keeps its queries. q [B, H, L/n, E], k and v
+    [B, K, L/n, E], in `zigzag` order if causal; bounds: (0, ..., L), of the packed documents or of the one there is.
 
     Blocks are merged by their log-sum-exp; the backward gives every block the lse of the whole row, which makes
-    each block's gradient exact, and lets the key and value gradients travel home with their block.
+    each block's gradient exact, and lets the key and value gradients travel home with their block, in fp32.
+
+    A step costs one kernel call per document that has queries here and keys in the block: one if nothing is packed,
+    and packed documents shorter than a chunk meet their keys in the first step alone. Every block makes the whole round
+    even so, and the work is balanced for documents much longer or much shorter than a chunk.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, group):
-        n, out, lse = group.size(), None, None
+    def forward(ctx, q, k, v, group, causal, bounds):
+        n, me = group.size(), group.rank()
+        out = torch.zeros_like(q, dtype=torch.float32)
+        lse = torch.full_like(q[..., 0], -torch.inf, dtype=torch.float32)
         block = torch.stack((k, v))
         for step in range(n):
             incoming, wait = _pass_on(block, group) if step < n - 1 else (None, None)
-            part, part_lse = ops.attention_with_lse(q, block[0], block[1])
-            if out is None:
-                out, lse = part.float(), part_lse
-            else:
-                total = torch.logaddexp(lse, part_lse)
-                out = out * (lse - total).exp().unsqueeze(-1) + part.float() * (part_lse - total).exp().unsqueeze(-1)
-                lse = total
+            for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], causal, bounds):
+                part, part_lse = ops.attention_with_lse(*_cut(rows, q), *_cut(columns, *block), masked)
+                share = torch.sigmoid(part_lse - lse[:, :, rows]).unsqueeze(-1)  # of the sum of exponentials
+                out[:, :, rows].lerp_(part.float(), share)
+                lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], part_lse)
             if wait:
                 wait()
                 block = incoming
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.group = group
+        ctx.group, ctx.causal, ctx.bounds = group, causal, bounds
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        n, dout = ctx.group.size(), dout.contiguous()
+        n, me, dout = ctx.group.size(), ctx.group.rank(), dout.contiguous()
         dq = torch.zeros_like(q, dtype=torch.float32)
         block = torch.stack((k, v))
-        dblock = torch.zeros_like(block, dtype=torch.float32)
+        arriving, wait_gradient = None, None
         for step in range(n):
             incoming, wait = _pass_on(block, ctx.group) if step < n - 1 else (None, None)
-            dq_part, dk_part, dv_part = ops.attention_backward(dout, q, block[0], block[1], out, lse)
-            dq += dq_part
-            dblock[0] += dk_part
-            dblock[1] += dv_part
-            dblock, wait_gradient = _pass_on(dblock, ctx.group)  # after n passes it is home
-            wait_gradient()
+            added = torch.zeros_like(block, dtype=torch.float32)
+            for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], ctx.causal, ctx.bounds):
+                (dout_, q_, out_, lse_), (k_, v_) = _cut(rows, dout, q, out, lse), _cut(columns, *block)
+                dq_part, dk_part, dv_part = ops.attention_backward(dout_, q_, k_, v_, out_, lse_, masked)
+                dq[:, :, rows] += dq_part
+                added[0, :, :, columns] += dk_part
+                added[1, :, :, columns] += dv_part
+            if step > 0:  # what the ranks before have added travels while this one computes
+                wait_gradient()
+                added += arriving
+            dblock = added  # kept while it is being sent
+            arriving, wait_gradient = _pass_on(dblock, ctx.group)
             if wait:
                 wait()
                 block = incoming
-        return dq.to(q.dtype), dblock[0].to(k.dtype), dblock[1].to(v.dtype), None
+        wait_gradient()  # after n passes it is home
+        return dq.to(q.dtype), arriving[0].to(k.dtype), arriving[1].to(v.dtype), None, None, None
+
+
+def _cut(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """These tokens of [B, H, L, ...] tensors, as the kernels want them: contiguous (no copy if that is all of them)."""
+    return [t[:, :, tokens].contiguous() for t in tensors]
+
+
+@functools.lru_cache(maxsize=1024)  # the same for all layers
+def ring_blocks(
+    mine: int, theirs: int, n: int, held: int, causal: bool, bounds: tuple[int, ...]
+) -> list[tuple[slice, slice, bool]]:
+    """Which of the `held` queries of rank `mine` see which keys of rank `theirs` in a ring of n: (queries, keys,
+    whether with the causal mask between them), at most one per document of `bounds`.
+
+    One is enough because ranks hold their tokens in rising order: a document's are contiguous in every rank, and of two
+    ranks' chunks r < s < 2n-1-s < 2n-1-r, r's late queries see all keys of s, and all queries of s see r's early keys.
+    """
+    width = held // 2 if causal else held
+
+    def before(rank: int, bound: int) -> int:
+        """How many of the rank's tokens come before this one."""
+        chunks = (rank, 2 * n - 1 - rank) if causal else (rank,)
+        return sum(min(max(bound - chunk * width, 0), width) for chunk in chunks)
+
+    blocks = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        first_query, last_query = before(mine, start), before(mine, end)
+        first_key, last_key = before(theirs, start), before(theirs, end)
+        if causal and theirs < mine:
+            last_key = min(last_key, width)
+        if causal and theirs > mine:
+            first_query = max(first_query, width)
+        if first_query < last_query and first_key < last_key:
+            blocks.append((slice(first_query, last_query), slice(first_key, last_key), causal and mine == theirs))
+    return blocks
 
 
 def _pass_on(x: torch.Tensor, group: dist.ProcessGroup):
