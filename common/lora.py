@@ -83,12 +83,12 @@ def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
             yield name.removeprefix("module."), module
 
 
-def _over_stages(mine) -> list:
-    """What each pipeline stage has to say, on all of them."""
+def _union(mine: dict) -> dict:
+    """The pipeline stages' dicts as one."""
     group = mpu.get_pipeline_model_parallel_group()
-    out: list = [None] * group.size()
-    dist.all_gather_object(out, mine, group=group)
-    return out
+    stages: list[dict] = [{}] * group.size()
+    dist.all_gather_object(stages, mine, group=group)
+    return {key: value for stage in stages for key, value in stage.items()}
 
 
 def _matches(name: str, targets: list[str] | str) -> bool:
@@ -134,7 +134,7 @@ def add(
     Raises:
         ValueError: a target that no linear of the model is called; lists those that there are.
     """
-    names = [name for stage in _over_stages([name for name, _ in _modules(chunks, ADAPTED)]) for name in stage]
+    names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
     unknown = [target for target in targets if not any(_matches(name, [target]) for name in names)]
     if unknown:
         kinds = sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names})
@@ -173,17 +173,19 @@ def merge_(chunks: list[nn.Module]) -> None:
 UNDERSTOOD = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "bias",
               "inference_mode", "target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
               "megatron_core", "qalora_group_size"}  # fmt: skip
-PREFIX, SUFFIX = "base_model.model.", ".lora_A.weight"
-
-
-def _keys(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, tuple[str, nn.Parameter]]:
-    """The adapters' parameters: our name -> (PEFT's key, parameter)."""
-    named = ((n, p) for n, p in checkpoint.parameters(chunks) if n.endswith((".lora_A", ".lora_B")))
-    return {n: (f"{PREFIX}{_released(n[:-7], rename)}{n[-7:]}.weight", p) for n, p in named}
 
 
 def _released(linear: str, rename: Callable[[str], str]) -> str:
     return rename(f"{linear}.weight").removesuffix(".weight")
+
+
+def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, tuple[str, nn.Parameter]]:
+    """Our name -> (PEFT's key, parameter)."""
+    return {
+        f"{name}.{part}": (f"base_model.model.{_released(name, rename)}.{part}.weight", getattr(module, part))
+        for name, module in _modules(chunks, PLAIN)
+        for part in ("lora_A", "lora_B")
+    }
 
 
 def save_adapter(
@@ -194,16 +196,15 @@ def save_adapter(
     rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
     "CAUSAL_LM" for one.
     """
-    settings = [dataclasses.asdict(module.lora) for _, module in _modules(chunks, PLAIN)]
-    mine = {key: _whole(parameter) for key, parameter in _keys(chunks, rename).values()}
-    stages = _over_stages((settings[:1], mine))
+    settings = _union({"": dataclasses.asdict(module.lora) for _, module in _modules(chunks, PLAIN)})[""]
+    tensors = _union({key: _whole(parameter) for key, parameter in _adapters(chunks, rename).values()})
+    names = {re.fullmatch(r"base_model\.model\.(.*)\.lora_[AB]\.weight", key)[1] for key in tensors}
     if dist.get_rank() != 0:
         return
-    tensors = {key: tensor for _, stage in stages for key, tensor in stage.items()}
     weights.save(folder, {key: tensor.nbytes for key, tensor in tensors.items()}, tensors.__getitem__, "adapter_model")
-    facts = next(found[0] for found, _ in stages if found) | {
+    facts = settings | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "target_modules": sorted(k.removeprefix(PREFIX).removesuffix(SUFFIX) for k in tensors if k.endswith(SUFFIX)),
+        "target_modules": sorted(names),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 
@@ -236,7 +237,7 @@ def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], 
         raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
     settings = Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)})
     _attach(chunks, lambda name: _matches(_released(name, rename), facts["target_modules"]), settings)
-    keys, entries = _keys(chunks, rename), weights.index(folder)
-    shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in keys.values()}
-    weights.check(entries, {k: shape for stage in _over_stages(shapes) for k, shape in stage.items()}, folder)
-    checkpoint.load_released(chunks, entries, lambda name: keys[name][0] if name in keys else None)
+    adapters, entries = _adapters(chunks, rename), weights.index(folder)
+    shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in adapters.values()}
+    weights.check(entries, _union(shapes), folder)
+    checkpoint.load_released(chunks, entries, lambda name: adapters[name][0] if name in adapters else None)
