@@ -84,8 +84,10 @@ def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _union(mine: dict) -> dict:
-    """The pipeline stages' dicts as one."""
+    """The pipeline stages' dicts as one; in a rehearsal without real groups, this stage's."""
     group = mpu.get_pipeline_model_parallel_group()
+    if group.size() == 1 or dist.get_backend() == "fake":
+        return mine
     stages: list[dict] = [{}] * group.size()
     dist.all_gather_object(stages, mine, group=group)
     return {key: value for stage in stages for key, value in stage.items()}
@@ -169,10 +171,11 @@ def merge_(chunks: list[nn.Module]) -> None:
 
 # ------------------------------------------------------------------------------------------------ PEFT's folder format
 
-# Fields of adapter_config.json in which a plain LoRA may say something; in any other only "no" is understood.
-UNDERSTOOD = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "bias",
-              "inference_mode", "target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
-              "megatron_core", "qalora_group_size"}  # fmt: skip
+# What a plain LoRA's adapter_config.json may say; in any other field only "no" is understood. Other ways to draw the
+# first weights change the base's too.
+UNDERSTOOD = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+        "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size"}  # fmt: skip
 
 
 def _released(linear: str, rename: Callable[[str], str]) -> str:
@@ -196,15 +199,14 @@ def save_adapter(
     rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
     "CAUSAL_LM" for one.
     """
-    settings = _union({"": dataclasses.asdict(module.lora) for _, module in _modules(chunks, PLAIN)})[""]
-    tensors = _union({key: _whole(parameter) for key, parameter in _adapters(chunks, rename).values()})
-    names = {re.fullmatch(r"base_model\.model\.(.*)\.lora_[AB]\.weight", key)[1] for key in tensors}
+    linears = {_released(name, rename): dataclasses.asdict(module.lora) for name, module in _modules(chunks, PLAIN)}
+    linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
     if dist.get_rank() != 0:
         return
     weights.save(folder, {key: tensor.nbytes for key, tensor in tensors.items()}, tensors.__getitem__, "adapter_model")
-    facts = settings | {
+    facts = next(iter(linears.values())) | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "target_modules": sorted(names),
+        "target_modules": sorted(linears),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 
@@ -229,10 +231,8 @@ def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], 
         ValueError: not a plain LoRA; missing, extra or misshaped tensors.
     """
     facts = weights.read_json(folder / "adapter_config.json")
-    odd = {field: value for field, value in facts.items() if value and field not in UNDERSTOOD}
-    odd |= {k: facts[k] for k, plain in (("peft_type", "LORA"), ("bias", "none")) if facts.get(k, plain) != plain}
-    if facts.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
-        odd["init_lora_weights"] = facts["init_lora_weights"]  # it changed the base's weights too
+    odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
+    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
     if odd:
         raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
     settings = Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)})

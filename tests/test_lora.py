@@ -229,6 +229,10 @@ def pissa(folder: Path) -> None:
     edit_config(folder, init_lora_weights="pissa")
 
 
+def other(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"model_type": "qwen3"}')
+
+
 def biases(folder: Path) -> None:
     edit_config(folder, bias="all")
 
@@ -243,6 +247,7 @@ def biases(folder: Path) -> None:
         (dora, "'use_dora': True"),
         (pissa, "'init_lora_weights': 'pissa'"),
         (biases, "'bias': 'all'"),
+        (other, "'model_type': 'qwen3', 'peft_type': None"),
     ],
 )
 def test_folder_that_does_not_fit_is_refused(spoil, says, tmp_path):
