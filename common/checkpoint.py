@@ -15,7 +15,7 @@ import os
 import queue
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -283,12 +283,12 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
             parameter.copy_(reader.read(entry, split, *tp))
 
 
-def initialize(chunks, seed: int, draw) -> None:
-    """Fill parameters from scratch, the same whatever the layout: every parameter is drawn whole from a generator
-    seeded by (seed, its name) and sliced. draw(name, whole tensor, generator) fills one."""
+def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
+    """Fill parameters from scratch, the same whatever the layout: every parameter (with a `chosen` name) is drawn whole
+    from a generator seeded by (seed, its name) and sliced. draw(name, whole tensor, generator) fills one."""
     tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
     with torch.no_grad():
-        for name, parameter in parameters(chunks):
+        for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
             split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
             shape = list(parameter.shape)
             if split is not None:

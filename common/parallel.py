@@ -282,8 +282,9 @@ def recomputed(block: torch.nn.Module, kind: str):
         return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
     extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}
-    # No dropout anywhere, so no RNG state to carry.
-    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+    # Only an adapter's dropout (lora.py) draws random numbers; without it there is no RNG state to carry.
+    drops = any(isinstance(module, torch.nn.Dropout) for module in block.modules())
+    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=drops, **extra)
 
 
 def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:

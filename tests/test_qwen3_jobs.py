@@ -62,7 +62,17 @@ def test_layout_this_model_cannot_have_is_refused(options, named):
 
 @pytest.mark.parametrize("job", ["pretrain", "sft"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
-    settings = ["--save-every", "3", "--deterministic", "--lr-schedule", "constant", "--seq-len", "128", "--warmup", "1"]
+    settings = [
+        "--save-every",
+        "3",
+        "--deterministic",
+        "--lr-schedule",
+        "constant",
+        "--seq-len",
+        "128",
+        "--warmup",
+        "1",
+    ]
     whole = launch(job, "--steps", "6", "--out", tmp_path / "whole", *settings)
     assert whole.returncode == 0, whole.stderr
     first = launch(job, "--steps", "3", "--out", tmp_path / "parts", *settings)

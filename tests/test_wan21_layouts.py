@@ -41,13 +41,16 @@ LAYOUTS = {
 }
 
 
-def run_layout(layout: dict, steps: int, want_gradients: bool) -> dict:
-    """On every rank: train `steps` steps from the shared weights. Returns rank 0's whole gradients of the first step
-    (gathered over tensor and pipeline parallel), losses, and final whole weights."""
+def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None) -> dict:
+    """On every rank: train `steps` steps from the shared weights, the chunks given to `adapt` before they are wrapped.
+    Returns rank 0's whole gradients of the first step (gathered over tensor and pipeline parallel), losses, and final
+    whole weights."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, case.random_state())
+    if adapt:
+        adapt(chunks)
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -86,11 +89,11 @@ def through_npu(layout: dict, steps: int) -> dict:
 
 
 def whole(o, wrapped, gradient: bool) -> dict[str, torch.Tensor]:
-    """Every parameter (or its gradient) of the whole model, put together on every rank."""
+    """Every parameter (or the gradient of every one that trains) of the whole model, put together on every rank."""
     mine = {}
     world = [None] * dist.get_world_size()
     shards: list = []
-    for name, p in checkpoint.parameters(wrapped):
+    for name, p in ((n, p) for n, p in checkpoint.parameters(wrapped) if p.requires_grad or not gradient):
         value = p.detach()
         if gradient:
             value = p.grad if o.fsdp else p.main_grad
@@ -124,7 +127,7 @@ def reduced(wrapped, mine: dict) -> dict:
                 gathered = [torch.empty_like(p) for p in parts]
                 dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
                 bucket.grad_data.copy_(torch.cat(gathered))
-    return {name: p.main_grad.clone() for name, p in checkpoint.parameters(wrapped)}
+    return {name: p.main_grad.clone() for name, p in checkpoint.parameters(wrapped) if p.requires_grad}
 
 
 @pytest.fixture(scope="module")

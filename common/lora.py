@@ -1,0 +1,243 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on linears, plain and tensor parallel, in PEFT's folder format.
+
+y = W x + b becomes y = W x + b + s B A x with A [r, in], B [out, r], s = alpha / r (rank-stabilised, arXiv:2312.03732:
+alpha / sqrt(r)); only A and B train. They are parameters `lora_A` and `lora_B` of the linear itself, so every other
+name of the model, and what reads weights and checkpoints by it, stays. Order: released weights, adapters, wrapping.
+
+What can be adapted is a linear that the model calls and that is one matrix of the release: names map one to one.
+Matrices fused or stacked here (experts) are no linears and are left out; so is a vocabulary projection split over tp,
+whose weight the loss reads. A recipe must not offer as target what its model does not call (a router read as weight).
+The base is not quantised (no QLoRA): it stays in the precision of the run.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from common import checkpoint, parallel, weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of every adapter of a model, by PEFT's names."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+# ---------------------------------------------------------------------------------------------------- adapted linears
+
+
+def _narrow(module: nn.Module, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+    """s A dropout(x): [..., in] -> [..., r]. Scaled here, where the tensor is small."""
+    return F.linear(module.lora_dropout(x), lora_A) * module.lora.scale
+
+
+class LoraLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
+
+
+class LoraColumnLinear(parallel.ColumnLinear):
+    """A is whole on every rank, B split over outputs: each rank has its outputs' part of A's gradient. Under sequence
+    parallel megatron-core sums those once a step, together with the norms'; else the backward does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, B, inputs] -> [L, B, outputs/tp]."""
+        lora_A = self.lora_A if self.config.sequence_parallel else parallel.shared_by_tp(self.lora_A, self.config)
+        return super().forward(x) + F.linear(_narrow(self, x, lora_A), self.lora_B)
+
+
+class LoraRowLinear(parallel.RowLinear):
+    """A is split over inputs, B whole on every rank: what the ranks sum is only r wide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
+        narrow = parallel.leave_tensor_parallel(_narrow(self, x, self.lora_A), self.config)  # [L(/tp), B, r]
+        return super().forward(x) + F.linear(narrow, self.lora_B)
+
+
+ADAPTED = {nn.Linear: LoraLinear, parallel.ColumnLinear: LoraColumnLinear, parallel.RowLinear: LoraRowLinear}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
+    """(global name, module) of exactly these types, but for plain linears whose weight is split over tp."""
+    for name, module in ((n, m) for chunk in chunks for n, m in chunk.named_modules() if type(m) in types):
+        if not isinstance(module, nn.Linear) or not getattr(module.weight, "tensor_model_parallel", False):
+            yield name.removeprefix("module."), module
+
+
+def _union(mine: dict) -> dict:
+    """The pipeline stages' dicts as one; in a rehearsal without real groups, this stage's."""
+    group = mpu.get_pipeline_model_parallel_group()
+    if group.size() == 1 or dist.get_backend() == "fake":
+        return mine
+    stages: list[dict] = [{}] * group.size()
+    dist.all_gather_object(stages, mine, group=group)
+    return {key: value for stage in stages for key, value in stage.items()}
+
+
+def _matches(name: str, targets: list[str] | str) -> bool:
+    """PEFT's rule: a list holds whole names or ends of names, a string is a regular expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _attach(chunks: list[nn.Module], chosen: Callable[[str], bool], settings: Settings) -> None:
+    """Freeze the model and give the chosen linears adapters, memory allocated and not filled."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    for module in [module for name, module in _modules(chunks, ADAPTED) if chosen(name)]:
+        weight = module.weight
+        split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
+        module.__class__, module.lora = ADAPTED[type(module)], settings
+        module.lora_dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout else nn.Identity()
+        module.lora_A = nn.Parameter(weight.new_empty(settings.r, weight.shape[1]))
+        module.lora_B = nn.Parameter(weight.new_empty(weight.shape[0], settings.r))
+        for parameter, dim in ((module.lora_A, 1), (module.lora_B, 0)):
+            if dim == split:
+                parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+            elif split is not None:
+                parallel.mark_replicated([parameter], module.config)
+            else:  # like the linear's own weight: the same on all tokens, or on this rank's
+                parameter.sequence_parallel = getattr(weight, "sequence_parallel", False)
+
+
+def add(
+    chunks: list[nn.Module],
+    targets: list[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int,
+) -> None:
+    """Freeze the model and give each linear whose name ends in one of `targets` ("q_proj", "self_attn.o", "ffn.0") an
+    adapter that trains: A drawn as PEFT does, the same in every layout, B zero. With dropout, see `seed_dropout`.
+
+    Raises:
+        ValueError: a target that no linear of the model is called; lists those that there are.
+    """
+    names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
+    unknown = [target for target in targets if not any(_matches(name, [target]) for name in names)]
+    if unknown:
+        kinds = sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names})
+        raise ValueError(f"no linear is called {', '.join(unknown)}; expected the end of one of: {', '.join(kinds)}")
+    settings = Settings(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
+    _attach(chunks, lambda name: _matches(name, targets), settings)
+    checkpoint.initialize(chunks, seed, _draw, lambda name: name.endswith((".lora_A", ".lora_B")))
+
+
+def _draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    whole.zero_()
+    if name.endswith(".lora_A"):
+        nn.init.kaiming_uniform_(whole, a=5**0.5, generator=generator)  # U(-1, 1) / sqrt(in)
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """To be called before each step: masks that a resumed run draws again, different where tokens or layers differ and
+    equal over tp, where copies of a linear must drop the same entries. Another layout draws others."""
+    place = (mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_pipeline_model_parallel_rank())
+    torch.manual_seed(checkpoint.stable_seed(seed, step, *place))
+
+
+@torch.no_grad()
+def merge_(chunks: list[nn.Module]) -> None:
+    """W += s B A, computed in fp32 and rounded once; the linears are plain again."""
+    for _, module in _modules(chunks, PLAIN):
+        delta = module.lora_B.float() @ module.lora_A.float() * module.lora.scale
+        module.weight.copy_(module.weight.float() + delta)
+        module.__class__ = PLAIN[type(module)]
+        del module.lora, module.lora_dropout, module.lora_A, module.lora_B
+
+
+# ------------------------------------------------------------------------------------------------ PEFT's folder format
+
+# What a plain LoRA's adapter_config.json may say; in any other field only "no" is understood. Other ways to draw the
+# first weights change the base's too.
+UNDERSTOOD = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+        "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size"}  # fmt: skip
+
+
+def _released(linear: str, rename: Callable[[str], str]) -> str:
+    return rename(f"{linear}.weight").removesuffix(".weight")
+
+
+def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, tuple[str, nn.Parameter]]:
+    """Our name -> (PEFT's key, parameter)."""
+    return {
+        f"{name}.{part}": (f"base_model.model.{_released(name, rename)}.{part}.weight", getattr(module, part))
+        for name, module in _modules(chunks, PLAIN)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def save_adapter(
+    folder: Path, chunks: list[nn.Module], rename: Callable[[str], str], *, base: str = "", task: str | None = None
+) -> None:
+    """Write a new folder as PEFT would, from rank 0; every rank calls.
+
+    rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
+    "CAUSAL_LM" for one.
+    """
+    linears = {_released(name, rename): dataclasses.asdict(module.lora) for name, module in _modules(chunks, PLAIN)}
+    linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
+    if dist.get_rank() != 0:
+        return
+    weights.save(folder, {key: tensor.nbytes for key, tensor in tensors.items()}, tensors.__getitem__, "adapter_model")
+    facts = next(iter(linears.values())) | {
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
+        "target_modules": sorted(linears),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """Put together over FSDP or tensor parallel, on the CPU."""
+    value = parameter.detach()
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
+        parts = [torch.empty_like(value) for _ in range(group.size())]
+        dist.all_gather(parts, value.contiguous(), group=group)
+        value = torch.cat(parts, parameter.partition_dim)
+    return value.cpu()
+
+
+def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], str]) -> None:
+    """Freeze the model and give it the adapters of a PEFT folder, which train; each rank reads its slices.
+
+    Raises:
+        ValueError: not a plain LoRA; missing, extra or misshaped tensors.
+    """
+    facts = weights.read_json(folder / "adapter_config.json")
+    odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
+    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
+    if odd:
+        raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
+    settings = Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)})
+    _attach(chunks, lambda name: _matches(_released(name, rename), facts["target_modules"]), settings)
+    adapters, entries = _adapters(chunks, rename), weights.index(folder)
+    shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in adapters.values()}
+    weights.check(entries, _union(shapes), folder)
+    checkpoint.load_released(chunks, entries, lambda name: adapters[name][0] if name in adapters else None)

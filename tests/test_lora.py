@@ -1,0 +1,463 @@
+"""Adapters against peft, in memory and in its folders; in every kind of layout against one process (fp32, gloo)."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import test_wan21_layouts as layouts
+import torch
+import wan_case as case
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+
+from common import checkpoint, lora, parallel
+from common import train as loop
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "mlp.down_proj", "lm_head"]
+PREFIX = "base_model.model."
+TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def randomise(parameters, seed: int = 1) -> None:
+    """B too, which would hide what A does while it is zero; drawn by the name up to lora_A or lora_B."""
+    for name, p in parameters:
+        stem = name.removeprefix(PREFIX).replace(".default.weight", "")
+        generator = torch.Generator().manual_seed(checkpoint.stable_seed(seed, stem))
+        p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
+
+
+def qwen(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """transformers' Qwen3 with every parameter random."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=40,
+        num_hidden_layers=2, vocab_size=50, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    for name, p in model.named_parameters():
+        p.data.normal_(std=0.3).add_(1.0 if "norm" in name else 0.0)
+    return model.to(dtype)
+
+
+def peft_qwen(**options):
+    import peft
+
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(qwen(), config)
+    randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    return model.train()
+
+
+def our_qwen(**options) -> torch.nn.Module:
+    model = qwen()
+    lora.add([model], TARGETS, rank=3, alpha=5, seed=7, **options)
+    randomise(((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    return model.train()
+
+
+def alone(function, *args):
+    """In a process group of one."""
+    return run_ranks(1, _alone, function, *args)[0]
+
+
+def _alone(function, *args):
+    parallel.initialize(case.options())
+    return function(*args)
+
+
+# ------------------------------------------------------------------------------------------------------- against peft
+
+
+def beside_peft(rslora: bool, dropout: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name: (ours, peft's)} of the logits and of every gradient, the masks drawn from the same state."""
+    found = []
+    for model in (our_qwen(rslora=rslora, dropout=dropout), peft_qwen(use_rslora=rslora, lora_dropout=dropout)):
+        torch.manual_seed(11)
+        logits = model(TOKENS).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        named = ((n.removeprefix(PREFIX).replace(".default.weight", ""), p) for n, p in model.named_parameters())
+        found.append({"logits": logits.detach()} | {n: p.grad for n, p in named if p.requires_grad})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    return {name: (ours[name], theirs[name]) for name in ours}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize(("rslora", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.4)])
+def test_logits_and_gradients_equal_peft(rslora, dropout):
+    pairs = alone(beside_peft, rslora, dropout)
+    assert len(pairs) == 1 + 2 * (2 * 4 + 1)  # the logits, A and B of four linears in two layers and of the head
+    bad = {name: off for name, (got, want) in pairs.items() if (off := relative(got, want)) > 1e-5}
+    assert not bad
+
+
+def through_folders(folder: Path) -> dict[str, torch.Tensor]:
+    """Logits of our adapters, of the folder they were saved to in peft, of peft's own, and of its folder here."""
+    import peft
+
+    ours, theirs, again = our_qwen(rslora=True), peft_qwen(lora_dropout=0.1).eval(), qwen()
+    lora.save_adapter(folder / "ours", [ours], str, task="CAUSAL_LM")
+    theirs.save_pretrained(folder / "peft", save_embedding_layers=False)  # else with a copy of the base's head
+    lora.load_adapter(folder / "peft", [again], str)
+    lora.save_adapter(folder / "again", [again], str, task="CAUSAL_LM")
+    models = {"ours": ours, "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours"),
+              "peft": theirs, "peft's here": again.eval()}  # fmt: skip
+    with torch.no_grad():
+        return {name: model(TOKENS).logits for name, model in models.items()}
+
+
+@pytest.mark.L2
+def test_folders_pass_to_peft_and_back(tmp_path):
+    logits = alone(through_folders, tmp_path)
+    assert relative(logits["ours in peft"], logits["ours"]) < 1e-5
+    assert relative(logits["peft's here"], logits["peft"]) < 1e-5
+    theirs, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    assert theirs.keys() == again.keys()
+    assert all(torch.equal(theirs[key], again[key]) for key in theirs)
+
+
+# ------------------------------------------------------------------------------------------------------ what add does
+
+
+def added() -> tuple[dict, dict, dict]:
+    """Of a model before and after: names and whether they train; the adapters as they are drawn."""
+    before = dict.fromkeys(dict(qwen().named_parameters()), False)
+    model = qwen()
+    lora.add([model], ["q_proj", "down_proj"], rank=64, alpha=5, seed=7)
+    after = {n: p.requires_grad for n, p in model.named_parameters()}
+    return before, after, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.L2
+def test_only_adapters_train_and_start_as_nothing():
+    before, after, adapters = alone(added)
+    places = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")]
+    assert after == before | {f"{place}.lora_{part}": True for place in places for part in "AB"}
+    for name, tensor in adapters.items():
+        if name.endswith("lora_B"):
+            assert not tensor.any()
+        else:
+            bound = 1 / math.sqrt(tensor.shape[1])
+            assert 0.98 * bound < tensor.abs().max() <= bound
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    drawn = [adapters[f"{place}.lora_A"] for place in places]
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def merged(dtype: torch.dtype) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
+    """Weights as they should be and as they are, logits before and after."""
+    model = qwen(dtype)
+    lora.add([model], TARGETS, rank=3, alpha=5, seed=7)
+    randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    want = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    for name, a in ((n, p) for n, p in model.named_parameters() if n.endswith("lora_A")):
+        weight, b = name.replace("lora_A", "weight"), model.get_parameter(name.replace("lora_A", "lora_B"))
+        want[weight] = (want[weight].double() + 5 / 3 * (b.double() @ a.double())).to(dtype).detach()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        lora.merge_([model])
+        after = model(TOKENS).logits
+    assert all(type(m) not in lora.PLAIN for m in model.modules())
+    return want, {n: p.detach() for n, p in model.named_parameters()}, before, after
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_equals_unmerged(dtype):
+    want, got, before, after = alone(merged, dtype)
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    if dtype == torch.bfloat16:  # the exact sum rounded once, as nearly all entries show
+        different = torch.cat([(got[name] != want[name]).flatten() for name in want])
+        assert different.float().mean() < 1e-3
+    else:
+        assert relative(after, before) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(spoil, folder: Path) -> str:
+    """What load_adapter says to a good folder after `spoil(folder)`."""
+    good = our_qwen()
+    lora.save_adapter(folder / "a", [good], str)
+    spoil(folder / "a")
+    with pytest.raises(ValueError) as error:
+        lora.load_adapter(folder / "a", [qwen()], str)
+    return str(error.value)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+def lose(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(KEY))
+
+
+def cross(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({KEY: tensors[KEY].mT.contiguous()}))
+
+
+def stray(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({KEY.replace(".1.", ".2."): torch.zeros(1)}))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def edit_config(folder: Path, **facts) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+def dora(folder: Path) -> None:
+    edit_config(folder, use_dora=True)
+
+
+def pissa(folder: Path) -> None:
+    edit_config(folder, init_lora_weights="pissa")
+
+
+def other(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"model_type": "qwen3"}')
+
+
+def biases(folder: Path) -> None:
+    edit_config(folder, bias="all")
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lose, f"1 missing: {KEY}"),
+        (cross, f"{KEY} is [3, 32], expected [32, 3]"),
+        (stray, f"1 not of this model: {KEY.replace('.1.', '.2.')}"),
+        (dora, "'use_dora': True"),
+        (pissa, "'init_lora_weights': 'pissa'"),
+        (biases, "'bias': 'all'"),
+        (other, "'model_type': 'qwen3', 'peft_type': None"),
+    ],
+)
+def test_folder_that_does_not_fit_is_refused(spoil, says, tmp_path):
+    assert says in alone(refused, spoil, tmp_path)
+
+
+def misnamed() -> str:
+    with pytest.raises(ValueError) as error:
+        lora.add([qwen()], ["q_proj", "proj"], rank=3, alpha=5, seed=7)  # an end of names, not of their last part
+    return str(error.value)
+
+
+@pytest.mark.L2
+def test_unknown_target_is_refused_with_the_names_there_are():
+    said = alone(misnamed)
+    assert "called proj;" in said
+    assert "lm_head, model.layers.N.mlp.down_proj, " in said
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+WAN_TARGETS = ["self_attn.q", "cross_attn.k", "o", "ffn.0", "ffn.2", "text_embedding.2", "time_projection.1", "head"]
+LAYOUTS = {
+    "dp2": (2, {}),
+    "fsdp2": (2, {"fsdp": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "tp2 sp recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
+    "cp2 ulysses": (2, {"cp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
+}
+
+
+def adapt(chunks) -> None:
+    """Adapters on linears of all three kinds, A as drawn, B drawn by its name from the same generator."""
+    lora.add(chunks, WAN_TARGETS, rank=6, alpha=9, seed=7)
+    checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
+
+
+def draw_b(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    whole.normal_(std=0.1, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return run_ranks(1, layouts.run_layout, {}, 5, True, adapt)[0]
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_single_process(name, single):
+    world, layout = LAYOUTS[name]
+    got = run_ranks(world, layouts.run_layout, layout, 5, True, adapt)[0]
+    layouts.compare(got, single, layout)
+
+
+@pytest.mark.L3
+def test_optimizer_moves_every_adapter_and_nothing_else(single):
+    start = case.random_state()
+    adapters = {name for name in single["weights"] if ".lora_" in name}
+    assert single["gradients"].keys() == adapters
+    assert single["weights"].keys() - adapters == start.keys()
+    assert all(torch.equal(single["weights"][name], value) for name, value in start.items())
+    untrained = run_ranks(1, layouts.run_layout, {}, 0, False, adapt)[0]["weights"]
+    assert all((single["weights"][name] - untrained[name]).abs().min() > 0 for name in adapters)
+
+
+def written(layout: dict, folder: Path) -> None:
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    adapt(chunks)
+    if o.fsdp:
+        chunks = parallel.wrap(chunks, o, case.model.WanBlock)
+    lora.save_adapter(folder, chunks, case.convert.to_diffusers)
+
+
+def read_back(layout: dict, folder: Path, copy: Path) -> None:
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    lora.load_adapter(folder, chunks, case.convert.to_diffusers)
+    lora.save_adapter(copy, chunks, case.convert.to_diffusers)
+
+
+@pytest.mark.L3
+def test_folders_do_not_know_the_layout(tmp_path):
+    four = {"tp": 2, "sp": True, "pp": 2}
+    run_ranks(1, written, {}, tmp_path / "one")
+    run_ranks(4, written, four, tmp_path / "four")
+    run_ranks(2, written, {"fsdp": True}, tmp_path / "fsdp")
+    run_ranks(4, read_back, four, tmp_path / "one", tmp_path / "again")
+    one = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert one["base_model.model.blocks.3.attn1.to_q.lora_B.weight"].shape == (48, 6)
+    assert one["base_model.model.blocks.3.ffn.net.2.lora_A.weight"].shape == (6, 80)
+    for name in ("four", "fsdp", "again"):
+        other = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+        facts = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("one", name)]
+        assert facts[0] == facts[1]
+
+
+def merged_shards(layout: dict) -> dict:
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    adapt(chunks)
+    lora.merge_(chunks)
+    return layouts.whole(o, chunks, gradient=False)
+
+
+@pytest.mark.L3
+def test_merged_shards_equal_single_process():
+    want, got = run_ranks(1, merged_shards, {})[0], run_ranks(2, merged_shards, {"tp": 2})[0]
+    assert want.keys() == got.keys() == case.random_state().keys()
+    assert all(relative(got[name], want[name]) < 1e-6 for name in want)
+    assert not torch.equal(want["blocks.0.ffn.2.weight"], case.random_state()["blocks.0.ffn.2.weight"])
+
+
+# ------------------------------------------------------------------------------------------------- dropout and resume
+
+
+def gradients(layout: dict, dropout: float, compiled: bool = False) -> dict:
+    """This rank's gradients of one micro-batch, not gathered, and whether they are of a split parameter."""
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    lora.add(chunks, WAN_TARGETS, rank=6, alpha=9, dropout=dropout, seed=7)
+    checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
+    if compiled:
+        for block in chunks[0].blocks.values():
+            block.compile(backend="aot_eager", fullgraph=True)
+    lora.seed_dropout(3, step=5)
+    output, loss = case.train.forward_step(iter(case.my_batches(o)), chunks[0])
+    loss(output)[0].backward()
+    return {
+        n: (p.grad, getattr(p, "tensor_model_parallel", False))
+        for n, p in checkpoint.parameters(chunks)
+        if p.requires_grad
+    }
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recompute_draws_the_same_masks(recompute):
+    want, got = (run_ranks(1, gradients, {"recompute": kind}, 0.5)[0] for kind in ("none", recompute))
+    bad = {name: off for name in want if (off := relative(got[name][0], want[name][0])) > 1e-5}
+    assert not bad
+
+
+@pytest.mark.L3
+def test_adapted_block_compiles_whole():
+    want, got = (run_ranks(1, gradients, {}, 0.0, compiled)[0] for compiled in (False, True))
+    bad = {name: off for name in want if (off := relative(got[name][0], want[name][0])) > 1e-5}
+    assert not bad
+
+
+@pytest.mark.L3
+def test_dropout_keeps_copies_equal_over_tp():
+    first, second = run_ranks(2, gradients, {"tp": 2}, 0.5)
+    copies = [name for name, (_, split) in first.items() if not split]
+    assert len(copies) == 2 * 3 + 6 * 4  # both factors of plain linears, one of split ones
+    bad = {name: off for name in copies if (off := relative(first[name][0], second[name][0])) > 1e-5}
+    assert not bad
+
+
+def interrupted(folder: Path, layout: dict) -> float:
+    """Train, save, load into a fresh model and optimizer; the largest difference of any parameter or moment."""
+    o = case.options(**layout)
+    parallel.initialize(o)
+    states = []
+    for saved in (None, folder / "step-000001"):
+        chunks = case.model.build(o, case.CONFIG)
+        case.load(chunks, case.random_state(0 if saved is None else 1))
+        adapt(chunks)
+        wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+        optimizer = loop.build_optimizer(o, wrapped)
+        if saved is None:
+            train_step(o, wrapped, optimizer)
+            checkpoint.save(folder, 1, wrapped, optimizer, {"optimizer_steps": 1}, fsdp=o.fsdp)
+        else:
+            checkpoint.load(saved, wrapped, optimizer, fsdp=o.fsdp)
+        train_step(o, wrapped, optimizer)
+        states.append(layouts.whole(o, wrapped, gradient=False))
+    return max((states[0][name] - states[1][name]).abs().max().item() for name in states[0])
+
+
+def train_step(o, wrapped, optimizer) -> None:
+    for chunk in wrapped:
+        if hasattr(chunk, "zero_grad_buffer"):
+            chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    batches = case.my_batches(o)
+    loop.get_forward_backward_func()(
+        forward_step_func=case.train.forward_step,
+        data_iterator=iter(batches),
+        model=wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=case.sequence_length(o),
+        micro_batch_size=o.micro_batch,
+    )
+    optimizer.step()
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {}, {"fsdp": True}], ids=str)
+def test_checkpoint_resumes_adapters(layout, tmp_path):
+    assert run_ranks(2, interrupted, tmp_path, layout) == [0.0, 0.0]
