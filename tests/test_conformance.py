@@ -297,8 +297,16 @@ def test_global_batch_does_not_follow_the_layout(recipe, monkeypatch):
     config = importlib.import_module(f"zoo.{recipe}.config")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "4")
+    parsed = 0
     for layout in (["--tp", "2"], ["--cp", "2"], ["--pp", "2"], ["--tp", "4"], []):
-        assert config.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout]).global_batch == 8
+        try:
+            o = config.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout])
+        except ValueError as error:  # not every model's smallest size takes every layout
+            assert f"fix: {layout[0]}" in str(error)
+            continue
+        assert o.global_batch == 8
+        parsed += 1
+    assert parsed >= 3
 
 
 # -------------------------------------------------------------------------------------------------------- documentation

@@ -156,6 +156,9 @@ SIZES = {
 # ----------------------------------------------------------------------------------------------------------- options
 
 DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
+DEMO_WEIGHTS = HERE / "demo" / "weights"  # what sft.sh made of the tiny size
+DEMO_PROMPT = "Sort the digits: 52913"
+DEMO_SFT = {"steps": 600, "lr": 3e-3, "save_every": 300}  # its task is learnt sooner than the docstrings
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 
 
@@ -218,7 +221,7 @@ def parse(script: str, argv: list[str]):
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
     if script == "preprocess":
         return preprocess.checked(o, model_config(o).vocab_size)
-    o = _with_demo(o, script)
+    o = _with_demo(o, script, asked={word.split("=")[0] for word in argv})
     if script != "train":  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
@@ -238,8 +241,8 @@ def parse(script: str, argv: list[str]):
         if o.prompts:
             read_prompts(o.prompts)
     if script == "convert":
-        if o.to is None or o.weights is None:
-            raise ValueError("nothing to convert; fix: --weights DIR --to released or sharded")
+        if o.to is None:
+            raise ValueError("nothing to convert to; fix: --to released or sharded")
         weights.refuse_existing(o.out, "--out")
     return o
 
@@ -323,9 +326,11 @@ def _sharded_config(folder: Path) -> Qwen3Config:
     return Qwen3Config(**json.loads((folder / "state.json").read_text())["model"])
 
 
-def _with_demo(o, script: str):
+def _with_demo(o, script: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
+    if script == "train" and o.data is None and o.job == "sft" and o.size in ("tiny", "tiny-moe"):
+        changes |= {k: v for k, v in DEMO_SFT.items() if f"--{k.replace('_', '-')}" not in asked}
     if script == "train" and o.data is None:
         stem = "text" if o.job == "pretrain" else "sft"
         names = ("train", "validation") if o.job == "pretrain" else ("train.jsonl", "test.jsonl")
@@ -336,12 +341,16 @@ def _with_demo(o, script: str):
             raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
         changes["from_scratch"] = True
     elif o.weights is None:
-        raise ValueError("no weights; fix: --weights DIR (a released folder, or a run's checkpoint)")
+        if o.size != "tiny":
+            raise ValueError(f"size {o.size} has no weights; fix: --weights DIR")
+        changes["weights"] = DEMO_WEIGHTS
+        if script == "infer" and not o.prompt and not o.prompts:
+            changes["prompt"] = DEMO_PROMPT
     if hasattr(o, "tokenizer") and o.tokenizer is None:
         has_one = o.weights is not None and (o.weights / "tokenizer.json").is_file()
         changes["tokenizer"] = o.weights if has_one else DEMO_TOKENIZER
-    if script == "train" and o.out is None:
-        changes["out"] = cli.default_out(HERE.name, o.job)
+    if script in ("train", "convert") and o.out is None:
+        changes["out"] = cli.default_out(HERE.name, getattr(o, "job", script))
     if script == "train":
         changes["cache"] = o.cache or DEMO_DATA / "cache"
     return dataclasses.replace(o, **changes)
@@ -396,7 +405,7 @@ def _defaults(cls) -> dict:
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
     if isinstance(o, preprocess.PreprocessOptions):
-        return cli.to_toml(o)
+        return f"{cli.to_toml(o)}\nfor a model of parameters: {model_config(o).parameters:,}"
     config = model_config(o)
     length = getattr(o, "seq_len", 4096)
     flops = config.flops(length)
