@@ -175,7 +175,7 @@ class TrainOptions(cli.TrainOptions):
     too_long: Literal["drop", "cut"] = option(
         "what becomes of a conversation longer than a row (sft)", "drop", group="data", layout=True
     )
-    cache: Path | None = option("folder that keeps rendered conversations (default: beside --out)", group="data")
+    cache: Path | None = option("folder that keeps rendered conversations (default data/<recipe>-cache)", group="data")
     aux: float = option(
         "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
     )
@@ -352,7 +352,7 @@ def _with_demo(o, script: str, asked: set[str]):
     if script in ("train", "convert") and o.out is None:
         changes["out"] = cli.default_out(HERE.name, getattr(o, "job", script))
     if script == "train":
-        changes["cache"] = o.cache or DEMO_DATA / "cache"
+        changes["cache"] = o.cache or DEMO_DATA.with_name(f"{HERE.name}-cache")
     return dataclasses.replace(o, **changes)
 
 

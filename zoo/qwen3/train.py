@@ -1,7 +1,10 @@
 """Train Qwen3: data, model, objective, loop.
 
-bash zoo/qwen3/pretrain.sh                                                # laptop: tiny model, docstrings of Python
-NPROC=8 bash zoo/qwen3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
+    bash zoo/qwen3/pretrain.sh                                                # laptop: tiny model, docstrings of Python
+    NPROC=8 bash zoo/qwen3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
+
+Every rank of a tensor x context x pipeline group reads the same rows; the loss is a mean over the labelled tokens of the
+whole global batch, so packing and layout change neither it nor its gradients.
 """
 
 import dataclasses
