@@ -13,6 +13,7 @@ megatron-core's sequence parallel wants them. Statistics, modulations, rotations
 whatever the input dtype; results come back in the input's dtype.
 """
 
+import functools
 import math
 
 import torch
@@ -114,6 +115,11 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
     return _MASKS[where]
 
 
+@functools.lru_cache(maxsize=32)  # every layer of a micro-batch asks for the same
+def _on_device(bounds: tuple[int, ...], where: torch.device) -> torch.Tensor:
+    return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(where, non_blocking=True)
+
+
 def _attention_varlen(q, k, v, window, cu_seqlens):
     """torch's variable-length flash attention: fp16 and bf16."""
     from torch.nn.attention.varlen import varlen_attn
@@ -122,9 +128,7 @@ def _attention_varlen(q, k, v, window, cu_seqlens):
     bounds_q = cu_seqlens or list(range(0, B * L + 1, L))
     bounds_k = cu_seqlens or list(range(0, B * S + 1, S))
     longest_q, longest_k = (max(b - a for a, b in zip(c, c[1:], strict=False)) for c in (bounds_q, bounds_k))
-    bounds_q, bounds_k = (
-        torch.tensor(c, dtype=torch.int32).pin_memory().to(q.device, non_blocking=True) for c in (bounds_q, bounds_k)
-    )
+    bounds_q, bounds_k = (_on_device(tuple(c), q.device) for c in (bounds_q, bounds_k))
     q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
     out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, enable_gqa=H != K)
     return out.unflatten(0, (B, L)).transpose(0, 1).contiguous()

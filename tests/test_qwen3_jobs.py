@@ -39,6 +39,20 @@ WRONG = {
 }
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    tokenizer = json.loads((case.config.DEMO_TOKENIZER / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["id"] = 2048
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = launch("pretrain", "--tokenizer", tmp_path)
+    assert done.returncode == 2 and "up to 2048" in done.stderr and "vocabulary of 2048" in done.stderr
+
+
+def test_held_out_rows_that_fill_no_batch_stop_the_run_before_it_trains(tmp_path):
+    done = launch("pretrain", "--global-batch", "4096", "--out", tmp_path)
+    assert done.returncode == 2 and "a global batch takes 4096" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_input_is_one_line_and_exit_code_2(name):
     launcher, options, named = WRONG[name]

@@ -18,7 +18,7 @@ from . import convert, preprocess
 
 HERE = Path(__file__).parent
 
-# What a released config.json must say for this model to be its; None: the key may be absent.
+# What a released config.json must say, where it says anything, for this model to be its.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1,
     "mlp_only_layers": [], "n_shared_experts": 0, "attention_dropout": 0.0,
@@ -278,8 +278,12 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
     tokenizer = o.tokenizer / "tokenizer.json"
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer} does not exist; expected a released tokenizer's folder; fix: --tokenizer")
-    if (o.data is None) != (o.validation is None) and o.data is None:
-        raise ValueError("--validation without --data; fix: --data")
+    largest = _largest_token(tokenizer)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{tokenizer} has token ids up to {largest}, the model (size {o.size}) a vocabulary of {config.vocab_size}; "
+            "expected ids below it; fix: --tokenizer, --size or --weights"
+        )
     for path, flag in ((o.data, "--data"), (o.validation, "--validation")):
         if path is None or _is_demo(path):
             continue
@@ -291,6 +295,13 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
                     )
         elif not path.exists():
             raise ValueError(f"{path} does not exist; expected .jsonl or .json conversations; fix: {flag}")
+
+
+def _largest_token(tokenizer: Path) -> int:
+    """The largest id of a tokenizer.json."""
+    values = weights.read_json(tokenizer)
+    added = [token["id"] for token in values.get("added_tokens", [])]
+    return max([*values["model"]["vocab"].values(), *added])
 
 
 def _is_demo(path: Path) -> bool:

@@ -8,6 +8,7 @@ whole global batch, so packing and layout change neither it nor its gradients.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -56,7 +57,7 @@ def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tens
 def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]:
     """Adds to each micro-batch the weight of its tokens, fp32 [T]: micro-batches * dp / (labelled tokens of the whole
     global batch). The count is summed on the device: nothing waits for it."""
-    count = torch.stack([(b["labels"] >= 0).sum() for b in micro_batches]).sum(0, keepdim=True).float()
+    count = torch.stack([(b["labels"] >= 0).sum() for b in micro_batches]).sum(0, keepdim=True).float().clamp(min=1)
     if dp > 1:
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
     scale = len(micro_batches) * dp / count
@@ -71,12 +72,13 @@ def rows_of(path, o: TrainOptions, shuffle: bool = True):
     if o.job == "pretrain":
         end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(data.DOCUMENT_END)
         return data.TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
-    if dist.get_rank() == 0:
-        data.prepare_chats(path, o.tokenizer, o.seq_len, o.cache, too_long=o.too_long, max_drop=o.max_drop)
-    dist.barrier()
-    return data.PackedRows(
-        data.prepare_chats(path, o.tokenizer, o.seq_len, o.cache, too_long=o.too_long, max_drop=o.max_drop)
+    prepare = functools.partial(
+        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache, too_long=o.too_long, max_drop=o.max_drop
     )
+    if dist.get_rank() == 0:
+        prepare()
+    dist.barrier()
+    return data.PackedRows(prepare())  # made already: finds it
 
 
 class Batches:
@@ -105,18 +107,25 @@ class Batches:
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
+def held_out_rows(o: TrainOptions):
+    """The rows to evaluate on at the end, or None. ValueError: too few, said before the training and not after."""
+    if o.validation is None:
+        return None
+    rows = rows_of(o.validation, o, shuffle=False)
+    if len(rows) < o.global_batch:
+        raise ValueError(
+            f"{o.validation} holds {len(rows)} rows of {o.seq_len} tokens, a global batch takes {o.global_batch}; "
+            "fix: --validation or --global-batch"
+        )
+    return rows
+
+
 @torch.no_grad()
-def held_out_loss(o: TrainOptions, wrapped, batches: Batches) -> tuple[float, int]:
+def held_out_loss(o: TrainOptions, wrapped, batches: Batches, rows) -> tuple[float, int]:
     """(mean cross entropy in nats, number) of the labelled tokens of the held-out rows, as far as they fill whole
     global batches, under the run's own layout."""
-    rows = rows_of(o.validation, o, shuffle=False)
-    steps = len(rows) // o.global_batch
-    if not steps:
-        raise ValueError(
-            f"{o.validation} holds {len(rows)} rows, a global batch takes {o.global_batch}; fix: --validation"
-        )
     rank, total, tokens = mpu.get_data_parallel_rank(), 0.0, 0
-    for step in range(steps):
+    for step in range(len(rows) // o.global_batch):
         first = step * o.global_batch + rank * o.micro_batch
         starts = range(first, (step + 1) * o.global_batch, o.micro_batch * o.dp)
         loaded = [rows.fetch(list(range(i, i + o.micro_batch))) for i in starts]
@@ -137,9 +146,9 @@ def held_out_loss(o: TrainOptions, wrapped, batches: Batches) -> tuple[float, in
     return total / tokens, tokens
 
 
-def finish(o: TrainOptions, config: Qwen3Config, wrapped, batches: Batches, result: dict) -> None:
-    """The held-out loss, and on the demo's data what it compares with."""
-    loss, count = held_out_loss(o, wrapped, batches)
+def finish(o: TrainOptions, config: Qwen3Config, wrapped, batches: Batches, rows, result: dict) -> None:
+    """The loss on the held-out rows, and on the demo's data what it compares with."""
+    loss, count = held_out_loss(o, wrapped, batches, rows)
     main, demo = dist.get_rank() == 0, DEMO_DATA in o.data.parents
     lines = [f"result: step {result['steps']}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
     if demo and o.job == "pretrain" and main:
@@ -187,7 +196,7 @@ def main() -> None:
     chunks = build(o, config)
     fill(chunks, o, config)
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
-    batches = Batches(o)
+    batches, held_out = Batches(o), held_out_rows(o)
     result = loop.train(
         o,
         wrapped,
@@ -199,12 +208,12 @@ def main() -> None:
         header=loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(o.seq_len)),
         state={"model": dataclasses.asdict(config)},
     )
-    if result["reason"] == "finished" and o.validation is not None:
-        finish(o, config, wrapped, batches, result)
+    if result["reason"] == "finished" and held_out is not None:
+        finish(o, config, wrapped, batches, held_out, result)
     if o.export and dist.get_rank() == 0:
         tensors = checkpoint.tensor_sizes(result["checkpoint"])
         element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
-        read = lambda name: checkpoint.read_tensor(result["checkpoint"], name)  # noqa: E731
+        read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
         convert.write_released(o.export, config, element, read, o.tokenizer)
         print(f"exported {o.export}", flush=True)
     dist.barrier()
