@@ -29,10 +29,21 @@ LAYOUTS = {
     "tp2 sp recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
     "tp2 sp cp2 ring": (4, {"tp": 2, "sp": True, "cp": 2, "ulysses": 1}),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "cp2 ring ep2 recompute full": (2, {"cp": 2, "ulysses": 1, "ep": 2, "recompute": "full"}),
+    "tp2 sp etp1": (2, {"tp": 2, "sp": True, "etp": 1}),
+    "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
+    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}),
 }
-MOE = ["dp2", "fsdp2", "tp2", "tp2 sp", "pp2 vpp2", "cp2 ring"]
+MOE = [
+    *("dp2", "fsdp2", "tp2", "tp2 sp", "pp2 vpp2", "cp2 ring"),
+    *(name for name, (_, layout) in LAYOUTS.items() if "ep" in layout or "etp" in layout),
+]
 CASES = (
-    [("dense", n) for n in LAYOUTS] + [("moe", n) for n in MOE] + [("dense tied", "tp2 sp"), ("dense tied", "fsdp2")]
+    [("dense", n) for n in LAYOUTS if "ep" not in LAYOUTS[n][1] and "etp" not in LAYOUTS[n][1]]
+    + [("moe", n) for n in MOE]
+    + [("dense tied", "tp2 sp"), ("dense tied", "fsdp2")]
 )
 
 
@@ -98,32 +109,34 @@ def _run_layout(which: str, layout: dict, packed: bool) -> dict:
     return out if dist.get_rank() == 0 else {}
 
 
-# Copied from tests.test_wan21_layouts: the gradients of the whole model, put together on every rank.
 def whole_gradients(o, wrapped) -> dict[str, torch.Tensor]:
-    if not o.fsdp and o.dp * o.cp > 1:
+    """The gradients of the whole model, put together on every rank."""
+    if not o.fsdp:
         # The distributed optimizer leaves each rank only its reduced part; the others' are whatever they held.
-        group = parallel.mpu.get_data_parallel_group(with_context_parallel=True)
-        for bucket in (b for chunk in wrapped for buffer in chunk.buffers for b in buffer.buckets):
-            parts = list(bucket.grad_data.chunk(group.size()))
-            gathered = [torch.empty_like(p) for p in parts]
-            dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
-            bucket.grad_data.copy_(torch.cat(gathered))
-    mine, splits = {}, {}
+        for buffer in (b for chunk in wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets if group.size() > 1 else ():
+                parts = list(bucket.grad_data.chunk(group.size()))
+                gathered = [torch.empty_like(p) for p in parts]
+                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
+                bucket.grad_data.copy_(torch.cat(gathered))
+    mine = {}
     for name, p in checkpoint.parameters(wrapped):
         value = p.grad if o.fsdp else p.main_grad
-        mine[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-        splits[name] = p.partition_dim if getattr(p, "tensor_model_parallel", False) and o.tp > 1 else None
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        mine[name] = (checkpoint.cuts(p), value.clone())
     world = [None] * dist.get_world_size()
-    dist.all_gather_object(world, (parallel.mpu.get_tensor_model_parallel_rank(), mine, splits))
-    found: dict[str, dict[int, torch.Tensor]] = {}
-    for tp_rank, tensors, cuts in world:
-        splits |= cuts
-        for name, tensor in tensors.items():
-            found.setdefault(name, {}).setdefault(tp_rank, tensor)
-    return {
-        name: parts[0] if splits[name] is None else torch.cat([parts[i] for i in sorted(parts)], splits[name])
-        for name, parts in found.items()
-    }
+    dist.all_gather_object(world, mine)
+    found: dict[str, torch.Tensor] = {}
+    for name, (cuts, value) in ((name, part) for tensors in world for name, part in tensors.items()):
+        shape = list(value.shape)
+        for dim, _, size in cuts:
+            shape[dim] *= size
+        where = found.setdefault(name, torch.full(shape, float("nan")))
+        for dim, rank, size in cuts:
+            where = where.chunk(size, dim)[rank]
+        where.copy_(value)
+    return found
 
 
 SINGLE: dict = {}
