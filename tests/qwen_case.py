@@ -36,7 +36,7 @@ LENGTH, GLOBAL_BATCH = 16, 4
 
 def options(**layout):
     """Checked layout options of the tiny case; needs WORLD_SIZE."""
-    cls = cli.TrainOptions
+    cls = config.TrainOptions
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
     o = cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
