@@ -117,8 +117,9 @@ class Log:
         if not self.main:
             return
         self.record({"kind": "step", **row})
-        for key in ("loss", "grad_norm", "lr", "samples_per_second"):
-            self.board.add_scalar(key, row[key], row["step"])
+        for key, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(key, value, row["step"])
         if row["step"] % o.log_every == 0 or row["step"] == o.steps:
             self.say(console_line(row, o, nan_steps))
 

@@ -5,7 +5,7 @@ import pytest
 import qwen_case as case
 import torch
 from ranks import run_ranks
-from test_qwen3 import save_oracle
+from test_qwen3 import infer_options, save_oracle
 from test_qwen3_layouts import TOLERANCE, compare, my_batches, run_layout
 
 from common import checkpoint, parallel
@@ -102,11 +102,11 @@ def all_to_the_first(state: dict) -> dict:
     return state
 
 
-@pytest.mark.parametrize("backend", ["cpu", "npu"])
-def test_a_rank_whose_experts_nobody_asks_for_takes_part(backend):
+@pytest.mark.parametrize(("backend", "dispatch"), [("cpu", "alltoall"), ("cpu", "allgather"), ("npu", "alltoall")])
+def test_a_rank_whose_experts_nobody_asks_for_takes_part(backend, dispatch):
     want = run_ranks(1, run_layout, "moe", {}, False, backend, all_to_the_first)[0]
     assert want["router"]["router_load"] == pytest.approx([3, 3, 0, 0, 0, 0])
-    got = run_ranks(2, run_layout, "moe", {"ep": 2}, False, backend, all_to_the_first)[0]
+    got = run_ranks(2, run_layout, "moe", {"ep": 2, "dispatch": dispatch}, False, backend, all_to_the_first)[0]
     assert got["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE)
     for name, gradient in want["gradients"].items():
         assert (got["gradients"][name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name
@@ -172,3 +172,18 @@ def test_a_run_goes_on_with_its_experts_spread_otherwise(layout, tmp_path):
     run_ranks(1, train, {}, 0, 2, tmp_path / "again")
     last = run_ranks(2, train, layout, 2, 4, tmp_path / "again")[0]
     assert last == pytest.approx(want[2:], rel=1e-5)
+
+
+def test_generation_with_spread_experts_is_the_plain_one(tmp_path):
+    save_oracle(tmp_path, case.CONFIGS["moe"])
+    want = run_ranks(1, answers, {}, tmp_path)[0]
+    assert run_ranks(2, answers, {"ep": 2}, tmp_path) == [want, want]
+
+
+def answers(layout: dict, folder) -> list[list[int]]:
+    o, config = case.options(**layout), case.CONFIGS["moe"]
+    parallel.initialize(o)
+    model = case.model.build(o, config)[0].eval()
+    case.convert.load([model], case.convert.released_entries(folder, config), config)
+    asked = infer_options(max_new_tokens=6)
+    return case.infer.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())

@@ -33,6 +33,7 @@ LAYOUTS = {
     "cp2 ring ep2 recompute full": (2, {"cp": 2, "ulysses": 1, "ep": 2, "recompute": "full"}),
     "tp2 sp etp1": (2, {"tp": 2, "sp": True, "etp": 1}),
     "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
+    "tp2 sp etp1 ep2 gathered": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2, "dispatch": "allgather"}),
     "tp2 ep2": (4, {"tp": 2, "ep": 2}),
     "pp2 ep2": (4, {"pp": 2, "ep": 2}),
 }

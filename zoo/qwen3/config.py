@@ -183,6 +183,10 @@ class TrainOptions(cli.TrainOptions):
         "what that balances: choices over all layers (transformers), or the mean over layers of each", "model",
         group="objective", layout=True,
     )  # fmt: skip
+    dispatch: Literal["alltoall", "allgather"] = option(
+        "how tokens reach experts on other ranks; gathered where ep is smaller than the experts of a token", "alltoall",
+        group="layout", layout=True,
+    )  # fmt: skip
     z_loss: float = option("weight of the routers' z-loss", 0.0, group="objective", layout=True, within="[0, inf)")
 
 

@@ -96,15 +96,17 @@ class Qwen3MLP(nn.Module):
 
 
 @dataclass(frozen=True)
-class RouterLosses:
-    """What a layer's router adds to the loss: `balance` times its own load-balancing loss and `z` times its z-loss, the
-    mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5). Given per layer: a layer may lie on a
-    pipeline stage that never sees the loss, so megatron-core's autograd function adds their gradients in passing."""
+class RouterOptions:
+    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance` times
+    its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
+    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that never sees the loss, so megatron-core's
+    autograd function adds the gradients of these two in passing."""
 
+    dispatch: str = "alltoall"  # or allgather
     balance: float = 0.0
     z: float = 0.0
 
-    def add(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
+    def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
         """chosen [T, k], with the losses' gradient; logits and probs [T, G], counts [G] of the tokens' choices."""
         if not (self.balance or self.z):
             return chosen
@@ -123,7 +125,7 @@ class Qwen3SparseMLP(nn.Module):
     sequence parallel) each routes its own T/tp tokens to whole experts.
     """
 
-    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterLosses):
+    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterOptions):
         super().__init__()
         self.config, self.mc, self.router = config, mc, router
         G, D, dtype = config.num_experts, config.hidden_size, mc.params_dtype
@@ -152,17 +154,20 @@ class Qwen3SparseMLP(nn.Module):
         counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=x.device)
         counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [G]
         if self.training and torch.is_grad_enabled():
-            chosen = self.router.add(chosen, logits, probs, counts, self.mc)
+            chosen = self.router.add_losses(chosen, logits, probs, counts, self.mc)
         routing.append(logits)
 
-        rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
-        if self.mc.expert_model_parallel_size == 1:
-            rows, computed = self.experts(rows, counts), counts.sum()
+        if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
+            out, computed = self.gathered(tokens, experts, chosen)
         else:
-            rows, computed = self.dispatched(rows, counts)
+            rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
+            if self.mc.expert_model_parallel_size > 1:
+                rows, computed = self.dispatched(rows, counts)
+            else:
+                rows, computed = self.experts(rows, counts), counts.sum()
+            out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
         if self.training:
             self.observe(counts, probs, logits, computed)
-        out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
         return parallel.leave_tensor_parallel(out.view_as(x), self.mc) if self.split_experts else out.view_as(x)
 
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -189,6 +194,28 @@ class Qwen3SparseMLP(nn.Module):
         out = ops.token_unpermute(out, position, torch.ones_like(expert, dtype=out.dtype).unsqueeze(1))
         return parallel.all_to_all(group, out, sent, received), mine.sum()
 
+    def gathered(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [T, D] of all ranks to every one, which computes what its experts are asked for; a reduce-scatter sums:
+        fewer bytes than `dispatched` where ep is smaller than k. experts and chosen [T, k] -> [T, D], and how many rows
+        were computed here: the host synchronisation."""
+        group = parallel.mpu.get_expert_model_parallel_group()
+        first, held = group.rank() * len(self.gate_up), len(self.gate_up)
+        tokens = parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
+        chosen = parallel.gather_from_sequence_parallel_region(chosen, tensor_parallel_output_grad=True, group=group)
+        everyone = experts.new_empty(len(tokens), experts.shape[1])  # [T*ep, k]
+        dist.all_gather_into_tensor(everyone, experts.contiguous(), group=group)
+        local = (everyone - first).flatten()
+        local = torch.where((local >= 0) & (local < held), local, held)
+        counts = torch.zeros(held + 1, dtype=torch.int64, device=local.device).index_add_(
+            0, local, torch.ones_like(local)
+        )
+        computed = counts[:held].sum()
+        order = local.argsort(stable=True)[: int(computed)]  # choices of ours, by expert
+        source = order // experts.shape[1]
+        rows = self.experts(tokens[source], counts[:held]).float() * chosen.flatten()[order].unsqueeze(1)
+        out = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, source, rows).to(tokens.dtype)
+        return parallel.reduce_scatter_to_sequence_parallel_region(out, group=group), computed
+
     @torch.no_grad()
     def observe(self, counts, probs, logits, computed) -> None:
         """Adds to `seen` (see `router_metrics`): how often each expert was chosen and how many choices were computed here,
@@ -200,7 +227,7 @@ class Qwen3SparseMLP(nn.Module):
 
 
 class Qwen3Block(nn.Module):
-    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterLosses):
+    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterOptions):
         super().__init__()
         eps, dtype = config.rms_norm_eps, mc.params_dtype
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps, dtype)
@@ -235,7 +262,7 @@ class Qwen3(MegatronModule):
         first: bool,
         last: bool,
         recompute: str = "none",
-        router: RouterLosses = RouterLosses(),
+        router: RouterOptions = RouterOptions(),
     ):
         super().__init__(mc)
         self.qwen, self.first, self.last, self.recompute = config, first, last, recompute
@@ -363,7 +390,7 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
     )
     share = 1 / config.num_hidden_layers
     by_layer = share * getattr(o, "aux", 0.0) if getattr(o, "aux_over", "") == "layer" else 0.0
-    router = RouterLosses(balance=by_layer, z=share * getattr(o, "z_loss", 0.0))
+    router = RouterOptions(getattr(o, "dispatch", "alltoall"), by_layer, share * getattr(o, "z_loss", 0.0))
     chunks = []
     with where or device.current():
         for i in range(o.vpp):
