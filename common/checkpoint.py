@@ -30,7 +30,11 @@ from torch.distributed.tensor import DTensor
 
 from common import weights
 
-FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,  # the experts' optimizer is one of its own; names stay the parameters'
+}
 READ_AHEAD = 8  # tensors asked of the disk before they are copied
 
 
@@ -39,6 +43,26 @@ def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Pa
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module."), parameter
+
+
+def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
+    """(dimension, this rank's part, number of parts) of the cuts that tensor and expert parallelism make in a
+    parameter."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return []
+    found = [
+        (parameter.partition_dim, mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    ]
+    if not getattr(parameter, "allreduce", True):  # experts, see parallel.mark_expert
+        found = [
+            (0, mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()),
+            (
+                parameter.partition_dim,
+                mpu.get_expert_tensor_parallel_rank(),
+                mpu.get_expert_tensor_parallel_world_size(),
+            ),
+        ]
+    return [cut for cut in found if cut[2] > 1]
 
 
 def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> ShardedTensor:
@@ -50,11 +74,13 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
         offset = (min(rank * rows, owner.shape[0]), *(0 for _ in owner.shape[1:]))
         # An empty shard is not stored; as a non-main replica of the whole start it is not expected either.
         return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
-    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
-    copies = mpu.get_data_parallel_rank(with_context_parallel=True)
-    if getattr(owner, "tensor_model_parallel", False) and tp[1] > 1:
-        return ShardedTensor.from_rank_offsets(name, data, (owner.partition_dim, *tp), replica_id=(0, 0, copies))
-    return ShardedTensor.from_rank_offsets(name, data, replica_id=(0, tp[0], copies))
+    if not getattr(owner, "allreduce", True):
+        replica = (0, 0, mpu.get_expert_data_parallel_rank())
+    else:
+        split = getattr(owner, "tensor_model_parallel", False)
+        tp = 0 if split else mpu.get_tensor_model_parallel_rank()
+        replica = (0, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
+    return ShardedTensor.from_rank_offsets(name, data, *cuts(owner), replica_id=replica)
 
 
 def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
@@ -69,20 +95,20 @@ def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
 
 def _allocate_moments(optimizer) -> None:
     """Zero moments where torch's AdamW, which makes them in its first step, has none yet: a place to load into."""
-    inner = optimizer.chained_optimizers[0].optimizer
-    for parameter in (p for group in inner.param_groups for p in group["params"]):
-        if not inner.state[parameter]:
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    for inner in (each.optimizer for each in optimizer.chained_optimizers):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _set_steps(optimizer, steps: int) -> None:
-    inner = optimizer.chained_optimizers[0].optimizer
-    for parameter, values in inner.state.items():
-        values["step"] = torch.tensor(float(steps), device=parameter.device)
+    for each in optimizer.chained_optimizers:
+        for parameter, values in each.optimizer.state.items():
+            values["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
@@ -95,6 +121,12 @@ def _fsdp_optimizer_state(chunks, optimizer) -> dict:
             if kind != "step" and value.to_local().numel():
                 state[f"{kind}.{name}"] = sharded(f"optimizer.state.{kind}.{name}", parameter, value)
     return state
+
+
+def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
+    """The distributed optimizers' states (of dense parameters, of experts), by their place in the chain."""
+    chain = enumerate(optimizer.chained_optimizers)
+    return {i: each.sharded_state_dict(model, is_loading, metadata=FORMAT) for i, each in chain}
 
 
 def save(
@@ -113,7 +145,7 @@ def save(
         shards["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
     elif optimizer is not None:
         whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-        shards["optimizer"] = optimizer.sharded_state_dict(whole, metadata=FORMAT)
+        shards["optimizer"] = _optimizer_state(optimizer, whole)
     target = folder / f"step-{step:06d}"
     _write(target, shards, state)
     if dist.get_rank() == 0:
@@ -219,7 +251,7 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
             request["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
         else:
             whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-            request["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=True, metadata=FORMAT)
+            request["optimizer"] = _optimizer_state(optimizer, whole, is_loading=True)
     targets = {name: s.data for name, s in model.items()}
     moments = {key: s.data for key, s in request["optimizer"].items()} if optimizer is not None and fsdp else {}
     loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
@@ -233,10 +265,10 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
         if not fsdp:
             # Not `load_state_dict`: in megatron-core 0.16 it puts torch AdamW's `step` where only tensors of this
             # format may be. The rest of what it would restore (learning rate, decay) follows from the schedule.
-            inner = optimizer.chained_optimizers[0]
-            for values in inner.optimizer.state.values():
-                del values["step"]
-            inner.load_parameter_state_from_fully_reshardable(loaded["optimizer"]["param_state"])
+            for i, inner in enumerate(optimizer.chained_optimizers):
+                for values in inner.optimizer.state.values():
+                    del values["step"]
+                inner.load_parameter_state_from_fully_reshardable(loaded["optimizer"][i]["param_state"])
         _set_steps(optimizer, state["optimizer_steps"])
     return state
 
@@ -272,31 +304,29 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
     parameter that the recipe puts together itself.
     """
     reader = weights.Reader()
-    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
     named = ((rename(name), parameter) for name, parameter in parameters(chunks))
     targets = [(entries[key], parameter) for key, parameter in named if key is not None]
     with torch.no_grad():
         for (entry, parameter), ahead in zip(targets, [*targets[READ_AHEAD:], *[None] * READ_AHEAD], strict=True):
             if ahead:
                 reader.expect(ahead[0])
-            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            parameter.copy_(reader.read(entry, split, *tp))
+            parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))  # no stack of experts
 
 
 def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
     """Fill parameters from scratch, the same whatever the layout: every parameter (with a `chosen` name) is drawn whole
     from a generator seeded by (seed, its name) and sliced. draw(name, whole tensor, generator) fills one."""
-    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
     with torch.no_grad():
         for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
-            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            shape = list(parameter.shape)
-            if split is not None:
-                shape[split] *= tp[1]
+            shape, here = list(parameter.shape), cuts(parameter)
+            for dim, _, parts in here:
+                shape[dim] *= parts
             generator = torch.Generator().manual_seed(stable_seed(seed, name))
             whole = torch.empty(shape)
             draw(name, whole, generator)
-            parameter.copy_(whole if split is None else whole.chunk(tp[1], split)[tp[0]])
+            for dim, part, parts in here:
+                whole = whole.chunk(parts, dim)[part]
+            parameter.copy_(whole)
 
 
 def stable_seed(*parts) -> int:

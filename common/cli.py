@@ -62,6 +62,20 @@ class LayoutOptions:
     ulysses: int = option(
         "ranks of --cp that exchange heads; the rest form a ring", None, group="layout", layout=True, within="[1, inf)"
     )
+    ep: int = option(
+        "expert parallel, over data x context (x tensor) parallel ranks",
+        1,
+        group="layout",
+        layout=True,
+        within="[1, inf)",
+    )
+    etp: int = option(
+        "ranks of --tp that split one expert: all of them, or 1 (default: all)",
+        None,
+        group="layout",
+        layout=True,
+        within="[1, inf)",
+    )
     fsdp: bool = option("shard parameters over data parallel (ZeRO-3, FSDP2)", False, group="layout", layout=True)
     micro_batch: int = option("samples per forward of one rank", 1, group="layout", layout=True, within="[1, inf)")
     global_batch: int = option(
@@ -246,10 +260,11 @@ def divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | None) -> LayoutOptions:
+def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | None, experts: int = 0) -> LayoutOptions:
     """Everything about a layout that can be wrong before a process group exists; fills what it implies.
 
-    heads: attention heads; layers: transformer blocks; tokens: sequence length of a sample, None if it varies.
+    heads: attention heads; layers: transformer blocks; tokens: sequence length of a sample, None if it varies; experts:
+    of a layer, 0 for a dense model.
 
     Raises:
         ValueError: what does not divide what, and what would.
@@ -280,9 +295,26 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
             f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}; "
             "fix: --pp or --vpp"
         )
-    if o.fsdp and (o.pp > 1 or o.tp > 1):
+    etp = o.tp if o.etp is None else o.etp
+    if not experts and (o.ep > 1 or etp != o.tp):
+        raise ValueError(f"ep={o.ep}, etp={etp}: size {o.size} has no experts; fix: --ep 1, no --etp")
+    if experts % o.ep:
         raise ValueError(
-            f"fsdp with tp={o.tp}, pp={o.pp}; expected tp=pp=1 (cp is allowed); fix: --tp 1 --pp 1 or --no-fsdp"
+            f"ep={o.ep} does not divide {experts} experts (size {o.size}); use {divisors(experts)}; fix: --ep"
+        )
+    if etp not in (1, o.tp) or (etp < o.tp and not o.sp):
+        raise ValueError(
+            f"etp={etp} with tp={o.tp}; expected {o.tp}, or 1 under sequence parallel (else every rank of tp has the same "
+            "tokens); fix: --etp or --sp"
+        )
+    if o.world // o.pp % (o.ep * etp):
+        raise ValueError(
+            f"ep*etp = {o.ep}*{etp} does not divide the {o.world // o.pp} processes of a pipeline stage; fix: --ep or --etp"
+        )
+    if o.fsdp and (o.pp > 1 or o.tp > 1 or o.ep > 1):
+        raise ValueError(
+            f"fsdp with tp={o.tp}, pp={o.pp}, ep={o.ep}; expected tp=pp=ep=1 (cp is allowed); fix: --tp 1 --pp 1 --ep 1 "
+            "or --no-fsdp"
         )
     split = o.cp * (o.tp if o.sp else 1)
     if tokens is not None and tokens % split:
@@ -299,7 +331,7 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
         raise ValueError(
             f"vpp={o.vpp} wants micro-batches ({batch // (o.micro_batch * o.dp)}) to be a multiple of pp={o.pp}; fix: --global-batch"
         )
-    return dataclasses.replace(o, ulysses=ulysses, global_batch=batch)
+    return dataclasses.replace(o, ulysses=ulysses, etp=etp, global_batch=batch)
 
 
 def check_run(o: TrainOptions) -> None:
@@ -335,12 +367,14 @@ def check_run(o: TrainOptions) -> None:
 
 
 def rank_map(o: LayoutOptions) -> str:
-    """Which coordinates each rank has, in megatron-core's order tp-cp-dp-pp (fastest first)."""
+    """Which coordinates each rank has, in megatron-core's order tp-cp-dp-pp (fastest first); experts have their own,
+    etp-ep-(copies)-pp."""
     rows = []
     for rank in range(o.world):
         tp, rest = rank % o.tp, rank // o.tp
         cp, rest = rest % o.cp, rest // o.cp
-        rows.append(f"  rank {rank:4d}: tp {tp} cp {cp} dp {rest % o.dp} pp {rest // o.dp}")
+        experts = f" ep {rank // o.etp % o.ep}" if o.ep > 1 else ""
+        rows.append(f"  rank {rank:4d}: tp {tp} cp {cp} dp {rest % o.dp} pp {rest // o.dp}{experts}")
     return "\n".join(rows if len(rows) <= 16 else [*rows[:8], f"  … {o.world - 16} more …", *rows[-8:]])
 
 

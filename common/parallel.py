@@ -55,6 +55,8 @@ def initialize(o: LayoutOptions) -> None:
         o.vpp if o.vpp > 1 else None,
         context_parallel_size=o.cp,
         hierarchical_context_parallel_sizes=[o.ulysses, o.ring] if o.cp > 1 else None,
+        expert_model_parallel_size=o.ep,
+        expert_tensor_parallel_size=o.etp,
         get_embedding_ranks=lambda ranks, *args: ranks[:1],  # no embedding is shared between pipeline stages
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
@@ -78,8 +80,8 @@ def sample_group() -> dist.ProcessGroup:
     return _SAMPLE_GROUP
 
 
-def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int) -> TransformerConfig:
-    """What megatron-core's layers and schedules want to know."""
+def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, experts: int = 0) -> TransformerConfig:
+    """What megatron-core's layers and schedules want to know. experts: of a layer, 0 for a dense model."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     return TransformerConfig(
         num_layers=layers,
@@ -89,6 +91,11 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int) -
         pipeline_model_parallel_size=o.pp,
         virtual_pipeline_model_parallel_size=o.vpp if o.vpp > 1 else None,
         context_parallel_size=o.cp,
+        expert_model_parallel_size=o.ep,
+        expert_tensor_parallel_size=o.etp,
+        num_moe_experts=experts or None,  # the schedule then scales what `add_router_loss` adds
+        moe_ffn_hidden_size=hidden if experts else None,  # asked for, and read by megatron-core's own layers alone
+        add_bias_linear=not experts,
         sequence_parallel=o.sp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -177,6 +184,14 @@ def mark_replicated(parameters, config: TransformerConfig) -> None:
     """Parameters every tp rank holds whole but applies to its own tokens: their gradients are summed over tp."""
     for parameter in parameters:
         parameter.sequence_parallel = config.sequence_parallel
+
+
+def mark_expert(parameter: torch.nn.Parameter, columns: int, config: TransformerConfig) -> None:
+    """An expert stack [G/ep, ...]: cut over experts, and at dimension `columns` over expert tensor parallel. megatron-core
+    reduces its gradient, and shards its optimizer, over the ranks that hold the same part."""
+    set_tensor_model_parallel_attributes(parameter, True, columns, 1)
+    cut = (config.expert_model_parallel_size, config.expert_tensor_parallel_size)
+    parameter.allreduce = cut == (1, config.tensor_model_parallel_size)  # its name for "like any other parameter"
 
 
 def context_tokens(x: torch.Tensor, causal: bool = False) -> torch.Tensor:
@@ -313,9 +328,11 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    if o.dp * o.cp == 1:  # nothing to reduce with nobody, and gloo would copy it in a thread that slows down ours
-        for w in wrapped:
-            w.bucket_groups = []
+    # Nothing to reduce with nobody, nor to divide by dp * cp, and gloo would copy it in a thread that slows down ours.
+    for w in wrapped if o.dp * o.cp == 1 else ():
+        w.bucket_groups = []
+        if mpu.get_expert_data_parallel_world_size() == 1:
+            w.expert_parallel_bucket_groups = []
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [w.start_grad_sync for w in wrapped]

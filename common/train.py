@@ -57,7 +57,7 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
     if ops.BACKEND == "npu":
-        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for each in optimizer.chained_optimizers:
             each.optimizer.__class__ = ops.AdamW  # one kernel; torch_npu's own is a loop
     else:
         for group in optimizer.param_groups:
@@ -117,8 +117,9 @@ class Log:
         if not self.main:
             return
         self.record({"kind": "step", **row})
-        for key in ("loss", "grad_norm", "lr", "samples_per_second"):
-            self.board.add_scalar(key, row[key], row["step"])
+        for key, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(key, value, row["step"])
         if row["step"] % o.log_every == 0 or row["step"] == o.steps:
             self.say(console_line(row, o, nan_steps))
 
@@ -185,6 +186,7 @@ def train(
     header: dict,
     state: dict,
     ema_decay: float = 0.0,
+    measure: Callable[[], dict] | None = None,
 ) -> dict:
     """Train until o.steps, SIGTERM, or the guard stops it.
 
@@ -192,7 +194,8 @@ def train(
     returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
-    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe.
+    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe. measure,
+    called on every rank after every step: what else belongs into the step's row; reading it waits for the device.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
     non-finite steps, having saved the batch that caused the last one.
@@ -277,7 +280,8 @@ def train(
             lr = optimizer.param_groups[0]["lr"]
             with part("optimizer"):
                 if o.clip > 0:
-                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), o.clip, grad_norm)
+                    trained = [p for each in optimizer.chained_optimizers for p in each.get_parameters()]
+                    clip_grad_by_total_norm_fp32(trained, o.clip, grad_norm)
                 optimizer.step_with_ready_grads()
                 scheduler.step(1)
                 if ema:
@@ -314,6 +318,8 @@ def train(
             "compute_ms": computing * 1e3,
             "skipped": skipped,
         }
+        if measure:
+            row |= measure()
         if first_profiled < step <= last_profiled:
             row["profiled"] = True
         rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from common import cli, parallel
+from common import cli
 
 RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
@@ -36,11 +36,11 @@ LENGTH, GLOBAL_BATCH = 16, 4
 
 def options(**layout):
     """Checked layout options of the tiny case; needs WORLD_SIZE."""
-    cls = cli.TrainOptions
+    cls = config.TrainOptions
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
     o = cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
-    return cli.check_layout(o, heads=_SHAPE["num_attention_heads"], layers=4, tokens=LENGTH)
+    return cli.check_layout(o, heads=_SHAPE["num_attention_heads"], layers=4, tokens=LENGTH, experts=6)
 
 
 def random_state(which, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -57,8 +57,9 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
     """Copy whole tensors into this rank's shards."""
     from common import checkpoint
 
-    tp = (parallel.mpu.get_tensor_model_parallel_rank(), parallel.mpu.get_tensor_model_parallel_world_size())
     with torch.no_grad():
         for name, p in checkpoint.parameters(chunks):
-            split = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
-            p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])
+            part = state[name]
+            for dim, rank, size in checkpoint.cuts(p):
+                part = part.chunk(size, dim)[rank]
+            p.copy_(part)

@@ -67,6 +67,12 @@ def test_bad_input_is_one_line_and_exit_code_2(name):
         (["--tp", "4"], "2 key-value heads"),
         (["--pp", "2"], "tied embeddings"),
         (["--cp", "2", "--ulysses", "1", "--seq-len", "6", "--micro-batch", "1"], "zig-zag"),
+        (["--ep", "2"], "tiny has no experts"),
+        (["--aux", "1", "--global-batch", "8"], "tiny has no experts"),
+        (["--size", "tiny-moe", "--ep", "3"], "ep=3 does not divide 8 experts"),
+        (["--size", "tiny-moe", "--ep", "8"], "does not divide the 2 processes"),
+        (["--size", "tiny-moe", "--tp", "2", "--etp", "1"], "--sp"),
+        (["--size", "tiny-moe", "--ep", "2", "--fsdp"], "expected tp=pp=ep=1"),
     ],
 )
 def test_layout_this_model_cannot_have_is_refused(options, named):

@@ -179,6 +179,15 @@ class TrainOptions(cli.TrainOptions):
     aux: float = option(
         "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
     )
+    aux_over: Literal["model", "layer"] = option(
+        "what that balances: choices over all layers (transformers), or the mean over layers of each", "model",
+        group="objective", layout=True,
+    )  # fmt: skip
+    dispatch: Literal["alltoall", "allgather"] = option(
+        "how tokens reach experts on other ranks; gathered where ep is smaller than the experts of a token", "alltoall",
+        group="layout", layout=True,
+    )  # fmt: skip
+    z_loss: float = option("weight of the routers' z-loss", 0.0, group="objective", layout=True, within="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +235,13 @@ def parse(script: str, argv: list[str]):
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
     tokens = o.seq_len * o.micro_batch if script == "train" else None
-    o = cli.check_layout(o, heads=config.num_attention_heads, layers=config.num_hidden_layers, tokens=tokens)
+    o = cli.check_layout(
+        o,
+        heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+        tokens=tokens,
+        experts=config.num_experts,
+    )
     _check_model(o, config, script)
     if o.weights is not None and not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
@@ -252,10 +267,14 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
     for count, what in (
         (config.num_key_value_heads, "key-value heads"),
         (config.vocab_size, "tokens of the vocabulary"),
-        (config.moe_intermediate_size if config.num_experts else config.intermediate_size, "columns of the MLP"),
+        (o.tp if config.num_experts else config.intermediate_size, "columns of the MLP"),
     ):
         if count % o.tp:
             raise ValueError(f"tp={o.tp} does not divide {count} {what} (size {o.size}); fix: --tp")
+    if config.num_experts and config.moe_intermediate_size % o.etp:
+        raise ValueError(
+            f"etp={o.etp} does not divide {config.moe_intermediate_size} columns of an expert (size {o.size}); fix: --etp 1"
+        )
     if config.tie_word_embeddings and o.pp > 1:
         raise ValueError(f"pp={o.pp} would part the tied embeddings of size {o.size}; fix: --pp 1")
     if script == "infer" and (o.pp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
@@ -270,8 +289,12 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
         )
-    if o.aux and (not config.num_experts or o.pp > 1 or o.cp > 1):
-        raise ValueError("aux balances experts that one rank sees whole; fix: --aux 0, or a size with experts, pp=cp=1")
+    if (o.aux or o.z_loss) and not config.num_experts:
+        raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
+    if o.aux and o.aux_over == "model" and o.pp > 1:
+        raise ValueError(
+            f"aux over the model's layers, which pp={o.pp} parts; fix: --aux-over layer, --aux 0 or --pp 1"
+        )
 
 
 def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
@@ -439,17 +462,20 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     if spread evenly.
     """
     dtype = 4 if o.precision == "fp32" else 2
-    share, shards = config.parameters / (o.tp * o.pp), o.dp * o.cp
-    kept_weights = share * dtype / (shards if o.fsdp else 1)
-    gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-    master = share * (8 if o.fsdp and dtype == 4 else 12) / shards
+    experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
+    kept_weights = gradients = master = 0.0
+    for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
+        share, shards = parameters / (cut * o.pp), o.world / (cut * o.pp)
+        kept_weights += share * dtype / (shards if o.fsdp else 1)
+        gradients += share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+        master += share * (8 if o.fsdp and dtype == 4 else 12) / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
     attention = E * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) / o.tp
     width, copies = config.intermediate_size, 1
     if config.num_experts:
         width, copies = config.moe_intermediate_size, config.num_experts_per_tok
-    mlp = copies * (3 * width / o.tp + (2 * D if config.num_experts else 0))
+    mlp = copies * (3 * width + (2 * D * o.etp if config.num_experts else 0)) / o.tp
     everything = tokens * dtype * (4 * D / sp + attention + mlp)
     kept = {
         "none": everything,

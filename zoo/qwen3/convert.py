@@ -118,12 +118,15 @@ def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> No
                 "tie_word_embeddings in its config.json"
             )
     checkpoint.load_released(chunks, entries, lambda name: None if expert_pieces(name, config) else released(name))
-    tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    etp = (mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size())
     with torch.no_grad():
         for name, parameter in checkpoint.parameters(chunks):
-            for key, where in expert_pieces(name, config).items():
-                # The experts' columns are split: rows of the released gate and up, columns of down.
-                parameter[where].copy_(reader.read(entries[key], 1 if "down" in key else 0, *tp).t())
+            first = mpu.get_expert_model_parallel_rank() * len(parameter)  # of the experts held here
+            for key, (g, *where) in expert_pieces(name, config).items():
+                if first <= g < first + len(parameter):
+                    # The experts' columns are split: rows of the released gate and up, columns of down.
+                    part = reader.read(entries[key], 1 if "down" in key else 0, *etp)
+                    parameter[g - first, *where].copy_(part.t())
 
 
 def write_released(

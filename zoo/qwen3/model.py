@@ -9,25 +9,30 @@ What is unusual:
 - heads * head_dim is not the hidden width for most sizes: q and o are not square.
 - Rotary embedding over rotate-half pairs; positions restart at every document of a packed row.
 - Mixture of experts: softmax over all experts in fp32, the top k renormalised to sum 1, every layer sparse, no token
-  dropped and no shared expert; auxiliary load-balancing loss over all layers together.
+  dropped and no shared expert; auxiliary load-balancing loss over all layers together (or of each layer), z-loss.
 
 A micro-batch is one row of tokens, its sequences end to end, with the bounds that attention must not cross.
 
 Parallelism: tokens first. Under tensor parallelism heads, FFN columns (of every expert too) and the vocabulary are
-split; under sequence parallelism everything between holds T/tp tokens. Context parallelism splits the tokens for the whole network, in zig-zag order, and
-meets only in attention. What every rank holds whole but uses on its own
-heads or columns (q_norm, k_norm, the router) goes through `copy_to_tensor_model_parallel_region`, whose backward sums
-its gradient. A pipeline stage hands on the hidden states alone.
+split; under sequence parallelism everything between holds T/tp tokens. Context parallelism splits the tokens for the
+whole network, in zig-zag order, and meets only in attention. Expert parallelism spreads the experts over ranks that hold
+different tokens, which travel to them and back. What every rank holds whole but uses on its own heads or columns (q_norm,
+k_norm, the router) goes through `copy_to_tensor_model_parallel_region`, whose backward sums its gradient. A pipeline
+stage hands on the hidden states alone.
 
 Shape legend: T tokens of this rank, D hidden, H query heads and K key heads of this rank, E head dim, F FFN columns of
 this rank, G experts, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from common import checkpoint, device, ops, parallel
@@ -90,46 +95,145 @@ class Qwen3MLP(nn.Module):
         return self.down_proj(ops.swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))  # [T, 1, F] in between
 
 
+@dataclass(frozen=True)
+class RouterOptions:
+    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance` times
+    its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
+    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that never sees the loss, so megatron-core's
+    autograd function adds the gradients of these two in passing."""
+
+    dispatch: str = "alltoall"  # or allgather
+    balance: float = 0.0
+    z: float = 0.0
+
+    def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
+        """chosen [T, k], with the losses' gradient; logits and probs [T, G], counts [G] of the tokens' choices."""
+        if not (self.balance or self.z):
+            return chosen
+        share = _over_ranks(counts / len(logits))
+        value = self.balance * probs.shape[1] * (share * probs.mean(0)).sum()
+        value = value + self.z * logits.logsumexp(-1).square().mean()
+        # A sum over the ranks of a row: they hold parts of its tokens, or the same ones and sum the router's gradient.
+        return MoEAuxLossAutoScaler.apply(chosen, value / (mc.tensor_model_parallel_size * mc.context_parallel_size))
+
+
 class Qwen3SparseMLP(nn.Module):
     """Mixture of experts. `gate` routes; `gate_up` [G, D, 2, F] and `down` [G, F, D] are the released per-expert
-    matrices, transposed and stacked."""
+    matrices, transposed and stacked; this rank holds G/ep experts, with F/etp of their columns.
 
-    def __init__(self, config: Qwen3Config, mc: TransformerConfig):
+    Where etp = tp every tensor parallel rank routes all their tokens and computes its columns; where etp = 1 (under
+    sequence parallel) each routes its own T/tp tokens to whole experts.
+    """
+
+    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterOptions):
         super().__init__()
-        self.config, self.mc = config, mc
+        self.config, self.mc, self.router = config, mc, router
         G, D, dtype = config.num_experts, config.hidden_size, mc.params_dtype
-        width = config.moe_intermediate_size // mc.tensor_model_parallel_size
+        held, width = G // mc.expert_model_parallel_size, config.moe_intermediate_size // mc.expert_tensor_parallel_size
         self.gate = nn.Linear(D, G, bias=False, dtype=dtype)
-        self.gate_up = nn.Parameter(torch.empty(G, D, 2, width, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(G, width, D, dtype=dtype))
-        parallel.set_tensor_model_parallel_attributes(self.gate_up, True, 3, 1)
-        parallel.set_tensor_model_parallel_attributes(self.down, True, 1, 1)
+        self.gate_up = nn.Parameter(torch.empty(held, D, 2, width, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(held, width, D, dtype=dtype))
+        parallel.mark_expert(self.gate_up, 3, mc)
+        parallel.mark_expert(self.down, 1, mc)
+        self.split_experts = mc.expert_tensor_parallel_size == mc.tensor_model_parallel_size
+        if not self.split_experts:
+            parallel.mark_replicated([self.gate.weight], mc)
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # since the last `router_metrics`
 
     def forward(self, x: torch.Tensor, routing: list[torch.Tensor]) -> torch.Tensor:
         """[T(/tp), 1, D] -> [T(/tp), 1, D]; appends the router's logits [T, G] fp32 to `routing`."""
-        x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
-        tokens = x.flatten(0, 1)
-        logits = F.linear(tokens, parallel.shared_by_tp(self.gate.weight, self.mc))  # [T, G]
-        routing.append(logits.float())
-        probs, experts = logits.softmax(-1, dtype=torch.float32).topk(self.config.num_experts_per_tok)  # [T, k] each
+        gate = self.gate.weight
+        if self.split_experts:
+            x, gate = parallel.enter_tensor_parallel(x, self.mc), parallel.shared_by_tp(gate, self.mc)
+        tokens = x.flatten(0, 1)  # [T, D]
+        logits = F.linear(tokens, gate).float()  # [T, G]
+        probs = logits.softmax(-1)
+        chosen, experts = probs.topk(self.config.num_experts_per_tok)  # [T, k] each
         if self.config.norm_topk_prob:
-            probs = probs / probs.sum(-1, keepdim=True)
-        rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
+            chosen = chosen / chosen.sum(-1, keepdim=True)
         counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=x.device)
-        ends = counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten())).cumsum(0)
-        inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up.flatten(2), ends))  # [T*k, F]
-        out = ops.token_unpermute(ops.grouped_matmul(inner, self.down, ends), position, probs.to(x.dtype))
-        return parallel.leave_tensor_parallel(out.unsqueeze(1), self.mc)
+        counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [G]
+        if self.training and torch.is_grad_enabled():
+            chosen = self.router.add_losses(chosen, logits, probs, counts, self.mc)
+        routing.append(logits)
+
+        if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
+            out, computed = self.gathered(tokens, experts, chosen)
+        else:
+            rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
+            if self.mc.expert_model_parallel_size > 1:
+                rows, computed = self.dispatched(rows, counts)
+            else:
+                rows, computed = self.experts(rows, counts), counts.sum()
+            out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
+        if self.training:
+            self.observe(counts, probs, logits, computed)
+        return parallel.leave_tensor_parallel(out.view_as(x), self.mc) if self.split_experts else out.view_as(x)
+
+    def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
+        ends = counts.cumsum(0)
+        inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up.flatten(2), ends))  # [N, F/etp]
+        return ops.grouped_matmul(inner, self.down, ends)
+
+    def dispatched(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [T*k, D] sorted by expert, counts [G] of each, to the ranks that hold the experts and back: two all-to-all
+        of as many rows as the router asks for (no token is dropped), and one host synchronisation, for their sizes.
+        Also returns how many rows were computed here."""
+        group = parallel.mpu.get_expert_model_parallel_group()
+        ep, first = group.size(), group.rank() * len(self.gate_up)
+        everyone = counts.new_empty(ep, len(counts))  # [source rank, G]
+        dist.all_gather_into_tensor(everyone, counts.unsqueeze(0), group=group)
+        mine = everyone[:, first : first + len(self.gate_up)]  # [source rank, G/ep]
+        sent, received = torch.stack((counts.view(ep, -1).sum(1), mine.sum(1))).tolist()  # the synchronisation
+        arrived = parallel.all_to_all(group, rows, received, sent)  # [N, D], by source rank, then by expert
+        expert = torch.arange(mine.shape[1], device=rows.device).repeat(ep)
+        expert = expert.repeat_interleave(mine.flatten(), output_size=sum(received))  # [N]
+        by_expert, position = ops.token_permute(arrived, expert.unsqueeze(1))
+        out = self.experts(by_expert, mine.sum(0))
+        out = ops.token_unpermute(out, position, torch.ones_like(expert, dtype=out.dtype).unsqueeze(1))
+        return parallel.all_to_all(group, out, sent, received), mine.sum()
+
+    def gathered(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [T, D] of all ranks to every one, which computes what its experts are asked for; a reduce-scatter sums:
+        fewer bytes than `dispatched` where ep is smaller than k. experts and chosen [T, k] -> [T, D], and how many rows
+        were computed here: the host synchronisation."""
+        group = parallel.mpu.get_expert_model_parallel_group()
+        first, held = group.rank() * len(self.gate_up), len(self.gate_up)
+        tokens = parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
+        chosen = parallel.gather_from_sequence_parallel_region(chosen, tensor_parallel_output_grad=True, group=group)
+        everyone = experts.new_empty(len(tokens), experts.shape[1])  # [T*ep, k]
+        dist.all_gather_into_tensor(everyone, experts.contiguous(), group=group)
+        local = (everyone - first).flatten()
+        local = torch.where((local >= 0) & (local < held), local, held)
+        counts = torch.zeros(held + 1, dtype=torch.int64, device=local.device).index_add_(
+            0, local, torch.ones_like(local)
+        )
+        computed = counts[:held].sum()
+        order = local.argsort(stable=True)[: int(computed)]  # choices of ours, by expert
+        source = order // experts.shape[1]
+        rows = self.experts(tokens[source], counts[:held]).float() * chosen.flatten()[order].unsqueeze(1)
+        out = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, source, rows).to(tokens.dtype)
+        return parallel.reduce_scatter_to_sequence_parallel_region(out, group=group), computed
+
+    @torch.no_grad()
+    def observe(self, counts, probs, logits, computed) -> None:
+        """Adds to `seen` (see `router_metrics`): how often each expert was chosen and how many choices were computed here,
+        [G + 1]; the experts' probabilities, tokens, entropy and logsumexp^2, summed over tokens, [G + 3]."""
+        tokens, entropy = probs.new_full((), len(probs)), -torch.xlogy(probs, probs).sum()
+        rest = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
+        new = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), rest))
+        self.seen = new if self.seen is None else (self.seen[0] + new[0], self.seen[1] + new[1])
 
 
 class Qwen3Block(nn.Module):
-    def __init__(self, config: Qwen3Config, mc: TransformerConfig):
+    def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterOptions):
         super().__init__()
         eps, dtype = config.rms_norm_eps, mc.params_dtype
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps, dtype)
         self.self_attn = Qwen3Attention(config, mc)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps, dtype)
-        self.mlp = Qwen3SparseMLP(config, mc) if config.num_experts else Qwen3MLP(config, mc)
+        self.mlp = Qwen3SparseMLP(config, mc, router) if config.num_experts else Qwen3MLP(config, mc)
         parallel.mark_replicated([self.input_layernorm.weight, self.post_attention_layernorm.weight], mc)
 
     def forward(self, x, cos, sin, cu_seqlens, cache=None):
@@ -158,6 +262,7 @@ class Qwen3(MegatronModule):
         first: bool,
         last: bool,
         recompute: str = "none",
+        router: RouterOptions = RouterOptions(),
     ):
         super().__init__(mc)
         self.qwen, self.first, self.last, self.recompute = config, first, last, recompute
@@ -165,7 +270,7 @@ class Qwen3(MegatronModule):
         if first:
             self.embed_tokens = nn.Embedding(vocabulary, D, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.embed_tokens.weight, True, 0, 1)
-        self.layers = nn.ModuleDict({str(i): Qwen3Block(config, mc) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Qwen3Block(config, mc, router) for i in layers})
         if last:
             self.norm = Qwen3RMSNorm(D, config.rms_norm_eps, dtype)
             parallel.mark_replicated([self.norm.weight], mc)
@@ -229,10 +334,46 @@ def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Te
 def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:
     """G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and tokens
     together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
-    `load_balancing_loss_func` has it. routing: router logits [layers, T, G]."""
+    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens; the mean of the result
+    over tensor and context parallel ranks is the whole row's."""
     probs = routing.flatten(0, 1).softmax(-1)  # [layers*T, G]
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(k).indices, 1.0)
-    return probs.shape[1] * (chosen.mean(0) * probs.mean(0)).sum()
+    return probs.shape[1] * (_over_ranks(chosen.mean(0)) * probs.mean(0)).sum()
+
+
+def _over_ranks(share: torch.Tensor) -> torch.Tensor:
+    """The mean over the ranks that hold a row's tokens, without gradient."""
+    group = parallel.mpu.get_tensor_and_context_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(share, group=group)
+    return share / group.size()
+
+
+def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
+    """What the routers did since the last call, over all ranks, for metrics.jsonl: each expert's share of the choices
+    times their number (1: balanced), the mean over layers and the largest of any; the entropy in nats, load-balancing loss
+    (k: balanced) and z-loss, means over layers; choices that no expert computed. Waits for the device."""
+    G = config.num_experts
+    counts = torch.zeros(config.num_hidden_layers, G + 1, dtype=torch.int64, device=device.current())
+    sums = torch.zeros(config.num_hidden_layers, G + 3, device=device.current())
+    for layers in (parallel.unwrapped(chunk).layers for chunk in chunks):
+        for i, block in layers.items():
+            counts[int(i)], sums[int(i)] = block.mlp.seen
+            block.mlp.seen = None
+    for each in (counts, sums):
+        dist.all_reduce(each)
+    (chosen, computed), (probs, rest) = counts.split([G, 1], 1), sums.split([G, 3], 1)
+    tokens, entropy, z = rest.unbind(1)  # [layers] each
+    load = G * chosen / chosen.sum(1, keepdim=True)  # [layers, G]
+    balance = G * (chosen * probs).sum(1) / tokens.square()
+    return {
+        "router_load": load.mean(0).tolist(),
+        "router_load_max": load.max().item(),
+        "router_entropy": (entropy / tokens).mean().item(),
+        "router_balance_loss": balance.mean().item(),
+        "router_z_loss": (z / tokens).mean().item(),
+        "router_dropped": int(chosen.sum() - computed.sum()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- this rank's part
@@ -241,8 +382,15 @@ def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:
 def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwen3]:
     """This rank's unwrapped model chunks, memory allocated (on this rank's device, or on `where`) and not filled."""
     mc = parallel.megatron_config(
-        o, hidden=config.hidden_size, heads=config.num_attention_heads, layers=config.num_hidden_layers
+        o,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+        experts=config.num_experts,
     )
+    share = 1 / config.num_hidden_layers
+    by_layer = share * getattr(o, "aux", 0.0) if getattr(o, "aux_over", "") == "layer" else 0.0
+    router = RouterOptions(getattr(o, "dispatch", "alltoall"), by_layer, share * getattr(o, "z_loss", 0.0))
     chunks = []
     with where or device.current():
         for i in range(o.vpp):
@@ -250,7 +398,7 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
             last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
             layers = parallel.stage_layers(o, config.num_hidden_layers, i)
-            chunks.append(Qwen3(config, mc, layers, first, last, o.recompute))
+            chunks.append(Qwen3(config, mc, layers, first, last, o.recompute, router))
             chunks[-1].vp_stage = stage
     return chunks
 

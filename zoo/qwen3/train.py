@@ -28,7 +28,7 @@ from common.data import Step, prefetch
 from . import convert, data
 from .config import DEMO_DATA, HERE, InferOptions, Qwen3Config, TrainOptions, model_config, parse
 from .infer import end_tokens, generate
-from .model import Qwen3Block, build, fill, load_balancing_loss
+from .model import Qwen3Block, build, fill, load_balancing_loss, router_metrics
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -49,8 +49,9 @@ def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tens
     tp = chunk.config.tensor_model_parallel_size
     # Every tp rank has computed the same number; global_loss takes the mean over them unless they hold other tokens.
     reported = value.detach() / (tp if chunk.config.sequence_parallel else 1)
-    if batch["aux"]:  # tp ranks hold the same logits, whose gradients are summed
-        value = value + batch["aux"] / tp * load_balancing_loss(routing, chunk.qwen.num_experts_per_tok)
+    if batch["aux"]:  # a sum over the ranks of a row: they hold parts of its tokens, or sum the router's gradient
+        balance = load_balancing_loss(routing, chunk.qwen.num_experts_per_tok)
+        value = value + batch["aux"] / (tp * chunk.config.context_parallel_size) * balance
     return value, {"loss": reported.clone()}  # the schedule scales the first one in place
 
 
@@ -94,7 +95,8 @@ class Batches:
 
     def prepare(self, loaded: Step) -> list[dict]:
         """A loaded step -> its micro-batches, on the device."""
-        return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, self.o.aux)
+        aux = self.o.aux if self.o.aux_over == "model" else 0.0  # of each layer: the model adds it itself
+        return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, aux)
 
     def on_device(self, batch: dict) -> dict:
         moved = {k: v.to(device.current(), non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
@@ -207,6 +209,7 @@ def main() -> None:
         samples=lambda batch: (o.seq_len, config.flops(o.seq_len)),
         header=loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(o.seq_len)),
         state={"model": dataclasses.asdict(config)},
+        measure=(lambda: router_metrics(wrapped, config)) if config.num_experts else None,
     )
     if result["reason"] == "finished" and held_out is not None:
         finish(o, config, wrapped, batches, held_out, result)
