@@ -52,9 +52,10 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
         return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
     tp = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
     copies = mpu.get_data_parallel_rank(with_context_parallel=True)
+    twin = int(getattr(owner, "shared", False))  # of the first pipeline stage's
     if getattr(owner, "tensor_model_parallel", False) and tp[1] > 1:
-        return ShardedTensor.from_rank_offsets(name, data, (owner.partition_dim, *tp), replica_id=(0, 0, copies))
-    return ShardedTensor.from_rank_offsets(name, data, replica_id=(0, tp[0], copies))
+        return ShardedTensor.from_rank_offsets(name, data, (owner.partition_dim, *tp), replica_id=(twin, 0, copies))
+    return ShardedTensor.from_rank_offsets(name, data, replica_id=(twin, tp[0], copies))
 
 
 def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
@@ -85,6 +86,18 @@ def _set_steps(optimizer, steps: int) -> None:
         values["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
+def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
+    """Moments and master weights of the distributed optimizer, by the parameters' global names."""
+    # megatron-core 0.16 joins the buckets without the padding at their ends, and then cuts the parameters out where they
+    # lie with it: after a padded bucket every one would be saved shifted. So padding is made to count as content.
+    for buffer in (buffer for inner in optimizer.chained_optimizers for buffer in inner.buffers):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+    return optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=FORMAT)
+
+
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
     """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
     inner = optimizer.chained_optimizers[0].optimizer
@@ -112,8 +125,7 @@ def save(
     if optimizer is not None and fsdp:
         shards["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
     elif optimizer is not None:
-        whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-        shards["optimizer"] = optimizer.sharded_state_dict(whole, metadata=FORMAT)
+        shards["optimizer"] = _optimizer_state(optimizer, model)
     target = folder / f"step-{step:06d}"
     _write(target, shards, state)
     if dist.get_rank() == 0:
@@ -218,8 +230,7 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
         if fsdp:
             request["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
         else:
-            whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-            request["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=True, metadata=FORMAT)
+            request["optimizer"] = _optimizer_state(optimizer, model, is_loading=True)
     targets = {name: s.data for name, s in model.items()}
     moments = {key: s.data for key, s in request["optimizer"].items()} if optimizer is not None and fsdp else {}
     loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
