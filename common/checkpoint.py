@@ -74,12 +74,13 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
         offset = (min(rank * rows, owner.shape[0]), *(0 for _ in owner.shape[1:]))
         # An empty shard is not stored; as a non-main replica of the whole start it is not expected either.
         return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
+    twin = int(getattr(owner, "shared", False))  # of the first pipeline stage's
     if not getattr(owner, "allreduce", True):
-        replica = (0, 0, mpu.get_expert_data_parallel_rank())
+        replica = (twin, 0, mpu.get_expert_data_parallel_rank())
     else:
         split = getattr(owner, "tensor_model_parallel", False)
         tp = 0 if split else mpu.get_tensor_model_parallel_rank()
-        replica = (0, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
+        replica = (twin, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
     return ShardedTensor.from_rank_offsets(name, data, *cuts(owner), replica_id=replica)
 
 
@@ -111,6 +112,20 @@ def _set_steps(optimizer, steps: int) -> None:
             values["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
+def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
+    """Moments and master weights of the distributed optimizers (of dense parameters, of experts), by their place in the
+    chain."""
+    # megatron-core 0.16 joins the buckets without the padding at their ends, and then cuts the parameters out where they
+    # lie with it: after a padded bucket every one would be saved shifted. So padding is made to count as content.
+    for buffer in (buffer for inner in optimizer.chained_optimizers for buffer in inner.buffers):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+    chain = enumerate(optimizer.chained_optimizers)
+    return {i: each.sharded_state_dict(whole, is_loading, metadata=FORMAT) for i, each in chain}
+
+
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
     """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
     inner = optimizer.chained_optimizers[0].optimizer
@@ -121,12 +136,6 @@ def _fsdp_optimizer_state(chunks, optimizer) -> dict:
             if kind != "step" and value.to_local().numel():
                 state[f"{kind}.{name}"] = sharded(f"optimizer.state.{kind}.{name}", parameter, value)
     return state
-
-
-def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
-    """The distributed optimizers' states (of dense parameters, of experts), by their place in the chain."""
-    chain = enumerate(optimizer.chained_optimizers)
-    return {i: each.sharded_state_dict(model, is_loading, metadata=FORMAT) for i, each in chain}
 
 
 def save(
@@ -144,8 +153,7 @@ def save(
     if optimizer is not None and fsdp:
         shards["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
     elif optimizer is not None:
-        whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-        shards["optimizer"] = _optimizer_state(optimizer, whole)
+        shards["optimizer"] = _optimizer_state(optimizer, model)
     target = folder / f"step-{step:06d}"
     _write(target, shards, state)
     if dist.get_rank() == 0:
@@ -250,8 +258,7 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
         if fsdp:
             request["optimizer"] = _fsdp_optimizer_state(chunks, optimizer)
         else:
-            whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
-            request["optimizer"] = _optimizer_state(optimizer, whole, is_loading=True)
+            request["optimizer"] = _optimizer_state(optimizer, model, is_loading=True)
     targets = {name: s.data for name, s in model.items()}
     moments = {key: s.data for key, s in request["optimizer"].items()} if optimizer is not None and fsdp else {}
     loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)

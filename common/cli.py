@@ -58,6 +58,11 @@ class LayoutOptions:
     vpp: int = option(
         "model chunks per pipeline stage (interleaved 1F1B)", 1, group="layout", layout=True, within="[1, inf)"
     )
+    stages: str = option(
+        "layers of each pipeline stage (with --vpp: of each of its chunks, in the network's order), e.g. 10,12,14 "
+        "(default: as many each)",
+        "", group="layout", layout=True,
+    )  # fmt: skip
     cp: int = option("context parallel", 1, group="layout", layout=True, within="[1, inf)")
     ulysses: int = option(
         "ranks of --cp that exchange heads; the rest form a ring", None, group="layout", layout=True, within="[1, inf)"
@@ -101,6 +106,15 @@ class LayoutOptions:
     def ring(self) -> int:
         """Ranks of the attention ring: cp = ulysses * ring."""
         return self.cp // self.ulysses
+
+    def chunk_layers(self, layers: int) -> list[int]:
+        """Layers of every model chunk, in the network's order: chunk v of stage p is the v*pp + p-th."""
+        chunks = self.pp * self.vpp
+        return [int(n) for n in self.stages.split(",")] if self.stages else [layers // chunks] * chunks
+
+    def stage_layers(self, layers: int) -> list[int]:
+        """Layers of every pipeline stage."""
+        return [sum(self.chunk_layers(layers)[stage :: self.pp]) for stage in range(self.pp)]
 
     @property
     def micro_batches(self) -> int:
@@ -290,10 +304,18 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
         raise ValueError("sp needs tp > 1: it splits the sequence over the tensor-parallel group; fix: --tp or --no-sp")
     if o.vpp > 1 and o.pp == 1:
         raise ValueError(f"vpp={o.vpp} needs pp > 1; fix: --pp or --vpp 1")
-    if layers % (o.pp * o.vpp):
+    if not o.stages and layers % (o.pp * o.vpp):
         raise ValueError(
             f"pp*vpp = {o.pp}*{o.vpp} does not divide {layers} layers (size {o.size}); use {divisors(layers)}; "
-            "fix: --pp or --vpp"
+            "fix: --pp or --vpp, or uneven --stages"
+        )
+    if o.stages and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", o.stages):
+        raise ValueError(f"stages={o.stages!r}; expected numbers of layers, e.g. 10,12,14; fix: --stages")
+    given = o.chunk_layers(layers)
+    if (len(given), sum(given)) != (o.pp * o.vpp, layers):
+        raise ValueError(
+            f"stages={o.stages}: {len(given)} numbers with sum {sum(given)}; expected pp*vpp = {o.pp * o.vpp} with sum "
+            f"{layers} (layers of size {o.size}); fix: --stages"
         )
     etp = o.tp if o.etp is None else o.etp
     if not experts and (o.ep > 1 or etp != o.tp):

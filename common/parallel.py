@@ -57,7 +57,6 @@ def initialize(o: LayoutOptions) -> None:
         hierarchical_context_parallel_sizes=[o.ulysses, o.ring] if o.cp > 1 else None,
         expert_model_parallel_size=o.ep,
         expert_tensor_parallel_size=o.etp,
-        get_embedding_ranks=lambda ranks, *args: ranks[:1],  # no embedding is shared between pipeline stages
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
     generator = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
@@ -194,6 +193,12 @@ def mark_expert(parameter: torch.nn.Parameter, columns: int, config: Transformer
     parameter.allreduce = cut == (1, config.tensor_model_parallel_size)  # its name for "like any other parameter"
 
 
+def mark_tied(parameter: torch.nn.Parameter, copy: bool) -> None:
+    """An embedding that the first and the last pipeline stage hold alike: `wrap` sums its gradient over the two; the
+    last one's is the `copy`, which neither the gradient norm nor a checkpoint counts again."""
+    parameter.shared_embedding, parameter.shared = True, copy
+
+
 def context_tokens(x: torch.Tensor, causal: bool = False) -> torch.Tensor:
     """This context-parallel rank's share of the first dimension, [L, ...] -> [L/cp, ...]: contiguous, or for causal
     attention cut from the `zigzag` order. Positions, labels and whatever else belongs to a token are split alike."""
@@ -303,10 +308,10 @@ def recomputed(block: torch.nn.Module, kind: str):
 
 
 def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
-    """Global indices of the blocks in this rank's model chunk (interleaved: chunk v of stage p is v*pp + p)."""
-    per_chunk = layers // (o.pp * o.vpp)
-    first = (chunk * o.pp + mpu.get_pipeline_model_parallel_rank()) * per_chunk
-    return range(first, first + per_chunk)
+    """Global indices of the blocks in this rank's model chunk."""
+    sizes = o.chunk_layers(layers)
+    place = chunk * o.pp + mpu.get_pipeline_model_parallel_rank()
+    return range(sum(sizes[:place]), sum(sizes[: place + 1]))
 
 
 def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
@@ -314,6 +319,10 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     model's forward: recompute,) then data parallelism, by megatron's DDP with the distributed optimizer's buffers and
     overlapped gradient reduction, or by FSDP2 over every block."""
     config = chunks[0].config
+    for chunk in chunks:  # what megatron-core asks where the first and the last stage share an embedding (`mark_tied`)
+        chunk.pre_process = chunk.share_embeddings_and_output_weights = hasattr(
+            chunk, "shared_embedding_or_output_weight"
+        )
     if getattr(o, "compile", False):
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
             block.compile()

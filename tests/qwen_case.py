@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from common import cli
 
@@ -21,6 +22,7 @@ train = importlib.import_module(f"zoo.{RECIPE}.train")
 _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
+    rope_factor=1.0, original_max_position_embeddings=64,
 )  # fmt: skip
 _NO_EXPERTS = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
 CONFIGS = {
@@ -31,6 +33,7 @@ CONFIGS = {
         norm_topk_prob=True,
     ),
 }  # fmt: skip
+CONFIGS["yarn"] = dataclasses.replace(CONFIGS["dense"], rope_factor=4.0)
 LENGTH, GLOBAL_BATCH = 16, 4
 
 
@@ -63,3 +66,25 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
             for dim, rank, size in checkpoint.cuts(p):
                 part = part.chunk(size, dim)[rank]
             p.copy_(part)
+
+
+def oracle_config(which) -> Qwen3Config | Qwen3MoeConfig:
+    """transformers' own."""
+    cls = Qwen3MoeConfig if which.num_experts else Qwen3Config
+    return cls(**{k: v for k, v in which.to_released().items() if k not in ("architectures", "model_type")})
+
+
+def oracle(which):
+    config = oracle_config(which)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def save_oracle(folder, config, seed=0):
+    """transformers' own release of a model whose every parameter is random; the model."""
+    theirs, generator = oracle(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
+    theirs.save_pretrained(folder)
+    return theirs

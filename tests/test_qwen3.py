@@ -1,12 +1,14 @@
 """Qwen3 against transformers and the published counts."""
 
+import dataclasses
+import json
 import math
 import os
 
 import pytest
 import qwen_case as case
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from common import parallel, weights
 
@@ -36,23 +38,6 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return (got - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
-def oracle(config):
-    cls = Qwen3MoeConfig if config.num_experts else Qwen3Config
-    values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
-    return AutoModelForCausalLM.from_config(cls(**values), attn_implementation="eager", dtype=torch.float32)
-
-
-def save_oracle(folder, config, seed=0):
-    """transformers' own release of a model whose every parameter is random; the model."""
-    theirs, generator = oracle(config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
-    theirs.save_pretrained(folder)
-    return theirs
-
-
 def ours(folder, **layout):
     config = case.config.Qwen3Config.from_folder(folder)
     chunk = case.model.build(case.options(**layout), config)[0]
@@ -68,7 +53,7 @@ def ours(folder, **layout):
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]
     with torch.device("meta"):
-        theirs = oracle(config)
+        theirs = case.oracle(config)
     model = case.model.build(case.options(), config, torch.device("meta"))[0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     count, tensors = PUBLISHED[size]
@@ -112,7 +97,7 @@ def their_loss(theirs, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_loss_and_gradients_equal_transformers(which, recompute, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
+    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(config.vocab_size, (3, 16), generator=generator) for _ in range(2))
     want = their_loss(theirs, tokens, labels)
@@ -139,7 +124,7 @@ def expected(name: str, gradients: dict, config) -> torch.Tensor:
 
 def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path):
     config = case.CONFIGS["dense"]
-    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     documents = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 10)]
     positions = torch.cat([torch.arange(len(d)) for d in documents])
     hidden, _ = model(torch.cat(documents), positions, [0, 5, 6, 16])
@@ -148,11 +133,23 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path):
     assert close(got, want)
 
 
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_rotary_table_of_the_released_sizes_is_transformers_to_the_last_bit(factor):
+    """At far positions a wrong last bit of a frequency is a wrong angle."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    config = dataclasses.replace(case.config.SIZES["8B"], rope_factor=factor)
+    positions = torch.cat((torch.arange(100), torch.arange(100, config.positions, 997)))
+    theirs = Qwen3RotaryEmbedding(case.oracle_config(config))(torch.zeros(1), positions[None])
+    for mine, other in zip(case.model.rotary_table(positions, config), theirs, strict=True):
+        assert torch.equal(mine.flatten(1), other[0])
+
+
 def test_experts_and_balancing_loss_are_transformers(tmp_path):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
     config = case.CONFIGS["moe"]
-    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     tokens = torch.randint(96, (1, 16), generator=torch.Generator().manual_seed(3))
     want = theirs(input_ids=tokens, output_router_logits=True).router_logits
     _, routing = model(tokens[0], torch.arange(16), [0, 16])
@@ -173,7 +170,7 @@ def test_experts_and_balancing_loss_are_transformers(tmp_path):
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path):
     config = case.CONFIGS[which]
-    theirs = save_oracle(tmp_path / "a", config).to(dtype)
+    theirs = case.save_oracle(tmp_path / "a", config).to(dtype)
     theirs.save_pretrained(tmp_path / "a")
     assert case.config.Qwen3Config.from_folder(tmp_path / "a") == config
     precision = "fp32" if dtype == torch.float32 else "bf16"
@@ -192,7 +189,7 @@ def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path
 def test_a_second_copy_of_the_tied_embedding_is_taken_if_it_is_one(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save_oracle(tmp_path, case.CONFIGS["dense tied"])
+    case.save_oracle(tmp_path, case.CONFIGS["dense tied"])
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
@@ -206,19 +203,47 @@ def test_a_second_copy_of_the_tied_embedding_is_taken_if_it_is_one(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "expected qwen3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scales its rotary"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "only does rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "only does rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "and the usual rest"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}, "and the usual rest"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "and the usual rest"),
         ({"attention_bias": True}, "only does False"),
         ({"hidden_act": "gelu"}, "only does 'silu'"),
         ({"head_dim": None}, "lacks head_dim"),
     ],
 )
 def test_a_config_of_another_model_is_refused(change, message, tmp_path):
-    import json
-
     values = case.CONFIGS["dense"].to_released() | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         case.config.Qwen3Config.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "pretrained", "positions"),
+    [
+        ({"max_position_embeddings": 32768}, 32768, 32768),  # the base models
+        ({"max_position_embeddings": 262144, "rope_theta": 5e6}, 262144, 262144),  # 2507
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            32768,
+            131072,
+        ),
+    ],
+)
+def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path, monkeypatch):
+    """... and is of the size; named layouts are for training, and leave generation alone."""
+    monkeypatch.setattr(case.convert, "released_entries", lambda folder, config: {})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "config.json").write_text(json.dumps(case.config.SIZES["8B"].to_released() | change))
+    o = case.config.parse("infer", ["--weights", str(tmp_path), "--prompt", "?", "--pp", "2"])
+    assert (o.size, o.tp, o.sp, o.pp) == ("8B", 1, False, 2)
+    config = case.config.model_config(o)
+    assert (config.original_max_position_embeddings, config.positions) == (pretrained, positions)
+    assert config.rope_theta == change.get("rope_theta", 1e6)
+    longer = case.config.model_config(dataclasses.replace(o, yarn=8.0))
+    assert (longer.rope_factor, longer.positions) == (8, 8 * pretrained)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -227,7 +252,7 @@ def test_a_config_of_another_model_is_refused(change, message, tmp_path):
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
     o = infer_options(max_new_tokens=12, batch=2)
@@ -245,14 +270,12 @@ def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
 
 
 def infer_options(**values):
-    import dataclasses
-
     cls = case.config.InferOptions
     return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
 
 
 def test_generation_stops_at_an_end_token_which_is_left_out(tmp_path):
-    save_oracle(tmp_path, case.CONFIGS["dense"])
+    case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, o = ours(tmp_path), infer_options(max_new_tokens=10)
     whole = case.infer.generate(model, [[1, 2, 3]], o, ends=set())[0]
     stop = whole[4]

@@ -1,15 +1,14 @@
-"""Mixture of experts under parallelism: the routers' losses and metrics, experts nobody asks for, loading, resuming.
-The plain layouts are in test_qwen3_layouts.py."""
+"""Mixture of experts under parallelism: the routers' losses and metrics, experts nobody asks for, loading, generating. The
+plain layouts, and runs continued on others, are in test_qwen3_layouts.py."""
 
 import pytest
 import qwen_case as case
 import torch
 from ranks import run_ranks
-from test_qwen3 import infer_options, save_oracle
+from test_qwen3 import infer_options
 from test_qwen3_layouts import TOLERANCE, compare, my_batches, run_layout
 
 from common import checkpoint, parallel
-from common import train as loop
 
 pytestmark = pytest.mark.L3
 
@@ -89,6 +88,10 @@ def test_router_metrics_are_what_they_say(single):
     assert 0 < metrics["router_entropy"] < torch.tensor(6.0).log()
 
 
+def first_experts(layout: dict, backend: str) -> dict:
+    return run_layout("moe", layout, False, backend, change=all_to_the_first)
+
+
 def all_to_the_first(state: dict) -> dict:
     """Every token chooses experts 0 and 1: the hidden states' mean decides, which the norm before has made positive."""
     for name in state:
@@ -104,9 +107,9 @@ def all_to_the_first(state: dict) -> dict:
 
 @pytest.mark.parametrize(("backend", "dispatch"), [("cpu", "alltoall"), ("cpu", "allgather"), ("npu", "alltoall")])
 def test_a_rank_whose_experts_nobody_asks_for_takes_part(backend, dispatch):
-    want = run_ranks(1, run_layout, "moe", {}, False, backend, all_to_the_first)[0]
+    want = run_ranks(1, first_experts, {}, backend)[0]
     assert want["router"]["router_load"] == pytest.approx([3, 3, 0, 0, 0, 0])
-    got = run_ranks(2, run_layout, "moe", {"ep": 2, "dispatch": dispatch}, False, backend, all_to_the_first)[0]
+    got = run_ranks(2, first_experts, {"ep": 2, "dispatch": dispatch}, backend)[0]
     assert got["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE)
     for name, gradient in want["gradients"].items():
         assert (got["gradients"][name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name
@@ -115,7 +118,7 @@ def test_a_rank_whose_experts_nobody_asks_for_takes_part(backend, dispatch):
 @pytest.mark.parametrize("layout", [{"ep": 2, "tp": 2}, {"ep": 2, "tp": 2, "sp": True, "etp": 1}], ids=str)
 def test_each_rank_loads_its_experts_of_a_release(layout, tmp_path):
     config = case.CONFIGS["moe"]
-    save_oracle(tmp_path, config)
+    case.save_oracle(tmp_path, config)
     whole = run_ranks(1, loaded, {}, tmp_path)[0]
     for rank in run_ranks(4, loaded, layout, tmp_path):
         for name, (cuts, part) in rank.items():
@@ -134,48 +137,8 @@ def loaded(layout: dict, folder) -> dict[str, tuple]:
     return {name: (checkpoint.cuts(p), p.detach()) for name, p in checkpoint.parameters(chunks)}
 
 
-def train(layout: dict, start: int, end: int, folder) -> list[float]:
-    """Losses of the steps, after a checkpoint of `start` and into one of `end`."""
-    o, config = case.options(**layout), case.CONFIGS["moe"]
-    parallel.initialize(o)
-    chunks = case.model.build(o, config)
-    case.load(chunks, case.random_state(config))
-    wrapped = parallel.wrap(chunks, o, case.model.Qwen3Block)
-    optimizer = loop.build_optimizer(o, wrapped)
-    wrapped[0].config.grad_scale_func = optimizer.scale_loss
-    if start:
-        checkpoint.load(folder / f"step-{start:06d}", wrapped, optimizer, fsdp=o.fsdp)
-    losses = []
-    for step in range(start, end):
-        for chunk in wrapped:
-            if hasattr(chunk, "zero_grad_buffer"):
-                chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        batches = my_batches(o, step, True)
-        results = loop.get_forward_backward_func()(
-            forward_step_func=case.train.forward_step, data_iterator=iter(batches), model=wrapped[0],
-            num_microbatches=len(batches), seq_length=case.LENGTH, micro_batch_size=1,
-        )  # fmt: skip
-        optimizer.prepare_grads()
-        losses.append(loop.global_loss(o, results, False)[0])
-        optimizer.step_with_ready_grads()
-    checkpoint.save(folder, end, wrapped, optimizer, {"step": end, "optimizer_steps": end}, keep=9, fsdp=o.fsdp)
-    return losses
-
-
-@pytest.mark.parametrize("layout", [{"ep": 2}, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, {"fsdp": True}], ids=str)
-def test_a_run_goes_on_with_its_experts_spread_otherwise(layout, tmp_path):
-    want = run_ranks(1, train, {}, 0, 4, tmp_path / "one")[0]
-    first = run_ranks(2, train, layout, 0, 2, tmp_path / "spread")[0]
-    last = run_ranks(1, train, {}, 2, 4, tmp_path / "spread")[0]
-    assert first + last == pytest.approx(want, rel=1e-5)
-    run_ranks(1, train, {}, 0, 2, tmp_path / "again")
-    last = run_ranks(2, train, layout, 2, 4, tmp_path / "again")[0]
-    assert last == pytest.approx(want[2:], rel=1e-5)
-
-
 def test_generation_with_spread_experts_is_the_plain_one(tmp_path):
-    save_oracle(tmp_path, case.CONFIGS["moe"])
+    case.save_oracle(tmp_path, case.CONFIGS["moe"])
     want = run_ranks(1, answers, {}, tmp_path)[0]
     assert run_ranks(2, answers, {"ep": 2}, tmp_path) == [want, want]
 

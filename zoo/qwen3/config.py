@@ -23,11 +23,14 @@ FIXED = {
     "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1,
     "mlp_only_layers": [], "n_shared_experts": 0, "attention_dropout": 0.0,
 }  # fmt: skip
+YARN = {"type", "rope_type", "factor", "original_max_position_embeddings", "rope_theta"}  # read from such an entry
+YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}  # what else it may say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
-    """Field names are those of the released `config.json`. num_experts 0: a dense model."""
+    """Field names are those of the released `config.json`. num_experts 0: a dense model. rope_factor: YaRN's, over the
+    original_max_position_embeddings of pretraining; 1: none."""
 
     vocab_size: int
     hidden_size: int
@@ -38,12 +41,19 @@ class Qwen3Config:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
+    rope_factor: float
     max_position_embeddings: int
+    original_max_position_embeddings: int
     tie_word_embeddings: bool
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a sequence may have."""
+        return max(self.max_position_embeddings, int(self.rope_factor * self.original_max_position_embeddings))
 
     @property
     def parameters(self) -> int:
@@ -92,11 +102,7 @@ class Qwen3Config:
         for key, wanted in FIXED.items():
             if (values.get(key) or wanted) != wanted:
                 raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {wanted!r}; fix: --weights")
-        rope = values.get("rope_parameters") or {}  # transformers 5; releases write rope_theta and rope_scaling
-        scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-        if scaling:
-            raise ValueError(f"{path} scales its rotary embedding ({scaling}); this model does not; fix: --weights")
-        values["rope_theta"] = values.get("rope_theta", rope.get("rope_theta"))
+        values |= _rotary(values, path)
         values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers 5 writes it
         if kind == "qwen3":
             values |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False}
@@ -108,6 +114,8 @@ class Qwen3Config:
     def to_released(self) -> dict:
         """The released config.json."""
         values = dataclasses.asdict(self)
+        factor, original = values.pop("rope_factor"), values.pop("original_max_position_embeddings")
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         kind, name = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.num_experts else ("qwen3", "Qwen3ForCausalLM")
         if self.num_experts:
             values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
@@ -116,19 +124,40 @@ class Qwen3Config:
                 del values[key]
         return values | {
             "architectures": [name], "model_type": kind, "hidden_act": "silu", "attention_bias": False,
-            "attention_dropout": 0.0, "rope_scaling": None, "use_sliding_window": False, "initializer_range": 0.02,
+            "attention_dropout": 0.0, "use_sliding_window": False, "initializer_range": 0.02,
+            "rope_scaling": None if factor == 1 else yarn,
         }  # fmt: skip
 
 
+def _rotary(values: dict, path: Path) -> dict:
+    """The rotary fields of a config.json: releases write rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    theta, longest = rope.get("rope_theta", values.get("rope_theta")), values.get("max_position_embeddings")
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    if kind == "default":  # does not say how many were trained: of the released 40,960, 8,192 are for an answer
+        factor, original = 1.0, 32768 if longest == 40960 else longest
+    else:
+        odd = [key for key, value in rope.items() if key not in YARN and value != YARN_USUAL.get(key)]
+        if kind != "yarn" or odd or not isinstance(factor, int | float) or factor < 1:
+            raise ValueError(
+                f"{path} scales its rotary embedding by {rope}; this model only does rope_type 'yarn' with a factor, "
+                "original_max_position_embeddings and the usual rest; fix: --weights"
+            )
+        key = "original_max_position_embeddings"
+        original = values.get(key) or rope.get(key) or longest
+    return {"rope_theta": theta, "rope_factor": float(factor), "original_max_position_embeddings": original}
+
+
 _RELEASED = dict(
-    vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960,
+    vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, rope_factor=1.0, max_position_embeddings=40960,
+    original_max_position_embeddings=32768,
 )  # fmt: skip
 _DENSE = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
 _SPARSE = dict(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_key_value_heads=4)
 _TINY = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=48, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048,
-    tie_word_embeddings=True,
+    num_key_value_heads=2, head_dim=48, rms_norm_eps=1e-6, rope_theta=1e4, rope_factor=1.0,
+    max_position_embeddings=2048, original_max_position_embeddings=2048, tie_word_embeddings=True,
 )  # fmt: skip
 
 
@@ -160,6 +189,9 @@ DEMO_WEIGHTS = HERE / "demo" / "weights"  # what sft.sh made of the tiny size
 DEMO_PROMPT = "Sort the digits: 52913"
 DEMO_SFT = {"steps": 600, "lr": 3e-3, "save_every": 300}  # its task is learnt sooner than the docstrings
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
+# Named layouts are for training: generation and conversion take these of one only if --layout names it.
+ONE_DEVICE = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +208,7 @@ class TrainOptions(cli.TrainOptions):
         "what becomes of a conversation longer than a row (sft)", "drop", group="data", layout=True
     )
     cache: Path | None = option("folder that keeps rendered conversations (default data/<recipe>-cache)", group="data")
+    yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
     aux: float = option(
         "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
     )
@@ -193,6 +226,7 @@ class TrainOptions(cli.TrainOptions):
 @dataclass(frozen=True, kw_only=True)
 class InferOptions(cli.LayoutOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
+    yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
     prompt: str = option("what to answer", group="job")
     prompts: Path | None = option("text file, a prompt per line", group="job")
     out: Path | None = option("file for the answers (.jsonl)", group="job")
@@ -230,9 +264,11 @@ def parse(script: str, argv: list[str]):
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
     if script == "preprocess":
         return preprocess.checked(o, model_config(o).vocab_size)
-    o = _with_demo(o, script, asked={word.split("=")[0] for word in argv})
+    asked = {word.split("=")[0] for word in argv}
+    o = _with_demo(o, script, asked)
     if script != "train":  # these have no batch
-        o = dataclasses.replace(o, micro_batch=1, global_batch=None)
+        alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
+        o = dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
     config = model_config(o)
     tokens = o.seq_len * o.micro_batch if script == "train" else None
     o = cli.check_layout(
@@ -264,8 +300,12 @@ def parse(script: str, argv: list[str]):
 
 def _check_model(o, config: Qwen3Config, script: str) -> None:
     """What this model asks of a layout beyond `cli.check_layout`."""
+    keys = config.num_key_value_heads
+    if keys % o.tp and o.tp % keys:
+        raise ValueError(
+            f"tp={o.tp} with {keys} key-value heads (size {o.size}); expected that one divides the other; fix: --tp"
+        )
     for count, what in (
-        (config.num_key_value_heads, "key-value heads"),
         (config.vocab_size, "tokens of the vocabulary"),
         (o.tp if config.num_experts else config.intermediate_size, "columns of the MLP"),
     ):
@@ -275,15 +315,17 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"etp={o.etp} does not divide {config.moe_intermediate_size} columns of an expert (size {o.size}); fix: --etp 1"
         )
-    if config.tie_word_embeddings and o.pp > 1:
-        raise ValueError(f"pp={o.pp} would part the tied embeddings of size {o.size}; fix: --pp 1")
-    if script == "infer" and (o.pp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
-        raise ValueError("generation runs on one device or with --tp; fix: --pp 1 --cp 1 --no-sp --no-fsdp")
+    if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
+        raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
+    if script == "infer" and o.dp != o.ep:
+        raise ValueError(
+            f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
+        )
     if script != "train":
         return
-    if o.seq_len > config.max_position_embeddings:
+    if o.seq_len > config.positions:
         raise ValueError(
-            f"seq_len={o.seq_len} is more than the model's {config.max_position_embeddings} positions; fix: --seq-len"
+            f"seq_len={o.seq_len} is more than the model's {config.positions} positions; fix: --seq-len or --yarn"
         )
     if o.ring > 1 and o.seq_len * o.micro_batch % (2 * o.cp * (o.tp if o.sp else 1)):
         raise ValueError(
@@ -347,7 +389,10 @@ def _default_size(folder: Path | None) -> str:
 
 
 def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
+    """In what an architecture is not that of a size, whose releases (base, 2507, ...) differ in their positions."""
     pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Qwen3Config)}
+    for name in ("rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"):
+        del pairs[name]
     return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
@@ -391,7 +436,12 @@ def _with_demo(o, script: str, asked: set[str]):
 
 
 def model_config(o) -> Qwen3Config:
-    """The architecture: the weights folder's own, or the size's."""
+    """The architecture: the weights folder's own, or the size's, its positions lengthened by --yarn."""
+    config, factor = _own_config(o), getattr(o, "yarn", None)
+    return config if factor is None else dataclasses.replace(config, rope_factor=factor)
+
+
+def _own_config(o) -> Qwen3Config:
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     if o.weights is None:
@@ -446,7 +496,8 @@ def dry_run(o) -> str:
     return "\n".join([
         cli.to_toml(o),
         f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}",
-        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}",
+        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}, layers of the stages: "
+        + " ".join(map(str, o.stage_layers(config.num_hidden_layers))),
         cli.rank_map(o),
         f"{flops / 1e12:.3f} TFLOP per row of {length} tokens forward, "
         f"{3 * flops * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step",
@@ -458,14 +509,14 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     """Bytes per rank of weights, gradients, optimizer and saved activations; workspace not counted.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
-    what the backward reads of each block (recompute none: all of it; full: the block's input alone). Experts' rows as
-    if spread evenly.
+    what the backward reads of each block (recompute none: all of it; full: the block's input alone), for as many
+    micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts; experts' rows as if spread evenly.
     """
-    dtype = 4 if o.precision == "fp32" else 2
+    dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     kept_weights = gradients = master = 0.0
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
-        share, shards = parameters / (cut * o.pp), o.world / (cut * o.pp)
+        share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         kept_weights += share * dtype / (shards if o.fsdp else 1)
         gradients += share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
         master += share * (8 if o.fsdp and dtype == 4 else 12) / shards
@@ -482,6 +533,6 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
         "selective": tokens * dtype * (2 * D / sp + attention + mlp),
         "full": tokens * D * dtype / sp,
     }
-    blocks = config.num_hidden_layers / o.pp
+    blocks = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
     peak = everything if o.recompute == "full" else 0
     return kept_weights + gradients + master + kept[o.recompute] * blocks + peak

@@ -3,7 +3,8 @@
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompts questions.txt --out answers.jsonl
 
-Prompts of one length are generated together, so that no padding is ever seen; tensor parallelism works as in training.
+Prompts of one length are generated together, so that no padding is ever seen. Tensor parallelism works as in training;
+pipeline stages work one after the other (no micro-batches in between): for models that fit no other way.
 """
 
 import json
@@ -70,10 +71,14 @@ def generate(
             for _ in range(o.max_new_tokens):
                 n = tokens.shape[1]
                 positions = (cache.used + torch.arange(n, device=where)).repeat(len(rows))
-                hidden, _ = model(tokens.flatten(), positions, [], cache=cache)
+                hidden = through_stages(model, tokens.flatten(), positions, cache)
                 cache.used += n
-                last = hidden.view(len(rows), n, -1)[:, -1]
-                chosen = choose(whole_logits(last, model), o, generator)
+                chosen = tokens.new_empty(len(rows))
+                if model.last:
+                    chosen = choose(whole_logits(hidden.view(len(rows), n, -1)[:, -1], model), o, generator)
+                if not (model.first and model.last):
+                    last = mpu.get_pipeline_model_parallel_last_rank()
+                    dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
                 for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
                     done[place] = done[place] or token in ends
                     if not done[place]:
@@ -84,6 +89,22 @@ def generate(
                     break
                 tokens = chosen.unsqueeze(1)
     return answers
+
+
+def through_stages(model: Qwen3, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """States [T, 1, D] after this stage, the last one's normalised; what the stage before sends comes in first."""
+    group = mpu.get_pipeline_model_parallel_group()
+    if not model.first:
+        states = torch.empty(
+            len(tokens), 1, model.qwen.hidden_size, dtype=model.config.params_dtype, device=tokens.device
+        )
+        dist.recv(states, mpu.get_pipeline_model_parallel_prev_rank(), group=group)
+        model.set_input_tensor(states)
+    out = model(tokens, positions, [], cache=cache)
+    if model.last:
+        return out[0]
+    dist.send(out.contiguous(), mpu.get_pipeline_model_parallel_next_rank(), group=group)
+    return out
 
 
 def whole_logits(hidden: torch.Tensor, model: Qwen3) -> torch.Tensor:
@@ -124,10 +145,10 @@ def main() -> None:
         rendered = texts
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
     longest = max(map(len, prompts)) + o.max_new_tokens
-    if longest > config.max_position_embeddings:
+    if longest > config.positions:
         raise ValueError(
-            f"prompt and answer may take {longest} tokens, the model has {config.max_position_embeddings} positions; "
-            "fix: --max-new-tokens, or shorter prompts"
+            f"prompt and answer may take {longest} tokens, the model has {config.positions} positions; "
+            "fix: --max-new-tokens, --yarn, or shorter prompts"
         )
     main_rank, shown = dist.get_rank() == 0, []
 

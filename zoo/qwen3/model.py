@@ -7,7 +7,8 @@ checkpoints; the exceptions are the experts, which are stacked here (convert.py)
 What is unusual:
 - Queries and keys are RMS-normalised per head before the rotary embedding; no linear has a bias.
 - heads * head_dim is not the hidden width for most sizes: q and o are not square.
-- Rotary embedding over rotate-half pairs; positions restart at every document of a packed row.
+- Rotary embedding over rotate-half pairs, by YaRN (arXiv:2309.00071) beyond the pretrained length; positions restart at
+  every document of a packed row.
 - Mixture of experts: softmax over all experts in fp32, the top k renormalised to sum 1, every layer sparse, no token
   dropped and no shared expert; auxiliary load-balancing loss over all layers together (or of each layer), z-loss.
 
@@ -17,13 +18,15 @@ Parallelism: tokens first. Under tensor parallelism heads, FFN columns (of every
 split; under sequence parallelism everything between holds T/tp tokens. Context parallelism splits the tokens for the
 whole network, in zig-zag order, and meets only in attention. Expert parallelism spreads the experts over ranks that hold
 different tokens, which travel to them and back. What every rank holds whole but uses on its own heads or columns (q_norm,
-k_norm, the router) goes through `copy_to_tensor_model_parallel_region`, whose backward sums its gradient. A pipeline
-stage hands on the hidden states alone.
+k_norm, the router, key and value heads if they are fewer than the ranks) goes through
+`copy_to_tensor_model_parallel_region`, whose backward sums its gradient. A pipeline stage hands on the hidden states
+alone; tied embeddings are held by the first and the last stage, which sum their gradient.
 
 Shape legend: T tokens of this rank, D hidden, H query heads and K key heads of this rank, E head dim, F FFN columns of
 this rank, G experts, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +53,33 @@ class Qwen3RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Qwen3SharedHeads(nn.Linear):
+    """Keys or values with fewer heads than tensor-parallel ranks: every rank holds all heads and makes the one that its
+    query heads look at (query head h of H at head h*K//H)."""
+
+    def __init__(self, config: Qwen3Config, mc: TransformerConfig):
+        E, self.mc = config.head_dim, mc
+        super().__init__(config.hidden_size, config.num_key_value_heads * E, bias=False, dtype=mc.params_dtype)
+        tp = (parallel.mpu.get_tensor_model_parallel_rank(), mc.tensor_model_parallel_size)
+        head = tp[0] * config.num_key_value_heads // tp[1]
+        self.rows = slice(head * E, (head + 1) * E)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, 1, D] -> [T, 1, E]."""
+        return F.linear(x, parallel.shared_by_tp(self.weight, self.mc)[self.rows])
+
+
 class Qwen3Attention(nn.Module):
     def __init__(self, config: Qwen3Config, mc: TransformerConfig):
         super().__init__()
         self.config, self.mc = config, mc
         D, E = config.hidden_size, config.head_dim
         self.q_proj = parallel.ColumnLinear(D, config.num_attention_heads * E, mc, bias=False)
-        self.k_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
-        self.v_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
+        if config.num_key_value_heads % mc.tensor_model_parallel_size:
+            self.k_proj, self.v_proj = Qwen3SharedHeads(config, mc), Qwen3SharedHeads(config, mc)
+        else:
+            self.k_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
+            self.v_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
         self.o_proj = parallel.RowLinear(config.num_attention_heads * E, D, mc, bias=False)
         self.q_norm = Qwen3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
         self.k_norm = Qwen3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
@@ -267,14 +289,17 @@ class Qwen3(MegatronModule):
         super().__init__(mc)
         self.qwen, self.first, self.last, self.recompute = config, first, last, recompute
         D, dtype, vocabulary = config.hidden_size, mc.params_dtype, config.vocab_size // mc.tensor_model_parallel_size
-        if first:
+        tied = config.tie_word_embeddings
+        if first or (last and tied):
             self.embed_tokens = nn.Embedding(vocabulary, D, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.embed_tokens.weight, True, 0, 1)
+        if tied and first != last:
+            parallel.mark_tied(self.embed_tokens.weight, copy=last)
         self.layers = nn.ModuleDict({str(i): Qwen3Block(config, mc, router) for i in layers})
         if last:
             self.norm = Qwen3RMSNorm(D, config.rms_norm_eps, dtype)
             parallel.mark_replicated([self.norm.weight], mc)
-        if last and not config.tie_word_embeddings:
+        if last and not tied:
             self.lm_head = nn.Linear(D, vocabulary, bias=False, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.lm_head.weight, True, 0, 1)
         self._input: torch.Tensor | None = None
@@ -283,6 +308,10 @@ class Qwen3(MegatronModule):
     def output_weight(self) -> torch.Tensor:
         """[V/tp, D]: the embedding's own where they are tied."""
         return self.embed_tokens.weight if self.qwen.tie_word_embeddings else self.lm_head.weight
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """megatron-core asks: what the first and the last pipeline stage both hold, its gradient summed over them."""
+        return self.embed_tokens.weight if self.qwen.tie_word_embeddings else None
 
     def set_input_tensor(self, tensor) -> None:
         """Called by the pipeline schedule: what the previous stage sent, or None."""
@@ -323,12 +352,25 @@ class Qwen3(MegatronModule):
 
 
 def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, 1, 1, E] fp32 of every token's angles, both halves alike."""
-    E = config.head_dim
-    exponents = torch.arange(0, E, 2, dtype=torch.int64, device=positions.device).float() / E
-    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)  # [T, E/2]
+    """cos and sin [T, 1, 1, E] fp32 of every token's angles, both halves alike.
+
+    YaRN, where config.rope_factor is not 1: pairs that turn less than once in the original length are slowed down by the
+    factor, those that turn more than 32 times are not, with a ramp in between; cos and sin grow a little.
+    """
+    E, factor = config.head_dim, config.rope_factor
+    pairs = torch.arange(0, E, 2, dtype=torch.int64, device=positions.device)
+    periods = config.rope_theta ** (pairs.float() / E)  # [E/2], tokens per radian
+    frequencies = 1.0 / periods
+    if factor != 1:  # rounded as transformers does: far positions multiply every bit
+        turns = config.original_max_position_embeddings / (2 * math.pi)
+        low, high = (E * math.log(turns / n) / (2 * math.log(config.rope_theta)) for n in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), E - 1)
+        kept = 1 - ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)  # [E/2]
+        frequencies = 1.0 / (factor * periods) * (1 - kept) + frequencies * kept
+    angles = positions.float()[:, None] * frequencies  # [T, E/2]
     angles = torch.cat((angles, angles), -1)[:, None, None]
-    return angles.cos(), angles.sin()
+    scale = 0.1 * math.log(factor) + 1
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:

@@ -160,7 +160,7 @@ def finish(o: TrainOptions, config: Qwen3Config, wrapped, batches: Batches, rows
             f" (trigram model of the same text: {trigram.perplexity(o.data, o.validation, config.vocab_size):.2f})"
         )
     if demo and o.job == "sft":
-        if (o.pp, o.cp, o.fsdp, o.sp) == (1, 1, False, False):
+        if (o.vpp, o.cp, o.fsdp, o.sp) == (1, 1, False, False):
             right, asked = exact_match(o, parallel.unwrapped(wrapped[0]))
             lines.append(f"        exact match on {asked} questions never trained on: {right / asked:.0%} (chance 2%)")
         else:

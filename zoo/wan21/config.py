@@ -438,7 +438,8 @@ def memory_estimate(o, config: WanConfig, tokens: int) -> float:
     what the backward reads of each block (recompute none: all of it; full: the block's input alone).
     """
     dtype = 4 if o.precision == "fp32" else 2
-    share = config.parameters / (o.tp * o.pp)
+    stages = o.stage_layers(config.num_layers)
+    share = config.parameters / o.tp * max(stages) / sum(stages)
     shards = o.dp * o.cp
     weights = share * dtype / (shards if o.fsdp else 1)
     gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
@@ -449,5 +450,4 @@ def memory_estimate(o, config: WanConfig, tokens: int) -> float:
     kept = {"none": everything, "selective": local * dtype * (9 * D / tp + Fd / tp), "full": local * D * dtype / sp}[
         o.recompute
     ]
-    blocks = config.num_layers / o.pp
-    return weights + gradients + master + kept * blocks + (everything if o.recompute == "full" else 0)
+    return weights + gradients + master + kept * max(stages) + (everything if o.recompute == "full" else 0)
