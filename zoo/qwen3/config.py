@@ -260,6 +260,8 @@ def parse(script: str, argv: list[str]):
     if script != "train":  # these have no batch
         alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
         o = dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
+    if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
+        raise ValueError("generation runs with --tp and --pp alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
     tokens = o.seq_len * o.micro_batch if script == "train" else None
     o = cli.check_layout(o, heads=config.num_attention_heads, layers=config.num_hidden_layers, tokens=tokens)
@@ -296,8 +298,6 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
     ):
         if count % o.tp:
             raise ValueError(f"tp={o.tp} does not divide {count} {what} (size {o.size}); fix: --tp")
-    if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
-        raise ValueError("generation runs with --tp and --pp alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     if script == "infer" and o.dp > 1:
         raise ValueError(f"{o.world} processes, tp*pp = {o.tp * o.pp} of which generate; fix: --tp, --pp or NPROC")
     if script != "train":
