@@ -278,18 +278,20 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
     argv = ["--layout", name, *as_options({k: layout[k] for k in known})]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     smallest = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
+    stated = re.search(r"(\d+) devices?\b", layout["source"])
     refused = []
-    for replicas in range(1, 65):
-        monkeypatch.setenv("NPROC", str(smallest * replicas))
+    for processes in [int(stated[1])] if stated else [smallest * replicas for replicas in range(1, 65)]:
+        monkeypatch.setenv("NPROC", str(processes))
         try:
             o = config.parse("train", argv)
         except ValueError as error:
-            refused.append(f"{smallest * replicas} processes: {error}")
+            refused.append(f"{processes} processes: {error}")
             continue
+        assert f"world {processes}" in config.dry_run(o)
         assert o.micro_batches >= o.pp, "a pipeline with fewer micro-batches than stages is mostly waiting"
         assert o.layout == name and all(getattr(o, k) == layout[k] for k in known - {"size"})
         return
-    pytest.fail(f"no number of processes fits: {refused[0]}")
+    pytest.fail(f"no number of processes that it says fits: {refused[0]}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -34,6 +34,7 @@ WRONG = {
     "balancing a dense model": ("pretrain", ["--aux", "0.1"], "--aux 0"),
     "prompts": ("generate", ["--prompts", "nowhere.txt"], "nowhere.txt"),
     "context parallel generation": ("generate", ["--cp", "2"], "--cp"),
+    "positions made fewer": ("generate", ["--yarn", "0.5"], "[1, inf)"),
     "nothing to convert to": ("convert", ["--out", "x"], "--to"),
     "text": ("preprocess", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
 }
@@ -62,21 +63,23 @@ def test_bad_input_is_one_line_and_exit_code_2(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("job", "processes", "options", "named"),
     [
-        (["--tp", "4"], "2 key-value heads"),
-        (["--pp", "2"], "tied embeddings"),
-        (["--cp", "2", "--ulysses", "1", "--seq-len", "6", "--micro-batch", "1"], "zig-zag"),
-        (["--ep", "2"], "tiny has no experts"),
-        (["--aux", "1", "--global-batch", "8"], "tiny has no experts"),
-        (["--size", "tiny-moe", "--ep", "3"], "ep=3 does not divide 8 experts"),
-        (["--size", "tiny-moe", "--ep", "8"], "does not divide the 2 processes"),
-        (["--size", "tiny-moe", "--tp", "2", "--etp", "1"], "--sp"),
-        (["--size", "tiny-moe", "--ep", "2", "--fsdp"], "expected tp=pp=ep=1"),
+        ("pretrain", 20, ["--size", "14B", "--tp", "20", "--no-sp"], "tp=20 with 8 key-value heads"),
+        ("pretrain", 5, ["--size", "14B", "--tp", "5", "--no-sp"], "tp=5 with 8 key-value heads"),
+        ("pretrain", 2, ["--cp", "2", "--ulysses", "1", "--seq-len", "6", "--micro-batch", "1"], "zig-zag"),
+        ("pretrain", 2, ["--ep", "2"], "tiny has no experts"),
+        ("pretrain", 1, ["--aux", "1"], "tiny has no experts"),
+        ("pretrain", 2, ["--size", "tiny-moe", "--ep", "3"], "ep=3 does not divide 8 experts"),
+        ("pretrain", 2, ["--size", "tiny-moe", "--ep", "8"], "does not divide the 2 processes"),
+        ("pretrain", 2, ["--size", "tiny-moe", "--tp", "2", "--etp", "1"], "--sp"),
+        ("pretrain", 2, ["--size", "tiny-moe", "--ep", "2", "--fsdp"], "expected tp=pp=ep=1"),
+        ("generate", 2, [], "tp*pp*ep = 1 of which generate"),
+        ("generate", 2, ["--pp", "2", "--vpp", "2"], "--vpp 1"),
     ],
 )
-def test_layout_this_model_cannot_have_is_refused(options, named):
-    done = launch("pretrain", *options, processes=4 if "4" in options else 2)
+def test_layout_this_model_cannot_have_is_refused(job, processes, options, named):
+    done = launch(job, *options, processes=processes)
     assert done.returncode == 2 and named in done.stderr, done.stderr
 
 
@@ -106,15 +109,28 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
 
 
 def test_an_exported_run_is_what_transformers_loads(tmp_path):
+    """... its positions lengthened, which its config says."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     done = launch(
-        "pretrain", "--steps", "2", "--size", "tiny-moe", "--out", tmp_path / "run", "--export", tmp_path / "mine"
+        "pretrain",
+        "--steps",
+        "2",
+        "--size",
+        "tiny-moe",
+        "--yarn",
+        "2",
+        "--out",
+        tmp_path / "run",
+        "--export",
+        tmp_path / "mine",
     )
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
     assert model.num_parameters() == case.config.SIZES["tiny-moe"].parameters
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+    assert model.config.rope_parameters.items() >= scaling.items()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
     said = launch(
         "generate", "--weights", tmp_path / "mine", "--prompt", "Return the", "--no-chat", "--max-new-tokens", "8"

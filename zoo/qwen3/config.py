@@ -191,7 +191,9 @@ DEMO_SFT = {"steps": 600, "lr": 3e-3, "save_every": 300}  # its task is learnt s
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
 # Named layouts are for training: generation and conversion take these of one only if --layout names it.
-ONE_DEVICE = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
+ONE_DEVICE = {
+    "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +271,8 @@ def parse(script: str, argv: list[str]):
     if script != "train":  # these have no batch
         alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
         o = dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
+    if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
+        raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
     tokens = o.seq_len * o.micro_batch if script == "train" else None
     o = cli.check_layout(
@@ -315,8 +319,6 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"etp={o.etp} does not divide {config.moe_intermediate_size} columns of an expert (size {o.size}); fix: --etp 1"
         )
-    if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
-        raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     if script == "infer" and o.dp != o.ep:
         raise ValueError(
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"

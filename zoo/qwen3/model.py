@@ -58,11 +58,10 @@ class Qwen3SharedHeads(nn.Linear):
     query heads look at (query head h of H at head h*K//H)."""
 
     def __init__(self, config: Qwen3Config, mc: TransformerConfig):
-        E, self.mc = config.head_dim, mc
-        super().__init__(config.hidden_size, config.num_key_value_heads * E, bias=False, dtype=mc.params_dtype)
-        tp = (parallel.mpu.get_tensor_model_parallel_rank(), mc.tensor_model_parallel_size)
-        head = tp[0] * config.num_key_value_heads // tp[1]
-        self.rows = slice(head * E, (head + 1) * E)
+        K, E = config.num_key_value_heads, config.head_dim
+        super().__init__(config.hidden_size, K * E, bias=False, dtype=mc.params_dtype)
+        head = parallel.mpu.get_tensor_model_parallel_rank() * K // mc.tensor_model_parallel_size
+        self.mc, self.rows = mc, slice(head * E, (head + 1) * E)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, 1, D] -> [T, 1, E]."""
@@ -365,7 +364,7 @@ def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Te
         turns = config.original_max_position_embeddings / (2 * math.pi)
         low, high = (E * math.log(turns / n) / (2 * math.log(config.rope_theta)) for n in (32, 1))
         low, high = max(math.floor(low), 0), min(math.ceil(high), E - 1)
-        kept = 1 - ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)  # [E/2]
+        kept = 1 - ((pairs / 2 - low) / (high - low or 0.001)).clamp(0, 1)  # [E/2]
         frequencies = 1.0 / (factor * periods) * (1 - kept) + frequencies * kept
     angles = positions.float()[:, None] * frequencies  # [T, E/2]
     angles = torch.cat((angles, angles), -1)[:, None, None]
