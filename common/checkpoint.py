@@ -97,12 +97,13 @@ def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
 def _allocate_moments(optimizer) -> None:
     """Zero moments where torch's AdamW, which makes them in its first step, has none yet: a place to load into."""
     for inner in (each.optimizer for each in optimizer.chained_optimizers):
+        dtype = getattr(inner, "moments", None)  # else the parameter's
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter] = {
                     "step": torch.tensor(0.0, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
                 }
 
 

@@ -88,7 +88,10 @@ class LayoutOptions:
     )
     precision: Literal["fp32", "bf16"] = option("compute and weight precision", "bf16", group="layout", layout=True)
     recompute: Literal["none", "selective", "full"] = option(
-        "activations recomputed in the backward", "none", group="layout", layout=True
+        "activations recomputed in the backward: norms, activations and such (selective), or whole blocks",
+        "none",
+        group="layout",
+        layout=True,
     )
     dry_run: bool = option("say what would run, check everything checkable, run nothing", False, group="run")
     print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
@@ -135,6 +138,10 @@ class TrainOptions(LayoutOptions):
         "torch.compile each block: fuses what lies between its matmuls", False, group="layout", layout=True
     )
 
+    offload_activations: bool = option(
+        "what the backward needs of a block waits in host memory", False, group="layout", layout=True
+    )
+
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
     seed: int = option("seed of weights, data order, noise", 0, group="run")
@@ -164,6 +171,9 @@ class TrainOptions(LayoutOptions):
     beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True, within="[0, 1)")
     beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True, within="[0, 1)")
     adam_eps: float = option("AdamW epsilon", 1e-8, group="optimizer", layout=True, within="[0, inf)")
+    moments: Literal["fp32", "bf16"] = option(
+        "precision in which AdamW's two moments are kept", "fp32", group="optimizer", layout=True
+    )
     clip: float = option(
         "gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True, within="[0, inf)"
     )
@@ -361,7 +371,7 @@ def check_run(o: TrainOptions) -> None:
 
     Raises:
         ValueError: --resume names no folder, the rate would rise to --min-lr, the steps or ranks to profile are not
-            numbers, or --compile has no compiler or does not go with --recompute.
+            numbers, --compile has no compiler, or --compile or --offload-activations does not go with --recompute.
     """
     if o.compile and os.environ.get("ZOO_DEVICE") == "npu":
         raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
@@ -369,6 +379,11 @@ def check_run(o: TrainOptions) -> None:
         raise ValueError(
             "compile with recompute=selective: what a compiled block keeps is changed before it is read; "
             "fix: --recompute none or full, or --no-compile"
+        )
+    if o.offload_activations and o.recompute == "selective":
+        raise ValueError(
+            "offload_activations with recompute=selective: what that keeps is not autograd's to move; "
+            "fix: --recompute none or full, or --no-offload-activations"
         )
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if o.compile and os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):

@@ -163,10 +163,14 @@ def seed_dropout(seed: int, step: int) -> None:
 def merge_(chunks: list[nn.Module]) -> None:
     """W += s B A, computed in fp32 and rounded once; the linears are plain again."""
     for _, module in _modules(chunks, PLAIN):
-        delta = module.lora_B.float() @ module.lora_A.float() * module.lora.scale
-        module.weight.copy_(module.weight.float() + delta)
+        module.weight.copy_(merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
         module.__class__ = PLAIN[type(module)]
         del module.lora, module.lora_dropout, module.lora_A, module.lora_B
+
+
+def merged(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s B A [out, in], computed in fp32 and rounded once to the dtype of W."""
+    return (weight.float() + lora_B.float() @ lora_A.float() * scale).to(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ PEFT's folder format
@@ -224,19 +228,46 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     return value.cpu()
 
 
+def _settings(folder: Path) -> tuple[Settings, list[str] | str]:
+    """The settings and target modules of a PEFT folder. ValueError: not a plain LoRA."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} has no adapter_config.json; expected a PEFT adapter's folder; fix: --adapter")
+    facts = weights.read_json(folder / "adapter_config.json")
+    odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
+    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
+    if odd:
+        raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
+    return Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)}), facts[
+        "target_modules"
+    ]
+
+
+def read_adapter(
+    folder: Path, linears: dict[str, tuple[int, int]]
+) -> tuple[float, dict[str, tuple[weights.Entry, weights.Entry]]]:
+    """(s, {released linear: (A, B)}) of a PEFT folder, for merging without a model. linears: (out, in) of the released
+    linears it may adapt, by their names without `.weight`.
+
+    Raises:
+        ValueError: not a plain LoRA; missing, extra or misshaped tensors.
+    """
+    (settings, targets), entries = _settings(folder), weights.index(folder)
+    keys = {n: [f"base_model.model.{n}.lora_{part}.weight" for part in "AB"] for n in linears if _matches(n, targets)}
+    shapes = {keys[n][0]: (settings.r, linears[n][1]) for n in keys} | {
+        keys[n][1]: (linears[n][0], settings.r) for n in keys
+    }
+    weights.check(entries, shapes, folder)
+    return settings.scale, {name: (entries[a], entries[b]) for name, (a, b) in keys.items()}
+
+
 def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], str]) -> None:
     """Freeze the model and give it the adapters of a PEFT folder, which train; each rank reads its slices.
 
     Raises:
         ValueError: not a plain LoRA; missing, extra or misshaped tensors.
     """
-    facts = weights.read_json(folder / "adapter_config.json")
-    odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
-    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
-    if odd:
-        raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
-    settings = Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)})
-    _attach(chunks, lambda name: _matches(_released(name, rename), facts["target_modules"]), settings)
+    settings, targets = _settings(folder)
+    _attach(chunks, lambda name: _matches(_released(name, rename), targets), settings)
     adapters, entries = _adapters(chunks, rename), weights.index(folder)
     shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in adapters.values()}
     weights.check(entries, _union(shapes), folder)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
+from torch.optim.adamw import adamw
 
 from common import device
 
@@ -614,7 +615,6 @@ class AdamW(torch.optim.AdamW):
         if BACKEND != "npu":
             return super().step(closure)
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -622,17 +622,28 @@ class AdamW(torch.optim.AdamW):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, as torch keeps it
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                done = int(state["step"])
-                grad, *out = (_local(t) for t in (p.grad, p, state["exp_avg"], state["exp_avg_sq"]))
-                torch.ops.npu.npu_apply_adam_w(  # the powers are of the step before this one
-                    beta1**done, beta2**done, group["lr"], group["weight_decay"], beta1, beta2, group["eps"],
-                    grad, None, False, False, out=out,
-                )  # fmt: skip
+                adamw_(*map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"])), int(state["step"]), group)
                 state["step"] += 1
         return None
 
 
-def _local(t: torch.Tensor) -> torch.Tensor:
+def adamw_(p, grad, exp_avg, exp_avg_sq, done: int, group: dict) -> None:
+    """One step of AdamW in place, in one kernel; done: the steps before it; group: lr, betas, eps, weight_decay."""
+    beta1, beta2 = group["betas"]
+    if BACKEND == "npu":
+        torch.ops.npu.npu_apply_adam_w(  # the powers are of the step before this one
+            beta1**done, beta2**done, group["lr"], group["weight_decay"], beta1, beta2, group["eps"],
+            grad, None, False, False, out=[p, exp_avg, exp_avg_sq],
+        )  # fmt: skip
+        return
+    steps = [torch.full((), float(done), device=p.device)]
+    adamw(
+        [p], [grad], [exp_avg], [exp_avg_sq], [], steps, fused=True, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+    )  # fmt: skip
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
     """This rank's part of what FSDP2 shards."""
     return t.to_local() if hasattr(t, "to_local") else t
 

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from common import device, ops
 from common.cli import LayoutOptions
+from common.offload import offloaded
 from common.ring import RingAttention, unzigzag, zigzag
 
 _SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work on the same samples
@@ -288,17 +289,26 @@ def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ wrapping, in order
 
 
-def recomputed(block: torch.nn.Module, kind: str):
-    """The block's forward under activation recompute. selective: matmul and attention outputs are kept, the cheap
-    elementwise work between them is done again; full: only the block's input is kept."""
+EXPENSIVE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
+             "torch_attn::_varlen_attn", "npu::npu_fusion", "npu::npu_grouped_matmul")  # fmt: skip
+
+
+def recomputed(block: torch.nn.Module, kind: str, offload: bool = False):
+    """The block's forward under activation recompute. selective: matmul and attention outputs are kept, and what lies
+    between them (norms, activations, rotary, residuals, permutations) is done again; full: only the block's input is
+    kept. offload: what is kept waits on the host."""
+    if offload:
+
+        def run(*args):
+            with offloaded():
+                return recomputed(block, kind)(*args)
+
+        return run
     if kind == "none":
         return block
 
     def keep_expensive(ctx, op, *args, **kwargs):
-        name = op.name()
-        expensive = name.startswith(
-            ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "npu::npu_fusion")
-        )
+        expensive = op.name().startswith(EXPENSIVE)
         return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
     extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}

@@ -41,7 +41,7 @@ def final_lr(o: TrainOptions) -> float:
 
 
 def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
-    """AdamW through megatron-core: fp32 master weights and moments, sharded over data parallel."""
+    """AdamW through megatron-core: fp32 master weights, fp32 or bf16 moments, sharded over data parallel."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -56,13 +56,45 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
         use_distributed_optimizer=not o.fsdp,
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
-    if ops.BACKEND == "npu":
+    if o.moments == "bf16" or ops.BACKEND == "npu":
         for each in optimizer.chained_optimizers:
-            each.optimizer.__class__ = ops.AdamW  # one kernel; torch_npu's own is a loop
+            # One kernel; torch_npu's own is a loop. megatron-core's bf16 moments need Transformer Engine's optimizer.
+            each.optimizer.__class__ = SmallMoments if o.moments == "bf16" else ops.AdamW
     else:
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
     return optimizer
+
+
+class SmallMoments(torch.optim.AdamW):
+    """AdamW whose moments are kept in bf16, 4 bytes a parameter in place of 8, and updated in fp32, a piece at a time.
+
+    They are rounded stochastically. To nearest, a second moment could hardly fall: a step moves it by (1 - beta2) of its
+    distance to g^2, with beta2 = 0.999 less than half of bf16's last place. The noise is a hash of the gradient's bits
+    and the step: unbiased over the steps, and the same on every copy of a parameter and in a resumed run.
+    """
+
+    moments, PIECE = torch.bfloat16, 2**22  # elements in fp32 at a time: some 100 MiB with what is made on the way
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        done = next((int(state["step"]) for state in self.state.values() if state), 0)  # they all step together
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, dtype=self.moments)}
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=self.moments)
+                flat = [ops.local(t).view(-1) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                for weight, grad, *small in zip(*(t.split(self.PIECE) for t in flat), strict=True):
+                    wide = [moment.float() for moment in small]
+                    ops.adamw_(weight, grad, *wide, done, group)
+                    noise = grad.view(torch.int32) * -1640531535 + done * 97  # Fibonacci hashing; int32 wraps around
+                    noise = (noise ^ (noise >> 15)) * -2048144789
+                    for i, (moment, exact) in enumerate(zip(small, wide, strict=True)):
+                        exact.view(torch.int32).add_(noise >> 16 * i & 0xFFFF).bitwise_and_(-0x10000)
+                        moment.copy_(exact)
+                state["step"] += 1
 
 
 def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:

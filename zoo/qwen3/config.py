@@ -14,7 +14,7 @@ from typing import Literal
 from common import cli, weights
 from common.cli import option
 
-from . import convert, preprocess
+from . import convert, megatron_import, preprocess
 
 HERE = Path(__file__).parent
 
@@ -246,13 +246,17 @@ class InferOptions(cli.LayoutOptions):
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
+    adapter: Path | None = option("PEFT folder of a LoRA, merged into what is written", group="job")
 
 
 JOBS = {
     "train": (TrainOptions, "Train Qwen3."),
     "infer": (InferOptions, "Generate text with Qwen3."),
     "preprocess": (preprocess.PreprocessOptions, "Tokenize text for pretraining."),
-    "convert": (ConvertOptions, "Convert Qwen3 weights between the released and the sharded layout."),
+    "convert": (
+        ConvertOptions,
+        "Convert Qwen3 weights: released or sharded, from either or from Megatron-LM; merge a LoRA.",
+    ),
 }
 
 
@@ -283,7 +287,12 @@ def parse(script: str, argv: list[str]):
         experts=config.num_experts,
     )
     _check_model(o, config, script)
-    if o.weights is not None and not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
+    foreign = o.weights is not None and megatron_import.is_checkpoint(o.weights)
+    if foreign and script != "convert":
+        raise ValueError(f"{o.weights} is a Megatron-LM checkpoint; fix: convert.sh --to sharded or released, first")
+    if foreign:
+        megatron_import.files(o.weights)
+    elif o.weights is not None and not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
     if script == "train":
         cli.check_run(o)
@@ -299,6 +308,8 @@ def parse(script: str, argv: list[str]):
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to released or sharded")
         weights.refuse_existing(o.out, "--out")
+        if o.adapter:
+            convert.adapter(o.adapter, config)
     return o
 
 
@@ -379,6 +390,8 @@ def _default_size(folder: Path | None) -> str:
     """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
     if folder is None:
         return "tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "0.6B"
+    if _architecture_unsaid(folder):
+        raise ValueError(f"{folder} is a Megatron-LM checkpoint, which does not say its size; fix: --size")
     found = _sharded_config(folder) if is_sharded(folder) else Qwen3Config.from_folder(folder)
     for name, config in SIZES.items():
         if not _differs(found, config):
@@ -401,6 +414,11 @@ def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
 def is_sharded(folder: Path) -> bool:
     """Whether a folder is one of our sharded checkpoints."""
     return (folder / "manifest.json").is_file()
+
+
+def _architecture_unsaid(folder: Path) -> bool:
+    """Whether it is a Megatron-LM checkpoint to which nobody has added the release's config.json."""
+    return megatron_import.is_checkpoint(folder) and not (folder / "config.json").is_file()
 
 
 def _sharded_config(folder: Path) -> Qwen3Config:
@@ -450,6 +468,8 @@ def _own_config(o) -> Qwen3Config:
         return SIZES[o.size]
     if is_sharded(o.weights):
         return _sharded_config(o.weights)
+    if _architecture_unsaid(o.weights):
+        return SIZES[o.size]
     found = Qwen3Config.from_folder(o.weights)
     if not getattr(o, "from_scratch", False) and (differs := _differs(found, SIZES[o.size])):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")

@@ -10,9 +10,12 @@ second copy is compared, and not written again.
 
     bash zoo/qwen3/convert.sh --weights Qwen3-8B --to sharded --out Qwen3-8B-sharded
     bash zoo/qwen3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-8B
+    bash zoo/qwen3/convert.sh --weights megatron-run --size 8B --to released --out my-8B      (megatron_import.py)
+    bash zoo/qwen3/convert.sh --weights Qwen3-8B --adapter my-lora --to released --out my-8B
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -164,44 +167,83 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
+def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], Callable[[str], "torch.Tensor"]]:
+    """(bytes of an element, the tensor) of a parameter by our name; folder: sharded, released, or of Megatron-LM."""
+    import torch
+
+    from common import checkpoint
+
+    from . import config as recipe
+    from . import megatron_import
+
+    wanted = shapes(config)
+    if recipe.is_sharded(folder):
+        sizes = checkpoint.tensor_sizes(folder)
+        return lambda name: sizes[name] // _count(wanted[name]), functools.partial(checkpoint.read_tensor, folder)
+    if megatron_import.is_checkpoint(folder):
+        return megatron_import.source(folder, config)
+    entries, reader = released_entries(folder, config), weights.Reader()
+    first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}
+
+    def read(name: str) -> "torch.Tensor":
+        pieces = expert_pieces(name, config)
+        if not pieces:
+            return reader.read(entries[released(name)])
+        whole = torch.empty(wanted[name], dtype=reader.read(first[name]).dtype)
+        for key, where in pieces.items():
+            whole[where] = reader.read(entries[key]).t()
+        return whole
+
+    return lambda name: first[name].bytes // _count(first[name].shape), read
+
+
+def adapter(folder: Path, config: "Qwen3Config"):
+    """`lora.read_adapter` of a PEFT folder for this model: every matrix of the release but the experts'.
+
+    Raises:
+        ValueError: not a plain LoRA, or tensors that do not fit this model.
+    """
+    from common import device  # noqa: F401  isort: skip  (before megatron)
+    from common import lora
+
+    linears = {released(name).removesuffix(".weight"): shape for name, shape in shapes(config).items()}
+    return lora.read_adapter(folder, {name: shape for name, shape in linears.items() if len(shape) == 2})
+
+
+def merging(folder: Path, config: "Qwen3Config", read: Callable) -> Callable[[str], "torch.Tensor"]:
+    """`read` with a LoRA merged into each tensor as it passes."""
+    from common import lora
+
+    (scale, pairs), reader = adapter(folder, config), weights.Reader()
+
+    def merged(name: str) -> "torch.Tensor":
+        pair = pairs.get(released(name).removesuffix(".weight"))
+        return lora.merged(read(name), *map(reader.read, pair), scale) if pair else read(name)
+
+    return merged
+
+
 def main() -> None:
     from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
-    import torch
     import torch.distributed as dist
 
     from common import checkpoint, parallel
 
-    from .config import is_sharded, model_config, parse
+    from .config import model_config, parse
 
     o = parse("convert", sys.argv[1:])
     parallel.initialize(o)
-    config, reader, wanted = model_config(o), weights.Reader(), shapes(model_config(o))
-    if is_sharded(o.weights):
-        tensors = checkpoint.tensor_sizes(o.weights)
-        element = {name: tensors[name] // _count(shape) for name, shape in wanted.items()}
-
-        def read(name: str) -> "torch.Tensor":
-            return checkpoint.read_tensor(o.weights, name)
-    else:
-        entries = released_entries(o.weights, config)
-        first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}
-        element = {name: entry.bytes // _count(entry.shape) for name, entry in first.items()}
-
-        def read(name: str) -> "torch.Tensor":
-            pieces = expert_pieces(name, config)
-            if not pieces:
-                return reader.read(entries[released(name)])
-            whole = torch.empty(wanted[name], dtype=reader.read(first[name]).dtype)
-            for key, where in pieces.items():
-                whole[where] = reader.read(entries[key]).t()
-            return whole
+    config, wanted = model_config(o), shapes(model_config(o))
+    element, read = source(o.weights, config)
+    if o.adapter:
+        read = merging(o.adapter, config, read)
 
     if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
         mine = list(wanted)[dist.get_rank() :: dist.get_world_size()]
         state = {"step": 0, "model": dataclasses.asdict(config)}
         checkpoint.save_tensors(o.out, {name: read(name) for name in mine}, state)
     elif dist.get_rank() == 0:
-        write_released(o.out, config, element, read, None if is_sharded(o.weights) else o.weights)
+        write_released(o.out, config, {name: element(name) for name in wanted}, read, o.weights)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{o.out}: {config.parameters:,} parameters, {len(wanted)} tensors", flush=True)

@@ -283,10 +283,11 @@ class Qwen3(MegatronModule):
         first: bool,
         last: bool,
         recompute: str = "none",
+        offload: bool = False,
         router: RouterOptions = RouterOptions(),
     ):
         super().__init__(mc)
-        self.qwen, self.first, self.last, self.recompute = config, first, last, recompute
+        self.qwen, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
         D, dtype, vocabulary = config.hidden_size, mc.params_dtype, config.vocab_size // mc.tensor_model_parallel_size
         tied = config.tie_word_embeddings
         if first or (last and tied):
@@ -337,7 +338,7 @@ class Qwen3(MegatronModule):
         cos, sin = rotary_table(positions, self.qwen)
         routing = []
         for block in self.layers.values():
-            x, logits = parallel.recomputed(block, self.recompute)(x, cos, sin, cu_seqlens, cache)
+            x, logits = parallel.recomputed(block, self.recompute, self.offload)(x, cos, sin, cu_seqlens, cache)
             routing.append(logits)
         if not self.last:
             return x.view(-1, rows, D)
@@ -439,7 +440,8 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
             last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
             layers = parallel.stage_layers(o, config.num_hidden_layers, i)
-            chunks.append(Qwen3(config, mc, layers, first, last, o.recompute, router))
+            offload = getattr(o, "offload_activations", False)
+            chunks.append(Qwen3(config, mc, layers, first, last, o.recompute, offload, router))
             chunks[-1].vp_stage = stage
     return chunks
 

@@ -136,10 +136,17 @@ class WanDiT(MegatronModule):
     model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask
 
     def __init__(
-        self, config: WanConfig, mc: TransformerConfig, layers: range, first: bool, last: bool, recompute: str = "none"
+        self,
+        config: WanConfig,
+        mc: TransformerConfig,
+        layers: range,
+        first: bool,
+        last: bool,
+        recompute: str = "none",
+        offload: bool = False,
     ):
         super().__init__(mc)
-        self.wan, self.first, self.last, self.recompute = config, first, last, recompute
+        self.wan, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
         D, dtype = config.dim, mc.params_dtype
         if first:
             self.patch_embedding = nn.Conv3d(config.in_dim, D, config.patch_size, config.patch_size, dtype=dtype)
@@ -184,7 +191,7 @@ class WanDiT(MegatronModule):
         # Every block's keys and values read the same text: one all-reduce of its gradient instead of one per block.
         keys = parallel.copy_to_tensor_model_parallel_region(text)
         for block in self.blocks.values():
-            x = parallel.recomputed(block, self.recompute)(x, modulation, keys, rope)
+            x = parallel.recomputed(block, self.recompute, self.offload)(x, modulation, keys, rope)
 
         if not self.last:
             return torch.cat((x, modulation, temb, text))
@@ -263,7 +270,9 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
             last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
             layers = parallel.stage_layers(o, config.num_layers, i)
-            chunks.append(WanDiT(config, mc, layers, first, last, o.recompute))
+            chunks.append(
+                WanDiT(config, mc, layers, first, last, o.recompute, getattr(o, "offload_activations", False))
+            )
             chunks[-1].vp_stage = stage
     return chunks
 
