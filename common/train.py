@@ -185,6 +185,7 @@ def train(
     header: dict,
     state: dict,
     ema_decay: float = 0.0,
+    measure: Callable[[], dict] | None = None,
 ) -> dict:
     """Train until o.steps, SIGTERM, or the guard stops it.
 
@@ -193,6 +194,7 @@ def train(
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
     (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe.
+    measure(): further columns of a step's row; called after its update on every rank.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
     non-finite steps, having saved the batch that caused the last one.
@@ -205,7 +207,7 @@ def train(
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     chunks[0].config.timers = profiling.megatron_timer
     if ema_decay:
-        ema = {name: p.detach().float().clone() for name, p in checkpoint.parameters(chunks)}
+        ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)}
 
     found = checkpoint.find(folder, o.resume)
     saved = (
@@ -281,7 +283,7 @@ def train(
                 optimizer.step_with_ready_grads()
                 scheduler.step(1)
                 if ema:
-                    values = [p.detach().float() for _, p in checkpoint.parameters(chunks)]
+                    values = [p.detach().float() for _, p in checkpoint.trained(chunks)]
                     torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
             applied, bad = applied + 1, 0
         else:
@@ -314,6 +316,8 @@ def train(
             "compute_ms": computing * 1e3,
             "skipped": skipped,
         }
+        if measure:
+            row |= measure()
         if first_profiled < step <= last_profiled:
             row["profiled"] = True
         rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})

@@ -13,6 +13,7 @@ second copy is compared, and not written again.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -126,6 +127,50 @@ def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> No
                 parameter[where].copy_(reader.read(entries[key], 1 if "down" in key else 0, *tp).t())
 
 
+def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], Callable[[str], "torch.Tensor"]]:
+    """(bytes of an element, the whole tensor) of a parameter by our name; folder: released, or one of our checkpoints."""
+    import torch
+
+    from common import checkpoint
+
+    from .config import is_sharded
+
+    wanted = shapes(config)
+    if is_sharded(folder):
+        sizes = checkpoint.tensor_sizes(folder)
+        return lambda name: sizes[name] // _count(wanted[name]), functools.partial(checkpoint.read_tensor, folder)
+    entries, reader = released_entries(folder, config), weights.Reader()
+    first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}
+
+    def read(name: str) -> "torch.Tensor":
+        pieces = expert_pieces(name, config)
+        if not pieces:
+            return reader.read(entries[released(name)])
+        whole = torch.empty(wanted[name], dtype=reader.read(first[name]).dtype)
+        for key, where in pieces.items():
+            whole[where] = reader.read(entries[key]).t()
+        return whole
+
+    return lambda name: first[name].bytes // _count(first[name].shape), read
+
+
+def merging(folder: Path, config: "Qwen3Config", read: Callable) -> Callable[[str], "torch.Tensor"]:
+    """`read` with the LoRA of a PEFT folder added to each tensor as it passes: in fp32, rounded once."""
+    from common import lora
+
+    facts, entries, reader = weights.read_json(folder / "adapter_config.json"), weights.index(folder), weights.Reader()
+    settings = lora.Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(lora.Settings)})
+
+    def merged(name: str) -> "torch.Tensor":
+        weight, stem = read(name), f"base_model.model.{released(name).removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" not in entries:
+            return weight
+        A, B = (reader.read(entries[f"{stem}.lora_{part}.weight"]).float() for part in "AB")
+        return (weight.float() + B @ A * settings.scale).to(weight.dtype)
+
+    return merged
+
+
 def write_released(
     out: Path, config: "Qwen3Config", dtypes: dict[str, int], read: Callable[[str], "torch.Tensor"], source: Path | None
 ) -> None:
@@ -163,7 +208,6 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def main() -> None:
     from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
-    import torch
     import torch.distributed as dist
 
     from common import checkpoint, parallel
@@ -172,33 +216,17 @@ def main() -> None:
 
     o = parse("convert", sys.argv[1:])
     parallel.initialize(o)
-    config, reader, wanted = model_config(o), weights.Reader(), shapes(model_config(o))
-    if is_sharded(o.weights):
-        tensors = checkpoint.tensor_sizes(o.weights)
-        element = {name: tensors[name] // _count(shape) for name, shape in wanted.items()}
-
-        def read(name: str) -> "torch.Tensor":
-            return checkpoint.read_tensor(o.weights, name)
-    else:
-        entries = released_entries(o.weights, config)
-        first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}
-        element = {name: entry.bytes // _count(entry.shape) for name, entry in first.items()}
-
-        def read(name: str) -> "torch.Tensor":
-            pieces = expert_pieces(name, config)
-            if not pieces:
-                return reader.read(entries[released(name)])
-            whole = torch.empty(wanted[name], dtype=reader.read(first[name]).dtype)
-            for key, where in pieces.items():
-                whole[where] = reader.read(entries[key]).t()
-            return whole
+    config, wanted = model_config(o), shapes(model_config(o))
+    element, read = source(o.weights, config)
 
     if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
         mine = list(wanted)[dist.get_rank() :: dist.get_world_size()]
         state = {"step": 0, "model": dataclasses.asdict(config)}
         checkpoint.save_tensors(o.out, {name: read(name) for name in mine}, state)
     elif dist.get_rank() == 0:
-        write_released(o.out, config, element, read, None if is_sharded(o.weights) else o.weights)
+        write_released(
+            o.out, config, {name: element(name) for name in wanted}, read, None if is_sharded(o.weights) else o.weights
+        )
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{o.out}: {config.parameters:,} parameters, {len(wanted)} tensors", flush=True)

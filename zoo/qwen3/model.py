@@ -192,8 +192,9 @@ class Qwen3(MegatronModule):
         [T*cp], the vocabulary projection is done inside the loss, and in here, where FSDP has gathered its weight.
 
         Returns on the last pipeline stage (sum over this rank's tokens of weight * cross entropy, router logits of this
-        chunk's layers [layers, T, G] or None), without labels the states after the last norm [T(/tp), 1, D] in place of
-        the sum; on the others the hidden states as the schedule passes them on, [T(/tp)/rows, rows, D].
+        chunk's layers [layers, T, G] or None), without weight the labels' log-probabilities fp32 [T] in place of the
+        sum, without labels the states after the last norm [T(/tp), 1, D]; on the others the hidden states as the
+        schedule passes them on, [T(/tp)/rows, rows, D].
         """
         D = self.qwen.hidden_size
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
@@ -211,9 +212,12 @@ class Qwen3(MegatronModule):
         x, routing = self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
         if labels is None:
             return x, routing
-        labels, weight = (parallel.context_tokens(t, causal=True) for t in (labels, weight))  # [T]
+        labels = parallel.context_tokens(labels, causal=True)  # [T]
         x = parallel.enter_tensor_parallel(x, self.config).flatten(0, 1)  # [T, D]
         tp = self.config.tensor_model_parallel_size
+        if weight is None:
+            return ops.linear_log_probs(x, self.output_weight, labels, tp), routing
+        weight = parallel.context_tokens(weight, causal=True)
         return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp)[0], routing
 
 
