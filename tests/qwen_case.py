@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +65,21 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
         for name, p in checkpoint.parameters(chunks):
             split = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
             p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])
+
+
+def jobs(arguments: list[list]) -> None:
+    """Training runs of the recipe, one after the other, in this process; to be called through `run_ranks`."""
+    for argv in arguments:
+        sys.argv = ["train", *map(str, argv)]
+        try:
+            train.main()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            parallel.shutdown()
+
+
+def steps_of(out: Path) -> dict[int, dict]:
+    """What a run folder records of each step and what two equal runs have in common."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "grad_norm", "lr", "margin", "accuracy")
+    return {row["step"]: {key: row[key] for key in kept if key in row} for row in rows if row["kind"] == "step"}

@@ -109,7 +109,7 @@ def whole_gradients(o, wrapped) -> dict[str, torch.Tensor]:
             dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
             bucket.grad_data.copy_(torch.cat(gathered))
     mine, splits = {}, {}
-    for name, p in checkpoint.parameters(wrapped):
+    for name, p in checkpoint.trained(wrapped):
         value = p.grad if o.fsdp else p.main_grad
         mine[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
         splits[name] = p.partition_dim if getattr(p, "tensor_model_parallel", False) and o.tp > 1 else None
