@@ -163,8 +163,8 @@ DEMO_WEIGHTS = HERE / "demo" / "weights"  # what sft.sh made of the tiny size
 DEMO_PROMPT = "Sort the digits: 52913"
 DEMO_RUN = {  # these tasks are learnt sooner than the docstrings
     "sft": {"steps": 600, "lr": 3e-3, "save_every": 300},
-    "lora": {"steps": 300, "lr": 3e-3, "save_every": 300},
-    "dpo": {"steps": 200, "lr": 3e-4, "save_every": 200},
+    "lora": {"steps": 200, "lr": 3e-3, "save_every": 200},
+    "dpo": {"steps": 200, "lr": 3e-4, "save_every": 200, "sft_weight": 1.0},  # pairs alone: see demo/README.md
 }
 DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
     job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
@@ -237,6 +237,7 @@ def adaptable(config: Qwen3Config) -> list[str]:
 @dataclass(frozen=True, kw_only=True)
 class InferOptions(cli.LayoutOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
+    adapter: Path | None = option("PEFT adapter's folder, as lora.sh writes it", group="model")
     prompt: str = option("what to answer", group="job")
     prompts: Path | None = option("text file, a prompt per line", group="job")
     out: Path | None = option("file for the answers (.jsonl)", group="job")
@@ -291,6 +292,8 @@ def parse(script: str, argv: list[str]):
         _check_data(o, config)
         if o.adapts:
             _check_adapters(o, config)
+        if o.merge and o.from_scratch:
+            raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
         _check_start(o)
         for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
             if folder:
@@ -300,6 +303,8 @@ def parse(script: str, argv: list[str]):
             raise ValueError("nothing to answer; fix: --prompt TEXT or --prompts FILE")
         if o.prompts:
             read_prompts(o.prompts)
+        if o.adapter:
+            _check_adapters(o, config)
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to released or sharded")
@@ -383,9 +388,8 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
             raise ValueError(f"{path} does not exist; expected .jsonl or .json {what}; fix: {flag}")
 
 
-def _check_adapters(o: TrainOptions, config: Qwen3Config) -> None:
-    """The targets, or those of the adapter to start from, are linears that the model has and calls."""
-    good = adaptable(config)
+def _check_adapters(o, config: Qwen3Config) -> None:
+    """What gets adapters, or has them in the folder given, is a linear that the model has and calls."""
     if o.adapter:
         settings = o.adapter / "adapter_config.json"
         if not settings.is_file():
@@ -393,13 +397,9 @@ def _check_adapters(o: TrainOptions, config: Qwen3Config) -> None:
         found = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in weights.index(o.adapter)}
     else:
         found = set(o.targets(config))
-    if bad := sorted(found - set(good)):
-        flag = f"--adapter {o.adapter}" if o.adapter else "--lora-targets"
-        raise ValueError(
-            f"adapters on {', '.join(bad)}; expected some of {', '.join(good)} (size {o.size}); fix: {flag}"
-        )
-    if o.merge and o.from_scratch:
-        raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
+    if bad := sorted(found - set(adaptable(config))):
+        flag, good = f"--adapter {o.adapter}" if o.adapter else "--lora-targets", ", ".join(adaptable(config))
+        raise ValueError(f"adapters on {', '.join(bad)}; expected some of {good} (size {o.size}); fix: {flag}")
 
 
 def starting_point(o: TrainOptions) -> dict:

@@ -33,7 +33,7 @@ from torch import nn
 from common import checkpoint, device, ops, parallel
 
 from . import convert
-from .config import Qwen3Config
+from .config import Qwen3Config, is_sharded
 
 
 class Qwen3RMSNorm(nn.Module):
@@ -260,9 +260,11 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
 
 
 def fill(chunks: list[Qwen3], o, config: Qwen3Config) -> None:
-    """Released weights, each rank its slice; or, with --from-scratch, drawn ones."""
+    """Released weights or a checkpoint's, each rank its slice; or, with --from-scratch, drawn ones."""
     if getattr(o, "from_scratch", False):
         checkpoint.initialize(chunks, o.seed, draw)
+    elif is_sharded(o.weights):
+        checkpoint.load(o.weights, chunks)
     else:
         convert.load(chunks, convert.released_entries(o.weights, config), config)
 

@@ -192,18 +192,31 @@ def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tup
     return total / whole, whole
 
 
-def finish(o: TrainOptions, config: Qwen3Config, loss: float, count: int, result: dict, more: list[str]) -> None:
-    """Says and keeps what the run came to: the loss on held-out data, and on the demo's data what it compares with."""
-    unit = f"loss {loss:.4f} on {count:,} held-out pairs"
-    if o.job != "dpo":
-        unit = f"perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"
-    lines = [f"result: step {result['steps']}, {unit}", *(" " * 8 + line for line in more)]
-    if DEMO_DATA in o.data.parents and o.job == "pretrain":
+def finish(
+    o: TrainOptions, config: Qwen3Config, steps: int, loss: float, count: int, pairs: dict, answers: list
+) -> None:
+    """Says and keeps what the run came to. loss: on count held-out tokens or pairs; pairs: `Margins` of the latter;
+    answers: (right, asked) of the demo's questions before training, unless it began from nothing, and after it."""
+    lines = [f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
+    if o.job == "dpo":
+        lines = [
+            f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs",
+            f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}",
+        ]
+    demo = DEMO_DATA in o.data.parents
+    if demo and o.job == "pretrain":
         from .demo import trigram
 
         lines[0] += (
             f" (trigram model of the same text: {trigram.perplexity(o.data, o.validation, config.vocab_size):.2f})"
         )
+    elif demo and answers:
+        right, asked = answers[-1]
+        before = f"before: {answers[0][0] / asked:.0%}" if len(answers) > 1 else "chance 2%"
+        what = f"{'as preferred' if o.job == 'dpo' else 'exactly right'} on {asked} questions never trained on"
+        lines.append(f"        {what}: {right / asked:.0%} ({before})")
+    elif demo:
+        lines.append("        answers: not measured under this layout; see generate.sh")
     print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}")
     print("\n".join(lines), flush=True)
     (o.out / "result.json").write_text(json.dumps({"held_out_loss": loss, "count": count, "lines": lines}))
@@ -244,7 +257,7 @@ def main() -> None:
     fill(chunks, o, config)
     if o.adapts:
         adapt(chunks, o, config)
-    before = exact_match(o, chunks[0]) if has_answers(o) and not o.from_scratch else None
+    answers = [exact_match(o, chunks[0])] if has_answers(o) and not o.from_scratch else []
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
     batches, held_out = Batches(o), held_out_rows(o)
     step, margins = forward_step, None
@@ -268,21 +281,10 @@ def main() -> None:
     )
     if result["reason"] == "finished" and held_out is not None:
         loss, count = held_out_loss(o, wrapped, step, batches, held_out)
-        more = []
-        if margins:
-            of = margins()
-            more.append(
-                f"preferred answers gained on {of['accuracy']:.0%} of them, mean reward margin {of['margin']:.3f}"
-            )
-        if has_answers(o):
-            right, asked = exact_match(o, parallel.unwrapped(wrapped[0]))
-            what = "as preferred" if margins else "right"
-            seen = f"before {before[0] / asked:.0%}" if before else "chance 2%"
-            more.append(f"answers {what} to {asked} questions never trained on: {right / asked:.0%} ({seen})")
-        elif DEMO_DATA in o.data.parents and o.job != "pretrain":
-            more.append("answers: not measured under this layout; see generate.sh")
+        pairs = margins() if margins else {}
+        answers += [exact_match(o, parallel.unwrapped(wrapped[0]))] if has_answers(o) else []
         if dist.get_rank() == 0:
-            finish(o, config, loss, count, result, more)
+            finish(o, config, result["steps"], loss, count, pairs, answers)
     if o.adapts:
         write_adapter(o, config, wrapped)
     elif o.export and dist.get_rank() == 0:
