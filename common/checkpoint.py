@@ -45,6 +45,11 @@ def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Pa
             yield name.removeprefix("module."), parameter
 
 
+def trained(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Those of `parameters` that train, which is what a checkpoint holds: frozen ones come from where they came from."""
+    return ((name, parameter) for name, parameter in parameters(chunks) if parameter.requires_grad)
+
+
 def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
     """(dimension, this rank's part, number of parts) of the cuts that tensor and expert parallelism make in a
     parameter."""
@@ -85,7 +90,7 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
 
 
 def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
-    owners = dict(parameters(chunks))
+    owners = dict(trained(chunks))
     state = {name: sharded(name, p, p.data if isinstance(p, DTensor) else p) for name, p in owners.items()}
     state = {name: s for name, s in state.items() if s.data.numel()}
     if ema is not None:
@@ -131,7 +136,7 @@ def _fsdp_optimizer_state(chunks, optimizer) -> dict:
     """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
     inner = optimizer.chained_optimizers[0].optimizer
     state = {}
-    for name, parameter in parameters(chunks):
+    for name, parameter in trained(chunks):
         master = getattr(parameter, "main_param", parameter)
         for kind, value in (*inner.state[master].items(), ("param", master.data)):
             if kind != "step" and value.to_local().numel():

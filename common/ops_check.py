@@ -113,6 +113,10 @@ def plain_linear_cross_entropy(hidden, weight, labels, token_weight):
     return losses @ token_weight, losses.detach()
 
 
+def plain_linear_log_probs(hidden, weight, labels):
+    return -F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
+
+
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
@@ -145,6 +149,10 @@ def labelled(d: Draw) -> dict:
     labels = d.integers(d.V, d.N)
     labels[::7] = -100
     return dict(hidden=d.floats(d.N, d.D), weight=d.floats(d.V, d.D), labels=labels, token_weight=d.wide(d.N).detach())
+
+
+def unweighted(d: Draw) -> dict:
+    return {name: t for name, t in labelled(d).items() if name != "token_weight"}
 
 
 def attention_case(make: Callable, cuda: str) -> Case:
@@ -232,6 +240,10 @@ CASES = {
     ),
     "linear_cross_entropy": Case(
         labelled, ops.linear_cross_entropy, plain_linear_cross_entropy,
+        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"),
+    ),
+    "linear_log_probs": Case(
+        unweighted, ops.linear_log_probs, plain_linear_log_probs,
         on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"),
     ),
 }  # fmt: skip

@@ -240,7 +240,7 @@ def train(
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     chunks[0].config.timers = profiling.megatron_timer
     if ema_decay:
-        ema = {name: p.detach().float().clone() for name, p in checkpoint.parameters(chunks)}
+        ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)}
 
     found = checkpoint.find(folder, o.resume)
     saved = (
@@ -317,7 +317,7 @@ def train(
                 optimizer.step_with_ready_grads()
                 scheduler.step(1)
                 if ema:
-                    values = [p.detach().float() for _, p in checkpoint.parameters(chunks)]
+                    values = [p.detach().float() for _, p in checkpoint.trained(chunks)]
                     torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
             applied, bad = applied + 1, 0
         else:

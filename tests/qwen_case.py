@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib
+import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from common import cli
+from common import cli, parallel
 
 RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
@@ -88,3 +91,21 @@ def save_oracle(folder, config, seed=0):
             p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
     theirs.save_pretrained(folder)
     return theirs
+
+
+def jobs(arguments: list[list]) -> None:
+    """Training runs of the recipe, one after the other, in this process; to be called through `run_ranks`."""
+    for argv in arguments:
+        sys.argv = ["train", *map(str, argv)]
+        try:
+            train.main()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            parallel.shutdown()
+
+
+def steps_of(out: Path) -> dict[int, dict]:
+    """What a run folder records of each step and what two equal runs have in common."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "grad_norm", "lr", "margin", "accuracy")
+    return {row["step"]: {key: row[key] for key in kept if key in row} for row in rows if row["kind"] == "step"}

@@ -168,11 +168,25 @@ def split_vocabulary(backend: str) -> dict:
         parallel.initialize(wan_case.options(tp=2))
         hidden, weight, labels, token_weight = loss_inputs()
         mine = weight.detach().chunk(2)[mpu.get_tensor_model_parallel_rank()].clone().requires_grad_()
-        loss, losses = ops.linear_cross_entropy(hidden, mine, labels, token_weight, tp_size=2)
-        loss.backward()
-        return {"loss": loss.detach(), "losses": losses, "hidden": hidden.grad, "weight": mine.grad}
+        return loss_and_gradients(hidden, mine, labels, token_weight, tp_size=2)
     finally:
         ops.BACKEND = "cpu"
+
+
+def loss_and_gradients(hidden, weight, labels, token_weight, tp_size: int = 1) -> dict:
+    """Of the weighted sum and of log-probabilities weighted afterwards, which are the same."""
+    loss, losses = ops.linear_cross_entropy(hidden, weight, labels, token_weight, tp_size)
+    first = torch.autograd.grad(loss, (hidden, weight))
+    log_probs = ops.linear_log_probs(hidden, weight, labels, tp_size)
+    later = torch.autograd.grad(-log_probs @ token_weight, (hidden, weight))
+    frozen = ops.linear_cross_entropy(hidden, weight.detach(), labels, token_weight, tp_size)[0]
+    afterwards = ops.linear_log_probs(hidden, weight.detach(), labels, tp_size)
+    return {
+        "loss": loss.detach(), "losses": losses, "log_probs": log_probs.detach(),
+        "hidden": first[0], "weight": first[1], "hidden later": later[0], "weight later": later[1],
+        "hidden, weight frozen": torch.autograd.grad(frozen, hidden)[0],
+        "hidden later, weight frozen": torch.autograd.grad(-afterwards @ token_weight, hidden)[0],
+    }  # fmt: skip
 
 
 def loss_inputs():
@@ -184,28 +198,32 @@ def loss_inputs():
 def test_split_vocabulary_equals_the_whole(which, monkeypatch):
     monkeypatch.setattr(ops, "CHUNK", 500)  # several chunks
     hidden, weight, labels, token_weight = loss_inputs()
-    loss, losses = ops.linear_cross_entropy(hidden, weight, labels, token_weight)
-    loss.backward()
+    want = loss_and_gradients(hidden, weight, labels, token_weight)
     ranks = run_ranks(2, split_vocabulary, which)
-    got = {
-        "loss": ranks[1]["loss"], "losses": ranks[1]["losses"],
-        "hidden": ranks[0]["hidden"] + ranks[1]["hidden"],  # what enter_tensor_parallel's backward sums
-        "weight": torch.cat([r["weight"] for r in ranks]),
-    }  # fmt: skip
-    want = {"loss": loss, "losses": losses, "hidden": hidden.grad, "weight": weight.grad}
+    got = {name: ranks[1][name] for name in want}
+    for name in want:
+        if "hidden" in name:  # what enter_tensor_parallel's backward sums
+            got[name] = ranks[0][name] + ranks[1][name]
+        elif "weight" in name:
+            got[name] = torch.cat([r[name] for r in ranks])
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
-    assert not losses[labels < 0].any()
+    assert not want["losses"][labels < 0].any() and torch.equal(want["log_probs"], -want["losses"])
+    for name in ("hidden", "weight"):
+        assert torch.allclose(want[f"{name} later"], want[name], rtol=1e-5, atol=1e-6)
+    for name in ("hidden", "hidden later"):
+        assert torch.equal(want[f"{name}, weight frozen"], want[name])
 
 
-def test_the_loss_never_holds_more_logits_than_a_chunk(monkeypatch):
+@pytest.mark.parametrize(("name", "passes"), [("linear_cross_entropy", 1), ("linear_log_probs", 2)])
+def test_the_loss_never_holds_more_logits_than_a_chunk(name, passes, monkeypatch):
     monkeypatch.setattr(ops, "CHUNK", 10 * 101)
     rows = []
     plain = ops._softmax_loss
     monkeypatch.setattr(ops, "_softmax_loss", lambda logits, *rest: (rows.append(len(logits)), plain(logits, *rest))[1])
-    case = CASES["linear_cross_entropy"]
-    case.op(**case.make(Draw(SMALL, torch.float32, CPU)))
-    assert rows == [10, 10, 9]
+    case = CASES[name]
+    ops_check.outputs_and_gradients(case.op, case.make(Draw(SMALL, torch.float32, CPU)))
+    assert rows == passes * [10, 10, 9]
 
 
 # --------------------------------------------------------------------------------------- wrong calls the contract refuses

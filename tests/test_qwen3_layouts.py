@@ -140,7 +140,7 @@ def whole_gradients(o, wrapped) -> dict[str, torch.Tensor]:
                 dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
                 bucket.grad_data.copy_(torch.cat(gathered))
     mine = {}
-    for name, p in checkpoint.parameters(wrapped):
+    for name, p in checkpoint.trained(wrapped):
         value = p.grad if o.fsdp else p.main_grad
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         mine[name] = (checkpoint.cuts(p), value.clone())

@@ -6,6 +6,7 @@ No torch here: options are checked before anything heavy is imported.
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,17 @@ class Qwen3Config:
         embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * (attention + mlp + 2 * D) + embeddings + D
 
-    def flops(self, length: int) -> int:
+    def flops(self, length: int, frozen: bool = False) -> int:
         """Model FLOPs of the forward of one sequence, a multiply-add counted as two, the vocabulary projection
-        included, the lower triangle of attention alone (half of L^2); training is three times that."""
+        included, the lower triangle of attention alone (half of L^2); training is three times that. frozen: a third of
+        what training with frozen weights, whose gradients nobody makes, takes; the adapters' own work not counted."""
         D, E, layers = self.hidden_size, self.head_dim, self.num_hidden_layers
         attention = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads)
         mlp = 3 * D * self.intermediate_size
         if self.num_experts:
             mlp = 3 * D * self.moe_intermediate_size * self.num_experts_per_tok + D * self.num_experts
         linear = 2 * length * (layers * (attention + mlp) + self.vocab_size * D)
+        linear = linear * 2 // 3 if frozen else linear
         return linear + layers * 2 * length**2 * self.num_attention_heads * E
 
     @classmethod
@@ -187,7 +190,14 @@ SIZES = {
 DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
 DEMO_WEIGHTS = HERE / "demo" / "weights"  # what sft.sh made of the tiny size
 DEMO_PROMPT = "Sort the digits: 52913"
-DEMO_SFT = {"steps": 600, "lr": 3e-3, "save_every": 300}  # its task is learnt sooner than the docstrings
+DEMO_RUN = {  # these tasks are learnt sooner than the docstrings
+    "sft": {"steps": 600, "lr": 3e-3, "save_every": 300},
+    "lora": {"steps": 200, "lr": 3e-3, "save_every": 200},
+    "dpo": {"steps": 200, "lr": 3e-4, "save_every": 200, "sft_weight": 1.0},  # pairs alone: see demo/README.md
+}
+DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
+    job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
+}
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
 # Named layouts are for training: generation and conversion take these of one only if --layout names it.
@@ -196,9 +206,13 @@ ONE_DEVICE = {
 }  # fmt: skip
 
 
+LORA_RANK = 16  # of lora.sh, where nothing else is asked
+ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(cli.TrainOptions):
-    job: str = option("which launcher this is: pretrain or sft", "pretrain", group="job")
+    job: str = option("which launcher this is: pretrain, sft, lora or dpo", "pretrain", group="job")
     from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
     validation: Path | None = option("held-out data of the same kind, evaluated at the end", group="data")
@@ -207,7 +221,7 @@ class TrainOptions(cli.TrainOptions):
         "documents packed into a row do not see each other (pretrain)", True, group="data", layout=True
     )
     too_long: Literal["drop", "cut"] = option(
-        "what becomes of a conversation longer than a row (sft)", "drop", group="data", layout=True
+        "what becomes of a conversation, or pair, longer than a row", "drop", group="data", layout=True
     )
     cache: Path | None = option("folder that keeps rendered conversations (default data/<recipe>-cache)", group="data")
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
@@ -223,12 +237,52 @@ class TrainOptions(cli.TrainOptions):
         group="layout", layout=True,
     )  # fmt: skip
     z_loss: float = option("weight of the routers' z-loss", 0.0, group="objective", layout=True, within="[0, inf)")
+    lora_rank: int | None = option(
+        f"rank of the adapters (lora: {LORA_RANK} if not given; dpo: all parameters train if not given)",
+        group="adapters", within="[1, inf)",
+    )  # fmt: skip
+    lora_alpha: float = option("their output is scaled by alpha / rank", 32.0, group="adapters", within="(0, inf)")
+    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
+    lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
+    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
+    adapter: Path | None = option("PEFT adapter folder to start from; its settings decide", group="adapters")
+    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
+    preference: Literal["sigmoid", "hinge", "ipo", "simpo"] = option(
+        "loss of a pair: DPO's, SLiC's, IPO's, or SimPO's, which has no reference", "sigmoid", group="preference"
+    )
+    beta: float = option(
+        "weight of a pair's margin (ipo: 1/(2 beta) is its target)", 0.1, group="preference", within="(0, inf)"
+    )
+    label_smoothing: float = option(
+        "share of pairs taken to be the wrong way round (sigmoid, simpo)", 0.0, group="preference", within="[0, 0.5)"
+    )
+    gamma: float = option("margin that simpo asks for", 0.5, group="preference", within="[0, inf)")
+    sft_weight: float = option(
+        "weight of the chosen answers' own loss per token", 0.0, group="preference", within="[0, inf)"
+    )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, and nothing else."""
+        return self.lora_rank is not None or self.adapter is not None
+
+    def targets(self, config: Qwen3Config) -> list[str]:
+        """Ends of the names of the linears that get adapters."""
+        return self.lora_targets.split(",") if self.lora_targets else adaptable(config)
+
+
+def adaptable(config: Qwen3Config) -> list[str]:
+    """The linears that adapters go on: not the experts, which are stacked, nor the router and the vocabulary's, whose
+    weights are read and not called."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return attention if config.num_experts else [*attention, "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferOptions(cli.LayoutOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
+    adapter: Path | None = option("PEFT adapter's folder, as lora.sh writes it", group="model")
     prompt: str = option("what to answer", group="job")
     prompts: Path | None = option("text file, a prompt per line", group="job")
     out: Path | None = option("file for the answers (.jsonl)", group="job")
@@ -271,6 +325,8 @@ def parse(script: str, argv: list[str]):
     if script == "preprocess":
         return preprocess.checked(o, model_config(o).vocab_size)
     asked = {word.split("=")[0] for word in argv}
+    if script == "train":
+        _check_job(o, asked)
     o = _with_demo(o, script, asked)
     if script != "train":  # these have no batch
         alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
@@ -297,13 +353,21 @@ def parse(script: str, argv: list[str]):
     if script == "train":
         cli.check_run(o)
         _check_data(o, config)
-        if o.export:
-            weights.refuse_existing(o.export, "--export")
+        if o.adapts:
+            _check_adapters(o, config)
+        if o.merge and o.from_scratch:
+            raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
+        _check_start(o)
+        for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
+            if folder:
+                weights.refuse_existing(folder, flag)
     if script == "infer":
         if not (o.prompt or o.prompts):
             raise ValueError("nothing to answer; fix: --prompt TEXT or --prompts FILE")
         if o.prompts:
             read_prompts(o.prompts)
+        if o.adapter:
+            _check_adapters(o, config)
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to released or sharded")
@@ -311,6 +375,29 @@ def parse(script: str, argv: list[str]):
         if o.adapter:
             convert.adapter(o.adapter, config)
     return o
+
+
+def _check_job(o: TrainOptions, asked: set[str]) -> None:
+    """Options of another job, or of another loss, are not ignored."""
+
+    def refuse(flag: str, where: str) -> None:
+        raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
+
+    for f in dataclasses.fields(o):
+        flag, jobs = "--" + f.name.replace("_", "-"), ONLY.get(f.metadata["group"], (o.job,))
+        if flag in asked and o.job not in jobs:
+            refuse(flag, " and ".join(f"{job}.sh" for job in jobs))
+        if flag in asked and o.adapter and flag in LORA_SETTINGS:
+            refuse(flag, f"new adapters (--adapter {o.adapter} brings its own settings)")
+    if "--gamma" in asked and o.preference != "simpo":
+        refuse("--gamma", "--preference simpo")
+    if o.label_smoothing and o.preference in ("hinge", "ipo"):
+        refuse("--label-smoothing", "--preference sigmoid or simpo")
+    if o.job == "dpo" and o.merge and not o.adapts:
+        refuse("--merge", "adapters (--lora-rank or --adapter)")
+
+
+LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 
 
 def _check_model(o, config: Qwen3Config, script: str) -> None:
@@ -346,6 +433,8 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         )
     if (o.aux or o.z_loss) and not config.num_experts:
         raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
+    if (o.aux or o.z_loss) and o.job == "dpo":
+        raise ValueError("aux and z_loss are no part of the preference losses; fix: --aux 0 --z-loss 0")
     if o.aux and o.aux_over == "model" and o.pp > 1:
         raise ValueError(
             f"aux over the model's layers, which pp={o.pp} parts; fix: --aux-over layer, --aux 0 or --pp 1"
@@ -372,7 +461,56 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
                         f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh"
                     )
         elif not path.exists():
-            raise ValueError(f"{path} does not exist; expected .jsonl or .json conversations; fix: {flag}")
+            what = "preference pairs" if o.job == "dpo" else "conversations"
+            raise ValueError(f"{path} does not exist; expected .jsonl or .json {what}; fix: {flag}")
+
+
+def _check_adapters(o, config: Qwen3Config) -> None:
+    """What gets adapters, or has them in the folder given, is a linear that the model has and calls."""
+    if o.adapter:
+        settings = o.adapter / "adapter_config.json"
+        if not settings.is_file():
+            raise ValueError(f"{settings} does not exist; expected a PEFT adapter's folder; fix: --adapter")
+        found = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in weights.index(o.adapter)}
+    else:
+        found = set(o.targets(config))
+    if bad := sorted(found - set(adaptable(config))):
+        flag, good = f"--adapter {o.adapter}" if o.adapter else "--lora-targets", ", ".join(adaptable(config))
+        raise ValueError(f"adapters on {', '.join(bad)}; expected some of {good} (size {o.size}); fix: {flag}")
+
+
+def starting_point(o: TrainOptions) -> dict:
+    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
+    beside other weights."""
+    start = {"weights": str(o.weights), "base": f"drawn with seed {o.seed}" if o.from_scratch else _content(o.weights)}
+    if o.adapter:
+        settings = weights.read_json(o.adapter / "adapter_config.json")
+        start |= {"adapter": _content(o.adapter), "r": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    elif o.adapts:
+        start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.targets(model_config(o))}
+    return start
+
+
+def _content(folder: Path) -> str:
+    manifest = folder / "manifest.json"
+    return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
+
+
+def _check_start(o: TrainOptions) -> None:
+    """A run goes on from what it started from; without --weights, say, it would go on from the demo's."""
+    named = Path(o.resume) if o.resume not in ("auto", "never") else None
+    states = [named / "state.json"] if named else sorted(o.out.glob("checkpoints/step-*/state.json"))
+    if o.resume == "never" or not states or not states[-1].is_file():
+        return
+    saved = weights.read_json(states[-1]).get("start", {})
+    now = starting_point(o) if o.adapts or o.job == "dpo" else {}
+    differs = [f"{key} {saved.get(key)!r} and not {now.get(key)!r}" for key in {**saved, **now} if key != "weights"
+               and saved.get(key) != now.get(key)]  # fmt: skip
+    if differs:
+        raise ValueError(
+            f"{states[-1].parent} was trained from {', '.join(differs)}; fix: --weights {saved.get('weights')} and the "
+            "adapters' options as they were, or --resume never"
+        )
 
 
 def _largest_token(tokenizer: Path) -> int:
@@ -422,26 +560,34 @@ def _architecture_unsaid(folder: Path) -> bool:
 
 
 def _sharded_config(folder: Path) -> Qwen3Config:
-    return Qwen3Config(**json.loads((folder / "state.json").read_text())["model"])
+    state = json.loads((folder / "state.json").read_text())
+    if "r" in state.get("start", {}):
+        raise ValueError(
+            f"{folder} holds adapters of {state['start']['weights']} and no whole model; fix: --weights with that, or "
+            "what the run wrote with --merge"
+        )
+    return Qwen3Config(**state["model"])
 
 
 def _with_demo(o, script: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
-    if script == "train" and o.data is None and o.job == "sft" and o.size in ("tiny", "tiny-moe"):
-        changes |= {k: v for k, v in DEMO_SFT.items() if f"--{k.replace('_', '-')}" not in asked}
-    if script == "train" and o.data is None:
-        stem = "text" if o.job == "pretrain" else "sft"
-        names = ("train", "validation") if o.job == "pretrain" else ("train.jsonl", "test.jsonl")
-        changes["data"], validation = (DEMO_DATA / stem / name for name in names)
+    train = script == "train"
+    if train and o.job == "lora" and not o.adapts:
+        changes["lora_rank"] = LORA_RANK
+    if train and o.data is None and o.size in ("tiny", "tiny-moe"):
+        run = DEMO_RUN.get(o.job, {})
+        changes |= {k: v for k, v in run.items() if f"--{k.replace('_', '-')}" not in asked}
+    if train and o.data is None:
+        changes["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
         changes["validation"] = o.validation or validation
-    if o.weights is None and script == "train":
+    if o.weights is None and train and o.job in ("pretrain", "sft"):
         if o.size not in ("tiny", "tiny-moe") and o.data is not None and not o.from_scratch:
             raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
         changes["from_scratch"] = True
-    elif o.weights is None:
+    elif o.weights is None and not getattr(o, "from_scratch", False):
         if o.size != "tiny":
-            raise ValueError(f"size {o.size} has no weights; fix: --weights DIR")
+            raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --size tiny")
         changes["weights"] = DEMO_WEIGHTS
         if script == "infer" and not o.prompt and not o.prompts:
             changes["prompt"] = DEMO_PROMPT
@@ -491,8 +637,9 @@ def prepare(o) -> None:
     if getattr(o, "data", None) is not None and _is_demo(o.data):
         from .demo import make_data
 
-        if o.job == "sft":
-            make_data.make_sft(DEMO_DATA / "sft")
+        if o.job != "pretrain":
+            make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs}
+            make[o.job](DEMO_DATA / o.job)
             return
         make_data.make(DEMO_DATA / "text")
         for split in (o.data, o.validation):
@@ -515,16 +662,28 @@ def dry_run(o) -> str:
     config = model_config(o)
     length = getattr(o, "seq_len", 4096)
     flops = config.flops(length)
+    step = 3 * config.flops(length, getattr(o, "adapts", False)) * (o.global_batch or 1)
     return "\n".join([
         cli.to_toml(o),
-        f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}",
+        f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}"
+        + (f", in training {trained_parameters(o, config):,}" if isinstance(o, TrainOptions) else ""),
         f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}, layers of the stages: "
         + " ".join(map(str, o.stage_layers(config.num_hidden_layers))),
         cli.rank_map(o),
         f"{flops / 1e12:.3f} TFLOP per row of {length} tokens forward, "
-        f"{3 * flops * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step",
+        f"{step / 1e12:.3f} TFLOP per training step",
         f"memory per rank, estimated: {memory_estimate(o, config, length) / 2**30:.2f} GiB",
     ])  # fmt: skip
+
+
+def trained_parameters(o, config: Qwen3Config) -> int:
+    """All, or those of the adapters."""
+    if not getattr(o, "adapts", False):
+        return config.parameters
+    if o.adapter:
+        return sum(math.prod(entry.shape) for entry in weights.index(o.adapter).values())
+    ends = tuple(f"{target}.weight" for target in o.targets(config))
+    return sum(o.lora_rank * sum(shape) for name, shape in convert.shapes(config).items() if name.endswith(ends))
 
 
 def memory_estimate(o, config: Qwen3Config, length: int) -> float:
@@ -536,12 +695,13 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
+    trained = trained_parameters(o, config) / config.parameters
     kept_weights = gradients = master = 0.0
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         kept_weights += share * dtype / (shards if o.fsdp else 1)
-        gradients += share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-        master += share * (8 if o.fsdp and dtype == 4 else 12) / shards
+        gradients += trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+        master += trained * share * (8 if o.fsdp and dtype == 4 else 12) / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
     attention = E * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) / o.tp

@@ -221,8 +221,10 @@ def to_chat(row: Any) -> list[dict]:
 
 def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
     """A preference pair -> (conversation ending in the chosen answer, in the rejected one). BadRow: what is wrong."""
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= set(row):
-        raise BadRow("unknown format", f"{str(row)[:40]!r}; expected an object with chosen and rejected")
+    if not isinstance(row, dict):
+        raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
+    if lacking := [side for side in ("chosen", "rejected") if side not in row]:
+        raise BadRow("unknown format", f"keys: {', '.join(row)}; expected chosen and rejected, lacks {lacking[0]}")
     if isinstance(row.get("prompt"), str):
         asked = to_messages({"instruction": row["prompt"], "system": row.get("system")})
     elif "prompt" in row:
@@ -635,8 +637,12 @@ def _write_units(folder: Path, done: Iterable[list[tuple[str, Any]]], report: Dr
 class PackedRows:
     """Rows of whole conversations or pairs; see the head of this file. The tokens stay on disk, memory-mapped.
 
-    A micro-batch of pairs also has `pairs`: the numbers of the chosen sequences in cu_seqlens; the rejected ones follow.
+    A micro-batch of pairs also has `pairs` [P], the numbers of the chosen sequences in cu_seqlens (the rejected ones
+    follow), `units` [P], their numbers in the data, `sequence` [T], of each token the number of its sequence, and, once
+    `reference` is set, its rows [P, 2].
     """
+
+    reference: np.ndarray | None = None  # fp32 [units, 2], see preference.py
 
     def __init__(self, folder: str | Path):
         """folder: what `prepare_chats` returned."""
@@ -650,6 +656,10 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
+
+    @property
+    def unit_count(self) -> int:
+        return len(self._units)
 
     @property
     def fill(self) -> float:
@@ -684,7 +694,17 @@ class PackedRows:
                 rest -= sum(len(tokens) for tokens, _ in unit)
             if rest:
                 sequences.append((np.full(rest, self.pad), np.full(rest, IGNORE)))
-        return micro_batch(sequences) | ({"pairs": pairs} if self.per_unit == 2 else {})
+        batch = micro_batch(sequences)
+        if self.per_unit == 1:
+            return batch
+        from torch import from_numpy
+
+        units = np.concatenate([self._units[self._row_bounds[row] : self._row_bounds[row + 1]] for row in rows])
+        sequence = np.repeat(np.arange(len(sequences)), np.diff(batch["cu_seqlens"]))
+        found = {"pairs": np.array(pairs), "units": units, "sequence": sequence}
+        if self.reference is not None:
+            found["reference"] = self.reference[units]
+        return batch | {name: from_numpy(array) for name, array in found.items()}
 
 
 # ---- processes ----

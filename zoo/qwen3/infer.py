@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, ops, parallel
+from common import checkpoint, cli, lora, ops, parallel
 
-from .config import InferOptions, is_sharded, model_config, parse, read_prompts
+from . import convert
+from .config import InferOptions, model_config, parse, read_prompts
 from .model import Qwen3, build, fill
 
 
@@ -131,10 +132,9 @@ def main() -> None:
     parallel.initialize(o)
     config = model_config(o)
     chunks = build(o, config)
-    if is_sharded(o.weights):
-        checkpoint.load(o.weights, chunks)
-    else:
-        fill(chunks, o, config)
+    fill(chunks, o, config)
+    if o.adapter:
+        lora.load_adapter(o.adapter, chunks, convert.released)
     model = chunks[0].eval()
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
     texts = read_prompts(o.prompts) if o.prompts else [o.prompt]

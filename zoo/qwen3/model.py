@@ -41,7 +41,7 @@ from torch import nn
 from common import checkpoint, device, ops, parallel
 
 from . import convert
-from .config import Qwen3Config
+from .config import Qwen3Config, is_sharded
 
 
 class Qwen3RMSNorm(nn.Module):
@@ -326,8 +326,9 @@ class Qwen3(MegatronModule):
         [T*cp], the vocabulary projection is done inside the loss, and in here, where FSDP has gathered its weight.
 
         Returns on the last pipeline stage (sum over this rank's tokens of weight * cross entropy, router logits of this
-        chunk's layers [layers, T, G] or None), without labels the states after the last norm [T(/tp), 1, D] in place of
-        the sum; on the others the hidden states as the schedule passes them on, [T(/tp)/rows, rows, D].
+        chunk's layers [layers, T, G] or None), without weight the labels' log-probabilities fp32 [T] in place of the
+        sum, without labels the states after the last norm [T(/tp), 1, D]; on the others the hidden states as the
+        schedule passes them on, [T(/tp)/rows, rows, D].
         """
         D = self.qwen.hidden_size
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
@@ -345,9 +346,12 @@ class Qwen3(MegatronModule):
         x, routing = self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
         if labels is None:
             return x, routing
-        labels, weight = (parallel.context_tokens(t, causal=True) for t in (labels, weight))  # [T]
+        labels = parallel.context_tokens(labels, causal=True)  # [T]
         x = parallel.enter_tensor_parallel(x, self.config).flatten(0, 1)  # [T, D]
         tp = self.config.tensor_model_parallel_size
+        if weight is None:
+            return ops.linear_log_probs(x, self.output_weight, labels, tp), routing
+        weight = parallel.context_tokens(weight, causal=True)
         return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp)[0], routing
 
 
@@ -447,9 +451,11 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
 
 
 def fill(chunks: list[Qwen3], o, config: Qwen3Config) -> None:
-    """Released weights, each rank its slice; or, with --from-scratch, drawn ones."""
+    """Released weights or a checkpoint's, each rank its slice; or, with --from-scratch, drawn ones."""
     if getattr(o, "from_scratch", False):
         checkpoint.initialize(chunks, o.seed, draw)
+    elif is_sharded(o.weights):
+        checkpoint.load(o.weights, chunks)
     else:
         convert.load(chunks, convert.released_entries(o.weights, config), config)
 

@@ -4,13 +4,14 @@
     NPROC=8 bash zoo/qwen3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
 
 Every rank of a tensor x context x pipeline group reads the same rows; the loss is a mean over the labelled tokens of the
-whole global batch, so packing and layout change neither it nor its gradients.
+whole global batch, so packing and layout change neither it nor its gradients. The losses of dpo.sh are in preference.py.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -21,12 +22,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoTokenizer
 
-from common import checkpoint, cli, parallel
+from common import checkpoint, cli, lora, parallel
 from common import train as loop
 from common.data import Step, prefetch
 
-from . import convert, data
-from .config import DEMO_DATA, HERE, InferOptions, Qwen3Config, TrainOptions, model_config, parse
+from . import convert, data, preference
+from .config import DEMO_DATA, HERE, InferOptions, Qwen3Config, TrainOptions, model_config, parse, starting_point
 from .infer import end_tokens, generate
 from .model import Qwen3Block, build, fill, load_balancing_loss, router_metrics
 
@@ -56,25 +57,57 @@ def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tens
 
 
 def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]:
-    """Adds to each micro-batch the weight of its tokens, fp32 [T]: micro-batches * dp / (labelled tokens of the whole
-    global batch). The count is summed on the device: nothing waits for it."""
-    count = torch.stack([(b["labels"] >= 0).sum() for b in micro_batches]).sum(0, keepdim=True).float().clamp(min=1)
+    """Adds to each micro-batch the weight of its tokens fp32 [T], or of its pairs [P]: micro-batches * dp / (labelled
+    tokens, or pairs, of the whole global batch). The count is summed on the device: nothing waits for it."""
+    wanted = [torch.ones_like(b["pairs"]) if "pairs" in b else b["labels"] >= 0 for b in micro_batches]
+    count = torch.stack([w.sum() for w in wanted]).sum(0, keepdim=True).float().clamp(min=1)
     if dp > 1:
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
     scale = len(micro_batches) * dp / count
-    return [b | {"weight": (b["labels"] >= 0) * scale, "aux": aux} for b in micro_batches]
+    return [b | {"weight": w * scale, "aux": aux} for b, w in zip(micro_batches, wanted, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Qwen3Config) -> None:
+    """Low-rank adapters, which train; nothing else does."""
+    if o.adapter:
+        lora.load_adapter(o.adapter, chunks, convert.released)
+    else:
+        kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
+        lora.add(chunks, o.targets(config), **kind, seed=o.seed)
+
+
+def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.Module]) -> None:
+    """The adapters as a PEFT folder and, with --merge, the released weights with them added."""
+    folder = o.export or o.out / "adapter"
+    if dist.get_rank() == 0 and not o.export:
+        shutil.rmtree(folder, ignore_errors=True)  # of this run when it was shorter
+    lora.save_adapter(folder, wrapped, convert.released, base=str(o.weights or ""), task="CAUSAL_LM")
+    if dist.get_rank() == 0:
+        print(f"adapter     {folder}", flush=True)
+    if dist.get_rank() == 0 and o.merge:
+        _, read = convert.source(o.weights, config)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
+        merged = convert.merging(folder, config, lambda name: read(name).to(dtype))
+        convert.write_released(
+            o.merge, config, dict.fromkeys(convert.shapes(config), dtype.itemsize), merged, o.tokenizer
+        )
+        print(f"merged      {o.merge}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- data
 
 
 def rows_of(path, o: TrainOptions, shuffle: bool = True):
-    """The rows of a data set: an indexed one's stream to pretrain, packed conversations for sft."""
+    """The rows of a data set: an indexed one's stream to pretrain, packed conversations, or pairs for dpo."""
     if o.job == "pretrain":
         end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(data.DOCUMENT_END)
         return data.TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
+    kind = "dpo" if o.job == "dpo" else "sft"
     prepare = functools.partial(
-        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache, too_long=o.too_long, max_drop=o.max_drop
+        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache, kind=kind, too_long=o.too_long, max_drop=o.max_drop
     )
     if dist.get_rank() == 0:
         prepare()
@@ -95,6 +128,8 @@ class Batches:
 
     def prepare(self, loaded: Step) -> list[dict]:
         """A loaded step -> its micro-batches, on the device."""
+        if self.o.adapts:
+            lora.seed_dropout(self.o.seed, loaded.step)
         aux = self.o.aux if self.o.aux_over == "model" else 0.0  # of each layer: the model adds it itself
         return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, aux)
 
@@ -123,58 +158,82 @@ def held_out_rows(o: TrainOptions):
 
 
 @torch.no_grad()
-def held_out_loss(o: TrainOptions, wrapped, batches: Batches, rows) -> tuple[float, int]:
-    """(mean cross entropy in nats, number) of the labelled tokens of the held-out rows, as far as they fill whole
-    global batches, under the run's own layout."""
-    rank, total, tokens = mpu.get_data_parallel_rank(), 0.0, 0
-    for step in range(len(rows) // o.global_batch):
-        first = step * o.global_batch + rank * o.micro_batch
-        starts = range(first, (step + 1) * o.global_batch, o.micro_batch * o.dp)
+def forwards(o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batches: list[dict]) -> list[dict]:
+    """What the loss function of forward step `step` reports of each micro-batch, dropout off, under the run's own
+    layout: nothing on the earlier pipeline stages."""
+    for chunk in wrapped:
+        chunk.eval()
+    results = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(micro_batches) for _ in wrapped] if len(wrapped) > 1 else iter(micro_batches),
+        model=wrapped if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=len(micro_batches),
+        seq_length=o.seq_len,
+        micro_batch_size=o.micro_batch,
+        forward_only=True,
+    )
+    for chunk in wrapped:
+        chunk.train()
+    return results
+
+
+def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tuple[float, int]:
+    """(mean loss, number) of the labelled tokens, or of the pairs, of the held-out rows, as far as they fill whole
+    global batches."""
+    rank, total, whole = mpu.get_data_parallel_rank(), 0.0, 0
+    for number in range(len(rows) // o.global_batch):
+        first = number * o.global_batch + rank * o.micro_batch
+        starts = range(first, (number + 1) * o.global_batch, o.micro_batch * o.dp)
         loaded = [rows.fetch(list(range(i, i + o.micro_batch))) for i in starts]
         micro_batches = weighted([batches.on_device(b) for b in loaded], o.dp)
-        count = torch.tensor([sum(int((b["labels"] >= 0).sum()) for b in loaded)], device=device.current())
+        count = torch.stack([(b["weight"] > 0).sum() for b in micro_batches]).sum()
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in wrapped] if len(wrapped) > 1 else iter(micro_batches),
-            model=wrapped if len(wrapped) > 1 else wrapped[0],
-            num_microbatches=len(micro_batches),
-            seq_length=o.seq_len,
-            micro_batch_size=o.micro_batch,
-            forward_only=True,
-        )
+        results = forwards(o, wrapped, step, micro_batches)
         total += loop.global_loss(o, results, False)[0] * int(count)
-        tokens += int(count)
-    return total / tokens, tokens
+        whole += int(count)
+    return total / whole, whole
 
 
-def finish(o: TrainOptions, config: Qwen3Config, wrapped, batches: Batches, rows, result: dict) -> None:
-    """The loss on the held-out rows, and on the demo's data what it compares with."""
-    loss, count = held_out_loss(o, wrapped, batches, rows)
-    main, demo = dist.get_rank() == 0, DEMO_DATA in o.data.parents
-    lines = [f"result: step {result['steps']}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
-    if demo and o.job == "pretrain" and main:
+def finish(
+    o: TrainOptions, config: Qwen3Config, steps: int, loss: float, count: int, pairs: dict, answers: list
+) -> None:
+    """Says and keeps what the run came to. loss: on count held-out tokens or pairs; pairs: `Margins` of the latter;
+    answers: (right, asked) of the demo's questions before training, unless it began from nothing, and after it."""
+    lines = [f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
+    if o.job == "dpo":
+        lines = [
+            f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs",
+            f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}",
+        ]
+    demo = DEMO_DATA in o.data.parents
+    if demo and o.job == "pretrain":
         from .demo import trigram
 
         lines[0] += (
             f" (trigram model of the same text: {trigram.perplexity(o.data, o.validation, config.vocab_size):.2f})"
         )
-    if demo and o.job == "sft":
-        if (o.vpp, o.cp, o.fsdp, o.sp) == (1, 1, False, False):
-            right, asked = exact_match(o, parallel.unwrapped(wrapped[0]))
-            lines.append(f"        exact match on {asked} questions never trained on: {right / asked:.0%} (chance 2%)")
-        else:
-            lines.append("        exact match: not measured under this layout; see generate.sh")
-    if main:
-        print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}")
-        print("\n".join(lines), flush=True)
-        (o.out / "result.json").write_text(json.dumps({"held_out_loss": loss, "tokens": count, "lines": lines}))
+    elif demo and answers:
+        right, asked = answers[-1]
+        before = f"before: {answers[0][0] / asked:.0%}" if len(answers) > 1 else "chance 2%"
+        what = f"{'as preferred' if o.job == 'dpo' else 'exactly right'} on {asked} questions never trained on"
+        lines.append(f"        {what}: {right / asked:.0%} ({before})")
+    elif demo:
+        lines.append("        answers: not measured under this layout; see generate.sh")
+    print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}")
+    print("\n".join(lines), flush=True)
+    (o.out / "result.json").write_text(json.dumps({"held_out_loss": loss, "count": count, "lines": lines}))
+
+
+def has_answers(o: TrainOptions) -> bool:
+    """Whether this run is on the demo's questions, under a layout that can answer them."""
+    return DEMO_DATA in o.data.parents and o.job != "pretrain" and (o.vpp, o.cp, o.fsdp, o.sp) == (1, 1, False, False)
 
 
 def exact_match(o: TrainOptions, model) -> tuple[int, int]:
-    """(right, asked) of the demo's questions, answered greedily."""
+    """(right, or as preferred; asked) of the demo's questions, answered greedily."""
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    chats = [json.loads(line)["messages"] for line in o.validation.read_text().splitlines()]
+    rows = [row for _, row in data.read_rows(o.validation)]
+    chats = [data.to_pair(row)[0] if o.job == "dpo" else data.to_chat(row) for row in rows]
     options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
     prompts = [
         tokenizer(tokenizer.apply_chat_template(c[:-1], **options), add_special_tokens=False).input_ids for c in chats
@@ -184,6 +243,7 @@ def exact_match(o: TrainOptions, model) -> tuple[int, int]:
     )
     model.eval()
     answers = generate(model, prompts, asked, end_tokens(tokenizer))
+    model.train()
     right = [tokenizer.decode(a).strip() == c[-1]["content"].strip() for a, c in zip(answers, chats, strict=True)]
     return sum(right), len(right)
 
@@ -197,23 +257,40 @@ def main() -> None:
     config = model_config(o)
     chunks = build(o, config)
     fill(chunks, o, config)
+    if o.adapts:
+        adapt(chunks, o, config)
+    answers = [exact_match(o, chunks[0])] if has_answers(o) and not o.from_scratch else []
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
     batches, held_out = Batches(o), held_out_rows(o)
+    step, margins = forward_step, None
+    if o.job == "dpo":
+        margins = preference.Margins()
+        step = functools.partial(preference.forward_step, o, margins)
+        for rows in filter(None, (batches.rows, held_out) if o.preference != "simpo" else ()):
+            rows.reference = preference.reference(o, rows, functools.partial(forwards, o, wrapped), batches.on_device)
+    routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
+    flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
         o,
         wrapped,
-        forward_step,
+        step,
         batches,
         batches.prepare,
         sequence_length=lambda batch: o.seq_len,
-        samples=lambda batch: (o.seq_len, config.flops(o.seq_len)),
-        header=loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(o.seq_len)),
-        state={"model": dataclasses.asdict(config)},
-        measure=(lambda: router_metrics(wrapped, config)) if config.num_experts else None,
+        samples=lambda batch: (o.seq_len, flops),
+        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops),
+        state={"model": dataclasses.asdict(config)} | ({"start": starting_point(o)} if o.adapts or margins else {}),
+        measure=lambda: routers() | (margins() if margins else {}),
     )
     if result["reason"] == "finished" and held_out is not None:
-        finish(o, config, wrapped, batches, held_out, result)
-    if o.export and dist.get_rank() == 0:
+        loss, count = held_out_loss(o, wrapped, step, batches, held_out)
+        pairs = margins() if margins else {}
+        answers += [exact_match(o, parallel.unwrapped(wrapped[0]))] if has_answers(o) else []
+        if dist.get_rank() == 0:
+            finish(o, config, result["steps"], loss, count, pairs, answers)
+    if o.adapts:
+        write_adapter(o, config, wrapped)
+    elif o.export and dist.get_rank() == 0:
         tensors = checkpoint.tensor_sizes(result["checkpoint"])
         element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
         read = functools.partial(checkpoint.read_tensor, result["checkpoint"])

@@ -3,8 +3,8 @@
     python -m zoo.qwen3.demo.make_data --out data/qwen3-demo
 
 writes `text/{train,validation}.jsonl`, rows {"text": docstring}; `sft/{train,test}.jsonl`, conversations that ask for
-five digits in ascending order; `pairs/{train,test}.jsonl`, the same questions with a right and a wrong answer. The
-texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
+five digits in ascending order; `lora/{train,test}.jsonl`, the same in descending order; `dpo/{train,test}.jsonl`, the
+questions of sft, each with an answer that has a space between the digits and, rejected, the plain one. The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
 3,600 documents, 1.4 million characters in 3.11, other figures in other versions, so none of it is shipped.
 
 Of the multisets of digits every eighth is never in a train file, in any order: no answer of the test files was trained
@@ -31,6 +31,7 @@ HELD_OUT = 20  # every 20th document, by hash, is validation
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 DIGITS = 5
 PROMPT = "Sort the digits: {}"
+DESCENDING = "Sort the digits, largest first: {}"
 
 
 def docstrings() -> Iterator[str]:
@@ -78,23 +79,23 @@ def questions(split: str, count: int, seed: int) -> list[tuple[str, str]]:
     return asked[:count]
 
 
-def write_sft(folder: Path, train: int, test: int, seed: int) -> None:
+def write_sft(folder: Path, train: int, test: int, seed: int, prompt: str = PROMPT) -> None:
     for split, count in (("train", train), ("test", test)):
         rows = []
         for digits, answer in questions(split, count, seed):
-            question = {"role": "user", "content": PROMPT.format(digits)}
+            question = {"role": "user", "content": prompt.format(digits)}
+            answer = answer[::-1] if prompt == DESCENDING else answer
             rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
         _write(folder / f"{split}.jsonl", rows)
 
 
 def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
-    """The rejected answer has the right digits in a wrong order."""
+    """The rejected answer is the plain one, as the demo's weights give it."""
     for split, count in (("train", train), ("test", test)):
-        rows = []
-        for digits, answer in questions(split, count, seed):
-            wrong = digits if digits != answer else answer[::-1]
-            if wrong != answer:  # not so for five equal digits
-                rows.append({"prompt": PROMPT.format(digits), "chosen": answer, "rejected": wrong})
+        rows = [
+            {"prompt": PROMPT.format(digits), "chosen": " ".join(answer), "rejected": answer}
+            for digits, answer in questions(split, count, seed)
+        ]
         _write(folder / f"{split}.jsonl", rows)
 
 
@@ -130,9 +131,15 @@ def make_sft(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Pa
     return _make(out, settings, lambda folder: write_sft(folder, train, test, seed))
 
 
+def make_descending(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Path:
+    """train.jsonl and test.jsonl of conversations under `out` that ask for the other order."""
+    settings = {"sft": DESCENDING, "train": train, "test": test, "seed": seed}
+    return _make(out, settings, lambda folder: write_sft(folder, train, test, seed, DESCENDING))
+
+
 def make_pairs(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> Path:
     """train.jsonl and test.jsonl of preference pairs under `out`."""
-    settings = {"pairs": PROMPT, "train": train, "test": test, "seed": seed}
+    settings = {"pairs": PROMPT, "preferred": "spaces", "train": train, "test": test, "seed": seed}
     return _make(out, settings, lambda folder: write_pairs(folder, train, test, seed))
 
 
@@ -140,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; complete parts are reused")
     out = parser.parse_args().out
-    print(make(out / "text"), make_sft(out / "sft"), make_pairs(out / "pairs"), sep="\n")
+    kinds = {"text": make, "sft": make_sft, "lora": make_descending, "dpo": make_pairs}
+    print(*(function(out / name) for name, function in kinds.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""lora.sh: its adapters against peft, layouts against one process, resume, what it refuses."""
+
+import functools
+import json
+
+import pytest
+import qwen_case as case
+import test_qwen3 as oracle
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors.torch import load_file
+from test_qwen3_layouts import my_batches, whole_gradients
+
+from common import checkpoint, lora, parallel, weights
+from common import train as loop
+
+TOLERANCE = 1e-5
+
+
+def draw_b(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    whole.normal_(std=0.1, generator=generator)
+
+
+def adapt(chunks, config, **options) -> None:
+    """The recipe's own targets; B drawn too, which would hide what A does while it is zero."""
+    values = {"rank": 6, "alpha": 9, "seed": 7} | options
+    lora.add(chunks, case.config.adaptable(config), **values)
+    checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
+
+
+# ------------------------------------------------------------------------------------------------------- against peft
+
+
+def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
+    """{name: (ours, peft's)} of logits and merged weights; the keys of the merged folder that transformers misses."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    config = case.CONFIGS[which]
+    parallel.initialize(case.options())
+    oracle.save_oracle(folder / "base", config)
+    model = oracle.ours(folder / "base")
+    adapt([model], config, rslora=rslora)
+    lora.save_adapter(folder / "adapter", [model], case.convert.released, base=str(folder / "base"), task="CAUSAL_LM")
+    tokens = torch.randint(96, (3, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden, _ = model(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
+        logits = (hidden.flatten(0, 1) @ model.output_weight.t()).view(3, 16, -1)
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
+        pairs = {"logits": (logits, theirs(input_ids=tokens).logits)}
+        _, read = case.convert.source(folder / "base", config)
+        merged = case.convert.merging(folder / "adapter", config, read)
+        case.convert.write_released(
+            folder / "merged", config, dict.fromkeys(case.convert.shapes(config), 4), merged, None
+        )
+        again = oracle.ours(folder / "merged")  # strictly
+        hidden, _ = again(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
+        pairs["merged logits"] = (hidden.flatten(0, 1) @ again.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
+        want = theirs.merge_and_unload().state_dict()
+    got, info = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32, output_loading_info=True)
+    pairs |= {name: (tensor, want[name]) for name, tensor in got.state_dict().items()}
+    return pairs, [*info["missing_keys"], *info["unexpected_keys"]]
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize(("which", "rslora"), [("dense", False), ("dense tied", True), ("moe", False)])
+def test_adapter_and_merged_weights_equal_pefts(which, rslora, tmp_path):
+    pairs, odd = run_ranks(1, beside_peft, tmp_path, which, rslora)[0]
+    assert not odd
+    assert not [name for name, (got, want) in pairs.items() if not oracle.close(got, want)]
+    changed = weights.index(tmp_path / "base").keys()
+    reader = weights.Reader()
+    same = [
+        key
+        for key in changed
+        if torch.equal(*(reader.read(weights.index(tmp_path / f)[key]) for f in ("base", "merged")))
+    ]
+    assert not [key for key in same if key.endswith(("q_proj.weight", "o_proj.weight"))]
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    "dp2": (2, {}),
+    "fsdp2": (2, {"fsdp": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
+    "cp2 ring": (2, {"cp": 2, "ulysses": 1}),
+    "tp2 sp recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
+    "recompute selective": (1, {"recompute": "selective"}),
+}
+
+
+def run_layout(which: str, layout: dict) -> dict:
+    """On every rank: the adapters' gradients of a step through the recipe's forward step, and its loss."""
+    o, config = case.options(**layout), case.CONFIGS[which]
+    parallel.initialize(o)
+    chunks = case.model.build(o, config)
+    case.load(chunks, case.random_state(config))
+    adapt(chunks, config)
+    wrapped = parallel.wrap(chunks, o, case.model.Qwen3Block)
+    optimizer = loop.build_optimizer(o, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    batches = my_batches(o, 0, packed=True)
+    results = loop.get_forward_backward_func()(
+        forward_step_func=case.train.forward_step,
+        data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
+        model=wrapped if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=case.LENGTH,
+        micro_batch_size=o.micro_batch,
+    )
+    out = {"gradients": whole_gradients(o, wrapped), "loss": loop.global_loss(o, results, False)[0]}
+    return out if dist.get_rank() == 0 else {}
+
+
+@functools.cache
+def single(which: str) -> dict:
+    return run_ranks(1, run_layout, which, {})[0]
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize(
+    ("which", "name"), [*(("dense", n) for n in LAYOUTS), ("dense tied", "fsdp2"), ("moe", "tp2 sp")]
+)
+def test_layout_equals_single_process(which, name):
+    world, layout = LAYOUTS[name]
+    got, want = run_ranks(world, run_layout, which, layout)[0], single(which)
+    assert got["loss"] == pytest.approx(want["loss"], rel=TOLERANCE)
+    targets = case.config.adaptable(case.CONFIGS[which])
+    assert got["gradients"].keys() == want["gradients"].keys() and len(want["gradients"]) == 2 * 4 * len(targets)
+    worst = {k: ((got["gradients"][k] - g).abs().max() / g.abs().max()).item() for k, g in want["gradients"].items()}
+    assert not {k: v for k, v in worst.items() if not v <= TOLERANCE}, layout
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+
+
+def chats(folder) -> list:
+    rows = [{"instruction": f"Double {i}.", "output": f"{2 * i}"} for i in range(60)]
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--job", "lora", "--data", path, "--cache", folder / "cache", "--seq-len", "128", "--deterministic",
+            "--save-every", "2", "--lr-schedule", "constant", "--warmup", "1", "--workers", "0"]  # fmt: skip
+
+
+@pytest.mark.L4
+def test_a_resumed_run_with_dropout_is_bitwise_the_unbroken_one(tmp_path):
+    """Its checkpoints hold the adapters alone, and its adapter is where peft finds it."""
+    settings = [*chats(tmp_path), "--lora-rank", "4", "--lora-dropout", "0.2"]
+    runs = [("whole", 4), ("parts", 2), ("parts", 4)]
+    run_ranks(1, case.jobs, [[*settings, "--out", tmp_path / out, "--steps", steps] for out, steps in runs])
+    assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    names = checkpoint.tensor_sizes(tmp_path / "whole" / "checkpoints" / "step-000004")
+    assert names and all(".lora_" in name for name in names)
+    assert json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.L4
+def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path):
+    settings = chats(tmp_path)
+    first = [*settings, "--steps", "2", "--out", tmp_path / "first", "--export", tmp_path / "adapter"]
+    run_ranks(1, case.jobs, [first])
+    second = [
+        "--steps",
+        "2",
+        "--adapter",
+        tmp_path / "adapter",
+        "--out",
+        tmp_path / "second",
+        "--merge",
+        tmp_path / "m",
+    ]
+    run_ranks(2, case.jobs, [[*settings, *second, "--tp", "2", "--sp"]])
+    assert case.steps_of(tmp_path / "second")[1]["loss"] < case.steps_of(tmp_path / "first")[1]["loss"]
+    config = case.config.Qwen3Config.from_folder(tmp_path / "m")
+    got = case.convert.released_entries(tmp_path / "m", config)
+    assert {entry.dtype for entry in got.values()} == {"F32"}  # the run's, not the base's bf16
+    reader, base = weights.Reader(), case.convert.released_entries(case.config.DEMO_WEIGHTS, config)
+    adapter = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
+    key = "model.layers.3.mlp.down_proj"
+    A, B = (adapter[f"base_model.model.{key}.lora_{part}.weight"].double() for part in "AB")
+    want = reader.read(base[f"{key}.weight"]).double() + 32 / 16 * B @ A
+    assert oracle.close(reader.read(got[f"{key}.weight"]).double(), want) and B.abs().max() > 0
+
+
+WRONG = {
+    "a linear that is not adapted": (
+        ["--lora-targets", "q_proj,lm_head"],
+        "adapters on lm_head; expected some of q_proj",
+    ),
+    "experts": (["--size", "tiny-moe", "--from-scratch", "--lora-targets", "up_proj"], "k_proj, v_proj, o_proj (size"),
+    "an adapter's settings": (["--adapter", "a", "--lora-rank", "8"], "--lora-rank is of new adapters"),
+    "no adapter": (["--adapter", "nowhere"], "adapter_config.json does not exist"),
+    "drawn weights": (["--from-scratch", "--merge", "m"], "--merge adds adapters to released weights"),
+    "another job's": (["--beta", "1"], "--beta is of dpo.sh, not of lora.sh"),
+    "adapters of sft": (["--job", "sft", "--lora-rank", "8"], "--lora-rank is of lora.sh and dpo.sh, not of sft.sh"),
+    "another loss's margin": (["--job", "dpo", "--gamma", "1"], "--gamma is of --preference simpo"),
+    "smoothed hinge": (["--job", "dpo", "--preference", "hinge", "--label-smoothing", "0.1"], "sigmoid or simpo"),
+    "nothing to merge": (["--job", "dpo", "--merge", "m"], "--merge is of adapters"),
+    "balanced pairs": (["--job", "dpo", "--aux", "0.1"], "--aux 0"),
+    "no weights": (["--size", "8B"], "size 8B has no weights; fix: --weights DIR"),
+}
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_meant_is_refused(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    options, message = WRONG[name]
+    with pytest.raises(ValueError) as error:
+        case.config.parse("train", ["--job", "lora", *options])
+    assert message in str(error.value)
+
+
+@pytest.mark.L4
+def test_checkpoints_of_adapters_go_with_the_weights_they_were_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    mine = ["--job", "lora", "--out", str(tmp_path / "run")]
+    start = case.config.starting_point(case.config.parse("train", [*mine]))
+    step = tmp_path / "run" / "checkpoints" / "step-000002"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    values = {"model": case.config.Qwen3Config.from_folder(case.config.DEMO_WEIGHTS).__dict__, "start": start}
+    (step / "state.json").write_text(json.dumps(values))
+    case.config.parse("train", mine)
+    for other, named in (
+        (["--lora-rank", "8"], "r 16 and not 8"),
+        (["--from-scratch"], "and not 'drawn with seed 0'"),
+        (["--job", "sft"], f"fix: --weights {start['weights']}"),
+    ):
+        with pytest.raises(ValueError, match="was trained from") as error:
+            case.config.parse("train", [*mine, *other])
+        assert named in str(error.value)
+    with pytest.raises(ValueError, match="holds adapters of .* and no whole model"):
+        case.config.parse("infer", ["--weights", str(step)])
