@@ -142,7 +142,7 @@ def test_sampling_equals_the_diffusers_pipeline():
     o = case.config.parse("train", ["--job", "finetune", "--weights", str(folder)])
     config = case.config.model_config(o)
     chunk = case.model.build(o, config)[0]
-    case.model.fill([chunk], o, config)
+    case.convert.fill([chunk], o, config)
     encoder = encoders.TextEncoder(folder, device.current(), torch.float32, config.text_len)
     prompt, grid = "a handwritten three moves to the left", (4, 6, 6)
     got = infer.sample(

@@ -101,6 +101,21 @@ def released_entries(folder: Path, config: "Qwen3Config") -> dict[str, weights.E
     return entries
 
 
+def fill(chunks, o, config: "Qwen3Config") -> None:
+    """A model's memory: released weights or a checkpoint's, each rank its slice; or, with --from-scratch, drawn ones."""
+    from common import checkpoint
+
+    from .config import is_sharded
+    from .model import draw
+
+    if getattr(o, "from_scratch", False):
+        checkpoint.initialize(chunks, o.seed, draw)
+    elif is_sharded(o.weights):
+        checkpoint.load(o.weights, chunks)
+    else:
+        load(chunks, released_entries(o.weights, config), config)
+
+
 def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> None:
     """Copy released tensors into this rank's parameters: each rank reads only its slice.
 

@@ -20,7 +20,7 @@ from common import checkpoint, cli, lora, ops, parallel
 
 from . import convert
 from .config import InferOptions, model_config, parse, read_prompts
-from .model import Qwen3, build, fill
+from .model import Qwen3, build
 
 
 class Cache:
@@ -132,7 +132,7 @@ def main() -> None:
     parallel.initialize(o)
     config = model_config(o)
     chunks = build(o, config)
-    fill(chunks, o, config)
+    convert.fill(chunks, o, config)
     if o.adapter:
         lora.load_adapter(o.adapter, chunks, convert.released)
     model = chunks[0].eval()

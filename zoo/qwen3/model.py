@@ -38,10 +38,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
-from common import checkpoint, device, ops, parallel
+from common import device, ops, parallel
 
-from . import convert
-from .config import Qwen3Config, is_sharded
+from .config import Qwen3Config
 
 
 class Qwen3RMSNorm(nn.Module):
@@ -448,16 +447,6 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
             chunks.append(Qwen3(config, mc, layers, first, last, o.recompute, offload, router))
             chunks[-1].vp_stage = stage
     return chunks
-
-
-def fill(chunks: list[Qwen3], o, config: Qwen3Config) -> None:
-    """Released weights or a checkpoint's, each rank its slice; or, with --from-scratch, drawn ones."""
-    if getattr(o, "from_scratch", False):
-        checkpoint.initialize(chunks, o.seed, draw)
-    elif is_sharded(o.weights):
-        checkpoint.load(o.weights, chunks)
-    else:
-        convert.load(chunks, convert.released_entries(o.weights, config), config)
 
 
 def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:

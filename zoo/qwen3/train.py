@@ -29,7 +29,7 @@ from common.data import Step, prefetch
 from . import convert, data, preference
 from .config import DEMO_DATA, HERE, InferOptions, Qwen3Config, TrainOptions, model_config, parse, starting_point
 from .infer import end_tokens, generate
-from .model import Qwen3Block, build, fill, load_balancing_loss, router_metrics
+from .model import Qwen3Block, build, load_balancing_loss, router_metrics
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -256,7 +256,7 @@ def main() -> None:
     parallel.initialize(o)
     config = model_config(o)
     chunks = build(o, config)
-    fill(chunks, o, config)
+    convert.fill(chunks, o, config)
     if o.adapts:
         adapt(chunks, o, config)
     answers = [exact_match(o, chunks[0])] if has_answers(o) and not o.from_scratch else []

@@ -96,6 +96,20 @@ def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weigh
     return entries, rename
 
 
+def fill(chunks, o, config: "WanConfig") -> None:
+    """A model's memory: released weights, each rank its slice; or, with --from-scratch, the original code's initial
+    values."""
+    from common import checkpoint
+
+    from .model import draw
+
+    if getattr(o, "from_scratch", False):
+        checkpoint.initialize(chunks, o.seed, draw)
+    else:
+        entries, rename = released_entries(o.weights, config)
+        checkpoint.load_released(chunks, entries, rename)
+
+
 def write_released(
     out: Path,
     to: str,

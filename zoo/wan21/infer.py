@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from common import checkpoint, cli, parallel
 
-from . import data
+from . import convert, data
 from .config import InferOptions, WanConfig, latent_grid, model_config, parse, prompts
 from .encoders import TextEncoder, VideoCodec
-from .model import WanBlock, build, fill, unpatchify
+from .model import WanBlock, build, unpatchify
 
 
 def scheduler(sampler: str, shift: float, steps: int, where: torch.device):
@@ -110,7 +110,7 @@ def main() -> None:
     if o.checkpoint:
         checkpoint.load(checkpoint.find(o.checkpoint, str(o.checkpoint)), chunks)
     else:
-        fill(chunks, o, config)
+        convert.fill(chunks, o, config)
     chunks = parallel.wrap(chunks, o, WanBlock) if o.fsdp else chunks
 
     lines, dp, me = prompts(o), o.dp, mpu.get_data_parallel_rank()

@@ -30,9 +30,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from common import checkpoint, device, ops, parallel
+from common import device, ops, parallel
 
-from . import convert
 from .config import WanConfig
 
 
@@ -275,15 +274,6 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
             )
             chunks[-1].vp_stage = stage
     return chunks
-
-
-def fill(chunks: list[WanDiT], o, config: WanConfig) -> None:
-    """Released weights, each rank its slice; or, with --from-scratch, the original code's initial values."""
-    if getattr(o, "from_scratch", False):
-        checkpoint.initialize(chunks, o.seed, draw)
-    else:
-        entries, rename = convert.released_entries(o.weights, config)
-        checkpoint.load_released(chunks, entries, rename)
 
 
 def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:

@@ -29,7 +29,7 @@ from . import convert, data
 from .config import HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
 from .encoders import TextEncoder, VideoCodec
 from .infer import sample, write_video
-from .model import WanBlock, build, fill, velocity_tokens
+from .model import WanBlock, build, velocity_tokens
 
 DEMO_SAMPLES = 80  # how many the judge scores: every digit in every direction
 SAMPLE_BATCH = 16
@@ -249,7 +249,7 @@ def main() -> None:
     config = model_config(o)
     index = indexed(o)
     chunks = build(o, config)
-    fill(chunks, o, config)
+    convert.fill(chunks, o, config)
     wrapped = parallel.wrap(chunks, o, WanBlock)
 
     def samples(batch: list[dict]) -> tuple[int, int]:
