@@ -67,15 +67,13 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
             p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])
 
 
-def jobs(arguments: list[list]) -> None:
-    """Training runs of the recipe, one after the other, in this process; to be called through `run_ranks`."""
-    for argv in arguments:
-        sys.argv = ["train", *map(str, argv)]
-        try:
-            train.main()
-        finally:
-            torch.use_deterministic_algorithms(False)
-            parallel.shutdown()
+def job(*argv) -> None:
+    """A training run of the recipe in this process; to be called through `run_ranks`."""
+    sys.argv = ["train", *map(str, argv)]
+    try:
+        train.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def steps_of(out: Path) -> dict[int, dict]:
