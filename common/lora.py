@@ -7,7 +7,7 @@ name of the model, and what reads weights and checkpoints by it, stays. Order: r
 What can be adapted is a linear that the model calls and that is one matrix of the release: names map one to one.
 Matrices fused or stacked here (experts) are no linears and are left out; so is a vocabulary projection split over tp,
 whose weight the loss reads. A recipe must not offer as target what its model does not call (a router read as weight).
-The base is not quantised (no QLoRA): it stays in the precision of the run.
+The base stays in the precision of the run, or after `quantize_` in 4 bits.
 """
 
 import dataclasses
@@ -74,6 +74,46 @@ class LoraRowLinear(parallel.RowLinear):
 
 ADAPTED = {nn.Linear: LoraLinear, parallel.ColumnLinear: LoraColumnLinear, parallel.RowLinear: LoraRowLinear}
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+class LoraQuantized(nn.Module):
+    """Any of them, at tp = 1, whose frozen weight is kept as NF4 (QLoRA, arXiv:2305.14314)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenLinear.apply(x, self) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
+
+
+def unpacked(module: LoraQuantized) -> torch.Tensor:
+    """[out, in]."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(*module.nf4).view(len(module.lora_B), -1)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + b; W is unpacked where it is used, once forward and once backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return F.linear(x, unpacked(module), module.bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ unpacked(ctx.module), None
+
+
+def quantize_(chunks: list[nn.Module]) -> None:
+    """The frozen weights of the adapted linears become NF4 in blocks of 64, their scales 8-bit: 4.13 bits a weight. To be
+    called before wrapping, at tp = 1 and without FSDP."""
+    from bitsandbytes.functional import quantize_4bit
+
+    for _, module in list(_modules(chunks, PLAIN)):
+        # Flat: bitsandbytes 0.50.2 on CPU unpacks a matrix wrongly if its rows are no multiple of a block.
+        weight = module.weight.data.flatten()
+        packed = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        del module.weight
+        module.__class__, module.nf4 = LoraQuantized, packed
 
 
 def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
@@ -161,7 +201,7 @@ def seed_dropout(seed: int, step: int) -> None:
 
 @torch.no_grad()
 def merge_(chunks: list[nn.Module]) -> None:
-    """W += s B A, computed in fp32 and rounded once; the linears are plain again."""
+    """W += s B A, computed in fp32 and rounded once; the linears are plain again. Not of a quantised base."""
     for _, module in _modules(chunks, PLAIN):
         module.weight.copy_(merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
         module.__class__ = PLAIN[type(module)]
@@ -190,7 +230,7 @@ def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str
     """Our name -> (PEFT's key, parameter)."""
     return {
         f"{name}.{part}": (f"base_model.model.{_released(name, rename)}.{part}.weight", getattr(module, part))
-        for name, module in _modules(chunks, PLAIN)
+        for name, module in _modules(chunks, (*PLAIN, LoraQuantized))
         for part in ("lora_A", "lora_B")
     }
 
@@ -203,7 +243,10 @@ def save_adapter(
     rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
     "CAUSAL_LM" for one.
     """
-    linears = {_released(name, rename): dataclasses.asdict(module.lora) for name, module in _modules(chunks, PLAIN)}
+    linears = {
+        _released(name, rename): dataclasses.asdict(module.lora)
+        for name, module in _modules(chunks, (*PLAIN, LoraQuantized))
+    }
     linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
     if dist.get_rank() != 0:
         return

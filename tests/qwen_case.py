@@ -93,15 +93,13 @@ def save_oracle(folder, config, seed=0):
     return theirs
 
 
-def jobs(arguments: list[list]) -> None:
-    """Training runs of the recipe, one after the other, in this process; to be called through `run_ranks`."""
-    for argv in arguments:
-        sys.argv = ["train", *map(str, argv)]
-        try:
-            train.main()
-        finally:
-            torch.use_deterministic_algorithms(False)
-            parallel.shutdown()
+def job(*argv) -> None:
+    """A training run of the recipe in this process; to be called through `run_ranks`."""
+    sys.argv = ["train", *map(str, argv)]
+    try:
+        train.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def steps_of(out: Path) -> dict[int, dict]:

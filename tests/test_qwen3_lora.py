@@ -151,8 +151,8 @@ def chats(folder) -> list:
 def test_a_resumed_run_with_dropout_is_bitwise_the_unbroken_one(tmp_path):
     """Its checkpoints hold the adapters alone, and its adapter is where peft finds it."""
     settings = [*chats(tmp_path), "--lora-rank", "4", "--lora-dropout", "0.2"]
-    runs = [("whole", 4), ("parts", 2), ("parts", 4)]
-    run_ranks(1, case.jobs, [[*settings, "--out", tmp_path / out, "--steps", steps] for out, steps in runs])
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run_ranks(1, case.job, *settings, "--out", tmp_path / out, "--steps", steps)
     assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
     whole, parts = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -165,7 +165,7 @@ def test_a_resumed_run_with_dropout_is_bitwise_the_unbroken_one(tmp_path):
 def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path):
     settings = chats(tmp_path)
     first = [*settings, "--steps", "2", "--out", tmp_path / "first", "--export", tmp_path / "adapter"]
-    run_ranks(1, case.jobs, [first])
+    run_ranks(1, case.job, *first)
     second = [
         "--steps",
         "2",
@@ -176,7 +176,7 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
         "--merge",
         tmp_path / "m",
     ]
-    run_ranks(2, case.jobs, [[*settings, *second, "--tp", "2", "--sp"]])
+    run_ranks(2, case.job, *settings, *second, "--tp", "2", "--sp")
     assert case.steps_of(tmp_path / "second")[1]["loss"] < case.steps_of(tmp_path / "first")[1]["loss"]
     config = case.config.Qwen3Config.from_folder(tmp_path / "m")
     got = case.convert.released_entries(tmp_path / "m", config)
@@ -187,6 +187,61 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     A, B = (adapter[f"base_model.model.{key}.lora_{part}.weight"].double() for part in "AB")
     want = reader.read(base[f"{key}.weight"]).double() + 32 / 16 * B @ A
     assert oracle.close(reader.read(got[f"{key}.weight"]).double(), want) and B.abs().max() > 0
+
+
+def beside_unpacked(folder) -> dict:
+    """{name: (quantised, plain adapters over the same weights as they come out of 4 bits)}."""
+    config, found = case.CONFIGS["dense"], []
+    parallel.initialize(case.options())
+    for quantised in (True, False):
+        chunks = case.model.build(case.options(), config)
+        case.load(chunks, case.random_state(config))
+        adapt(chunks, config)
+        if quantised:
+            lora.quantize_(chunks)
+            packed = {n: lora.unpacked(m) for n, m in chunks[0].named_modules() if hasattr(m, "nf4")}
+            assert len(packed) == 4 * 7 and not packed.keys() & {
+                n.removesuffix(".weight") for n, _ in chunks[0].named_parameters()
+            }
+            lora.save_adapter(folder, chunks, case.convert.released)
+        else:
+            for name, weight in packed.items():
+                parameter = chunks[0].get_parameter(f"{name}.weight")
+                off = (parameter - weight).abs().max() / parameter.abs().max()
+                assert 0 < off < 0.2
+                parameter.data.copy_(weight)
+        (batch,) = my_batches(case.options(global_batch=1), 0, packed=True)
+        output, loss = case.train.forward_step(iter([batch]), chunks[0])
+        value, _ = loss(output)
+        value.backward()
+        found.append({"loss": value.detach()} | {n: p.grad for n, p in chunks[0].named_parameters() if p.requires_grad})
+    return {name: (found[0][name], found[1][name]) for name in found[0]}
+
+
+@pytest.mark.L2
+def test_gradients_over_a_quantised_base_equal_those_over_the_weights_it_stands_for(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pairs = run_ranks(1, beside_unpacked, tmp_path / "adapter")[0]
+    assert len(pairs) == 1 + 4 * 7 * 2
+    assert not [name for name, (got, want) in pairs.items() if not oracle.close(got, want)]
+    assert len(weights.index(tmp_path / "adapter")) == 4 * 7 * 2
+
+
+@pytest.mark.L4
+def test_a_quantised_run_resumes_bitwise(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = [*chats(tmp_path), "--quantize", "nf4"]
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run_ranks(1, case.job, *settings, "--out", tmp_path / out, "--steps", steps)
+    assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
+
+
+@pytest.mark.L4
+def test_quantising_without_bitsandbytes_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs bitsandbytes; fix: pip install bitsandbytes"):
+        case.config.parse("train", ["--job", "lora", "--quantize", "nf4"])
 
 
 WRONG = {
@@ -203,6 +258,7 @@ WRONG = {
     "another loss's margin": (["--job", "dpo", "--gamma", "1"], "--gamma is of --preference simpo"),
     "smoothed hinge": (["--job", "dpo", "--preference", "hinge", "--label-smoothing", "0.1"], "sigmoid or simpo"),
     "nothing to merge": (["--job", "dpo", "--merge", "m"], "--merge is of adapters"),
+    "quantised shards": (["--quantize", "nf4", "--fsdp"], "keeps whole weights; fix: --tp 1 --no-fsdp"),
     "balanced pairs": (["--job", "dpo", "--aux", "0.1"], "--aux 0"),
     "no weights": (["--size", "8B"], "size 8B has no weights; fix: --weights DIR"),
 }

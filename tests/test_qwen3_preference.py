@@ -217,19 +217,18 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     path = write_pairs(tmp_path, 60)
     settings = ["--job", "dpo", "--data", path, "--validation", path, "--cache", tmp_path / "cache", "--seq-len", "128",
                 "--deterministic", "--save-every", "2", "--lr-schedule", "constant", "--warmup", "1", "--workers", "0"]  # fmt: skip
-    runs = [("whole", 4), ("parts", 2), ("parts", 4)]
-    arguments = [[*settings, "--out", tmp_path / out, "--steps", steps] for out, steps in runs]
-    run_ranks(1, case.jobs, arguments)
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run_ranks(1, case.job, *settings, "--out", tmp_path / out, "--steps", steps)
     (reference,) = (tmp_path / "cache").glob("*/reference-*.npy")
     assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
     first = case.steps_of(tmp_path / "whole")[1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["margin"] == 0
     made = reference.stat().st_mtime_ns
     # Under another layout, and from other weights: a reference of their own.
-    run_ranks(2, case.jobs, [[*settings, "--out", tmp_path / "tp2", "--steps", 4, "--tp", 2, "--sp"]])
+    run_ranks(2, case.job, *settings, "--out", tmp_path / "tp2", "--steps", 4, "--tp", 2, "--sp")
     two, one = (case.steps_of(tmp_path / name) for name in ("tp2", "whole"))
     assert [two[i]["loss"] for i in one] == pytest.approx([row["loss"] for row in one.values()], rel=1e-4)
-    run_ranks(1, case.jobs, [[*settings, "--out", tmp_path / "other", "--steps", 1, "--from-scratch"]])
+    run_ranks(1, case.job, *settings, "--out", tmp_path / "other", "--steps", 1, "--from-scratch")
     assert reference.stat().st_mtime_ns == made and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
 
 

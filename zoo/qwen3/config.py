@@ -5,6 +5,7 @@ No torch here: options are checked before anything heavy is imported.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -246,6 +247,9 @@ class TrainOptions(cli.TrainOptions):
     lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
     rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
     adapter: Path | None = option("PEFT adapter folder to start from; its settings decide", group="adapters")
+    quantize: Literal["none", "nf4"] = option(
+        "how the frozen weights below adapters are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
+    )
     merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
     preference: Literal["sigmoid", "hinge", "ipo", "simpo"] = option(
         "loss of a pair: DPO's, SLiC's, IPO's, or SimPO's, which has no reference", "sigmoid", group="preference"
@@ -393,8 +397,9 @@ def _check_job(o: TrainOptions, asked: set[str]) -> None:
         refuse("--gamma", "--preference simpo")
     if o.label_smoothing and o.preference in ("hinge", "ipo"):
         refuse("--label-smoothing", "--preference sigmoid or simpo")
-    if o.job == "dpo" and o.merge and not o.adapts:
-        refuse("--merge", "adapters (--lora-rank or --adapter)")
+    for flag in {"--merge", "--quantize"} & asked:
+        if o.job == "dpo" and not o.adapts:
+            refuse(flag, "adapters (--lora-rank or --adapter)")
 
 
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
@@ -431,6 +436,12 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
         )
+    if o.quantize != "none" and (o.tp > 1 or o.fsdp or o.compile):
+        raise ValueError(
+            f"quantize={o.quantize} keeps whole weights; fix: --tp 1 --no-fsdp --no-compile, or --quantize none"
+        )
+    if o.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
+        raise ValueError(f"quantize={o.quantize} needs bitsandbytes; fix: pip install bitsandbytes, or --quantize none")
     if (o.aux or o.z_loss) and not config.num_experts:
         raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
     if (o.aux or o.z_loss) and o.job == "dpo":
@@ -483,6 +494,8 @@ def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
     beside other weights."""
     start = {"weights": str(o.weights), "base": f"drawn with seed {o.seed}" if o.from_scratch else _content(o.weights)}
+    if o.quantize != "none":
+        start["base"] += f" as {o.quantize}"
     if o.adapter:
         settings = weights.read_json(o.adapter / "adapter_config.json")
         start |= {"adapter": _content(o.adapter), "r": settings.get("r"), "alpha": settings.get("lora_alpha")}
@@ -682,8 +695,13 @@ def trained_parameters(o, config: Qwen3Config) -> int:
         return config.parameters
     if o.adapter:
         return sum(math.prod(entry.shape) for entry in weights.index(o.adapter).values())
+    return sum(o.lora_rank * sum(shape) for shape in _adapted(o, config))
+
+
+def _adapted(o, config: Qwen3Config) -> list[tuple[int, int]]:
+    """[out, in] of the linears with adapters; those of an adapter's folder taken to be all."""
     ends = tuple(f"{target}.weight" for target in o.targets(config))
-    return sum(o.lora_rank * sum(shape) for name, shape in convert.shapes(config).items() if name.endswith(ends))
+    return [shape for name, shape in convert.shapes(config).items() if name.endswith(ends)]
 
 
 def memory_estimate(o, config: Qwen3Config, length: int) -> float:
@@ -697,6 +715,8 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     trained = trained_parameters(o, config) / config.parameters
     kept_weights = gradients = master = 0.0
+    if getattr(o, "quantize", "none") == "nf4":
+        kept_weights -= sum(map(math.prod, _adapted(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         kept_weights += share * dtype / (shards if o.fsdp else 1)

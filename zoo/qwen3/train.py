@@ -77,6 +77,8 @@ def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Qwen3Config) -
     else:
         kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
         lora.add(chunks, o.targets(config), **kind, seed=o.seed)
+    if o.quantize == "nf4":
+        lora.quantize_(chunks)
 
 
 def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.Module]) -> None:
