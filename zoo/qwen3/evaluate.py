@@ -268,13 +268,17 @@ def run(o: EvaluateOptions, lm: Qwen3LM) -> dict:
         )
     with contextlib.chdir(folder):
         try:
-            manager.load(names)  # the data sets: what is missing is said before anything is computed
+            loaded = manager.load(names)  # with the data sets: what is missing is said before anything is computed
         except Exception as error:  # the datasets library's, in many kinds
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"cannot load {', '.join(names)}: {why[:300]}; expected its data sets under {folder}; "
                 "fix: hf download --repo-type dataset OWNER/NAME --local-dir TASK-FOLDER/OWNER/NAME"
             ) from error
+        running = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+        if running and not o.allow_code_execution:
+            raise ValueError(f"{', '.join(running)} runs programs that the model wrote; fix: --allow-code-execution")
+        manager.load = lambda _: loaded  # once is enough
         return lm_eval.simple_evaluate(
             lm,
             tasks=names,
