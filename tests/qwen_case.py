@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from common import cli, parallel
+from common import cli
 
 RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")

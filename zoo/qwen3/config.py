@@ -9,6 +9,8 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -200,6 +202,8 @@ DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
     job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
 }
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+DEMO_TASKS = HERE / "demo" / "tasks"
+RUNS_CODE = ("humaneval", "mbpp")  # benchmarks that run what the model wrote, by the start of their names
 YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
 # Named layouts are for training: generation and conversion take these of one only if --layout names it.
 ONE_DEVICE = {
@@ -301,6 +305,33 @@ class InferOptions(cli.LayoutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(cli.LayoutOptions):
+    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
+    tasks: str | None = option(
+        "benchmarks by the harness' names, e.g. mmlu,c-eval,boolq,bbh,agieval,humaneval,gsm8k (default: the demo's)",
+        group="job",
+    )
+    task_folder: Path | None = option(
+        "your own tasks (.yaml, whose Python is run), and data sets under their hub names (default: the demo's)",
+        group="data",
+    )
+    limit: int | None = option("questions of each task (default: all)", group="data", within="[1, inf)")
+    num_fewshot: int | None = option(
+        "answered examples before a question (default: the task's)", group="job", within="[0, inf)"
+    )
+    chat: bool = option("put the questions into the tokenizer's chat template", False, group="job")
+    thinking: bool = option("let the template open a thought first", False, group="job")
+    max_new_tokens: int | None = option("longest answer (default: the task's)", group="job", within="[1, inf)")
+    allow_code_execution: bool = option(
+        "run programs the model wrote, with your rights (humaneval)", False, group="job"
+    )
+    batch: int = option("prompts generated together", 16, group="job", within="[1, inf)")
+    row_tokens: int = option("tokens of a row of texts that are scored", 8192, group="job", within="[1, inf)")
+    out: Path = option("run folder; the same again goes on where it stopped", group="run")
+    seed: int = option("seed of the draws", 0, group="run")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
@@ -310,6 +341,7 @@ class ConvertOptions(cli.LayoutOptions):
 JOBS = {
     "train": (TrainOptions, "Train Qwen3."),
     "infer": (InferOptions, "Generate text with Qwen3."),
+    "evaluate": (EvaluateOptions, "Evaluate Qwen3 on benchmarks through lm-eval-harness."),
     "preprocess": (preprocess.PreprocessOptions, "Tokenize text for pretraining."),
     "convert": (
         ConvertOptions,
@@ -372,6 +404,8 @@ def parse(script: str, argv: list[str]):
             read_prompts(o.prompts)
         if o.adapter:
             _check_adapters(o, config)
+    if script == "evaluate":
+        _check_tasks(o)
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to released or sharded")
@@ -426,6 +460,8 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
         )
+    if script == "evaluate" and (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
+        raise ValueError("evaluation runs with --tp and data parallel; fix: --pp 1 --cp 1 --ep 1 --no-sp --no-fsdp")
     if script != "train":
         return
     if o.seq_len > config.positions:
@@ -526,6 +562,25 @@ def _check_start(o: TrainOptions) -> None:
         )
 
 
+def _check_tasks(o: EvaluateOptions) -> None:
+    names = task_names(o)
+    if not names:
+        raise ValueError("nothing to evaluate; expected names of tasks; fix: --tasks mmlu,gsm8k")
+    if not o.task_folder.is_dir():
+        raise ValueError(f"{o.task_folder} does not exist; expected a folder of tasks or data sets; fix: --task-folder")
+    if running := [name for name in names if name.startswith(RUNS_CODE) and not o.allow_code_execution]:
+        raise ValueError(
+            f"{', '.join(running)} runs programs that the model wrote, with your rights and no sandbox; "
+            "fix: --allow-code-execution where that may be, or leave it out of --tasks"
+        )
+
+
+def task_names(o: EvaluateOptions) -> list[str]:
+    """--tasks as the harness calls them."""
+    names = [name.strip() for name in (o.tasks or "").split(",") if name.strip()]
+    return [{"c-eval": "ceval-valid", "ceval": "ceval-valid"}.get(name.lower(), name) for name in names]
+
+
 def _largest_token(tokenizer: Path) -> int:
     """The largest id of a tokenizer.json."""
     values = weights.read_json(tokenizer)
@@ -604,10 +659,14 @@ def _with_demo(o, script: str, asked: set[str]):
         changes["weights"] = DEMO_WEIGHTS
         if script == "infer" and not o.prompt and not o.prompts:
             changes["prompt"] = DEMO_PROMPT
+        if script == "evaluate" and o.tasks is None:
+            changes |= {"tasks": "sort_digits,sort_digits_choice", "chat": o.chat or "--no-chat" not in asked}
+    if script == "evaluate" and o.task_folder is None:
+        changes["task_folder"] = DEMO_TASKS
     if hasattr(o, "tokenizer") and o.tokenizer is None:
         has_one = o.weights is not None and (o.weights / "tokenizer.json").is_file()
         changes["tokenizer"] = o.weights if has_one else DEMO_TOKENIZER
-    if script in ("train", "convert") and o.out is None:
+    if script in ("train", "convert", "evaluate") and o.out is None:
         changes["out"] = cli.default_out(HERE.name, getattr(o, "job", script))
     if script == "train":
         changes["cache"] = o.cache or DEMO_DATA.with_name(f"{HERE.name}-cache")
@@ -646,7 +705,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def prepare(o) -> None:
-    """Before any process starts: make the demo data if this job uses it."""
+    """Before any process starts: make the demo data if this job uses it, and install what this job alone needs."""
+    if isinstance(o, EvaluateOptions) and importlib.util.find_spec("lm_eval") is None:
+        _install(HERE / "requirements-evaluate.txt")
     if getattr(o, "data", None) is not None and _is_demo(o.data):
         from .demo import make_data
 
@@ -662,6 +723,21 @@ def prepare(o) -> None:
             text = dataclasses.replace(text, data=split.with_suffix(".jsonl"))
             vocabulary = model_config(o).vocab_size
             preprocess.run(preprocess.checked(text, vocabulary), vocabulary)
+
+
+def _install(requirements: Path) -> None:
+    """Add packages to the zoo's own .venv, none of whose own may change. ValueError: this Python is not that one."""
+    if "ZOO_PYTHON" in os.environ:
+        raise ValueError(
+            f"{sys.executable} lacks the packages of {requirements.name}; fix: {sys.executable} -m pip install -r "
+            f"{requirements}, or unset ZOO_PYTHON"
+        )
+    print(f"installing {requirements.name} into {sys.prefix} (once, about a minute)", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip"]
+    kept = Path(sys.prefix) / ".kept"
+    kept.write_text(subprocess.check_output([*pip, "list", "--format=freeze"], text=True))
+    if subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", kept]).returncode:
+        raise ValueError(f"pip could not install {requirements}, see above; fix: a package index that has them")
 
 
 def _defaults(cls) -> dict:

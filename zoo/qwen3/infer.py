@@ -1,16 +1,16 @@
-"""Generate text with Qwen3: a chat that streams, or a file of prompts in batches.
+"""Generate text with Qwen3: a chat that streams, or a file of prompts in batches. Score what others wrote.
 
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompts questions.txt --out answers.jsonl
 
-Prompts of one length are generated together, so that no padding is ever seen. Tensor parallelism works as in training;
-pipeline stages work one after the other (no micro-batches in between): for models that fit no other way.
+Prompts of about one length share a batch without any padding: while the shorter ones already answer, what is left of
+the longer ones is read a token a step. Tensor parallelism works as in training; pipeline stages work one after the other
+(no micro-batches in between): for models that fit no other way.
 """
 
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron.core import parallel_state as mpu
 from common import checkpoint, cli, lora, ops, parallel
 
 from . import convert
-from .config import InferOptions, model_config, parse, read_prompts
+from .config import InferOptions, Qwen3Config, model_config, parse, read_prompts
 from .model import Qwen3, build
 
 
@@ -36,7 +36,7 @@ class Cache:
             self.kept[layer] = k.new_empty(2, self.length, *k.shape[1:])
         kept, end = self.kept[layer], self.used + len(k)
         kept[0, self.used : end], kept[1, self.used : end] = k, v
-        out = ops.attention(q, kept[0, :end], kept[1, :end], causal=True)  # [n, B, H, E]
+        out = ops.attention(q, kept[0, :end], kept[1, :end], causal=len(q) > 1)  # [n, B, H, E]; one query sees all
         return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
@@ -53,42 +53,67 @@ def choose(logits: torch.Tensor, o: InferOptions, generator: torch.Generator) ->
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
+def batches(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
+    """Which prompts are generated together, by their lengths: neighbours, where reading the rest of the longest adds at
+    most a quarter to the steps of the answer."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == o.batch or lengths[i] - lengths[batch[0]] > o.max_new_tokens // 4):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @torch.no_grad()
 def generate(
-    model: Qwen3, prompts: list[list[int]], o: InferOptions, ends: set[int], show: Callable[[int], None] | None = None
+    model: Qwen3,
+    prompts: list[list[int]],
+    o: InferOptions,
+    ends: set[int],
+    show: Callable[[int], None] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What follows each prompt (token ids), up to an end token (left out) or o.max_new_tokens. show: called with each
-    token of a single prompt as it comes. Greedy generation is transformers' `generate(do_sample=False)`."""
+    """What follows each prompt (token ids), up to an end token (left out), o.max_new_tokens, or stop(answer so far).
+    show: called with each token of a single prompt as it comes. Greedy generation is transformers'
+    `generate(do_sample=False)`."""
     where = next(model.parameters()).device
-    groups, answers = defaultdict(list), [[] for _ in prompts]
-    for i, prompt in enumerate(prompts):
-        groups[len(prompt)].append(i)
-    for length, members in groups.items():
-        for rows in (members[i : i + o.batch] for i in range(0, len(members), o.batch)):
-            cache = Cache(len(rows), length + o.max_new_tokens)
-            generator = torch.Generator(where).manual_seed(checkpoint.stable_seed(o.seed, rows[0]))
-            tokens = torch.tensor([prompts[i] for i in rows], device=where)  # [B, n]
-            done = [False] * len(rows)
-            for _ in range(o.max_new_tokens):
-                n = tokens.shape[1]
-                positions = (cache.used + torch.arange(n, device=where)).repeat(len(rows))
-                hidden = through_stages(model, tokens.flatten(), positions, cache)
-                cache.used += n
-                chosen = tokens.new_empty(len(rows))
-                if model.last:
-                    chosen = choose(whole_logits(hidden.view(len(rows), n, -1)[:, -1], model), o, generator)
-                if not (model.first and model.last):
-                    last = mpu.get_pipeline_model_parallel_last_rank()
-                    dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
-                for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
-                    done[place] = done[place] or token in ends
-                    if not done[place]:
-                        answers[rows[place]].append(token)
-                        if show:
-                            show(token)
-                if all(done):
-                    break
-                tokens = chosen.unsqueeze(1)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for rows in batches([len(p) for p in prompts], o):
+        shortest, longest = len(prompts[rows[0]]), len(prompts[rows[-1]])
+        cache = Cache(len(rows), longest + o.max_new_tokens)
+        generator = torch.Generator(where).manual_seed(checkpoint.stable_seed(o.seed, rows[0]))
+        tokens = torch.tensor([prompts[i][:shortest] for i in rows], device=where)  # [B, n]
+        rest = [prompts[i][shortest:] + [-1] * (longest - len(prompts[i])) for i in rows]
+        rest = torch.tensor(rest, dtype=torch.int64, device=where)  # [B, longest - shortest], -1: the answer's own
+        done = [False] * len(rows)
+        for step in range(longest - shortest + o.max_new_tokens):
+            n = tokens.shape[1]
+            positions = torch.arange(cache.used, cache.used + n, device=where).repeat(len(rows))
+            hidden = through_stages(model, tokens.flatten(), positions, cache)
+            cache.used += n
+            chosen = tokens.new_empty(len(rows))
+            if model.last:
+                chosen = choose(whole_logits(hidden.view(len(rows), n, -1)[:, -1], model), o, generator)
+            if not (model.first and model.last):
+                last = mpu.get_pipeline_model_parallel_last_rank()
+                dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
+            if step < longest - shortest:
+                chosen = torch.where(rest[:, step] < 0, chosen, rest[:, step])
+            for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
+                answer = answers[rows[place]]
+                if done[place] or step < len(prompts[rows[place]]) - shortest:
+                    continue
+                done[place] = token in ends
+                if not done[place]:
+                    answer.append(token)
+                    if show:
+                        show(token)
+                    done[place] = len(answer) == o.max_new_tokens or (stop is not None and stop(answer))
+            if all(done):
+                break
+            tokens = chosen.unsqueeze(1)
     return answers
 
 
@@ -108,6 +133,54 @@ def through_stages(model: Qwen3, tokens: torch.Tensor, positions: torch.Tensor, 
     return out
 
 
+@torch.no_grad()
+def score(
+    model: Qwen3, requests: list[tuple[list[int], list[list[int]]]], row_tokens: int
+) -> list[list[tuple[float, bool]]]:
+    """How likely texts are. requests: (tokens the model reads, endings); an ending is what the last of its length of
+    these tokens are followed by, one place further each. Per ending (its log-probability, whether each of its tokens is
+    the likeliest). Requests are packed into rows of at most row_tokens, if none alone is longer; only the places of
+    endings get logits, ops.CHUNK of them at a time."""
+    where = next(model.parameters()).device
+    results: list[list[tuple[float, bool]]] = []
+    for row in rows_of_at_most(row_tokens, [len(tokens) for tokens, _ in requests]):
+        row = [requests[i] for i in row]
+        bounds = [0]
+        for tokens, _ in row:
+            bounds.append(bounds[-1] + len(tokens))
+        endings = [(end, ending) for end, (_, few) in zip(bounds[1:], row, strict=True) for ending in few]
+        tokens = torch.tensor([t for tokens, _ in row for t in tokens], device=where)  # [T]
+        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in row]).to(where)
+        places = torch.cat([torch.arange(end - len(ending), end) for end, ending in endings]).to(where)  # [N]
+        targets = torch.tensor([t for _, ending in endings for t in ending], device=where)  # [N]
+        hidden = model(tokens, positions, bounds)[0][places, 0]  # [N, D]
+        logs, likeliest = [], []
+        step = max(1, ops.CHUNK // model.qwen.vocab_size)
+        for part in (slice(i, i + step) for i in range(0, len(places), step)):
+            logits, target = whole_logits(hidden[part], model), targets[part]  # [n, V], [n]
+            logs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+            likeliest.append(logits.argmax(1) == target)
+        sizes = [len(ending) for _, ending in endings]
+        sums = torch.stack([t.sum() for t in torch.cat(logs).cpu().double().split(sizes)]).tolist()
+        every = [bool(t.all()) for t in torch.cat(likeliest).cpu().split(sizes)]
+        found = iter(zip(sums, every, strict=True))
+        results += [[next(found) for _ in few] for _, few in row]
+    return results
+
+
+def rows_of_at_most(most: int, lengths: list[int]) -> Iterator[list[int]]:
+    """Indices of neighbours that fit a row; one that is longer than a row has one for itself."""
+    row, used = [], 0
+    for i, length in enumerate(lengths):
+        if row and used + length > most:
+            yield row
+            row, used = [], 0
+        row.append(i)
+        used += length
+    if row:
+        yield row
+
+
 def whole_logits(hidden: torch.Tensor, model: Qwen3) -> torch.Tensor:
     """Logits fp32 [B, V] of states [B, D], the vocabulary gathered over tensor parallel."""
     local = (hidden @ model.output_weight.t()).float()
@@ -117,6 +190,15 @@ def whole_logits(hidden: torch.Tensor, model: Qwen3) -> torch.Tensor:
     parts = [torch.empty_like(local) for _ in range(tp)]
     dist.all_gather(parts, local, group=mpu.get_tensor_model_parallel_group())
     return torch.cat(parts, -1)
+
+
+def load_model(o, config: Qwen3Config) -> Qwen3:
+    """This pipeline stage of the model of --weights, a released folder or a run's checkpoint, with --adapter if given."""
+    chunks = build(o, config)
+    convert.fill(chunks, o, config)
+    if getattr(o, "adapter", None):
+        lora.load_adapter(o.adapter, chunks, convert.released)
+    return chunks[0].eval()
 
 
 def end_tokens(tokenizer) -> set[int]:
@@ -131,11 +213,7 @@ def main() -> None:
     o: InferOptions = parse("infer", sys.argv[1:])
     parallel.initialize(o)
     config = model_config(o)
-    chunks = build(o, config)
-    convert.fill(chunks, o, config)
-    if o.adapter:
-        lora.load_adapter(o.adapter, chunks, convert.released)
-    model = chunks[0].eval()
+    model = load_model(o, config)
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
     texts = read_prompts(o.prompts) if o.prompts else [o.prompt]
     if o.chat:

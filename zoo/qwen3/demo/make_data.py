@@ -4,7 +4,8 @@
 
 writes `text/{train,validation}.jsonl`, rows {"text": docstring}; `sft/{train,test}.jsonl`, conversations that ask for
 five digits in ascending order; `lora/{train,test}.jsonl`, the same in descending order; `dpo/{train,test}.jsonl`, the
-questions of sft, each with an answer that has a space between the digits and, rejected, the plain one. The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
+questions of sft, each with an answer that has a space between the digits and, rejected, the plain one; `tasks/sort_digits.jsonl`,
+test questions with four answers to choose from, which is shipped. The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
 3,600 documents, 1.4 million characters in 3.11, other figures in other versions, so none of it is shipped.
 
 Of the multisets of digits every eighth is never in a train file, in any order: no answer of the test files was trained
@@ -99,6 +100,17 @@ def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
         _write(folder / f"{split}.jsonl", rows)
 
 
+def write_tasks(folder: Path, count: int, seed: int) -> None:
+    """The right answer among three other orders of its digits."""
+    draw, rows = random.Random(seed), []
+    for digits, answer in questions("test", 2 * count, seed):
+        wrong = sorted({"".join(order) for order in permutations(answer)} - {answer})
+        if len(wrong) >= 3 and len(rows) < count:
+            choices = draw.sample([answer, *draw.sample(wrong, 3)], 4)
+            rows.append({"digits": digits, "choices": choices, "answer": choices.index(answer)})
+    _write(folder / "sort_digits.jsonl", rows)
+
+
 def _make(out: Path, settings: dict, write) -> Path:
     """Runs write(folder) aside and renames, so that a killed run leaves nothing half done; a folder made with the same
     settings is reused, any other folder that is no demo data is refused."""
@@ -143,11 +155,17 @@ def make_pairs(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> 
     return _make(out, settings, lambda folder: write_pairs(folder, train, test, seed))
 
 
+def make_tasks(out: Path, count: int = 100, seed: int = 0) -> Path:
+    """sort_digits.jsonl under `out`: what the tasks of `tasks/` ask."""
+    settings = {"tasks": PROMPT, "count": count, "seed": seed}
+    return _make(out, settings, lambda folder: write_tasks(folder, count, seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; complete parts are reused")
     out = parser.parse_args().out
-    kinds = {"text": make, "sft": make_sft, "lora": make_descending, "dpo": make_pairs}
+    kinds = {"text": make, "sft": make_sft, "lora": make_descending, "dpo": make_pairs, "tasks": make_tasks}
     print(*(function(out / name) for name, function in kinds.items()), sep="\n")
 
 

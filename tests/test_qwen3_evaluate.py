@@ -1,0 +1,336 @@
+"""Evaluation: likelihoods and answers against lm-eval-harness' own HFLM over transformers, tasks, what is refused."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import qwen_case as case
+import torch
+from ranks import run_ranks
+from test_qwen3 import infer_options, one_rank, ours, save_oracle  # noqa: F401  the fixture runs here too
+
+pytestmark = pytest.mark.L2
+
+TOLERANCE = 1e-5
+SPOKEN = {which: dataclasses.replace(c, vocab_size=2048) for which, c in case.CONFIGS.items()}  # the demo tokenizer's
+TEXTS = ["The quick", "Return a list of the names that", "", "a " * 90, "x"]  # 90 words: more than 64 positions
+ENDINGS = [" brown fox jumps", "y", " over the lazy dog and then some more of it", " end", "is"]
+
+
+def options(**values):
+    cls = case.config.EvaluateOptions
+    chosen = {"size": "tiny", "precision": "fp32", "seed": 0, "batch": 3, "row_tokens": 40, "max_new_tokens": None}
+    return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | chosen | values)
+
+
+# ------------------------------------------------------------------------------------------------- without the harness
+
+
+@pytest.mark.parametrize("which", case.CONFIGS)
+def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
+    """Unequal lengths, endings of several tokens and of all but one, several endings of one text."""
+    config = case.CONFIGS[which]
+    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    requests = []
+    for length, sizes in ((9, (3,)), (1, (1, 1, 1)), (20, (20, 4)), (5, (1,)), (30, (2, 2))):
+        tokens = torch.randint(96, (length,), generator=generator).tolist()
+        likeliest = theirs(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        endings = [torch.randint(96, (n,), generator=generator).tolist() for n in sizes]
+        requests.append((tokens, [*endings, likeliest[-2:] if length > 1 else likeliest]))
+    want = []
+    for tokens, endings in requests:
+        logs = theirs(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        last = [(logs[-len(e) :], torch.tensor(e)) for e in endings]
+        want.append([(part.gather(1, e[:, None]).sum().item(), bool((part.argmax(1) == e).all())) for part, e in last])
+    for row_tokens in (1, 25, 1000):
+        got = case.infer.score(model, requests, row_tokens)
+        for mine, other in zip(got, want, strict=True):
+            assert [likely for _, likely in mine] == [likely for _, likely in other]
+            assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=TOLERANCE)
+    assert [likely for row in got for _, likely in row].count(True) >= len(requests)
+
+
+def test_logits_made_a_few_at_a_time_are_the_same(tmp_path, monkeypatch):
+    save_oracle(tmp_path, case.CONFIGS["dense"])
+    model, request = ours(tmp_path), [([5, 6, 7, 8, 9], [[1, 2, 3, 4]])]
+    ((want, _),) = case.infer.score(model, request, 10)[0]
+    monkeypatch.setattr(case.infer.ops, "CHUNK", 96 * 3)
+    ((got, _),) = case.infer.score(model, request, 10)[0]
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [((9, 2, 3), [[1, 2], [0]]), ((5, 5, 5, 5), [[0, 1, 2], [3]]), ((1, 4, 8), [[0, 1], [2]]), ((), [])],
+)
+def test_prompts_share_a_batch_with_their_neighbours_in_length(lengths, wanted):
+    assert list(case.infer.batches(list(lengths), infer_options(batch=3, max_new_tokens=12))) == wanted
+
+
+def test_an_answer_ends_where_asked(tmp_path):
+    save_oracle(tmp_path, case.CONFIGS["dense"])
+    model, o = ours(tmp_path), infer_options(max_new_tokens=8, batch=2)
+    prompts = [[1, 2, 3], [4, 5]]
+    whole = case.infer.generate(model, prompts, o, set())
+    wanted = whole[0][3]
+    first = whole[0].index(wanted)
+    cut = case.infer.generate(model, prompts, o, set(), stop=lambda answer: answer == whole[0][: first + 1])
+    assert cut == [whole[0][: first + 1], whole[1]]
+
+
+@pytest.mark.L0
+def test_shipped_questions_are_what_the_script_makes_and_were_never_trained_on(tmp_path):
+    make_data = importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data")
+    made = make_data.make_tasks(tmp_path / "tasks") / "sort_digits.jsonl"
+    text = (case.config.DEMO_TASKS / "sort_digits.jsonl").read_text()
+    assert made.read_text() == text
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 100 and all(len(set(r["choices"])) == 4 for r in rows)
+    assert all(r["choices"][r["answer"]] == "".join(sorted(r["digits"])) for r in rows)
+    trained = {answer for _, answer in make_data.questions("train", 8000, 0)}
+    assert not trained & {r["choices"][r["answer"]] for r in rows}
+
+
+WRONG = {
+    "no sandbox": (["--tasks", "gsm8k,humaneval_instruct"], "--allow-code-execution"),
+    "no folder": (["--task-folder", "nowhere"], "--task-folder"),
+    "nothing": (["--tasks", ","], "--tasks"),
+    "pipeline": (["--pp", "2"], "--pp 1"),
+    "context": (["--cp", "2"], "--cp 1"),
+}
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_said_before_anything_starts(name, monkeypatch):
+    argv, named = WRONG[name]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(ValueError, match="fix: .*" + named):
+        case.config.parse("evaluate", argv)
+
+
+@pytest.mark.L4
+def test_benchmarks_have_the_harness_names_and_the_demo_its_template(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("NPROC", "1")
+    o = case.config.parse("evaluate", ["--tasks", "mmlu, C-Eval"])
+    assert case.config.task_names(o) == ["mmlu", "ceval-valid"] and not o.chat
+    assert case.config.parse("evaluate", []).chat and not case.config.parse("evaluate", ["--no-chat"]).chat
+
+
+@pytest.mark.L4
+def test_the_harness_is_not_installed_into_an_interpreter_of_the_users(monkeypatch):
+    monkeypatch.setenv("ZOO_PYTHON", "python")
+    monkeypatch.setattr(case.config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="requirements-evaluate.txt"):
+        case.config.prepare(options())
+
+
+# ---------------------------------------------------------------------------------------------------- with the harness
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    pytest.importorskip("lm_eval", reason="pip install -r zoo/qwen3/requirements-evaluate.txt")
+    return importlib.import_module(f"zoo.{case.RECIPE}.evaluate")
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(case.config.DEMO_TOKENIZER)
+
+
+def harness_model(evaluate, folder: Path, out: Path, **values):
+    o = options(**values)
+    config, model = case.config.Qwen3Config.from_folder(folder), ours(folder).eval()
+    answers = evaluate.Answers(out / "answers.jsonl", {"weights": str(folder)})
+    return evaluate.Qwen3LM(o, config, tokenizer(), answers, lambda job: evaluate.answer(job, model, tokenizer(), o))
+
+
+def requests_of(kind: str, *arguments) -> list:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, i, ("task", i, 1)) for i, one in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def both(request, evaluate, tmp_path_factory):
+    """(our model, the harness' own) of the same weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("released")
+    theirs = save_oracle(folder, SPOKEN[request.param])
+    theirs.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
+    return harness_model(evaluate, folder, folder / "out"), HFLM(theirs, tokenizer=tokenizer(), batch_size=3)
+
+
+def test_likelihoods_equal_those_of_the_harness_own_model(both):
+    """Contexts of unequal length, empty, longer than the model; endings of one token and of many."""
+    pairs = [(text, ending) for text in TEXTS for ending in ENDINGS]
+    mine, theirs = (model.loglikelihood(requests_of("loglikelihood", *pairs), disable_tqdm=True) for model in both)
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=TOLERANCE)
+    assert [likely for _, likely in mine] == [likely for _, likely in theirs]
+
+
+def test_rolling_likelihoods_equal_those_of_the_harness_own_model(both):
+    asked = [(text,) for text in ("one", "The quick brown fox", "a b c d " * 40)]
+    mine, theirs = (m.loglikelihood_rolling(requests_of("loglikelihood_rolling", *asked)) for m in both)
+    assert mine == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def test_greedy_answers_equal_those_of_the_harness_own_model(both):
+    """With strings to stop at, and prompts that are cut from the left."""
+    free = [(text or "y", {"until": [], "max_gen_toks": 12, "do_sample": False}) for text in TEXTS]
+    mine, theirs = (m.generate_until(requests_of("generate_until", *free), disable_tqdm=True) for m in both)
+    assert mine == theirs and any(len(text) > 12 for text in mine)
+    stops = [[text[len(text) // 2 :][:2], text[-1:]] for text in mine]
+    cut = [(text, settings | {"until": until}) for (text, settings), until in zip(free, stops, strict=True)]
+    shorter, theirs = (m.generate_until(requests_of("generate_until", *cut), disable_tqdm=True) for m in both)
+    assert shorter == theirs and shorter != mine
+
+
+def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
+    save_oracle(tmp_path / "w", SPOKEN["dense"])
+    pairs = requests_of("loglikelihood", *[(text, " end") for text in TEXTS])
+    want = harness_model(evaluate, tmp_path / "w", tmp_path).loglikelihood(pairs, disable_tqdm=True)
+    file = tmp_path / "answers.jsonl"
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([head, *lines[:3], lines[3][:20]]))  # killed within a line
+    again = harness_model(evaluate, tmp_path / "w", tmp_path)
+    asked, ask = [], again.ask
+    again.ask = lambda job: asked.extend(job[1]) or ask(job)
+    got = again.loglikelihood(pairs, disable_tqdm=True)
+    assert [v for v, _ in got] == pytest.approx([v for v, _ in want], rel=TOLERANCE) and len(asked) == len(TEXTS) - 3
+    again.answers.file.close()
+    with pytest.raises(ValueError, match="answers of another run: weights"):
+        evaluate.Answers(file, {"weights": "others"})
+
+
+def test_settings_of_a_generation_that_would_be_ignored_are_refused(both):
+    with pytest.raises(ValueError, match="num_beams"):
+        both[0].settings({"until": "x", "num_beams": 4})
+    found = both[0].settings({"until": "x", "do_sample": True, "temperature": 0.7, "top_k": 5, "num_beams": 1})
+    assert found["until"] == ["x", "<|im_end|>"]
+    assert found["draw"] == {"max_new_tokens": 256, "temperature": 0.7, "top_p": 1.0, "top_k": 5}
+
+
+def test_a_thought_is_no_part_of_an_answer_and_does_not_end_it(evaluate, tmp_path):
+    save_oracle(tmp_path / "w", SPOKEN["dense"])
+    lm, words = harness_model(evaluate, tmp_path / "w", tmp_path, thinking=True), tokenizer()
+    assert lm.cut("so\n\nit is</think>\n\n42\nor not", ["\n"]) == "42"
+    stop = evaluate.stopping(words, ["\n"], thinking=True)
+    said = [words.encode(text) for text in ("so\n", "so\n</think>", "so\n</think>42", "so\n</think>42\n")]
+    assert [stop(tokens) for tokens in said] == [False, False, False, True]
+    with pytest.raises(ValueError, match="--no-thinking"):
+        lm.loglikelihood(requests_of("loglikelihood", ("a", "b")), disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def demo(evaluate, tmp_path_factory):
+    """The demo's weights on the demo's tasks, and the options."""
+    out = tmp_path_factory.mktemp("run")
+    o = options(weights=case.config.DEMO_WEIGHTS, tokenizer=case.config.DEMO_TOKENIZER, chat=True, limit=20, batch=16,
+                tasks="sort_digits,sort_digits_choice", task_folder=case.config.DEMO_TASKS, out=out)  # fmt: skip
+    lm = harness_model(evaluate, o.weights, out, chat=True)
+    return o, lm, evaluate.run(o, lm)
+
+
+def test_demo_tasks_are_answered_far_above_chance(evaluate, demo, capsys):
+    o, _, found = demo
+    evaluate.report(o, found, {"weights": "w"})
+    results = json.loads((o.out / "results.json").read_text())["results"]
+    assert [(r["task"], r["metric"], r["chance"], r["n"]) for r in results] == [
+        ("sort_digits", "exact_match", 0.02, 20), ("sort_digits_choice", "acc", 0.25, 20),
+    ]  # fmt: skip
+    assert all(r["value"] >= 0.9 and r["stderr"] is not None for r in results)
+    shown = capsys.readouterr().out
+    assert "chance" in shown and "0.0200" in shown and "0.2500" in shown
+    assert len((o.out / "samples" / "sort_digits.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_group_has_the_number_and_the_chance_of_its_tasks(evaluate):
+    found = {
+        "results": {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "b": {"acc,none": 1.0, "acc_stderr,none": 0.0}},
+        "groups": {"all": {"acc,none": 0.6, "acc_stderr,none": "N/A"}},
+        "group_subtasks": {"all": ["some", "b"], "some": ["a"]},
+        "n-samples": {"a": {"effective": 30}, "b": {"effective": 10}},
+        "configs": {"a": {"metadata": {"chance": 0.2}}, "b": {"output_type": "multiple_choice"}},
+        "samples": {"b": [{"arguments": [0, 1]}] * 10},
+    }
+    row = evaluate.rows_of(found)[-1]
+    assert (row["task"], row["n"], row["stderr"]) == ("all", 40, None)
+    assert row["chance"] == pytest.approx((0.2 * 30 + 0.5 * 10) / 40)
+
+
+TASK = """
+task: easy
+dataset_path: somebody/questions
+dataset_name: easy
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: ["A", "B"]
+doc_to_target: a
+unsafe_code: UNSAFE
+"""
+CARD = "---\nconfigs:\n- config_name: easy\n  data_files: [{split: test, path: easy/test.jsonl}]\n---\n"
+
+
+@pytest.mark.parametrize("fault", ["", "script", "missing", "unsafe"])
+def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate, demo, tmp_path):
+    """As `hf download --repo-type dataset somebody/questions --local-dir somebody/questions` leaves it there."""
+    o, lm, _ = demo
+    repository = tmp_path / "somebody" / "questions"
+    (repository / "easy").mkdir(parents=True)
+    (repository / "README.md").write_text(CARD)
+    (repository / "easy" / "test.jsonl").write_text('{"q": "one or two?", "a": 0}\n' * 3)
+    (tmp_path / "easy.yaml").write_text(TASK.replace("UNSAFE", "true" if fault == "unsafe" else "false"))
+    if fault == "missing":
+        repository.rename(tmp_path / "elsewhere")
+    if fault == "script":
+        (repository / "questions.py").write_text("raise SystemExit('ran')")
+    o = dataclasses.replace(o, tasks="easy", task_folder=tmp_path)
+    if not fault:
+        assert evaluate.rows_of(evaluate.run(o, lm))[0]["n"] == 3
+        return
+    named = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
+    with pytest.raises(ValueError, match=named[fault]) as caught:
+        evaluate.run(o, lm)
+    assert "fix: " in str(caught.value)
+
+
+SCORED = [([5, 6, 7], [[1], [2]]), ([1] * 30, [[3, 4]]), ([2], [[9]]), ([8, 8], [[1, 1]])]
+SAID = {"until": ["<|im_end|>"], "draw": {"max_new_tokens": 6}}, [[1, 2, 3], [4], [5, 6, 7, 8], [9, 9]]
+
+
+def _answers_of_ranks(folder: str) -> list:
+    """Of every rank under two layouts: jobs that only rank 0 knows."""
+    from common import parallel
+
+    evaluate, found = importlib.import_module(f"zoo.{case.RECIPE}.evaluate"), []
+    for tp in (1, 2):
+        o = case.config.cli.check_layout(options(weights=Path(folder), tp=tp), heads=4, layers=4, tokens=None)
+        parallel.initialize(o)
+        model = case.infer.load_model(o, case.config.Qwen3Config.from_folder(Path(folder)))
+        for job in ((None, SCORED), SAID):
+            mine = evaluate.broadcast(job if torch.distributed.get_rank() == 0 else None)
+            found.append(evaluate.answer(mine, model, tokenizer(), o))
+        parallel.mpu.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.L3
+def test_data_and_tensor_parallel_answers_equal_one_process(evaluate, tmp_path):
+    save_oracle(tmp_path, SPOKEN["dense"])
+    lm = harness_model(evaluate, tmp_path, tmp_path / "out")
+    scored, said = (lm.ask(job) for job in ((None, SCORED), SAID))
+    want = [value for row in scored for pair in row for value in pair]
+    for data, words, tensor, again in run_ranks(2, _answers_of_ranks, str(tmp_path)):
+        assert words == again == said
+        for mine in (data, tensor):
+            assert [value for row in mine for pair in row for value in pair] == pytest.approx(want, rel=TOLERANCE)
