@@ -192,7 +192,7 @@ def test_megatron_checkpoint_is_imported_bit_exactly(name, experts, dtype, tmp_p
 # -------------------------------------------------------------------------------- Megatron-LM, by megatron-core's model
 
 
-@pytest.mark.parametrize("which", case.CONFIGS)
+@pytest.mark.parametrize("which", [name for name in case.CONFIGS if name != "yarn"])  # such a run does not say so
 def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, monkeypatch):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -9,7 +9,7 @@ import pytest
 import qwen_case as case
 import torch
 from ranks import run_ranks
-from test_qwen3 import infer_options, one_rank, ours, save_oracle  # noqa: F401  the fixture runs here too
+from test_qwen3 import infer_options, one_rank, ours  # noqa: F401  the fixture runs here too
 
 pytestmark = pytest.mark.L2
 
@@ -32,7 +32,7 @@ def options(**values):
 def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
     """Unequal lengths, endings of several tokens and of all but one, several endings of one text."""
     config = case.CONFIGS[which]
-    theirs, model = save_oracle(tmp_path, config), ours(tmp_path)
+    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(0)
     requests = []
     for length, sizes in ((9, (3,)), (1, (1, 1, 1)), (20, (20, 4)), (5, (1,)), (30, (2, 2))):
@@ -54,7 +54,7 @@ def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
 
 
 def test_logits_made_a_few_at_a_time_are_the_same(tmp_path, monkeypatch):
-    save_oracle(tmp_path, case.CONFIGS["dense"])
+    case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, request = ours(tmp_path), [([5, 6, 7, 8, 9], [[1, 2, 3, 4]])]
     ((want, _),) = case.infer.score(model, request, 10)[0]
     monkeypatch.setattr(case.infer.ops, "CHUNK", 96 * 3)
@@ -71,7 +71,7 @@ def test_prompts_share_a_batch_with_their_neighbours_in_length(lengths, wanted):
 
 
 def test_an_answer_ends_where_asked(tmp_path):
-    save_oracle(tmp_path, case.CONFIGS["dense"])
+    case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, o = ours(tmp_path), infer_options(max_new_tokens=8, batch=2)
     prompts = [[1, 2, 3], [4, 5]]
     whole = case.infer.generate(model, prompts, o, set())
@@ -164,7 +164,7 @@ def both(request, evaluate, tmp_path_factory):
     from lm_eval.models.huggingface import HFLM
 
     folder = tmp_path_factory.mktemp("released")
-    theirs = save_oracle(folder, SPOKEN[request.param])
+    theirs = case.save_oracle(folder, SPOKEN[request.param])
     theirs.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
     return harness_model(evaluate, folder, folder / "out"), HFLM(theirs, tokenizer=tokenizer(), batch_size=3)
 
@@ -195,7 +195,7 @@ def test_greedy_answers_equal_those_of_the_harness_own_model(both):
 
 
 def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
-    save_oracle(tmp_path / "w", SPOKEN["dense"])
+    case.save_oracle(tmp_path / "w", SPOKEN["dense"])
     pairs = requests_of("loglikelihood", *[(text, " end") for text in TEXTS])
     want = harness_model(evaluate, tmp_path / "w", tmp_path).loglikelihood(pairs, disable_tqdm=True)
     file = tmp_path / "answers.jsonl"
@@ -220,7 +220,7 @@ def test_settings_of_a_generation_that_would_be_ignored_are_refused(both):
 
 
 def test_a_thought_is_no_part_of_an_answer_and_does_not_end_it(evaluate, tmp_path):
-    save_oracle(tmp_path / "w", SPOKEN["dense"])
+    case.save_oracle(tmp_path / "w", SPOKEN["dense"])
     lm, words = harness_model(evaluate, tmp_path / "w", tmp_path, thinking=True), tokenizer()
     assert lm.cut("so\n\nit is</think>\n\n42\nor not", ["\n"]) == "42"
     stop = evaluate.stopping(words, ["\n"], thinking=True)
@@ -326,7 +326,7 @@ def _answers_of_ranks(folder: str) -> list:
 
 @pytest.mark.L3
 def test_data_and_tensor_parallel_answers_equal_one_process(evaluate, tmp_path):
-    save_oracle(tmp_path, SPOKEN["dense"])
+    case.save_oracle(tmp_path, SPOKEN["dense"])
     lm = harness_model(evaluate, tmp_path, tmp_path / "out")
     scored, said = (lm.ask(job) for job in ((None, SCORED), SAID))
     want = [value for row in scored for pair in row for value in pair]

@@ -39,7 +39,7 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
 
     config = case.CONFIGS[which]
     parallel.initialize(case.options())
-    oracle.save_oracle(folder / "base", config)
+    case.save_oracle(folder / "base", config)
     model = oracle.ours(folder / "base")
     adapt([model], config, rslora=rslora)
     lora.save_adapter(folder / "adapter", [model], case.convert.released, base=str(folder / "base"), task="CAUSAL_LM")

@@ -115,7 +115,7 @@ def beside_trl(folder, which: str, values: dict) -> dict:
     """{name: (ours, theirs)} of the loss and of every gradient."""
     o, config = options(global_batch=1, **values), case.CONFIGS[which]
     parallel.initialize(o)
-    theirs, model = oracle.save_oracle(folder, config), oracle.ours(folder)
+    theirs, model = case.save_oracle(folder, config), oracle.ours(folder)
     rows = [row(0), row(1)]
     batch = joined(rows)
     want = trl_loss(o, theirs, [pair for each in rows for pair in each], batch["reference"])
