@@ -65,13 +65,15 @@ def test_profiled_step_lasts_as_long_as_the_metrics_say(profiled):
     assert found["step_ms"] == pytest.approx(sum(times) / len(times), rel=0.1)
 
 
-def test_table_names_the_parts_the_attention_and_the_optimizer(profiled):
+def test_table_names_the_parts_and_the_costliest_operators(profiled):
     table = (profiled / "profile" / "rank0.md").read_text()
     assert table in (profiled / "log.txt").read_text()
     parts, operators = table.split("| operator |")
     for name in (*profiling.PARTS, "the step"):
         assert f"| {name} |" in parts, name
-    assert "scaleddotproduct" in operators.lower().replace("_", "")
+    assert operators.count("aten::") + operators.count("gloo:") >= 3 and operators.count("\n") >= profiling.OPERATORS
+    # A busy machine may cost a tiny model more in communication than in attention; the trace has them all.
+    assert "scaled_dot_product" in (profiled / "profile" / "rank0.json").read_text()
 
 
 def test_profiled_steps_are_not_in_the_steady_state(profiled):
