@@ -17,7 +17,23 @@ if importlib.util.find_spec("triton"):
     importlib.import_module("triton.experimental.gluon")  # the first launch would, without the variable, and fail
     del os.environ["TRITON_INTERPRET"]
 
-import common.device  # noqa: E402, F401  before the first import of megatron
+import common.device  # noqa: E402, F401  isort: skip  (before the first import of megatron)
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def one_rank(request, tmp_path_factory):
+    """This process as a group of one, for a module of tests that has its recipe's `case`."""
+    import torch
+
+    from common import parallel
+
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel.initialize(request.module.case.options())
+    yield
+    parallel.shutdown()
 
 
 def pytest_sessionfinish():

@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import math
-import os
 
 import pytest
 import qwen_case as case
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import parallel, weights
+from common import weights
 
-pytestmark = pytest.mark.L2
+pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5  # of the largest entry
 PUBLISHED = {  # parameters, tensors on disk
@@ -21,17 +20,6 @@ PUBLISHED = {  # parameters, tensors on disk
     "235B-A22B": (235_093_634_560, 36_945),
 }  # fmt: skip
 ACTIVE = {"30B-A3B": 3_353_032_704, "235B-A22B": 22_190_763_520}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """This process as a group of one."""
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
-    store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel.initialize(case.options())
-    yield
-    parallel.shutdown()
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:

@@ -17,23 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common import parallel
-
-pytestmark = pytest.mark.L2
+pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 ROOT = case.config.HERE.parents[1]
 PADDING = 8  # rows by which Megatron-LM pads the vocabulary
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """This process as a group of one."""
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
-    store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel.initialize(case.options())
-    yield
-    parallel.shutdown()
 
 
 def launch(*options) -> subprocess.CompletedProcess:

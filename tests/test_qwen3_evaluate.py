@@ -9,9 +9,9 @@ import pytest
 import qwen_case as case
 import torch
 from ranks import run_ranks
-from test_qwen3 import infer_options, one_rank, ours  # noqa: F401  the fixture runs here too
+from test_qwen3 import infer_options, ours
 
-pytestmark = pytest.mark.L2
+pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5
 SPOKEN = {which: dataclasses.replace(c, vocab_size=2048) for which, c in case.CONFIGS.items()}  # the demo tokenizer's

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -14,21 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import checkpoint, device, parallel, weights
 from common import train as loop
 
-pytestmark = pytest.mark.L2
+pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5  # of the largest entry
 PUBLISHED = {"1.3B": (1_418_996_800, 825), "14B": (14_288_491_584, 1095)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """This process as a group of one."""
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
-    store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel.initialize(case.options())
-    yield
-    parallel.shutdown()
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
