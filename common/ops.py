@@ -551,15 +551,18 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weight, tp_size):
-        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        dhidden, dweight = torch.empty_like(hidden), _sum_of_gradients(weight, ctx.needs_input_grad[1])
+        N, V = hidden.shape[0], weight.shape[0]
+        losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         token_weight = token_weight.float() * (labels >= 0)
-        for part in _chunks(hidden, weight):
+        training, step = any(ctx.needs_input_grad), max(1, CHUNK // V)
+        for part in (slice(i, i + step) for i in range(0, N, step)):
             logits = hidden[part] @ weight.t()  # [n, V/tp]
             losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
-            if any(ctx.needs_input_grad):
+            if training:
                 dhidden[part] = gradient @ weight
-            if dweight is not None:
+            if dweight is not None:  # not frozen
                 dweight += gradient.t() @ hidden[part]
         losses = losses.masked_fill(labels < 0, 0)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
@@ -576,12 +579,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_size: int = 1
 ) -> torch.Tensor:
-    """log softmax(hidden_i weight)[label_i] of every token, fp32 [N], 0 where the label is negative; arguments and
-    gradients as of `linear_cross_entropy`.
+    """log softmax(hidden_i weight)[label_i] fp32 [N], 0 where the label is negative; arguments as above.
 
-    For objectives in which the weight of a token depends on other tokens (preferences: on both whole answers), so that
-    it is known only after the forward. The backward makes each chunk of logits again: a third more of the projection's
-    work, against a third more of the whole model's for a first pass without gradients.
+    For objectives in which a token's weight depends on other tokens (preferences: on two whole answers) and is known
+    only after the forward. The backward makes the logits again: a third more of the projection's work, where a first
+    pass without gradients would cost a third more of the whole model's.
     """
     return _LinearLogProbs.apply(hidden, weight, labels, tp_size)
 
@@ -590,45 +592,24 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, tp_size):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.tp_size = tp_size
-        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for part in _chunks(hidden, weight):
-            losses[part] = _softmax_loss(hidden[part] @ weight.t(), labels[part], None, tp_size)[0]
-        return -losses.masked_fill(labels < 0, 0)
+        ctx.tp_size, nothing = tp_size, torch.zeros(len(labels), device=labels.device)
+        return -linear_cross_entropy(hidden.detach(), weight.detach(), labels, nothing, tp_size)[1]
 
     @staticmethod
     def backward(ctx, dlog_probs):
-        hidden, weight, labels = ctx.saved_tensors
-        dhidden, dweight = torch.empty_like(hidden), _sum_of_gradients(weight, ctx.needs_input_grad[1])
-        token_weight = -dlog_probs * (labels >= 0)
-        for part in _chunks(hidden, weight):
-            logits = hidden[part] @ weight.t()
-            gradient = _softmax_loss(logits, labels[part], token_weight[part], ctx.tp_size)[1]
-            dhidden[part] = gradient @ weight
-            if dweight is not None:
-                dweight += gradient.t() @ hidden[part]
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+        (hidden, weight), labels = (t.detach() for t in ctx.saved_tensors[:2]), ctx.saved_tensors[2]
+        wanted = [hidden.requires_grad_(), *([weight.requires_grad_()] if ctx.needs_input_grad[1] else [])]
+        with torch.enable_grad():
+            loss = linear_cross_entropy(hidden, weight, labels, -dlog_probs, ctx.tp_size)[0]
+        dhidden, *dweight = torch.autograd.grad(loss, wanted)
+        return dhidden, dweight[0] if dweight else None, None, None
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    """The tokens whose logits exist together."""
-    step = max(1, CHUNK // weight.shape[0])
-    return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
-
-
-def _sum_of_gradients(weight: torch.Tensor, wanted: bool) -> torch.Tensor | None:
-    """fp32 zeros; None for a frozen weight."""
-    return torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-
-
-def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses fp32 [n] of one chunk of logits [n, V/tp] and token_weight (None: no gradient is made) times their
-    gradient, in the logits' dtype."""
+def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses fp32 [n] of one chunk of logits [n, V/tp] and token_weight times their gradient, in the logits' dtype."""
     if BACKEND == "npu" and tp_size == 1:
         labels = labels.clamp(min=0)
         loss, log_prob, *_ = torch.ops.npu.npu_cross_entropy_loss(logits.float(), labels, reduction="none")
-        if token_weight is None:
-            return loss, None
         gradient = torch.ops.npu.npu_cross_entropy_loss_backward(token_weight, log_prob, labels, reduction="none")
         return loss, gradient.to(logits.dtype)
     if tp_size > 1:
@@ -647,8 +628,6 @@ def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, 
     highest = _tp_sum(peak.clone(), tp_size, dist.ReduceOp.MAX)
     total, target = _tp_sum(torch.stack((total * (peak - highest).exp(), target)), tp_size)
     lse = highest + total.log()
-    if token_weight is None:
-        return lse - target, None
     if BACKEND == "cuda":
         kernel.softmax_gradient_(logits, lse, labels, token_weight)
         return lse - target, logits

@@ -42,7 +42,8 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     make_data.make(folder / "text")
     make_data.make_sft(folder / "sft")
-    make_data.make_pairs(folder / "pairs")
+    make_data.make_descending(folder / "lora")
+    make_data.make_pairs(folder / "dpo")
     return folder
 
 
@@ -82,15 +83,15 @@ def test_demo_folder_is_kept_or_made_anew_and_never_another_folder_overwritten(t
 def test_demo_answers_are_right_and_no_test_answer_is_in_training(demo):
     answers = {}
     for split in ("train", "test"):
-        messages = [row["messages"] for row in lines(demo / "sft" / f"{split}.jsonl")]
-        for question, answer in messages:
-            digits = question["content"].removeprefix("Sort the digits: ")
-            assert len(digits) == 5 and answer["content"] == "".join(sorted(digits))
-        answers[split] = {answer["content"] for _, answer in messages}
-        for row in lines(demo / "pairs" / f"{split}.jsonl"):
-            assert row["chosen"] == "".join(sorted(row["prompt"][-5:])) == "".join(sorted(row["rejected"]))
-            assert row["chosen"] != row["rejected"]
-            answers[split].add(row["chosen"])
+        answers[split] = set()
+        for kind, order in (("sft", ""), ("lora", ", largest first")):
+            for question, answer in (row["messages"] for row in lines(demo / kind / f"{split}.jsonl")):
+                digits = question["content"].removeprefix(f"Sort the digits{order}: ")
+                assert len(digits) == 5 and answer["content"] == "".join(sorted(digits, reverse=bool(order)))
+                answers[split].add("".join(sorted(digits)))
+        for row in lines(demo / "dpo" / f"{split}.jsonl"):
+            assert row["rejected"] == "".join(sorted(row["prompt"][-5:])) and row["chosen"] == " ".join(row["rejected"])
+            answers[split].add(row["rejected"])
     assert not answers["train"] & answers["test"]
 
 
@@ -306,7 +307,7 @@ BAD_CHATS = [
     ({"instruction": "a", "output": "x", "history": ["q"]}, "bad row", "history"),
 ]
 BAD_PAIRS = [
-    ({"prompt": "a", "chosen": "b"}, "unknown format", "chosen and rejected"),
+    ({"prompt": "a", "chosen": "b"}, "unknown format", "chosen and rejected, lacks rejected"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "equal answers", "rejected"),
     ({"prompt": "a", "chosen": "b", "rejected": 5}, "bad row", r"rejected\[0\] is int"),
     ({"prompt": "a", "chosen": "b", "rejected": ""}, "empty turn", "message 1"),
@@ -464,6 +465,22 @@ def test_pairs_stay_together_and_only_the_last_answer_counts(demo, tmp_path, tok
 
 
 # ---- conversations: drops, caches, workers ----
+
+
+def test_pairs_that_cannot_be_used_are_named_by_file_line_and_field(tmp_path):
+    rows = [{"prompt": "1 + 1?", "chosen": "2", "rejected": f"{i}"} for i in range(3, 103)]
+    rows[4] = {"prompt": "1 + 1?", "chosen": "2"}
+    rows[7]["rejected"] = "2"
+    rows[9]["rejected"] = "long " * 200
+    folder = prepare_chats(write(tmp_path / "pairs.jsonl", rows), DEMO_TOKENIZER, 128, tmp_path / "cache", kind="dpo")
+    summary, *drops = lines(folder / "drops.jsonl")
+    assert summary["dropped"] == 3 and PackedRows(folder).unit_count == 97
+    assert [(d["where"], d["reason"]) for d in drops] == [
+        ("pairs.jsonl:5", "unknown format"), ("pairs.jsonl:8", "equal answers"), ("pairs.jsonl:10", "too long"),
+    ]  # fmt: skip
+    assert drops[0]["detail"].endswith("lacks rejected")
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1.*lacks chosen"):
+        prepare_chats(write(tmp_path / "pairs.jsonl", [{"prompt": "a"}]), DEMO_TOKENIZER, 128, tmp_path, kind="dpo")
 
 
 def test_every_bad_row_is_dropped_counted_and_written_down(tmp_path):
