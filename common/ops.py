@@ -552,24 +552,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, token_weight, tp_size):
         N, V = hidden.shape[0], weight.shape[0]
         losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        dhidden, dweight = torch.empty_like(hidden), None
         token_weight = token_weight.float() * (labels >= 0)
         training, step = any(ctx.needs_input_grad), max(1, CHUNK // V)
         for part in (slice(i, i + step) for i in range(0, N, step)):
             logits = hidden[part] @ weight.t()  # [n, V/tp]
             losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
             if training:
-                dhidden[part] = gradient @ weight
-                dweight += gradient.t() @ hidden[part]
+                torch.mm(gradient, weight, out=dhidden[part])
+                more = gradient.t() @ hidden[part]
+                dweight = more.float() if dweight is None else dweight.add_(more)
         losses = losses.masked_fill(labels < 0, 0)
+        if dweight is None:
+            dweight = weight.new_zeros(weight.shape if training else 0)
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses @ token_weight, losses
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+        dhidden, dweight = ctx.saved_tensors  # scaled in place: a second backward is refused by torch
+        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None, None
 
 
 def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -590,15 +593,17 @@ def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, 
         mine = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
         column = labels.unsqueeze(1).clamp(0, logits.shape[1] - 1)
         peak = wide.amax(1)
-        total = (wide - peak.unsqueeze(1)).exp().sum(1)
         target = (wide.gather(1, column) * mine).squeeze(1)
+        wide.sub_(peak.unsqueeze(1)).exp_()  # the logits are not needed again
+        total = wide.sum(1)
     highest = _tp_sum(peak.clone(), tp_size, dist.ReduceOp.MAX)
     total, target = _tp_sum(torch.stack((total * (peak - highest).exp(), target)), tp_size)
     lse = highest + total.log()
     if BACKEND == "cuda":
         kernel.softmax_gradient_(logits, lse, labels, token_weight)
         return lse - target, logits
-    gradient = (wide - lse.unsqueeze(1)).exp().scatter_add(1, column, -mine.float()) * token_weight.unsqueeze(1)
+    gradient = wide.mul_(((peak - lse).exp() * token_weight).unsqueeze(1))
+    gradient.scatter_add_(1, column, mine * -token_weight.unsqueeze(1))
     return lse - target, gradient.to(logits.dtype)
 
 
