@@ -553,27 +553,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, token_weight, tp_size):
         N, V = hidden.shape[0], weight.shape[0]
         losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        dhidden, dweight = torch.empty_like(hidden), None
         token_weight = token_weight.float() * (labels >= 0)
         training, step = any(ctx.needs_input_grad), max(1, CHUNK // V)
         for part in (slice(i, i + step) for i in range(0, N, step)):
             logits = hidden[part] @ weight.t()  # [n, V/tp]
             losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
             if training:
-                dhidden[part] = gradient @ weight
-            if dweight is not None:  # not frozen
-                dweight += gradient.t() @ hidden[part]
+                torch.mm(gradient, weight, out=dhidden[part])
+            if ctx.needs_input_grad[1]:  # not frozen
+                more = gradient.t() @ hidden[part]
+                dweight = more.float() if dweight is None else dweight.add_(more)
         losses = losses.masked_fill(labels < 0, 0)
+        if dweight is None and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses @ token_weight, losses
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dhidden, dweight = ctx.saved_tensors
-        dweight = None if dweight is None else dweight * dloss.to(dweight.dtype)
-        return dhidden * dloss.to(dhidden.dtype), dweight, None, None, None
+        dhidden, dweight = ctx.saved_tensors  # scaled in place: a second backward is refused by torch
+        return dhidden.mul_(dloss), None if dweight is None else dweight.mul_(dloss), None, None, None
 
 
 def linear_log_probs(
@@ -623,15 +624,17 @@ def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, 
         mine = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
         column = labels.unsqueeze(1).clamp(0, logits.shape[1] - 1)
         peak = wide.amax(1)
-        total = (wide - peak.unsqueeze(1)).exp().sum(1)
         target = (wide.gather(1, column) * mine).squeeze(1)
+        wide.sub_(peak.unsqueeze(1)).exp_()  # the logits are not needed again
+        total = wide.sum(1)
     highest = _tp_sum(peak.clone(), tp_size, dist.ReduceOp.MAX)
     total, target = _tp_sum(torch.stack((total * (peak - highest).exp(), target)), tp_size)
     lse = highest + total.log()
     if BACKEND == "cuda":
         kernel.softmax_gradient_(logits, lse, labels, token_weight)
         return lse - target, logits
-    gradient = (wide - lse.unsqueeze(1)).exp().scatter_add(1, column, -mine.float()) * token_weight.unsqueeze(1)
+    gradient = wide.mul_(((peak - lse).exp() * token_weight).unsqueeze(1))
+    gradient.scatter_add_(1, column, mine * -token_weight.unsqueeze(1))
     return lse - target, gradient.to(logits.dtype)
 
 
