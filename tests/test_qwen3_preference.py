@@ -147,6 +147,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp2 micro 2": (2, {"micro_batch": 2}),
     "fsdp2": (2, {"fsdp": True}),
+    "tp2": (2, {"tp": 2}),
     "tp2 sp": (2, {"tp": 2, "sp": True}),
     "cp2 ulysses": (2, {"cp": 2}),
     "cp2 ring": (2, {"cp": 2, "ulysses": 1}),
@@ -224,11 +225,15 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     first = case.steps_of(tmp_path / "whole")[1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["margin"] == 0
     made = reference.stat().st_mtime_ns
-    # Under another layout, and from other weights: a reference of their own.
+    # Under another layout the same reference; adapters over a checkpoint have another, and begin at it.
     run_ranks(2, case.job, *settings, "--out", tmp_path / "tp2", "--steps", 4, "--tp", 2, "--sp")
     two, one = (case.steps_of(tmp_path / name) for name in ("tp2", "whole"))
     assert [two[i]["loss"] for i in one] == pytest.approx([row["loss"] for row in one.values()], rel=1e-4)
-    run_ranks(1, case.job, *settings, "--out", tmp_path / "other", "--steps", 1, "--from-scratch")
+    trained = tmp_path / "whole" / "checkpoints" / "step-000004"
+    more = ["--weights", trained, "--lora-rank", 4, "--preference", "hinge", "--out", tmp_path / "adapters"]
+    run_ranks(1, case.job, *settings, *more, "--steps", 2)
+    assert case.steps_of(tmp_path / "adapters")[1]["loss"] == pytest.approx(1, abs=1e-5)
+    assert (tmp_path / "adapters" / "adapter" / "adapter_model.safetensors").is_file()
     assert reference.stat().st_mtime_ns == made and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
 
 

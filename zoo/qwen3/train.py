@@ -201,12 +201,13 @@ def finish(
 ) -> None:
     """Says and keeps what the run came to. loss: on count held-out tokens or pairs; pairs: `Margins` of the latter;
     answers: (right, asked) of the demo's questions before training, unless it began from nothing, and after it."""
-    lines = [f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
     if o.job == "dpo":
         lines = [
             f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs",
             f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}",
         ]
+    else:
+        lines = [f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
     demo = DEMO_DATA in o.data.parents
     if demo and o.job == "pretrain":
         from .demo import trigram
@@ -268,8 +269,10 @@ def main() -> None:
     if o.job == "dpo":
         margins = preference.Margins()
         step = functools.partial(preference.forward_step, o, margins)
-        for rows in filter(None, (batches.rows, held_out) if o.preference != "simpo" else ()):
-            rows.reference = preference.reference(o, rows, functools.partial(forwards, o, wrapped), batches.on_device)
+        for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
+            if rows is not None:
+                asked = functools.partial(forwards, o, wrapped)
+                rows.reference = preference.reference(o, rows, asked, batches.on_device)
     routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
     flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
@@ -284,15 +287,16 @@ def main() -> None:
         state={"model": dataclasses.asdict(config)} | ({"start": starting_point(o)} if o.adapts or margins else {}),
         measure=lambda: routers() | (margins() if margins else {}),
     )
-    if result["reason"] == "finished" and held_out is not None:
+    finished = result["reason"] == "finished"
+    if finished and held_out is not None:
         loss, count = held_out_loss(o, wrapped, step, batches, held_out)
         pairs = margins() if margins else {}
         answers += [exact_match(o, parallel.unwrapped(wrapped[0]))] if has_answers(o) else []
         if dist.get_rank() == 0:
             finish(o, config, result["steps"], loss, count, pairs, answers)
-    if o.adapts:
+    if finished and o.adapts:
         write_adapter(o, config, wrapped)
-    elif o.export and dist.get_rank() == 0:
+    elif finished and o.export and dist.get_rank() == 0:
         tensors = checkpoint.tensor_sizes(result["checkpoint"])
         element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
         read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
