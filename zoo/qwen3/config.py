@@ -452,30 +452,35 @@ def dry_run(o) -> str:
 
 
 def memory_estimate(o, config: Qwen3Config, length: int) -> float:
-    """Bytes per rank of weights, gradients, optimizer and saved activations; workspace not counted.
+    """Bytes per rank of weights, gradients, optimizer, saved activations and loss; kernels' workspace not counted.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
-    what the backward reads of each block (recompute none: all of it; full: the block's input alone). Experts' rows as
-    if spread evenly.
+    what the backward reads of each block (recompute none: all of it; full: the block's input alone), the experts' rows
+    as if spread evenly. At the peak the loss holds the gradient of the vocabulary and a chunk of logits, or one block is
+    whole again. memory.py measures it: the reference ops of cpu save up to an eighth more.
     """
     dtype = 4 if o.precision == "fp32" else 2
     share, shards = config.parameters / (o.tp * o.pp), o.dp * o.cp
     kept_weights = share * dtype / (shards if o.fsdp else 1)
     gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-    master = share * (8 if o.fsdp and dtype == 4 else 12) / shards
+    moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
+    master = share * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
-    attention = E * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) / o.tp
-    width, copies = config.intermediate_size, 1
+    attention = E * (config.num_attention_heads + config.num_key_value_heads) / o.tp
+    width, copies, rows = config.intermediate_size, 1, 0
     if config.num_experts:
-        width, copies = config.moe_intermediate_size, config.num_experts_per_tok
-    mlp = copies * (3 * width / o.tp + (2 * D if config.num_experts else 0))
-    everything = tokens * dtype * (4 * D / sp + attention + mlp)
+        width, copies, rows = config.moe_intermediate_size, config.num_experts_per_tok, D
+    # Normed inputs of attention and MLP, which sequence parallel gathers; queries and keys twice, values, output.
+    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + copies * (3 * width / o.tp + 2 * rows))
     kept = {
         "none": everything,
-        "selective": tokens * dtype * (2 * D / sp + attention + mlp),
+        "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + copies * (2 * width / o.tp + rows)),
         "full": tokens * D * dtype / sp,
     }
-    blocks = config.num_hidden_layers / o.pp
-    peak = everything if o.recompute == "full" else 0
+    offload, vocabulary = getattr(o, "offload_activations", False), config.vocab_size / o.tp
+    blocks = 0 if offload else config.num_hidden_layers / o.pp * min(o.pp, o.micro_batches)  # of batches under way
+    loss = vocabulary * D * (4 + dtype) + 12 * min(2**26, tokens * vocabulary)
+    gathered = vocabulary * D * dtype if o.fsdp else 0  # the root's weight stays whole
+    peak = max(loss, everything if offload or o.recompute != "none" else 0) + gathered
     return kept_weights + gradients + master + kept[o.recompute] * blocks + peak
