@@ -174,10 +174,12 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--record", action="store_true", help="add the rows to perf.jsonl; needs a committed tree")
     asked = parser.parse_args()
+    rows = []
     for row in table(asked.size, asked.seq_len, asked.precision):
         print(f"{row['layout']:<30} {row['raw']} GiB", flush=True)
-        if asked.record:
-            perf.append(HERE / "perf.jsonl", row)
+        rows.append(row)
+    for row in rows if asked.record else ():  # at the end: a row in the record is an uncommitted change
+        perf.append(HERE / "perf.jsonl", row)
 
 
 if __name__ == "__main__":
