@@ -14,23 +14,19 @@ class offloaded(torch.autograd.graph.saved_tensors_hooks):
     """Context of one block's forward."""
 
     def __init__(self):
-        parked: dict[StorageWeakRef, _Parked] = {}  # of storages that this forward has saved and that are still alive
+        parked: dict[tuple[StorageWeakRef, torch.dtype], _Parked] = {}  # what this forward has saved
 
         def pack(tensor: torch.Tensor):
             if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
                 return tensor
-            storage = StorageWeakRef(tensor.untyped_storage())
-            if storage not in parked or parked[storage].storage.expired():  # an address may be used again
-                parked[storage] = _Parked(tensor, storage)
-            parked[storage].readers += 1
-            return parked[storage], tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
+            key = StorageWeakRef(tensor.untyped_storage()), tensor.dtype
+            if key not in parked or parked[key].storage.expired():  # an address may be used again
+                parked[key] = _Parked(tensor, key[0])
+            parked[key].readers += 1
+            return parked[key], tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(packed):
-            if isinstance(packed, torch.Tensor):
-                return packed
-            where, dtype, *view = packed
-            storage = where.fetch()
-            return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *view)
+            return packed if isinstance(packed, torch.Tensor) else packed[0].fetch().as_strided(*packed[1:])
 
         super().__init__(pack, unpack)
 
@@ -39,22 +35,18 @@ class _Parked:
     """A storage's copy on the host, and on the device again from its first reader in the backward to its last."""
 
     def __init__(self, tensor: torch.Tensor, storage: StorageWeakRef):
-        self.storage, self.device, self.readers = storage, tensor.device, 0
-        self.host, self.back = (
-            to_host(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())),
-            None,
-        )
+        self.storage, self.device, self.readers, self.back = storage, tensor.device, 0, None
+        whole = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.host = to_host(tensor.detach().as_strided((whole,), (1,), 0))
 
-    def fetch(self) -> torch.UntypedStorage:
-        if self.back is None:
-            self.back = self.host.to(self.device, non_blocking=True, copy=True)
-        back, self.readers = self.back, self.readers - 1
-        if self.readers <= 0:
-            self.back = None
-        return back.untyped_storage()
+    def fetch(self) -> torch.Tensor:
+        back = self.host.to(self.device, non_blocking=True, copy=True) if self.back is None else self.back
+        self.readers -= 1
+        self.back = back if self.readers > 0 else None
+        return back
 
 
-def to_host(raw: torch.Tensor) -> torch.Tensor:
-    """Bytes [n] -> their copy in host memory, pinned where there is a device."""
-    host = torch.empty(raw.shape, dtype=raw.dtype, pin_memory=raw.device.type != "cpu")
-    return host.copy_(raw, non_blocking=True)
+def to_host(flat: torch.Tensor) -> torch.Tensor:
+    """[n] -> its copy in host memory, pinned where there is a device."""
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.device.type != "cpu")
+    return host.copy_(flat, non_blocking=True)

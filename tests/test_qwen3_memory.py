@@ -1,6 +1,7 @@
 """What saves memory changes nothing else: activations on the host, recompute, bf16 moments. And the optimizer those are
 measured against is torch's: twenty steps of the loop beside transformers with torch.optim.AdamW."""
 
+import importlib
 import json
 import os
 import shutil
@@ -208,9 +209,9 @@ def step(which: str, settings: dict) -> tuple[dict, list[int]]:
     parallel.initialize(o)
     real = offload.to_host
 
-    def to_host(raw):
-        moved.append(raw.numel())
-        return real(raw)
+    def to_host(flat):
+        moved.append(flat.nbytes)
+        return real(flat)
 
     offload.to_host = to_host
     try:
@@ -272,3 +273,43 @@ def test_offload_with_what_it_cannot_move_is_refused():
     os.environ["WORLD_SIZE"] = "1"
     with pytest.raises(ValueError, match="fix: --recompute none or full"):
         case.config.parse("train", ["--offload-activations", "--recompute", "selective"])
+
+
+# ------------------------------------------------------------------------------------------------------ what it takes
+
+
+PLAIN = 93 * 2**20  # bytes at the peak of 1,024 tokens through tiny
+
+
+def measured(name: str, size: str, length: int, fake: bool = True) -> tuple[int, int, float]:
+    """(peak, bytes between steps, estimate) of a feature."""
+    memory = importlib.import_module(f"zoo.{case.RECIPE}.memory")
+    o, counted = memory.options(name, size, length, "fp32"), memory.counted
+    memory.counted = counted if fake else lambda fake: counted(False)
+    try:
+        return *memory.measure(o), memory.memory_estimate(o, case.config.SIZES[size], length)
+    finally:
+        memory.counted = counted
+
+
+def test_fake_tensors_count_as_real_ones():
+    fake, real = (run_ranks(1, measured, "plain", "tiny", 256, kind)[0] for kind in (True, False))
+    assert fake[:2] == pytest.approx(real[:2], rel=1e-4)  # but for some scalars
+    config = case.config.SIZES["tiny"]
+    assert fake[1] == pytest.approx(16 * config.parameters, rel=1e-3)  # weights, gradients and moments, all fp32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "recompute selective", "recompute full", "offloaded activations", "bf16 moments", "fsdp 2",
+     "tp 2, sequence parallel"],
+)  # fmt: skip
+def test_memory_estimate_is_within_an_eighth_of_the_measurement(name):
+    peak, stays, estimate = run_ranks(1, measured, name, "tiny", 1024)[0]
+    assert 0.875 * peak <= estimate <= 1.05 * peak
+    assert name == "plain" or peak < PLAIN
+
+
+def test_memory_estimate_of_experts():
+    peak, _, estimate = run_ranks(1, measured, "plain", "tiny-moe", 512)[0]
+    assert 0.875 * peak <= estimate <= 1.05 * peak

@@ -781,15 +781,18 @@ def _adapted(o, config: Qwen3Config) -> list[tuple[int, int]]:
 
 
 def memory_estimate(o, config: Qwen3Config, length: int) -> float:
-    """Bytes per rank of weights, gradients, optimizer and saved activations; workspace not counted.
+    """Bytes per rank of weights, gradients, optimizer, saved activations and loss; kernels' workspace not counted.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
     what the backward reads of each block (recompute none: all of it; full: the block's input alone), for as many
-    micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts; experts' rows as if spread evenly.
+    micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts; experts' rows as if spread evenly. At the
+    peak the loss holds the gradient of the vocabulary and a chunk of logits, or one block is whole again. memory.py
+    measures it: the reference ops of cpu save up to an eighth more.
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     trained = trained_parameters(o, config) / config.parameters
+    moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
     kept_weights = gradients = master = 0.0
     if getattr(o, "quantize", "none") == "nf4":
         kept_weights -= sum(map(math.prod, _adapted(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
@@ -797,20 +800,24 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         kept_weights += share * dtype / (shards if o.fsdp else 1)
         gradients += trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-        master += trained * share * (8 if o.fsdp and dtype == 4 else 12) / shards
+        # fp32 weights are their own master
+        master += trained * share * (moments if dtype == 4 else 4 + moments) / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
-    attention = E * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) / o.tp
-    width, copies = config.intermediate_size, 1
+    attention = E * (config.num_attention_heads + config.num_key_value_heads) / o.tp
+    width, copies, rows = config.intermediate_size, 1, 0
     if config.num_experts:
-        width, copies = config.moe_intermediate_size, config.num_experts_per_tok
-    mlp = copies * (3 * width + (2 * D * o.etp if config.num_experts else 0)) / o.tp
-    everything = tokens * dtype * (4 * D / sp + attention + mlp)
+        width, copies, rows = config.moe_intermediate_size, config.num_experts_per_tok, D * o.etp / o.tp
+    # Normed inputs of attention and MLP, which sequence parallel gathers; queries and keys twice, values, output.
+    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + copies * (3 * width / o.tp + 2 * rows))
     kept = {
         "none": everything,
-        "selective": tokens * dtype * (2 * D / sp + attention + mlp),
+        "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + copies * (2 * width / o.tp + rows)),
         "full": tokens * D * dtype / sp,
     }
-    blocks = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
-    peak = everything if o.recompute == "full" else 0
+    offload, vocabulary = getattr(o, "offload_activations", False), config.vocab_size / o.tp
+    blocks = 0 if offload else max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
+    loss = vocabulary * D * (4 + dtype) + 12 * min(2**26, tokens * vocabulary)
+    gathered = vocabulary * D * dtype if o.fsdp else 0  # the root's weight stays whole
+    peak = max(loss, everything if offload or o.recompute != "none" else 0) + gathered
     return kept_weights + gradients + master + kept[o.recompute] * blocks + peak

@@ -443,11 +443,14 @@ def memory_estimate(o, config: WanConfig, tokens: int) -> float:
     shards = o.dp * o.cp
     weights = share * dtype / (shards if o.fsdp else 1)
     gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-    master = share * (8 if o.fsdp and dtype == 4 else 12) / shards
+    moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
+    master = share * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
     local = tokens / o.cp * o.micro_batch
     D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
     everything = local * (dtype * (10 * D / tp + 2 * Fd / tp + 5 * D / sp) + 4 * 5 * D / sp)
     kept = {"none": everything, "selective": local * dtype * (9 * D / tp + Fd / tp), "full": local * D * dtype / sp}[
         o.recompute
     ]
-    return weights + gradients + master + kept * max(stages) + (everything if o.recompute == "full" else 0)
+    offload = getattr(o, "offload_activations", False)
+    blocks = 0 if offload else max(stages)
+    return weights + gradients + master + kept * blocks + (everything if offload or o.recompute == "full" else 0)
