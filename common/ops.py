@@ -267,7 +267,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tp_size: int = 1
     """
     if tp_size == 1 and BACKEND == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
-    if tp_size == 1 and BACKEND == "cuda":
+    if tp_size == 1 and (BACKEND == "cuda" or not torch.is_grad_enabled()):  # one call takes half of a Function's time
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps, tp_size)
 
@@ -393,15 +393,18 @@ class _GateResidual(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------- activations
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(a) * b with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]."""
+def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(a) * b with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]; or x and up themselves, each
+    [..., F], which the fused kernels want put together."""
+    if BACKEND != "cpu" and up is not None:
+        x = torch.cat((x, up), -1)
     if BACKEND == "npu":
         return torch.ops.npu.npu_swiglu(x, -1)
     if BACKEND == "cuda":
         from kernels import swiglu as kernel
 
         return kernel.swiglu(x)
-    gate, up = x.chunk(2, -1)
+    gate, up = x.chunk(2, -1) if up is None else (x, up)
     return (F.silu(gate.float()) * up.float()).to(x.dtype)
 
 

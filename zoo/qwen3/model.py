@@ -112,7 +112,7 @@ class Qwen3MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T(/tp), 1, D] -> [T(/tp), 1, D]."""
         x = parallel.enter_tensor_parallel(x, self.mc)
-        return self.down_proj(ops.swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))  # [T, 1, F] in between
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # [T, 1, F] in between
 
 
 @dataclass(frozen=True)
