@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import pytest
 import qwen_case as case
@@ -187,6 +188,17 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     A, B = (adapter[f"base_model.model.{key}.lora_{part}.weight"].double() for part in "AB")
     want = reader.read(base[f"{key}.weight"]).double() + 32 / 16 * B @ A
     assert oracle.close(reader.read(got[f"{key}.weight"]).double(), want) and B.abs().max() > 0
+    (tmp_path / "prompts.txt").write_text("Double 7.\nSort the digits: 10482\n")
+    said = []
+    for model in (["--weights", tmp_path / "m"], ["--adapter", tmp_path / "second" / "adapter"]):
+        run_ranks(1, generated, *model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "answers")
+        said.append((tmp_path / "answers").read_text())
+    assert said[0] == said[1]
+
+
+def generated(*argv) -> None:
+    sys.argv = ["infer", "--max-new-tokens", "12", *map(str, argv)]
+    case.infer.main()
 
 
 def beside_unpacked(folder) -> dict:
