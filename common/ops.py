@@ -563,19 +563,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
             if training:
                 torch.mm(gradient, weight, out=dhidden[part])
+            if ctx.needs_input_grad[1]:
                 more = gradient.t() @ hidden[part]
                 dweight = more.float() if dweight is None else dweight.add_(more)
         losses = losses.masked_fill(labels < 0, 0)
-        if dweight is None:
-            dweight = weight.new_zeros(weight.shape if training else 0)
-        ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses @ token_weight, losses
 
     @staticmethod
     def backward(ctx, dloss, _):
         dhidden, dweight = ctx.saved_tensors  # scaled in place: a second backward is refused by torch
-        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None, None
+        return dhidden.mul_(dloss), None if dweight is None else dweight.mul_(dloss), None, None, None
 
 
 def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
