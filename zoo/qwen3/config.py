@@ -338,11 +338,24 @@ class ConvertOptions(cli.LayoutOptions):
     adapter: Path | None = option("PEFT folder of a LoRA, merged into what is written", group="job")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerfOptions(TrainOptions):
+    only: Literal["all", "step", "sft", "generate", "preprocess", "load"] = option(
+        "which benchmark", "all", group="job"
+    )
+    repeats: int = option("timed training steps", 20, group="job", within="[1, inf)")
+    layers: int | None = option("this many layers instead of the size's", group="model", within="[1, inf)")
+    vocabulary: int | None = option("this many tokens instead of the size's", group="model", within="[2048, inf)")
+    compiled: bool = option("let all also run under torch.compile", True, group="job")
+    record: bool = option("add the rows to perf.jsonl", False, group="job")
+
+
 JOBS = {
     "train": (TrainOptions, "Train Qwen3."),
     "infer": (InferOptions, "Generate text with Qwen3."),
     "evaluate": (EvaluateOptions, "Evaluate Qwen3 on benchmarks through lm-eval-harness."),
     "preprocess": (preprocess.PreprocessOptions, "Tokenize text for pretraining."),
+    "perf": (PerfOptions, "Measure this recipe on this machine."),
     "convert": (
         ConvertOptions,
         "Convert Qwen3 weights: released or sharded, from either or from Megatron-LM; merge a LoRA.",
@@ -364,13 +377,13 @@ def parse(script: str, argv: list[str]):
     if script == "train":
         _check_job(o, asked)
     o = _with_demo(o, script, asked)
-    if script != "train":  # these have no batch
+    if script not in ("train", "perf"):  # these have no batch
         alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
         o = dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
     if script == "infer" and (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
-    tokens = o.seq_len * o.micro_batch if script == "train" else None
+    tokens = o.seq_len * o.micro_batch if script in ("train", "perf") else None
     o = cli.check_layout(
         o,
         heads=config.num_attention_heads,
@@ -462,7 +475,7 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         )
     if script == "evaluate" and (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
         raise ValueError("evaluation runs with --tp and data parallel; fix: --pp 1 --cp 1 --ep 1 --no-sp --no-fsdp")
-    if script != "train":
+    if script not in ("train", "perf"):
         return
     if o.seq_len > config.positions:
         raise ValueError(
@@ -649,7 +662,11 @@ def _with_demo(o, script: str, asked: set[str]):
     if train and o.data is None:
         changes["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
         changes["validation"] = o.validation or validation
-    if o.weights is None and train and o.job in ("pretrain", "sft"):
+    if script == "perf":
+        if o.weights is not None:
+            raise ValueError("the benchmarks draw their weights; fix: --size instead of --weights")
+        changes["from_scratch"] = True
+    elif o.weights is None and train and o.job in ("pretrain", "sft"):
         if o.size not in ("tiny", "tiny-moe") and o.data is not None and not o.from_scratch:
             raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
         changes["from_scratch"] = True
@@ -666,8 +683,8 @@ def _with_demo(o, script: str, asked: set[str]):
     if hasattr(o, "tokenizer") and o.tokenizer is None:
         has_one = o.weights is not None and (o.weights / "tokenizer.json").is_file()
         changes["tokenizer"] = o.weights if has_one else DEMO_TOKENIZER
-    if script in ("train", "convert", "evaluate") and o.out is None:
-        changes["out"] = cli.default_out(HERE.name, getattr(o, "job", script))
+    if script in ("train", "convert", "evaluate", "perf") and o.out is None:
+        changes["out"] = cli.default_out(HERE.name, script if script == "perf" else getattr(o, "job", script))
     if script == "train":
         changes["cache"] = o.cache or DEMO_DATA.with_name(f"{HERE.name}-cache")
     return dataclasses.replace(o, **changes)
@@ -683,7 +700,8 @@ def _own_config(o) -> Qwen3Config:
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     if o.weights is None:
-        return SIZES[o.size]
+        changes = {"num_hidden_layers": getattr(o, "layers", None), "vocab_size": getattr(o, "vocabulary", None)}
+        return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
     if is_sharded(o.weights):
         return _sharded_config(o.weights)
     if _architecture_unsaid(o.weights):
