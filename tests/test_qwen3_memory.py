@@ -5,15 +5,18 @@ import importlib
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import npu_contract
 import pytest
 import qwen_case as case
 import test_qwen3_layouts as layouts
 import torch
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import checkpoint, offload, parallel
+from common import checkpoint, offload, ops, parallel
 from common import train as loop
 
 pytestmark = pytest.mark.L3
@@ -170,6 +173,20 @@ def test_rounding_depends_on_no_piece_layout_or_generator(monkeypatch):
         assert torch.equal(got, want)
 
 
+def test_moments_of_npu_equal_those_of_cpu(monkeypatch):
+    npu_contract.install()
+    found = []
+    for backend in ("cpu", "npu"):
+        monkeypatch.setattr(ops, "BACKEND", backend)
+        generator, p = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.ones(7, 5))
+        optimizer = loop.SmallMoments([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+        for _ in range(5):
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        found.append(p.detach())
+    assert torch.allclose(*found, rtol=1e-2, atol=1e-3)  # where the last bit of fp32 differs, bf16 may round otherwise
+
+
 def test_bf16_moments_train_as_fp32_ones_and_take_half(tmp_path):
     small, full = (
         run_ranks(1, trained, "dense", tmp_path / kind, {"moments": kind, "beta2": 0.999})[0]
@@ -267,6 +284,39 @@ def test_offloaded_step_compiles():
 )
 def test_layout_that_saves_memory_equals_single_process(which, world, layout):
     layouts.compare(run_ranks(world, layouts.run_layout, which, layout, True)[0], layouts.single(which, True), layout)
+
+
+def calls(recompute: str) -> Counter:
+    """How often a step of the experts' model calls each op of npu, over the published contract."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func.name().removeprefix("npu::npu_")] += 1
+            return func(*args, **kwargs or {})
+
+    npu_contract.install()
+    seen, ops.BACKEND = Counter(), "npu"
+    try:
+        with Calls():
+            step("moe", {"recompute": recompute})
+    finally:
+        ops.BACKEND = "cpu"
+    return seen
+
+
+def test_selective_recompute_does_norms_and_activations_again_and_no_product():
+    none, selective, full = (run_ranks(1, calls, kind)[0] for kind in ("none", "selective", "full"))
+    for op in ("fusion_attention", "grouped_matmul"):
+        assert none[op] == selective[op] < full[op]
+    for op in ("rms_norm", "add_rms_norm", "swiglu"):
+        assert none[op] < selective[op] == full[op]
+
+
+def test_npu_branch_under_selective_recompute_equals_single_process():
+    """Over the published contract: not a run on Ascend."""
+    layout = {"recompute": "selective"}
+    got = run_ranks(1, layouts.run_layout, "moe", layout, True, "npu")[0]
+    layouts.compare(got, layouts.single("moe", True), layout)
 
 
 def test_offload_with_what_it_cannot_move_is_refused():
