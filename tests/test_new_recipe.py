@@ -58,6 +58,7 @@ def test_new_recipe_passes_the_conformance_suite(made):
 
 def test_every_module_of_a_new_recipe_imports(made):
     paths = sorted((made[0] / "zoo" / NAME).rglob("*.py"))
+    paths = [p for p in paths if not p.with_name(f"requirements-{p.stem}.txt").exists()]  # which may not be installed
     names = [".".join(path.relative_to(made[0]).with_suffix("").parts) for path in paths]
     done = python(made[0], "-c", "".join(f"import {name}\n" for name in names))
     assert done.returncode == 0, done.stderr

@@ -805,7 +805,7 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     what the backward reads of each block (recompute none: all of it; full: the block's input alone), for as many
     micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts; experts' rows as if spread evenly. At the
     peak the loss holds the gradient of the vocabulary and a chunk of logits, or one block is whole again. memory.py
-    measures it: the reference ops of cpu save up to an eighth more.
+    measures it.
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
@@ -827,15 +827,22 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     if config.num_experts:
         width, copies, rows = config.moe_intermediate_size, config.num_experts_per_tok, D * o.etp / o.tp
     # Normed inputs of attention and MLP, which sequence parallel gathers; queries and keys twice, values, output.
-    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + copies * (3 * width / o.tp + 2 * rows))
+    # Of the MLP gate, up and their product; the reference op of cpu also silu(gate).
+    mlp = copies * width / o.tp
+    parts = 4 if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else 3
+    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + parts * mlp + copies * 2 * rows)
     kept = {
         "none": everything,
-        "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + copies * (2 * width / o.tp + rows)),
+        "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + 2 * mlp + copies * rows),
         "full": tokens * D * dtype / sp,
     }
     offload, vocabulary = getattr(o, "offload_activations", False), config.vocab_size / o.tp
     blocks = 0 if offload else max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
-    loss = vocabulary * D * (4 + dtype) + 12 * min(2**26, tokens * vocabulary)
+    # Logits become their own gradient; in bf16 an fp32 copy of them does, and two bf16 ones are beside it.
+    loss = vocabulary * D * (4 + dtype % 4) + min(2**26, tokens * vocabulary) * (4 + 2 * (dtype % 4))
     gathered = vocabulary * D * dtype if o.fsdp else 0  # the root's weight stays whole
-    peak = max(loss, everything if offload or o.recompute != "none" else 0) + gathered
+    again = {"none": 0.0, "full": everything, "selective": everything - kept["selective"]}[o.recompute]
+    if again:
+        again += 2 * tokens * dtype * mlp  # the gradients of gate and up
+    peak = max(loss, again, everything if offload else 0) + gathered
     return kept_weights + gradients + master + kept[o.recompute] * blocks + peak

@@ -141,7 +141,7 @@ class Qwen3LM(TemplateLM):
     def __init__(self, o: EvaluateOptions, config: Qwen3Config, tokenizer, answers: Answers, ask: Callable):
         super().__init__()
         self.o, self.tokenizer, self.answers, self.ask = o, tokenizer, answers, ask
-        self.max_length = config.max_position_embeddings
+        self.max_length = config.positions
 
     @property
     def eot_token_id(self) -> int:
