@@ -43,7 +43,7 @@ import transformers
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common import checkpoint, cli, parallel, perf, weights
+from common import checkpoint, cli, parallel, perf
 from common import train as loop
 
 from . import convert, data, infer, preprocess
@@ -154,7 +154,8 @@ def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dic
             micro_batch_size=o.micro_batch,
         )
         optimizer.prepare_grads()
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), CLIP, optimizer.get_grad_norm())
+        trained = [p for each in optimizer.chained_optimizers for p in each.get_parameters()]
+        clip_grad_by_total_norm_fp32(trained, CLIP, optimizer.get_grad_norm())
         optimizer.step_with_ready_grads()
         return results
 
@@ -524,7 +525,9 @@ def load(o: PerfOptions) -> list[dict]:
     """One rank reads everything: the layout with the most to read."""
     size = "0.6B" if o.size.startswith("tiny") else o.size
     config = dataclasses.replace(SIZES[size], num_hidden_layers=o.layers or SIZES[size].num_hidden_layers)
-    single = dataclasses.replace(o, precision="bf16", tp=1, sp=False, pp=1, vpp=1, cp=1, fsdp=False)
+    single = dataclasses.replace(
+        o, precision="bf16", tp=1, sp=False, pp=1, vpp=1, stages="", cp=1, ep=1, etp=1, fsdp=False
+    )
     chunks = build(single, config, torch.device("cpu"))
     largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
     shapes, found = convert.shapes(config), {"loading": ([], []), "converting": ([], [])}
@@ -543,18 +546,7 @@ def load(o: PerfOptions) -> list[dict]:
             convert.load(chunks, convert.released_entries(target, config), config)
 
         def converting() -> None:
-            reader, entries = weights.Reader(), convert.released_entries(target, config)
-
-            def read(name: str) -> torch.Tensor:
-                pieces = convert.expert_pieces(name, config)
-                if not pieces:
-                    return reader.read(entries[convert.released(name)])
-                whole = torch.empty(shapes[name], dtype=torch.bfloat16)
-                for key, where in pieces.items():
-                    whole[where] = reader.read(entries[key]).t()
-                return whole
-
-            convert.write_released(again, config, element, read, None)
+            convert.write_released(again, config, element, convert.source(target, config)[1], None)
 
         for _ in range(5):  # turn by turn: a disk's rate wanders
             forget(files)
