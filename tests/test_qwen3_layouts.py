@@ -48,11 +48,11 @@ LAYOUTS |= {
     "tp4 sp": (4, {"tp": 4, "sp": True}),
 }
 CASES = [
-    (which, name, packed)
+    (which, name, True)
     for which, names in (("dense", DENSE), ("moe", MOE), ("dense tied", ["tp2 sp", "fsdp2"]))
     for name in names
-    for packed in (False, True)
 ]
+CASES += [("dense", name, False) for name in ("dp2 micro 2", "cp2 ulysses", "cp2 ring", "pp2 micro 2")]  # whole rows
 CASES += [("dense", name, True) for name in ("pp2 uneven", "tp4", "tp4 sp")]
 CASES += [("dense tied", name, True) for name in ("pp2", "pp2 vpp2", "dp2 pp2", "tp2 sp pp2")]
 
