@@ -93,7 +93,7 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
         context_parallel_size=o.cp,
         expert_model_parallel_size=o.ep,
         expert_tensor_parallel_size=o.etp,
-        num_moe_experts=experts or None,  # the schedule then scales what `add_router_loss` adds
+        num_moe_experts=experts or None,  # the schedule then scales what routers add to the loss
         moe_ffn_hidden_size=hidden if experts else None,  # asked for, and read by megatron-core's own layers alone
         add_bias_linear=not experts,
         sequence_parallel=o.sp,

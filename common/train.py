@@ -227,7 +227,7 @@ def train(
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
     (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe. measure,
-    called on every rank after every step: what else belongs into the step's row; reading it waits for the device.
+    called on every rank after each backward: what else belongs into the step's row; reading it waits for the device.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
     non-finite steps, having saved the batch that caused the last one.
@@ -306,6 +306,7 @@ def train(
             optimizer.prepare_grads()
             grad_norm = optimizer.get_grad_norm()
         loss, stopping = global_loss(o, results, stop.asked)
+        measured = measure() if measure else {}  # here, where the host has just waited and the update is not begun
 
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
@@ -349,9 +350,7 @@ def train(
             "prepare_ms": preparing * 1e3,
             "compute_ms": computing * 1e3,
             "skipped": skipped,
-        }
-        if measure:
-            row |= measure()
+        } | measured
         if first_profiled < step <= last_profiled:
             row["profiled"] = True
         rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})

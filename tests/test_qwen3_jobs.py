@@ -70,6 +70,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name):
         ("pretrain", 2, ["--cp", "2", "--ulysses", "1", "--seq-len", "6", "--micro-batch", "1"], "zig-zag"),
         ("pretrain", 2, ["--ep", "2"], "tiny has no experts"),
         ("pretrain", 1, ["--aux", "1"], "tiny has no experts"),
+        ("pretrain", 1, ["--size", "tiny-moe", "--dispatch", "allgather"], "with ep=1 no token travels"),
         ("pretrain", 2, ["--size", "tiny-moe", "--ep", "3"], "ep=3 does not divide 8 experts"),
         ("pretrain", 2, ["--size", "tiny-moe", "--ep", "8"], "does not divide the 2 processes"),
         ("pretrain", 2, ["--size", "tiny-moe", "--tp", "2", "--etp", "1"], "--sp"),

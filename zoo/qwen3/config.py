@@ -297,7 +297,7 @@ class InferOptions(cli.LayoutOptions):
     chat: bool = option("put the prompt into the tokenizer's chat template", True, group="job")
     thinking: bool = option("let the template open a thought first", False, group="job")
     max_new_tokens: int = option("longest answer", 256, group="job", layout=True, within="[1, inf)")
-    batch: int = option("prompts of one length generated together", 16, group="job", within="[1, inf)")
+    batch: int = option("prompts generated together", 16, group="job", within="[1, inf)")
     temperature: float = option("0: always the likeliest token", 0.0, group="job", within="[0, inf)")
     top_p: float = option("share of the probability drawn from", 1.0, group="job", within="(0, 1]")
     top_k: int = option("number of tokens drawn from (0: all)", 0, group="job", within="[0, inf)")
@@ -459,16 +459,12 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(
             f"tp={o.tp} with {keys} key-value heads (size {o.size}); expected that one divides the other; fix: --tp"
         )
-    for count, what in (
-        (config.vocab_size, "tokens of the vocabulary"),
-        (o.tp if config.num_experts else config.intermediate_size, "columns of the MLP"),
-    ):
-        if count % o.tp:
-            raise ValueError(f"tp={o.tp} does not divide {count} {what} (size {o.size}); fix: --tp")
-    if config.num_experts and config.moe_intermediate_size % o.etp:
-        raise ValueError(
-            f"etp={o.etp} does not divide {config.moe_intermediate_size} columns of an expert (size {o.size}); fix: --etp 1"
-        )
+    columns = ("tp", config.intermediate_size, "columns of the MLP")
+    if config.num_experts:
+        columns = ("etp", config.moe_intermediate_size, "columns of an expert")
+    for cut, count, what in (("tp", config.vocab_size, "tokens of the vocabulary"), columns):
+        if count % getattr(o, cut):
+            raise ValueError(f"{cut}={getattr(o, cut)} does not divide {count} {what} (size {o.size}); fix: --{cut}")
     if script == "infer" and o.dp != o.ep:
         raise ValueError(
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
@@ -495,6 +491,8 @@ def _check_model(o, config: Qwen3Config, script: str) -> None:
         raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
     if (o.aux or o.z_loss) and o.job == "dpo":
         raise ValueError("aux and z_loss are no part of the preference losses; fix: --aux 0 --z-loss 0")
+    if o.dispatch == "allgather" and o.ep == 1:
+        raise ValueError("dispatch=allgather: with ep=1 no token travels; fix: --ep, or --dispatch alltoall")
     if o.aux and o.aux_over == "model" and o.pp > 1:
         raise ValueError(
             f"aux over the model's layers, which pp={o.pp} parts; fix: --aux-over layer, --aux 0 or --pp 1"
@@ -542,18 +540,19 @@ def _check_adapters(o, config: Qwen3Config) -> None:
 def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
     beside other weights."""
-    start = {"weights": str(o.weights), "base": f"drawn with seed {o.seed}" if o.from_scratch else _content(o.weights)}
+    start = {"weights": str(o.weights), "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights)}
     if o.quantize != "none":
         start["base"] += f" as {o.quantize}"
     if o.adapter:
         settings = weights.read_json(o.adapter / "adapter_config.json")
-        start |= {"adapter": _content(o.adapter), "r": settings.get("r"), "alpha": settings.get("lora_alpha")}
+        start |= {"adapter": content(o.adapter), "r": settings.get("r"), "alpha": settings.get("lora_alpha")}
     elif o.adapts:
         start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.targets(model_config(o))}
     return start
 
 
-def _content(folder: Path) -> str:
+def content(folder: Path) -> str:
+    """A short name for what a released folder, an adapter's or a checkpoint holds."""
     manifest = folder / "manifest.json"
     return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
 
@@ -754,7 +753,9 @@ def _install(requirements: Path) -> None:
     pip = [sys.executable, "-m", "pip"]
     kept = Path(sys.prefix) / ".kept"
     kept.write_text(subprocess.check_output([*pip, "list", "--format=freeze"], text=True))
-    if subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", kept]).returncode:
+    failed = subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", kept]).returncode
+    kept.unlink()
+    if failed:
         raise ValueError(f"pip could not install {requirements}, see above; fix: a package index that has them")
 
 

@@ -41,7 +41,7 @@ from transformers import AutoTokenizer
 from common import cli, parallel
 from common import train as loop
 
-from .config import EvaluateOptions, InferOptions, Qwen3Config, model_config, parse, task_names
+from .config import EvaluateOptions, InferOptions, Qwen3Config, content, model_config, parse, task_names
 from .infer import end_tokens, generate, load_model, score
 from .model import Qwen3
 
@@ -363,9 +363,8 @@ def report(o: EvaluateOptions, found: dict, about: dict) -> None:
 
 def identity(o: EvaluateOptions) -> dict:
     """What answers depend on beyond their request."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(o.weights.iterdir()) if f.is_file()]
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    return {"weights": str(o.weights.absolute()), "files": digest, "precision": o.precision, "seed": o.seed}
+    held = content(o.weights)
+    return {"weights": str(o.weights.absolute()), "content": held, "precision": o.precision, "seed": o.seed}
 
 
 def main() -> None:

@@ -122,9 +122,9 @@ class RouterOptions:
     arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that never sees the loss, so megatron-core's
     autograd function adds the gradients of these two in passing."""
 
-    dispatch: str = "alltoall"  # or allgather
-    balance: float = 0.0
-    z: float = 0.0
+    dispatch: str  # alltoall or allgather
+    balance: float
+    z: float
 
     def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
         """chosen [T, k], with the losses' gradient; logits and probs [T, G], counts [G] of the tokens' choices."""
@@ -160,8 +160,8 @@ class Qwen3SparseMLP(nn.Module):
             parallel.mark_replicated([self.gate.weight], mc)
         self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # since the last `router_metrics`
 
-    def forward(self, x: torch.Tensor, routing: list[torch.Tensor]) -> torch.Tensor:
-        """[T(/tp), 1, D] -> [T(/tp), 1, D]; appends the router's logits [T, G] fp32 to `routing`."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T(/tp), 1, D] -> [T(/tp), 1, D] and the router's logits [T, G] fp32."""
         gate = self.gate.weight
         if self.split_experts:
             x, gate = parallel.enter_tensor_parallel(x, self.mc), parallel.shared_by_tp(gate, self.mc)
@@ -175,8 +175,6 @@ class Qwen3SparseMLP(nn.Module):
         counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [G]
         if self.training and torch.is_grad_enabled():
             chosen = self.router.add_losses(chosen, logits, probs, counts, self.mc)
-        routing.append(logits)
-
         if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
             out, computed = self.gathered(tokens, experts, chosen)
         else:
@@ -188,7 +186,8 @@ class Qwen3SparseMLP(nn.Module):
             out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
         if self.training:
             self.observe(counts, probs, logits, computed)
-        return parallel.leave_tensor_parallel(out.view_as(x), self.mc) if self.split_experts else out.view_as(x)
+        out = out.view_as(x)
+        return parallel.leave_tensor_parallel(out, self.mc) if self.split_experts else out, logits
 
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
@@ -239,7 +238,8 @@ class Qwen3SparseMLP(nn.Module):
     @torch.no_grad()
     def observe(self, counts, probs, logits, computed) -> None:
         """Adds to `seen` (see `router_metrics`): how often each expert was chosen and how many choices were computed here,
-        [G + 1]; the experts' probabilities, tokens, entropy and logsumexp^2, summed over tokens, [G + 3]."""
+        [G + 1]; the experts' probabilities, tokens, entropy and logsumexp^2, summed over tokens, [G + 3]. A recomputed
+        forward adds itself again, which no ratio of these notices."""
         tokens, entropy = probs.new_full((), len(probs)), -torch.xlogy(probs, probs).sum()
         rest = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
         new = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), rest))
@@ -261,9 +261,8 @@ class Qwen3Block(nn.Module):
         y = self.self_attn(self.input_layernorm(x), (cos, sin), cu_seqlens, cache)
         norm = self.post_attention_layernorm
         y, x = ops.add_rms_norm(y, x, norm.weight, norm.eps)
-        routing: list[torch.Tensor] = []
-        y = self.mlp(y, routing) if isinstance(self.mlp, Qwen3SparseMLP) else self.mlp(y)
-        return x + y, routing[0] if routing else x.new_empty(0)
+        y, logits = self.mlp(y) if isinstance(self.mlp, Qwen3SparseMLP) else (self.mlp(y), x.new_empty(0))
+        return x + y, logits
 
 
 class Qwen3(MegatronModule):
@@ -281,9 +280,9 @@ class Qwen3(MegatronModule):
         layers: range,
         first: bool,
         last: bool,
-        recompute: str = "none",
-        offload: bool = False,
-        router: RouterOptions = RouterOptions(),
+        recompute: str,
+        offload: bool,
+        router: RouterOptions,
     ):
         super().__init__(mc)
         self.qwen, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
@@ -397,7 +396,7 @@ def _over_ranks(share: torch.Tensor) -> torch.Tensor:
 def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
     """What the routers did since the last call, over all ranks, for metrics.jsonl: each expert's share of the choices
     times their number (1: balanced), the mean over layers and the largest of any; the entropy in nats, load-balancing loss
-    (k: balanced) and z-loss, means over layers; choices that no expert computed. Waits for the device."""
+    (k: balanced) and z-loss, means over layers; choices that no expert computed. Waits for the device once."""
     G = config.num_experts
     counts = torch.zeros(config.num_hidden_layers, G + 1, dtype=torch.int64, device=device.current())
     sums = torch.zeros(config.num_hidden_layers, G + 3, device=device.current())
@@ -411,14 +410,15 @@ def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
     tokens, entropy, z = rest.unbind(1)  # [layers] each
     load = G * chosen / chosen.sum(1, keepdim=True)  # [layers, G]
     balance = G * (chosen * probs).sum(1) / tokens.square()
+    means = torch.stack((entropy / tokens, balance, z / tokens)).mean(1)  # [3]
+    dropped = (chosen.sum() - computed.sum()).float().view(1)  # small numbers are exact
+    *each, largest, dropped, entropy, balance, z = torch.cat(
+        (load.mean(0), load.max().view(1), dropped, means)
+    ).tolist()
     return {
-        "router_load": load.mean(0).tolist(),
-        "router_load_max": load.max().item(),
-        "router_entropy": (entropy / tokens).mean().item(),
-        "router_balance_loss": balance.mean().item(),
-        "router_z_loss": (z / tokens).mean().item(),
-        "router_dropped": int(chosen.sum() - computed.sum()),
-    }
+        "router_load": each, "router_load_max": largest, "router_entropy": entropy, "router_balance_loss": balance,
+        "router_z_loss": z, "router_dropped": int(dropped),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- this rank's part

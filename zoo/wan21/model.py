@@ -141,8 +141,8 @@ class WanDiT(MegatronModule):
         layers: range,
         first: bool,
         last: bool,
-        recompute: str = "none",
-        offload: bool = False,
+        recompute: str,
+        offload: bool,
     ):
         super().__init__(mc)
         self.wan, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
