@@ -82,7 +82,13 @@ class LayoutOptions:
         within="[1, inf)",
     )
     fsdp: bool = option("shard parameters over data parallel (ZeRO-3, FSDP2)", False, group="layout", layout=True)
-    micro_batch: int = option("samples per forward of one rank", 1, group="layout", layout=True, within="[1, inf)")
+    micro_batch: int = option(
+        "samples per forward of one rank, at most its share of the batch",
+        1,
+        group="layout",
+        layout=True,
+        within="[1, inf)",
+    )
     global_batch: int = option(
         "samples per optimizer step, whole cluster", None, group="layout", layout=True, within="[1, inf)"
     )
@@ -233,7 +239,10 @@ def parse_options(cls: type, argv: list[str], description: str, layouts: Path, d
         rule = _broken_rule(f, values[f.name])
         if rule:
             raise ValueError(f"{f.name}={values[f.name]!r}; expected {rule}; fix: --{f.name.replace('_', '-')}")
-    return cls(**values)
+    o = cls(**values)
+    if getattr(o, "global_batch", None) and o.global_batch >= o.dp > 0:
+        o = dataclasses.replace(o, micro_batch=min(o.micro_batch, o.global_batch // o.dp))
+    return o
 
 
 def _kind(f: dataclasses.Field) -> type:

@@ -393,6 +393,13 @@ def test_dry_run_plans_a_published_size_on_a_cluster_that_is_not_there(tmp_path,
     assert "rank  127: tp 3 cp 1 dp 3 pp 3" in text
 
 
+@pytest.mark.parametrize("processes, options, want", [(1, [], 64), (2, [], 32), (2, ["--pp", "2"], 64), (4, [], 16)])
+def test_a_micro_batch_is_at_most_a_ranks_share_of_the_batch(processes, options, want, monkeypatch):
+    monkeypatch.setenv("NPROC", str(processes))
+    o = config.parse("train", ["--size", "tiny", *options])
+    assert (o.global_batch, o.micro_batch, o.micro_batches) == (64, want, 1)
+
+
 def test_rank_map_puts_every_rank_in_a_place_of_its_own(monkeypatch):
     monkeypatch.setenv("NPROC", "16")
     o = config.parse("train", ["--tp", "2", "--pp", "2", "--cp", "2", "--global-batch", "32", "--micro-batch", "1"])
