@@ -40,7 +40,6 @@ from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 import transformers
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import checkpoint, cli, parallel, perf
@@ -154,8 +153,7 @@ def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dic
             micro_batch_size=o.micro_batch,
         )
         optimizer.prepare_grads()
-        trained = [p for each in optimizer.chained_optimizers for p in each.get_parameters()]
-        clip_grad_by_total_norm_fp32(trained, CLIP, optimizer.get_grad_norm())
+        loop.clip_gradients(optimizer, CLIP, optimizer.get_grad_norm())
         optimizer.step_with_ready_grads()
         return results
 

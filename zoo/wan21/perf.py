@@ -33,7 +33,6 @@ from common import device  # isort: skip  (before megatron)
 import diffusers
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import checkpoint, cli, parallel, perf
@@ -149,7 +148,7 @@ def ours(o: PerfOptions, config: WanConfig) -> Callable[[], list[dict]]:
             micro_batch_size=o.micro_batch,
         )
         optimizer.prepare_grads()
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), CLIP, optimizer.get_grad_norm())
+        loop.clip_gradients(optimizer, CLIP, optimizer.get_grad_norm())
         optimizer.step_with_ready_grads()
         return results
 
