@@ -21,6 +21,7 @@ No torch here: options are checked before anything heavy is imported.
 
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -314,8 +315,10 @@ def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropRep
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(folder / ".joined.bin"), dtype=dtype)
+    gc.freeze()  # megatron-core collects garbage after each index it reads: then among the new objects alone
     for shard in shards:
         builder.add_index(str(shard))
+    gc.unfreeze()
     builder.finalize(str(folder / ".joined.idx"))
     report.save(folder)
     os.replace(folder / "drops.jsonl", folder / ".joined.drops.jsonl")
