@@ -130,6 +130,15 @@ def test_kill_9_and_resume_is_bitwise_equal_to_the_unbroken_run(clips, unbroken,
     assert not [key for key in want if not torch.equal(want[key], got[key])]
 
 
+def test_resumed_image_to_video_out_of_the_cache_is_bitwise_equal_to_the_run_that_encoded(clips, tmp_path):
+    options = ["--size", "tiny-i2v", "--cache", str(tmp_path / "cache"), "--steps", "4", "--sample-steps", "1"]
+    run(clips, tmp_path / "unbroken", *options)
+    out = copy_of(tmp_path / "unbroken", tmp_path, last=2)
+    assert "resumed from" in run(clips, out, *options).stdout and losses(out) == losses(tmp_path / "unbroken")
+    want, got = (tensors(tmp_path / run / "checkpoints" / "step-000004") for run in ("unbroken", "run"))
+    assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
+
+
 @pytest.mark.parametrize(
     "layout",
     [["--tp", "2", "--sp"], ["--pp", "2"], ["--fsdp"], ["--cp", "2", "--ulysses", "1"], []],

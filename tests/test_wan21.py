@@ -1,5 +1,6 @@
 """Wan2.1 against independent oracles: diffusers' transformer and pipeline, the published counts and golden values."""
 
+import dataclasses
 import json
 import math
 
@@ -16,7 +17,12 @@ from common import train as loop
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5  # of the largest entry
-PUBLISHED = {"1.3B": (1_418_996_800, 825), "14B": (14_288_491_584, 1095)}
+PUBLISHED = {
+    "1.3B": (1_418_996_800, 825),
+    "14B": (14_288_491_584, 1095),
+    "14B-i2v": (16_394_878_784, 1303),
+    "14B-flf2v": (16_395_536_704, 1304),
+}
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -28,8 +34,8 @@ def oracle(config=case.CONFIG) -> WanTransformer3DModel:
     return WanTransformer3DModel(**values | {"patch_size": tuple(values["patch_size"])})
 
 
-def ours(state: dict[str, torch.Tensor], **layout):
-    chunk = case.model.build(case.options(**layout), case.CONFIG)[0]
+def ours(state: dict[str, torch.Tensor], config=case.CONFIG, **layout):
+    chunk = case.model.build(case.options(**layout), config)[0]
     case.load([chunk], state)
     return chunk
 
@@ -58,12 +64,14 @@ def test_flops_formula_equals_a_counted_forward_of_the_reference(size):
     config, grid = case.config.SIZES[size], (21, 60, 104)  # 81x480x832
     with torch.device("meta"), FlopCounterMode(display=False) as counted, torch.no_grad():
         latents, text = torch.empty(1, config.in_dim, *grid), torch.empty(1, config.text_len, config.text_dim)
-        oracle(config)(latents, torch.ones(1), text)
+        image = torch.empty(1 + config.first_last, config.image_tokens, config.image_dim) if config.image_dim else None
+        oracle(config)(latents, torch.ones(1), text, image)
     assert counted.get_total_flops() == config.flops(grid)
 
 
-def test_config_survives_both_released_formats(tmp_path):
-    config = case.config.SIZES["14B"]
+@pytest.mark.parametrize("size", ["14B", "14B-i2v", "14B-flf2v"])
+def test_config_survives_both_released_formats(size, tmp_path):
+    config = case.config.SIZES[size]
     for name, values in (("diffusers", config.to_diffusers()), ("original", config.to_original())):
         folder = tmp_path / name
         where = folder / "transformer" if name == "diffusers" else folder
@@ -75,15 +83,32 @@ def test_config_survives_both_released_formats(tmp_path):
 # ----------------------------------------------------------------------------------------------------- oracle parity
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_forward_and_gradients_equal_diffusers(recompute):
-    state = case.random_state()
-    model, theirs = ours(state, recompute=recompute), oracle()
+# diffusers takes the last 512 rows of an image-to-video context for the text
+LONG = {"text_len": 512}
+CONFIGS = {
+    "t2v": case.CONFIG,
+    "i2v": dataclasses.replace(case.I2V, **LONG),
+    "flf2v": dataclasses.replace(case.FLF2V, **LONG),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "recompute"),
+    [("t2v", "none"), ("t2v", "selective"), ("t2v", "full"), ("i2v", "none"), ("i2v", "full"), ("flf2v", "selective")],
+)
+def test_forward_and_gradients_equal_diffusers(task, recompute):
+    config = CONFIGS[task]
+    state = case.random_state(config=config)
+    model, theirs = ours(state, config, recompute=recompute), oracle(config)
     theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
-    batches = [case.sample_batch(i) for i in range(3)]
-    x, t, text = (torch.cat([b[k] for b in batches]) for k in ("x", "t", "text"))
-    want = theirs(x, t, text).sample
-    got = case.model.unpatchify(model(x, t, text), x.shape[2:], case.CONFIG.patch_size)
+    batches = [case.sample_batch(i, config=config) for i in range(3)]
+    batch = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+    x, t, text, y, image = (batch.get(k) for k in ("x", "t", "text", "y", "image"))
+    pictures = (
+        image.view(-1, config.image_tokens, config.image_dim) if config.first_last else image
+    )  # theirs: [2B, I, …]
+    want = theirs(x if y is None else torch.cat((x, y), 1), t, text, pictures).sample
+    got = case.model.unpatchify(model(x, t, text, y, image), x.shape[2:], config.patch_size)
     assert close(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
     (want * direction).sum().backward()
@@ -236,13 +261,16 @@ def released(tmp_path_factory):
 
 
 @pytest.mark.parametrize("to", ["original", "diffusers"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_released_layouts_convert_bit_exactly(to, dtype, tmp_path):
-    theirs = oracle().to(dtype)
+@pytest.mark.parametrize(
+    ("task", "dtype"),
+    [("t2v", torch.float32), ("t2v", torch.bfloat16), ("i2v", torch.bfloat16), ("flf2v", torch.float32)],
+)
+def test_released_layouts_convert_bit_exactly(to, task, dtype, tmp_path):
+    theirs = oracle(CONFIGS[task]).to(dtype)
     theirs.save_pretrained(tmp_path / "a" / "transformer")
     first = tmp_path / "b"
-    convert(tmp_path / "a", to, first)
-    convert(first, "diffusers", tmp_path / "c")
+    convert(tmp_path / "a", to, first, CONFIGS[task])
+    convert(first, "diffusers", tmp_path / "c", CONFIGS[task])
     reader, back = weights.Reader(), weights.index(tmp_path / "c" / "transformer")
     assert back.keys() == theirs.state_dict().keys()
     for key, want in theirs.state_dict().items():
@@ -250,11 +278,28 @@ def test_released_layouts_convert_bit_exactly(to, dtype, tmp_path):
         assert got.dtype == dtype and torch.equal(got, want), key
 
 
-def convert(source, to, out):
-    entries, rename = case.convert.released_entries(source, case.CONFIG)
+def convert(source, to, out, config):
+    entries, rename = case.convert.released_entries(source, config)
     reader = weights.Reader()
-    sizes = {name: entries[rename(name)].bytes for name in case.convert.shapes(case.CONFIG)}
-    case.convert.write_released(out, to, case.CONFIG, sizes, lambda name: reader.read(entries[rename(name)]), None)
+    sizes = {name: entries[rename(name)].bytes for name in case.convert.shapes(config)}
+    case.convert.write_released(out, to, config, sizes, lambda name: reader.read(entries[rename(name)]), None)
+
+
+def test_a_norm_that_no_model_applies_is_passed_over_and_nothing_else(tmp_path):
+    """Early diffusers exports of image-to-video hold `norm_added_q`."""
+    from safetensors.torch import save_file
+
+    where, state = tmp_path / "transformer", case.random_state(config=case.I2V)
+    where.mkdir()
+    tensors = {case.convert.to_diffusers(name): value for name, value in state.items()}
+    for extra, fits in (("blocks.0.attn2.norm_added_q.weight", True), ("blocks.0.attn2.norm_added_v.weight", False)):
+        tensors[extra] = torch.ones(case.I2V.dim)
+        save_file(tensors, where / "model.safetensors")
+        if fits:
+            assert case.convert.released_entries(tmp_path, case.I2V)[0].keys() == tensors.keys() - {extra}
+        else:
+            with pytest.raises(ValueError, match="1 not of this model: blocks.0.attn2.norm_added_v.weight"):
+                case.convert.released_entries(tmp_path, case.I2V)
 
 
 def through_layout(layout: dict, source: str, target: str) -> None:

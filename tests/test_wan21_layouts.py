@@ -41,14 +41,14 @@ LAYOUTS = {
 }
 
 
-def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None) -> dict:
+def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None, config=case.CONFIG) -> dict:
     """On every rank: train `steps` steps from the shared weights, the chunks given to `adapt` before they are wrapped.
     Returns rank 0's whole gradients of the first step (gathered over tensor and pipeline parallel), losses, and final
     whole weights."""
     o = case.options(**layout)
     parallel.initialize(o)
-    chunks = case.model.build(o, case.CONFIG)
-    case.load(chunks, case.random_state())
+    chunks = case.model.build(o, config)
+    case.load(chunks, case.random_state(config=config))
     if adapt:
         adapt(chunks)
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
@@ -60,13 +60,13 @@ def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None) -> di
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        batches = case.my_batches(o, step)
+        batches = case.my_batches(o, step, config)
         results = loop.get_forward_backward_func()(
             forward_step_func=case.train.forward_step,
             data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
             model=wrapped if len(wrapped) > 1 else wrapped[0],
             num_microbatches=len(batches),
-            seq_length=case.sequence_length(o),
+            seq_length=case.sequence_length(o, config),
             micro_batch_size=o.micro_batch,
         )
         if step == 0 and want_gradients:
@@ -145,6 +145,22 @@ def test_layout_equals_single_process(name, single):
 def test_npu_branch_equals_single_process(name, single):
     world, layout = LAYOUTS.get(name, (1, {}))
     compare(run_ranks(world, through_npu, layout, 20)[0], single, layout)
+
+
+# Image-to-video, and from a first and a last frame: layouts that between them cut every dimension.
+IMAGE_LAYOUTS = {
+    "i2v": ["tp2 sp cp2 ulysses", "pp2 vpp2 tp2 sp", "fsdp4 as dp2 cp2"],
+    "flf2v": ["tp2 cp2 ring", "pp2 cp2", "tp2 recompute full"],
+}
+
+
+@pytest.mark.parametrize("task", IMAGE_LAYOUTS)
+def test_layouts_of_image_to_video_equal_single_process(task):
+    config = {"i2v": case.I2V, "flf2v": case.FLF2V}[task]
+    one = run_ranks(1, run_layout, {}, 2, True, None, config)[0]
+    for name in IMAGE_LAYOUTS[task]:
+        world, layout = LAYOUTS[name]
+        compare(run_ranks(world, run_layout, layout, 2, True, None, config)[0], one, layout)
 
 
 def compare(got: dict, single: dict, layout: dict) -> None:

@@ -19,8 +19,10 @@ train = importlib.import_module(f"zoo.{RECIPE}.train")
 
 CONFIG = config.WanConfig(
     dim=48, ffn_dim=80, num_heads=4, num_layers=4, in_dim=16, out_dim=16, patch_size=(1, 2, 2),
-    text_dim=20, text_len=7, freq_dim=32, eps=1e-6,
+    text_dim=20, text_len=7, freq_dim=32, eps=1e-6, image_dim=None, image_tokens=0, first_last=False,
 )  # fmt: skip
+I2V = dataclasses.replace(CONFIG, in_dim=36, image_dim=28, image_tokens=5)
+FLF2V = dataclasses.replace(I2V, first_last=True)
 GRID = (3, 4, 8)  # 3*2*4 = 24 tokens
 GLOBAL_BATCH = 4
 
@@ -34,30 +36,34 @@ def options(**layout) -> "config.TrainOptions":
     return cli.check_layout(o, heads=CONFIG.num_heads, layers=CONFIG.num_layers, tokens=tokens)
 
 
-def random_state(seed: int = 0) -> dict[str, torch.Tensor]:
+def random_state(seed: int = 0, config=CONFIG) -> dict[str, torch.Tensor]:
     """Every parameter random, norms, biases and zero-initialised ones too, by original name."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, shape in convert.shapes(CONFIG).items():
+    for name, shape in convert.shapes(config).items():
         noise = torch.randn(shape, generator=generator)
-        state[name] = 1 + 0.1 * noise if ".norm" in name and name.endswith("weight") else 0.1 * noise
+        state[name] = 1 + 0.1 * noise if name.endswith("weight") and len(shape) == 1 else 0.1 * noise  # norms
     return state
 
 
-def sample_batch(place: int, step: int = 0) -> dict:
+def sample_batch(place: int, step: int = 0, config=CONFIG) -> dict:
     """One sample of the global batch, drawn by its place: the same whatever the layout."""
     g = torch.Generator().manual_seed(1000 * step + place)
-    x, target = (torch.randn(1, CONFIG.in_dim, *GRID, generator=g) for _ in range(2))
-    text = torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=g)
-    text[:, 2 + place % 4 :] = 0  # unequal captions
+    x, target = (torch.randn(1, config.out_dim, *GRID, generator=g) for _ in range(2))
+    text = torch.randn(1, config.text_len, config.text_dim, generator=g)
+    text[:, config.text_len - 5 + place % 4 :] = 0  # unequal captions
     t = torch.rand(1, generator=g) * 1000
-    return {"x": x, "target": target, "t": t, "weight": torch.rand(1, generator=g) + 0.5, "text": text}
+    batch = {"x": x, "target": target, "t": t, "weight": torch.rand(1, generator=g) + 0.5, "text": text}
+    if config.image_dim is not None:
+        batch["y"] = torch.randn(1, config.in_dim - config.out_dim, *GRID, generator=g)
+        batch["image"] = torch.randn(1, config.image_rows, config.image_dim, generator=g)
+    return batch
 
 
-def my_batches(o, step: int = 0) -> list[dict]:
+def my_batches(o, step: int = 0, config=CONFIG) -> list[dict]:
     """This rank's micro-batches of the global batch."""
     rank = parallel.mpu.get_data_parallel_rank()
-    singles = [sample_batch(i, step) for i in range(o.global_batch)]
+    singles = [sample_batch(i, step, config) for i in range(o.global_batch)]
     batches = []
     for micro in range(o.micro_batches):
         start = (micro * o.dp + rank) * o.micro_batch
@@ -77,6 +83,6 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
             p.copy_(state[name] if split is None else state[name].chunk(tp[1], split)[tp[0]])
 
 
-def sequence_length(o) -> int:
+def sequence_length(o, config=CONFIG) -> int:
     split = o.cp * (o.tp if o.sp else 1)
-    return (CONFIG.tokens(GRID) // split + 7 + CONFIG.text_len) * split
+    return (config.tokens(GRID) // split + config.context_rows) * split

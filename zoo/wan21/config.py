@@ -1,9 +1,10 @@
-"""Wan2.1 text-to-video: the architecture, its published sizes, and the options of this recipe's jobs.
+"""Wan2.1 text- and image-to-video: the architecture, its published sizes, and the options of this recipe's jobs.
 
 Sources: Wan-Video/Wan2.1 @ 9737cba9 `wan/configs/*.py`, diffusers `scripts/convert_wan_to_diffusers.py`.
 No torch here: options are checked before anything heavy is imported.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -17,17 +18,17 @@ from typing import Literal
 from common import cli, weights
 from common.cli import option
 
-from . import convert, data
+from . import convert, data, images
 
 HERE = Path(__file__).parent
-DEMO_WEIGHTS = HERE / "demo" / "weights"
+DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Field names are those of the original `config.json`."""
+    """Field names are those of the original `config.json`, and three for the image that conditions a video."""
 
     dim: int
     ffn_dim: int
@@ -40,10 +41,33 @@ class WanConfig:
     text_len: int
     freq_dim: int
     eps: float
+    image_dim: int | None  # width of the CLIP features; None: text-to-video, no image branch
+    image_tokens: int  # CLIP features of one image
+    first_last: bool  # two images, the first and the last frame, told apart by a positional embedding
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def task(self) -> str:
+        """`model_type` of the original config.json: t2v, i2v or flf2v."""
+        return "t2v" if self.image_dim is None else "flf2v" if self.first_last else "i2v"
+
+    @property
+    def given_frames(self) -> int:
+        """Frames a video is conditioned on: none, its first, or its first and last."""
+        return {"t2v": 0, "i2v": 1, "flf2v": 2}[self.task]
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of image features a video is conditioned on: 0, 257, or 514 of two images."""
+        return self.image_tokens * self.given_frames
+
+    @property
+    def context_rows(self) -> int:
+        """Rows that travel with the tokens through a pipeline: 6 of modulation, 1 of time, text, image."""
+        return 7 + self.text_len + self.image_rows
 
     @property
     def parameters(self) -> int:
@@ -54,7 +78,12 @@ class WanConfig:
         text = (self.text_dim * D + D) + (D * D + D)
         time = (self.freq_dim * D + D) + (D * D + D) + (D * 6 * D + 6 * D)
         head = D * self.out_dim * patch + self.out_dim * patch + 2 * D
-        return self.num_layers * block + text + time + head + (self.in_dim * patch * D + D)
+        image = 0
+        if self.image_dim is not None:
+            block += 2 * (D * D + D) + D  # k_img, v_img, norm_k_img
+            image = 2 * self.image_dim + (self.image_dim + 1) * self.image_dim + (self.image_dim + 1) * D + 2 * D
+            image += self.image_rows * self.image_dim if self.first_last else 0
+        return self.num_layers * block + text + image + time + head + (self.in_dim * patch * D + D)
 
     def tokens(self, latent: tuple[int, int, int]) -> int:
         """Sequence length of a latent grid (frames, rows, columns)."""
@@ -62,15 +91,18 @@ class WanConfig:
 
     def flops(self, latent: tuple[int, int, int]) -> int:
         """Model FLOPs of one forward pass of one sample (multiply and add counted apart); a training step is three
-        times that, recompute not counted: 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D cross-attention."""
+        times that, recompute not counted: 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D cross-attention to
+        T rows of text, and the same to the I rows of an image."""
         D, L, T, patch = self.dim, self.tokens(latent), self.text_len, math.prod(self.patch_size)
+        Im, rows = self.image_dim or 0, self.image_rows
         per_token = (
             self.num_layers * (4 * D * D + 2 * D * D + 2 * D * self.ffn_dim) + (self.in_dim + self.out_dim) * patch * D
         )
         per_text = self.num_layers * 2 * D * D + self.text_dim * D + D * D
+        per_image = self.num_layers * 2 * D * D + Im * Im + Im * D
         per_sample = self.freq_dim * D + D * D + 6 * D * D
-        attention = self.num_layers * (4 * L * L * D + 4 * L * T * D)
-        return 2 * (L * per_token + T * per_text + per_sample) + attention
+        attention = self.num_layers * (4 * L * L * D + 4 * L * (T + rows) * D)
+        return 2 * (L * per_token + T * per_text + rows * per_image + per_sample) + attention
 
     @classmethod
     def from_folder(cls, folder: Path) -> "WanConfig":
@@ -99,22 +131,29 @@ class WanConfig:
         if tokenizer.is_file():  # the tiny demo pads its captions to fewer tokens than the released 512
             longest = weights.read_json(tokenizer).get("model_max_length", config.text_len)
             config = dataclasses.replace(config, text_len=min(config.text_len, longest))
+        clip = folder / "image_encoder" / "config.json"
+        if config.image_dim is not None and clip.is_file():  # a class token and the patches
+            values = weights.read_json(clip)
+            config = dataclasses.replace(config, image_tokens=1 + (values["image_size"] // values["patch_size"]) ** 2)
         return config
 
     @classmethod
     def _from_diffusers(cls, values: dict, path: Path) -> "WanConfig":
-        fixed = {
-            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
-            "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
-        }  # fmt: skip
-        _refuse_other(values, fixed, path)
         try:
             heads, head_dim = values.pop("num_attention_heads"), values.pop("attention_head_dim")
+            image_dim, positions = values.pop("image_dim", None), values.pop("pos_embed_seq_len", None)
+            fixed = {
+                "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
+                "added_kv_proj_dim": None if image_dim is None else heads * head_dim,
+            }  # fmt: skip
+            _refuse_other(values, fixed, path)
             config = cls(
                 dim=heads * head_dim, ffn_dim=values.pop("ffn_dim"), num_heads=heads,
                 num_layers=values.pop("num_layers"), in_dim=values.pop("in_channels"),
                 out_dim=values.pop("out_channels"), patch_size=tuple(values.pop("patch_size")),
                 text_dim=values.pop("text_dim"), text_len=512, freq_dim=values.pop("freq_dim"), eps=values.pop("eps"),
+                image_dim=image_dim, first_last=positions is not None,
+                image_tokens=0 if image_dim is None else positions // 2 if positions else CLIP_TOKENS,
             )  # fmt: skip
         except KeyError as missing:
             raise ValueError(f"{path} lacks {missing}; expected a released Wan2.1 config; fix: --weights") from None
@@ -123,15 +162,19 @@ class WanConfig:
 
     @classmethod
     def _from_original(cls, values: dict, path: Path) -> "WanConfig":
-        _refuse_other(
-            values, {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}, path
-        )
+        _refuse_other(values, {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}, path)
+        kind = values.pop("model_type", "t2v")
+        if kind not in ("t2v", "i2v", "flf2v"):
+            raise ValueError(f"{path}: model_type = {kind!r}; expected t2v, i2v or flf2v; fix: --weights")
+        image_dim = values.pop("image_dim", CLIP_DIM)
         try:
             config = cls(
                 dim=values.pop("dim"), ffn_dim=values.pop("ffn_dim"), num_heads=values.pop("num_heads"),
                 num_layers=values.pop("num_layers"), in_dim=values.pop("in_dim"), out_dim=values.pop("out_dim"),
                 patch_size=tuple(values.pop("patch_size", (1, 2, 2))), text_dim=values.pop("text_dim", 4096),
                 text_len=values.pop("text_len"), freq_dim=values.pop("freq_dim"), eps=values.pop("eps"),
+                image_dim=None if kind == "t2v" else image_dim, first_last=kind == "flf2v",
+                image_tokens=0 if kind == "t2v" else CLIP_TOKENS,
             )  # fmt: skip
         except KeyError as missing:
             raise ValueError(f"{path} lacks {missing}; expected a released Wan2.1 config; fix: --weights") from None
@@ -140,22 +183,23 @@ class WanConfig:
 
     def to_diffusers(self) -> dict:
         return {
-            "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": self.head_dim,
+            "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None if self.image_dim is None else self.dim, "attention_head_dim": self.head_dim,
             "cross_attn_norm": True, "eps": self.eps, "ffn_dim": self.ffn_dim, "freq_dim": self.freq_dim,
-            "image_dim": None, "in_channels": self.in_dim, "num_attention_heads": self.num_heads,
+            "image_dim": self.image_dim, "in_channels": self.in_dim, "num_attention_heads": self.num_heads,
             "num_layers": self.num_layers, "out_channels": self.out_dim, "patch_size": list(self.patch_size),
-            "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
-            "text_dim": self.text_dim,
+            "pos_embed_seq_len": self.image_rows if self.first_last else None, "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024, "text_dim": self.text_dim,
         }  # fmt: skip
 
     def to_original(self) -> dict:
         values = {
-            "_class_name": "WanModel", "model_type": "t2v", "dim": self.dim, "eps": self.eps,
+            "_class_name": "WanModel", "model_type": self.task, "dim": self.dim, "eps": self.eps,
             "ffn_dim": self.ffn_dim, "freq_dim": self.freq_dim, "in_dim": self.in_dim, "num_heads": self.num_heads,
             "num_layers": self.num_layers, "out_dim": self.out_dim, "text_len": self.text_len,
         }  # fmt: skip
         # The released file leaves these out because they are the class's defaults.
-        usual = {"patch_size": (1, 2, 2), "text_dim": 4096}
+        usual = {"patch_size": (1, 2, 2), "text_dim": 4096, "image_dim": self.image_dim and CLIP_DIM}
         return values | {k: getattr(self, k) for k, default in usual.items() if getattr(self, k) != default}
 
 
@@ -163,9 +207,7 @@ def _refuse_other(values: dict, fixed: dict, path: Path) -> None:
     for key, only in fixed.items():
         found = values.pop(key, only)
         if found != only:
-            raise ValueError(
-                f"{path}: {key} = {found!r}; this recipe is Wan2.1 text-to-video, {key} = {only!r}; fix: --weights"
-            )
+            raise ValueError(f"{path}: {key} = {found!r}; this recipe is Wan2.1, {key} = {only!r}; fix: --weights")
 
 
 def _refuse_unknown(values: dict, path: Path) -> None:
@@ -173,11 +215,22 @@ def _refuse_unknown(values: dict, path: Path) -> None:
         raise ValueError(f"{path} has keys this recipe does not know: {', '.join(values)}; fix: --weights")
 
 
-_COMMON = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), text_dim=4096, text_len=512, freq_dim=256, eps=1e-6)
+_TINY = dict(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=16)
+_1_3B = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096, text_len=512)
+_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096, text_len=512)
+_COMMON = dict(out_dim=16, patch_size=(1, 2, 2), freq_dim=256, eps=1e-6)
+_TEXT = dict(in_dim=16, image_dim=None, image_tokens=0, first_last=False, **_COMMON)
+# The noised latents' 16 channels, 4 of mask and 16 of the given frames' latents; CLIP ViT-H/14 at 224x224.
+CLIP_DIM, CLIP_TOKENS = 1280, 257
+_IMAGE = dict(in_dim=36, image_dim=CLIP_DIM, image_tokens=CLIP_TOKENS, first_last=False, **_COMMON)
 SIZES = {
-    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, **(_COMMON | {"text_dim": 64, "text_len": 16})),
-    "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **_COMMON),
-    "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **_COMMON),
+    "tiny": WanConfig(**_TINY, **_TEXT),
+    "1.3B": WanConfig(**_1_3B, **_TEXT),
+    "14B": WanConfig(**_14B, **_TEXT),
+    "tiny-i2v": WanConfig(**_TINY, **(_IMAGE | {"image_dim": 64, "image_tokens": 17})),
+    "1.3B-i2v": WanConfig(**_1_3B, **_IMAGE),  # in the published table of speeds; its weights never were
+    "14B-i2v": WanConfig(**_14B, **_IMAGE),  # 480P and 720P
+    "14B-flf2v": WanConfig(**_14B, **(_IMAGE | {"first_last": True})),
 }
 
 
@@ -187,6 +240,7 @@ SIZES = {
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(cli.TrainOptions):
     job: str = option("which launcher this is: pretrain or finetune", "pretrain", group="job")
+    task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     buckets: str = option("video shapes FRAMESxHEIGHTxWIDTH, comma-separated", None, group="data", layout=True)
     fps: float = option(
@@ -204,8 +258,11 @@ class TrainOptions(cli.TrainOptions):
     ema: float = option(
         "decay of averaged weights, exported and sampled (0: off)", 0.0, group="objective", layout=True, within="[0, 1)"
     )
-    sample_prompts: Path | None = option("text file of prompts sampled at the end", group="samples")
+    sample_prompts: Path | None = option(
+        "text file of prompts sampled at the end (image-to-video: picture<TAB>prompt)", group="samples"
+    )
     sample_steps: int = option("sampling steps", 50, group="samples", layout=True, within="[1, inf)")
+    sample_shift: float = option("timestep shift of sampling", 5.0, group="samples", layout=True, within="(0, inf)")
     cfg: float = option("guidance scale of the samples", 5.0, group="samples", layout=True, within="[0, inf)")
 
 
@@ -214,16 +271,27 @@ class InferOptions(cli.LayoutOptions):
     checkpoint: Path | None = option(
         "sharded checkpoint whose transformer replaces the one of --weights", group="model"
     )
+    task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     prompt: str = option("what to show", group="job")
-    prompts: Path | None = option("text file, a prompt per line", group="job")
+    prompts: Path | None = option(
+        "text file, a prompt per line (image-to-video: picture<TAB>prompt, or a .jsonl of image, prompt)", group="job"
+    )
     negative: str = option("what not to show", "", group="job")
+    image: Path | None = option("image-to-video: the first frame", group="job")
+    last_image: Path | None = option("sizes with a last frame: that one", group="job")
+    fit: Literal["exact", "crop", "pad"] = option("pictures of another aspect: refused, cut, or put on black", "exact")
+    video_in: Path | None = option(
+        "video-to-video: what to start from, with noise (image-to-video: its first frame is given unless --image is)",
+        group="job",
+    )
+    strength: float = option("of --video-in: share of the steps to take, so of noise to add", 0.8, within="(0, 1]")
     out: Path = option("folder for the videos (default runs/<recipe>-infer-<time>)", group="job")
     video: str = option("shape FRAMESxHEIGHTxWIDTH", None, group="job", layout=True)
     fps: float = option("frame rate of the written file", 16.0, group="job", layout=True, within="[0, inf)")
     sample_steps: int = option("sampling steps", 50, group="job", layout=True, within="[1, inf)")
     cfg: float = option("guidance scale (1: no guidance)", 5.0, group="job", layout=True, within="[0, inf)")
     sampler: Literal["unipc", "euler"] = option("UniPC, or flow-match Euler", "unipc", group="job")
-    shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True, within="(0, inf)")
+    sample_shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True, within="(0, inf)")
     seed: int = option("seed of the noise; prompt i uses seed + i", 0, group="job")
     format: Literal["mp4", "gif", "both"] = option("kind of file written", "both", group="job")
 
@@ -246,8 +314,8 @@ class PerfOptions(TrainOptions):
 
 
 JOBS = {
-    "train": (TrainOptions, "Train Wan2.1 text-to-video."),
-    "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video."),
+    "train": (TrainOptions, "Train Wan2.1 text-to-video or image-to-video."),
+    "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video or image-to-video."),
     "convert": (ConvertOptions, "Convert Wan2.1 weights between the original, diffusers and sharded layouts."),
     "perf": (PerfOptions, "Measure this recipe on this machine."),
 }
@@ -260,15 +328,25 @@ def parse(script: str, argv: list[str]):
         ValueError: anything about the options, the weights folder or the data list that can be known to be wrong.
     """
     cls, description = JOBS[script]
-    o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
+    task = _task(argv)
+    o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda weights: _default_size(weights, task))
     o = _with_demo(o, getattr(o, "job", script), asked={word.split("=")[0] for word in argv})
     if script in ("infer", "convert"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     config = model_config(o)
+    if task is not None and (task == "t2v") != (config.task == "t2v"):
+        raise ValueError(
+            f"{o.weights} of size {o.size} is {TASKS[config.task]}; expected {TASKS[task]}; fix: --weights or --size, or "
+            f"the launcher named _{'t2v' if task == 'i2v' else 'i2v'}.sh"
+        )
     shapes = {"train": "buckets", "perf": "buckets", "infer": "video"}.get(script)
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
         tokens = config.tokens(latent_grid(bucket)) if bucket else None
         o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
+        if bucket and bucket.frames == 1 and config.image_dim is not None:
+            raise ValueError(
+                f"{shapes} {bucket} of {TASKS[config.task]}; expected at least 5 frames, the first is given; fix: --{shapes}"
+            )
     _check_folder(o, config, script)
     if script == "train" and o.data != demo_list("train"):
         rows, report = data.read_rows(o.data)
@@ -276,9 +354,17 @@ def parse(script: str, argv: list[str]):
     if script == "train":
         cli.check_run(o)
         if o.sample_prompts:
-            read_prompts(o.sample_prompts, "--sample-prompts")
+            sampled = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
+            images.check(sampled, data.parse_buckets(o.buckets)[0], "crop")
     if script == "infer":
-        prompts(o)
+        bucket = data.parse_buckets(o.video)[0]
+        images.check(requests(o, config), bucket, o.fit)
+        if o.video_in is not None:
+            images.check_clip(o.video_in, bucket, o.fps, o.fit)
+            if int(o.sample_steps * o.strength) < 1:
+                raise ValueError(
+                    f"strength={o.strength} of {o.sample_steps} steps is none; expected one at least; fix: --strength"
+                )
         if o.checkpoint is not None and not o.checkpoint.is_dir():
             raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
     if script == "convert":
@@ -295,10 +381,20 @@ def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
     return (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8
 
 
-def _default_size(weights: Path | None) -> str:
+TASKS = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "video from a first and a last frame"}
+
+
+def _task(argv: list[str]) -> str | None:
+    """--task, which decides the default size and so has to be known before the other options are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", nargs="?")
+    return parser.parse_known_args(argv)[0].task
+
+
+def _default_size(weights: Path | None, task: str | None) -> str:
     """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
-    if weights is None or weights == DEMO_WEIGHTS:
-        return "tiny" if weights or os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B"
+    if weights is None:
+        return ("tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B") + ("-i2v" if task == "i2v" else "")
     if is_sharded(weights):
         found = WanConfig(**_tuples(json.loads((weights / "state.json").read_text())["model"]))
     else:
@@ -339,12 +435,13 @@ def _with_demo(o, job: str, asked: set[str]):
     if hasattr(o, "video") and o.weights is None and "--video" not in asked:
         changes["video"] = DEMO_BUCKET
     if o.weights is None:
-        if o.size != "tiny" and getattr(o, "data", o) is not None:  # drawn weights are for trying a layout out
+        tiny, image = o.size.startswith("tiny"), o.size in SIZES and SIZES[o.size].image_dim is not None
+        if not tiny and getattr(o, "data", o) is not None:  # drawn weights are for trying a layout out
             raise ValueError(f"--size {o.size}, except to train on the demo data, needs --weights; fix: --weights DIR")
-        changes["weights"] = DEMO_WEIGHTS
-        if o.size != "tiny":
+        changes["weights"] = DEMO_I2V if image else DEMO_WEIGHTS
+        if not tiny:
             print(
-                f"note: no --weights: size {o.size} starts from drawn weights, with the demo's tiny VAE and text encoder",
+                f"note: no --weights: size {o.size} starts from drawn weights, with the demo's tiny encoders",
                 file=sys.stderr,
             )
             changes["from_scratch"] = True
@@ -367,6 +464,8 @@ def model_config(o) -> WanConfig:
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
+    if None not in (wanted.image_dim, found.image_dim):
+        wanted = dataclasses.replace(wanted, image_dim=found.image_dim, image_tokens=found.image_tokens)
     if not getattr(o, "from_scratch", False) and (differs := _differs(found, wanted)):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return wanted
@@ -375,32 +474,42 @@ def model_config(o) -> WanConfig:
 def _check_folder(o, config: WanConfig, script: str) -> None:
     """The parts a job needs are there, and the transformer's tensors are exactly the model's."""
     if script != "convert":
-        for part in ("vae", "text_encoder", "tokenizer"):
+        given = () if config.image_dim is None else ("image_encoder", "image_processor")
+        for part in ("vae", "text_encoder", "tokenizer", *given):
             if not (o.weights / part).is_dir():
                 raise ValueError(f"{o.weights} has no {part}/; expected a released diffusers folder; fix: --weights")
     if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
 
 
-def prompts(o: InferOptions) -> list[str]:
-    """The prompts to sample; without any, a few the demo model knows."""
+def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
+    """What to sample; without any prompt, a few the demo model knows.
+
+    Raises:
+        ValueError: nothing to sample, or not the pictures that the size takes.
+    """
+    image = o.video_in if o.image is None and config.task == "i2v" and o.prompts is None else o.image
+    given = [flag for flag, value in (("--image", image), ("--last-image", o.last_image)) if value is not None]
+    takes = ["--image", "--last-image"][: config.given_frames]
+    if o.prompts is not None and given:
+        raise ValueError(f"--prompts and {given[0]}; expected the pictures in the file's rows; fix: no {given[0]}")
     if o.prompts is not None:
-        return read_prompts(o.prompts, "--prompts")
-    if o.prompt:
-        return [o.prompt]
-    if o.weights == DEMO_WEIGHTS:
-        return ["a handwritten three moves to the left", "a handwritten seven moves up and to the right"]
-    raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
-
-
-def read_prompts(path: Path, flag: str) -> list[str]:
-    """The lines of a text file that are not empty. ValueError: there is none."""
-    if not path.is_file():
-        raise ValueError(f"{flag} {path} does not exist; expected a text file, a prompt per line; fix: {flag}")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{flag} {path} holds no prompt; expected a prompt per line; fix: {flag}")
-    return lines
+        return images.read_requests(o.prompts, "--prompts", config.given_frames)
+    if not o.prompt and not given and o.weights == DEMO_WEIGHTS:
+        known = ["a handwritten three moves to the left", "a handwritten seven moves up and to the right"]
+        return [images.Request(prompt) for prompt in known]
+    if not o.prompt and not given and o.weights == DEMO_I2V:
+        return images.read_requests(HERE / "demo" / "images" / "prompts.tsv", "--prompts", 1)
+    if not o.prompt:
+        raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
+    if given != takes:
+        change = [f"give {flag}" for flag in takes if flag not in given]
+        change += [f"leave out {flag}" for flag in given if flag not in takes]
+        raise ValueError(
+            f"{TASKS[config.task]} with {' and '.join(given) or 'no picture'}; expected "
+            f"{' and '.join(takes) or 'no picture'}; fix: {', '.join(change)}, or another --size"
+        )
+    return [images.Request(o.prompt, image, o.last_image)]
 
 
 def prepare(o) -> None:

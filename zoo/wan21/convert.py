@@ -33,6 +33,11 @@ TABLE = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
+    **{
+        f"img_emb.proj.{ours}": f"condition_embedder.image_embedder.{theirs}"
+        for ours, theirs in {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}.items()
+    },
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
     "blocks.N.modulation": "blocks.N.scale_shift_table",
@@ -46,12 +51,15 @@ TABLE = {
             "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
         }.items()
     },
+    "blocks.N.cross_attn.k_img": "blocks.N.attn2.add_k_proj",
+    "blocks.N.cross_attn.v_img": "blocks.N.attn2.add_v_proj",
+    "blocks.N.cross_attn.norm_k_img": "blocks.N.attn2.norm_added_k",
 }  # fmt: skip
 
 
 def to_diffusers(name: str) -> str:
     """'blocks.3.self_attn.q.weight' -> 'blocks.3.attn1.to_q.weight'. KeyError: not a name of this model."""
-    module, _, leaf = name.rpartition(".") if not name.endswith("modulation") else (name, "", "")
+    module, _, leaf = name.rpartition(".") if not name.endswith(("modulation", "emb_pos")) else (name, "", "")
     index = re.search(r"\.(\d+)\.", module) if module.startswith("blocks.") else None
     pattern = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
     new = TABLE[pattern].replace("N", index.group(1)) if index else TABLE[pattern]
@@ -69,6 +77,13 @@ def shapes(config: "WanConfig") -> dict[str, tuple[int, ...]]:
     out |= linear("text_embedding.0", T, D) | linear("text_embedding.2", D, D)
     out |= linear("time_embedding.0", config.freq_dim, D) | linear("time_embedding.2", D, D)
     out |= linear("time_projection.1", D, 6 * D)
+    if config.image_dim is not None:
+        Im = config.image_dim
+        out |= {f"img_emb.proj.0.{leaf}": (Im,) for leaf in ("weight", "bias")}
+        out |= linear("img_emb.proj.1", Im, Im) | linear("img_emb.proj.3", Im, D)
+        out |= {f"img_emb.proj.4.{leaf}": (D,) for leaf in ("weight", "bias")}
+    if config.first_last:
+        out["img_emb.emb_pos"] = (1, config.image_rows, Im)
     for i in range(config.num_layers):
         block = f"blocks.{i}"
         out[f"{block}.modulation"] = (1, 6, D)
@@ -76,6 +91,9 @@ def shapes(config: "WanConfig") -> dict[str, tuple[int, ...]]:
             for part in "qkvo":
                 out |= linear(f"{block}.{attention}.{part}", D, D)
             out |= {f"{block}.{attention}.norm_{part}.weight": (D,) for part in "qk"}
+        if config.image_dim is not None:
+            out |= linear(f"{block}.cross_attn.k_img", D, D) | linear(f"{block}.cross_attn.v_img", D, D)
+            out[f"{block}.cross_attn.norm_k_img.weight"] = (D,)
         out |= {f"{block}.norm3.weight": (D,), f"{block}.norm3.bias": (D,)}
         out |= linear(f"{block}.ffn.0", D, Fd) | linear(f"{block}.ffn.2", Fd, D)
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
@@ -92,6 +110,9 @@ def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weigh
     where = folder / "transformer" if diffusers else folder
     rename = to_diffusers if diffusers else str
     entries = weights.index(where)
+    if diffusers and config.image_dim is not None:
+        # Early exports hold a norm that no version of the model applies; diffusers drops it in loading, too.
+        entries = {key: entry for key, entry in entries.items() if not key.endswith(".attn2.norm_added_q.weight")}
     weights.check(entries, {rename(name): shape for name, shape in shapes(config).items()}, where)
     return entries, rename
 
@@ -130,7 +151,7 @@ def write_released(
     back = {to_diffusers(name): name for name in sizes}
     weights.save(out / "transformer", {k: sizes[v] for k, v in back.items()}, lambda key: read(back[key]), STEM)
     (out / "transformer" / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2))
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor"):
         if source and (source / part).is_dir():
             shutil.copytree(source / part, out / part)
     if source and (source / "model_index.json").is_file():

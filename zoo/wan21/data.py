@@ -355,8 +355,8 @@ class VideoTextDataset:
         """A micro-batch of rows of one bucket.
 
         Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache), and either
-        `latents` fp32 [B, 16, f, h, w] and `text` [B, longest n, D] or `pixels` uint8 [B, 3, F, H, W]; the others are
-        None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever
+        `latents` fp32 [B, 16, f, h, w], `text` [B, longest n, D] and whatever else was stored with them (what
+        image-to-video is conditioned on) or `pixels` uint8 [B, 3, F, H, W]; the others are None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever
         encodes them always encodes the same batch, and a resumed run gets the same bits.
         """
         from torch import from_numpy, stack
@@ -366,7 +366,7 @@ class VideoTextDataset:
         cached = load_cached(self.cache_dir, keys) if keys else None
         batch = {"rows": list(rows), "keys": keys, "pixels": None, "latents": None, "text": None}
         if cached is not None:
-            batch["latents"] = stack([c["latents"] for c in cached])
+            batch |= {name: stack([c[name] for c in cached]) for name in cached[0] if name != "text"}
             batch["text"] = pad_sequence([c["text"] for c in cached], batch_first=True)
         else:
             batch["rows"], pixels = map(list, zip(*(self._read_or_next(row, epoch) for row in rows), strict=True))
@@ -408,15 +408,21 @@ class VideoTextDataset:
 # ---- the cache ----
 
 
-def store(cache_dir: str | Path, key: str, latents: Tensor, text: Tensor) -> None:
-    """Keeps latents [16, f, h, w] in fp32 and the text embedding [T, D] without its zero rows; whole or not at all."""
+def store(
+    cache_dir: str | Path, key: str, latents: Tensor, text: Tensor, condition: dict[str, Tensor] | None = None
+) -> None:
+    """Keeps latents [16, f, h, w] and, of image-to-video, the condition in fp32, and the text embedding [T, D] without its
+    zero rows; whole or not at all."""
     from safetensors.torch import save_file
 
     path = Path(cache_dir) / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     text = text.cpu()
-    save_file({"latents": latents.float().cpu().contiguous(), "text": text[: int(text.any(-1).sum())].clone()}, partial)
+    tensors = {
+        name: value.float().cpu().contiguous() for name, value in ({"latents": latents} | (condition or {})).items()
+    }
+    save_file(tensors | {"text": text[: int(text.any(-1).sum())].clone()}, partial)
     os.replace(partial, path)
 
 

@@ -1,6 +1,6 @@
-"""The frozen parts around the transformer: Wan VAE (diffusers) and umT5 text encoder (transformers).
+"""The frozen parts around the transformer: Wan VAE (diffusers), umT5 text encoder and CLIP image encoder (transformers).
 
-Both are used as released, in fp32 (VAE) and the run's precision (text); neither is trained.
+All are used as released, in fp32 (VAE, CLIP) and the run's precision (text); none is trained.
 """
 
 import html
@@ -10,7 +10,7 @@ from pathlib import Path
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
 
 
 class VideoCodec:
@@ -26,8 +26,28 @@ class VideoCodec:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, F, H, W] with F = 4n+1 -> fp32 [B, 16, n+1, H/8, W/8]."""
-        x = pixels.to(self.mean.device).float() / 127.5 - 1
+        return self._normalised(pixels.to(self.mean.device).float() / 127.5 - 1)
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 3, F, H, W] in [-1, 1] -> [B, 16, n+1, H/8, W/8]."""
         return (self.vae.encode(x).latent_dist.mode() - self.mean) / self.std
+
+    @torch.no_grad()
+    def encode_given(self, given: torch.Tensor, frames: int) -> torch.Tensor:
+        """The first frame, uint8 [B, 3, 1, H, W], or with the last one [B, 3, 2, H, W], of a video of `frames` -> what
+        image-to-video sees of it, fp32 [B, 4 + 16, n+1, H/8, W/8]: which frames of each latent frame's four are given
+        (1) or not, and the latents of the video whose other frames are grey (0 of [-1, 1])."""
+        given = given.to(self.mean.device).float() / 127.5 - 1
+        x = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
+        x[:, :, 0], last = given[:, :, 0], given.shape[2] == 2
+        if last:
+            x[:, :, -1] = given[:, :, 1]
+        latents = self._normalised(x)
+        mask = torch.zeros_like(latents[:, :4])
+        mask[:, :, 0] = 1  # the first latent frame is one frame alone
+        if last:
+            mask[:, 3, -1] = 1
+        return torch.cat((mask, latents), dim=1)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -57,6 +77,28 @@ class TextEncoder:
         ).to(self.model.device)
         states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state  # [B, T, text_dim]
         return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
+
+
+class FrameEncoder:
+    """The given frames of videos -> what image-to-video is conditioned on."""
+
+    def __init__(self, folder: Path, codec: VideoCodec):
+        self.codec, self.device = codec, codec.mean.device
+        self.processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        self.clip = CLIPVisionModel.from_pretrained(folder / "image_encoder", use_safetensors=True, dtype=torch.float32)
+        self.clip = self.clip.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, given: torch.Tensor, frames: int) -> dict[str, torch.Tensor]:
+        """uint8 [B, 3, n, H, W], the first frame or the first and the last, of videos of `frames` -> y [B, 20, f, h, w]
+        (see `VideoCodec.encode_given`) and image [B, n * 257, 1280], CLIP's features before its last block."""
+        pictures = given.permute(0, 2, 3, 4, 1).flatten(0, 1).cpu().numpy()  # [B*n, H, W, 3]
+        pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
+        image = self.clip(pixels, output_hidden_states=True).hidden_states[-2]  # [B*n, 257, 1280]
+        return {
+            "y": self.codec.encode_given(given, frames),
+            "image": image.unflatten(0, (len(given), -1)).flatten(1, 2),
+        }
 
 
 def clean(caption: str) -> str:

@@ -5,4 +5,4 @@
 #   bash zoo/wan21/finetune_t2v.sh --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl --lr 1e-5
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
-launch train --job finetune "$@"
+launch train --job finetune --task t2v "$@"

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video diffusion transformer, on megatron-core.
+"""Wan2.1 text- and image-to-video diffusion transformer, on megatron-core.
 
 Paper: Wan: Open and Advanced Large-Scale Video Generative Models, arXiv:2503.20314.
 Reference implementations: Wan-Video/Wan2.1 @ 9737cba9 `wan/modules/model.py` (Apache-2.0) and
@@ -11,14 +11,16 @@ What is unusual:
 - One time embedding feeds all blocks: each block adds its own learnt `modulation` [1, 6, D] to the same 6 rows.
 - Cross-attention is normalised with affine (`norm3`) and has no gate; the other two norms have no parameters.
 - Rotary embedding over (frame, row, column) with the head dimension split 44/42/42 (of 128), interleaved pairs.
+- Image-to-video sees the given frames twice: as 20 more input channels (which frames are given, and their latents), and
+  as CLIP features with keys and values of their own, whose attention is added to the text's before the output linear.
 
 Parallelism: tokens first. Under tensor parallelism heads and FFN columns are split; under sequence parallelism
 everything between the linears holds L/tp tokens. Context parallelism splits the tokens for the whole network and meets
 only in self-attention. A pipeline stage hands one tensor on: its tokens, then the 6 modulation rows, the time
-embedding row and the text rows, so their gradients flow back through the schedule like the tokens' own.
+embedding row, the text rows and the image rows, so their gradients flow back through the schedule like the tokens' own.
 
 Shape legend: B batch, C latent channels, F H W latent frames, rows, columns, L tokens of this rank, D hidden,
-N heads of this rank, E head dim, T text tokens.
+N heads of this rank, E head dim, T text tokens, I image features (0, 257 or 514) of width image_dim.
 """
 
 import math
@@ -68,15 +70,24 @@ class WanCrossAttention(nn.Module):
         self.o = parallel.RowLinear(config.dim, config.dim, mc)
         self.norm_q = ShardedRMSNorm(config, mc)
         self.norm_k = ShardedRMSNorm(config, mc)
+        if config.image_dim is not None:
+            self.k_img = parallel.ColumnLinear(config.dim, config.dim, mc)
+            self.v_img = parallel.ColumnLinear(config.dim, config.dim, mc)
+            self.norm_k_img = ShardedRMSNorm(config, mc)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """x [L(/tp), B, D], text [T, B, D] (in the tensor-parallel region) -> [L(/tp), B, D]."""
+    def forward(self, x: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        """x [L(/tp), B, D], text [T, B, D], image [I, B, D] (both in the tensor-parallel region) -> [L(/tp), B, D]."""
         E = self.config.head_dim
         x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
         q = self.norm_q(self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
         k = self.norm_k(self.k(text)).unflatten(2, (-1, E))  # [T, B, N, E]
         v = self.v(text).unflatten(2, (-1, E))
-        return self.o(ops.attention(q, k, v).flatten(2))
+        y = ops.attention(q, k, v)  # [L, B, N, E]
+        if image is not None:
+            k = self.norm_k_img(self.k_img(image)).unflatten(2, (-1, E))  # [I, B, N, E]
+            v = self.v_img(image).unflatten(2, (-1, E))
+            y = y + ops.attention(q, k, v)
+        return self.o(y.flatten(2))
 
 
 class ShardedRMSNorm(nn.Module):
@@ -109,8 +120,16 @@ class WanBlock(nn.Module):
         )
         parallel.mark_replicated([self.modulation, self.norm3.weight, self.norm3.bias], mc)
 
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, rope: torch.Tensor):
-        """x [L(/tp), B, D], modulation [6, B, D], text [T, B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        modulation: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None,
+        rope: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [L(/tp), B, D], modulation [6, B, D], text [T, B, D], image [I, B, D], rope [L, 1, 1, E/2, 2] ->
+        [L(/tp), B, D]."""
         eps = self.config.eps
         rows = modulation.float() + self.modulation.float().transpose(0, 1)  # [6, B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(0)
@@ -118,11 +137,37 @@ class WanBlock(nn.Module):
         y = self.self_attn(ops.layer_norm_modulate(x, scale1, shift1, eps), rope)
         x = ops.gate_residual(x, y, gate1)
 
-        x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text)
+        x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text, image)
 
         y = parallel.enter_tensor_parallel(ops.layer_norm_modulate(x, scale2, shift2, eps), self.mc)
         y = self.ffn["2"](ops.gelu_tanh(self.ffn["0"](y)))  # [L, B, F/tp] in between
         return ops.gate_residual(x, y, gate2)
+
+
+class WanImageEmbedding(nn.Module):
+    """CLIP features -> rows that cross-attention reads; of two images, told apart by a positional embedding."""
+
+    def __init__(self, config: WanConfig, dtype: torch.dtype):
+        super().__init__()
+        Im, D = config.image_dim, config.dim
+        if config.first_last:
+            self.emb_pos = nn.Parameter(torch.empty(1, config.image_rows, Im, dtype=dtype))
+        self.proj = nn.ModuleDict(
+            {
+                "0": nn.LayerNorm(Im, dtype=dtype),
+                "1": nn.Linear(Im, Im, dtype=dtype),
+                "3": nn.Linear(Im, D, dtype=dtype),
+                "4": nn.LayerNorm(D, dtype=dtype),
+            }
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """[B, I, image_dim] -> [I, B, D]."""
+        x = image + self.emb_pos if hasattr(self, "emb_pos") else image
+        first, last = self.proj["0"], self.proj["4"]
+        x = ops.layer_norm(x.transpose(0, 1), first.weight, first.bias, first.eps)  # [I, B, image_dim]
+        x = self.proj["3"](F.gelu(self.proj["1"](x)))  # [I, B, D]
+        return ops.layer_norm(x, last.weight, last.bias, last.eps)
 
 
 class WanDiT(MegatronModule):
@@ -150,6 +195,8 @@ class WanDiT(MegatronModule):
         if first:
             self.patch_embedding = nn.Conv3d(config.in_dim, D, config.patch_size, config.patch_size, dtype=dtype)
             self.text_embedding = _mlp(config.text_dim, D, D, nn.GELU("tanh"), dtype)
+            if config.image_dim is not None:
+                self.img_emb = WanImageEmbedding(config, dtype)
             self.time_embedding = _mlp(config.freq_dim, D, D, nn.SiLU(), dtype)
             self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D, dtype=dtype))
             shared = [self.patch_embedding, self.time_embedding, self.time_projection]
@@ -165,35 +212,45 @@ class WanDiT(MegatronModule):
         """Called by the pipeline schedule: what the previous stage sent, or None."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, latents: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, F, H, W], t [B] in [0, 1000], text [B, T, text_dim] zero-padded.
+    def forward(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        y: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """latents [B, C, F, H, W], t [B] in [0, 1000], text [B, T, text_dim] zero-padded; for image-to-video y
+        [B, 4 + C, F, H, W], mask and latents of the given frames, and their CLIP features image [B, I, image_dim].
 
         Returns this rank's share of the predicted velocity as tokens [L(/tp), B, C*patch] (see `unpatchify`), or, on
-        all but the last pipeline stage, the tensor handed on [L(/tp) + 7 + T, B, D].
+        all but the last pipeline stage, the tensor handed on [L(/tp) + 7 + T + I, B, D].
         """
-        dtype = self.config.params_dtype
+        dtype, (_, _, *grid) = self.config.params_dtype, latents.shape
+        assert (y is None) == (image is None) == (self.wan.image_dim is None), f"{self.wan.task} with y or image"
         if self.first:
+            latents = latents if y is None else torch.cat((latents, y), dim=1)  # 16 + 20 channels
             x = parallel.local_tokens(patchify(latents, self.wan.patch_size), self.config).to(dtype)
             x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # [L(/tp), B, D]
             temb = self.time_embedding(sinusoid(t, self.wan.freq_dim).to(dtype))  # [B, D]
             modulation = self.time_projection(temb).unflatten(1, (6, -1)).transpose(0, 1)  # [6, B, D]
             text = self.text_embedding(text.transpose(0, 1).to(dtype))  # [T, B, D]
             temb = temb.unsqueeze(0)  # [1, B, D]
+            image = text[:0] if image is None else self.img_emb(image.to(dtype))  # [I, B, D]
         else:
-            rest = self._input.shape[0] - 7 - text.shape[1]
-            x, modulation, temb, text_rows = self._input.split([rest, 6, 1, text.shape[1]])
-            text = text_rows
-        _, _, *grid = latents.shape
+            context = (6, 1, text.shape[1], 0 if image is None else image.shape[1])
+            x, modulation, temb, text, image = self._input.split([self._input.shape[0] - sum(context), *context])
         rope = rotary_table(grid, self.wan, latents.device)  # [F*H*W, 1, 1, E/2, 2]
         rope = rope.chunk(self.config.context_parallel_size)[parallel.mpu.get_context_parallel_rank()]
 
-        # Every block's keys and values read the same text: one all-reduce of its gradient instead of one per block.
+        # Every block's keys and values read the same rows: one all-reduce of their gradient instead of one per block.
         keys = parallel.copy_to_tensor_model_parallel_region(text)
+        image_keys = None if self.wan.image_dim is None else parallel.copy_to_tensor_model_parallel_region(image)
         for block in self.blocks.values():
-            x = parallel.recomputed(block, self.recompute, self.offload)(x, modulation, keys, rope)
+            x = parallel.recomputed(block, self.recompute, self.offload)(x, modulation, keys, image_keys, rope)
 
         if not self.last:
-            return torch.cat((x, modulation, temb, text))
+            return torch.cat((x, modulation, temb, text, image))
         shift, scale = (self.head["modulation"].float().transpose(0, 1) + temb.float()).unbind(0)  # [B, D] each
         return self.head["head"](ops.layer_norm_modulate(x, scale, shift, self.wan.eps))  # [L(/tp), B, C*patch]
 
@@ -278,12 +335,12 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
 
 def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
     """Initial values of the original code: Xavier-uniform linears, N(0, 0.02) text and time MLPs, modulation
-    N(0, 1/D), zero biases, unit norms, zero output head."""
+    N(0, 1/D), zero biases, unit norms, zero output head and image positions."""
     if name.endswith("modulation"):
         whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
-    elif name.startswith("head.") or name.endswith(".bias"):
+    elif name.startswith("head.") or name.endswith((".bias", "emb_pos")):
         whole.zero_()
-    elif ".norm" in name:
+    elif whole.dim() == 1:  # the weights of norms
         whole.fill_(1.0)
     elif name.startswith(("text_embedding", "time_embedding")):
         whole.normal_(std=0.02, generator=generator)

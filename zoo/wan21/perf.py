@@ -83,7 +83,7 @@ def facts(o: PerfOptions) -> dict:
     return {
         "source": "measured",
         "system": OURS + (f" + {COMPILED}" if o.compile else ""),
-        "model": "Wan2.1-T2V",
+        "model": f"Wan2.1-{SIZES[o.size].task.upper()}",
         "size": o.size,
         "hardware": device.name(),
         "devices": o.world,
@@ -108,10 +108,15 @@ def batch_of(o: PerfOptions, config: WanConfig) -> dict:
     """A micro-batch of random latents and text, [B, C, F, H, W] and [B, T, D], as training sees them."""
     grid = latent_grid(data.parse_buckets(o.buckets)[0])
     where, generator = device.current(), torch.Generator().manual_seed(0)
-    latents = torch.randn(o.micro_batch, config.in_dim, *grid, generator=generator).to(where)
+    latents = torch.randn(o.micro_batch, config.out_dim, *grid, generator=generator).to(where)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     text = torch.randn(o.micro_batch, config.text_len, config.text_dim, generator=generator).to(where, dtype)
-    return FlowMatching(o).noised(latents, text, torch.zeros_like(text[0]), 0, range(o.micro_batch))
+    batch = FlowMatching(o).noised(latents, text, torch.zeros_like(text[0]), 0, range(o.micro_batch))
+    if config.image_dim is not None:
+        y = torch.randn(o.micro_batch, config.in_dim - config.out_dim, *grid, generator=generator)
+        image = torch.randn(o.micro_batch, config.image_rows, config.image_dim, generator=generator)
+        batch |= {"y": y.to(where), "image": image.to(where, dtype)}
+    return batch
 
 
 def draw_all(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
@@ -144,7 +149,7 @@ def ours(o: PerfOptions, config: WanConfig) -> Callable[[], list[dict]]:
             data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
             model=wrapped if len(wrapped) > 1 else wrapped[0],
             num_microbatches=o.micro_batches,
-            seq_length=(tokens // split + 7 + config.text_len) * split,
+            seq_length=(tokens // split + config.context_rows) * split,
             micro_batch_size=o.micro_batch,
         )
         optimizer.prepare_grads()
@@ -172,13 +177,14 @@ def peer(o: PerfOptions, config: WanConfig, compiled: bool) -> Callable[[], torc
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
     batch, where = batch_of(o, config), device.current().type
     forward = torch.compile(model) if compiled else model
+    x = torch.cat((batch["x"], batch["y"]), 1) if "y" in batch else batch["x"]
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=batch["x"].device)
         for _ in range(o.micro_batches):
             with torch.autocast(where, torch.bfloat16, enabled=o.precision == "bf16"):
-                out = forward(batch["x"], batch["t"], batch["text"], return_dict=False)[0]
+                out = forward(x, batch["t"], batch["text"], batch.get("image"), return_dict=False)[0]
             error = (out.float() - batch["target"]).square().mean((1, 2, 3, 4))
             loss = (error * batch["weight"]).mean() / o.micro_batches
             loss.backward()
@@ -246,6 +252,8 @@ class Peer:
 
 def step(o: PerfOptions) -> list[dict]:
     config, before = model_config(o), device.memory_gib()
+    if config.image_dim is not None:  # diffusers takes the last 512 rows of its context for the text, whatever they are
+        config = dataclasses.replace(config, text_len=512)
     mine = ours(o, config)
     main = dist.get_rank() == 0
     peers = [Peer(o, config, compiled) for compiled in ((False, True) if o.compiled_peer else (False,))] if main else []

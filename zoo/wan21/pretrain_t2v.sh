@@ -5,4 +5,4 @@
 #   bash zoo/wan21/pretrain_t2v.sh --size 14B --weights Wan2.1-T2V-14B-Diffusers --data my.jsonl --layout 14B
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
-launch train --job pretrain "$@"
+launch train --job pretrain --task t2v "$@"

@@ -1,10 +1,11 @@
-"""Train Wan2.1 text-to-video: data, model, objective, loop.
+"""Train Wan2.1 text-to-video and image-to-video: data, model, objective, loop.
 
     bash zoo/wan21/pretrain_t2v.sh                                                    # laptop: tiny model, demo clips
+    bash zoo/wan21/pretrain_i2v.sh                                                    # the same, from a first frame
     NPROC=8 bash zoo/wan21/pretrain_t2v.sh --size 1.3B --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl
 
 Every rank of a tensor x context x pipeline group trains on the same samples: each encodes its share of the step's
-micro-batches (VAE, text) and hands them to the others. Noise, timesteps and caption dropout are drawn from generators
+micro-batches (VAE, text, given frames) and hands them to the others. Noise, timesteps and caption dropout are drawn from generators
 seeded by (seed, step, place in the global batch), so they do not depend on the layout and need no state to resume.
 """
 
@@ -13,6 +14,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from common import device  # isort: skip  (before megatron)
 import numpy as np
@@ -25,10 +27,10 @@ from common import checkpoint, cli, parallel, weights
 from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
-from . import convert, data
+from . import convert, data, images
 from .config import HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
-from .encoders import TextEncoder, VideoCodec
-from .infer import sample, write_video
+from .encoders import FrameEncoder, TextEncoder, VideoCodec
+from .infer import condition_on, sample, write_video
 from .model import WanBlock, build, velocity_tokens
 
 DEMO_SAMPLES = 80  # how many the judge scores: every digit in every direction
@@ -85,7 +87,8 @@ class FlowMatching:
 def forward_step(iterator: Iterator[dict], model: torch.nn.Module):
     """One micro-batch through one model chunk, as megatron-core's schedules want it."""
     batch = next(iterator)
-    return model(batch["x"], batch["t"], batch["text"]), lambda output: loss(output, batch, model)
+    output = model(batch["x"], batch["t"], batch["text"], batch.get("y"), batch.get("image"))
+    return output, lambda output: loss(output, batch, model)
 
 
 def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
@@ -118,8 +121,11 @@ class Batches:
         encoder = (
             f"{weights.fingerprint(o.weights / 'vae')} {weights.fingerprint(o.weights / 'text_encoder')} {o.precision}"
         )
+        if config.given_frames:
+            encoder += f" {config.task} {weights.fingerprint(o.weights / 'image_encoder')}"
         self.dataset = data.VideoTextDataset(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
         self.codec = VideoCodec(o.weights, self.device)
+        self.frames = FrameEncoder(o.weights, self.codec) if config.given_frames else None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
         self.text = TextEncoder(o.weights, self.device, dtype, config.text_len)
         self.empty = self.text.encode([""])[0]
@@ -136,30 +142,40 @@ class Batches:
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
         mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
-        shape = (self.o.micro_batch, self.config.in_dim, *latent_grid(self.index.buckets[loaded.bucket]))
+        shape = (self.o.micro_batch, self.config.out_dim, *latent_grid(self.index.buckets[loaded.bucket]))
         batches = []
         for i in range(self.o.micro_batches):
-            latents, text = self._encoded(mine.get(i), shape)
+            latents, text, condition = self._encoded(mine.get(i), shape)
             if group.size() > 1:
-                for tensor in (latents, text):
+                for tensor in (latents, text, *condition.values()):
                     dist.broadcast(tensor, ranks[i % group.size()], group=group)
-            batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i))
+            batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i)) | condition
             if i in mine:
                 batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
             batches.append(batch)
         return batches
 
-    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latents [B, C, F, H, W] fp32, text [B, text_len, D]); empty to be filled if not this rank's."""
+    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """(latents [B, C, F, H, W] fp32, text [B, text_len, D], of image-to-video the condition: y [B, 4 + C, F, H, W]
+        and image [B, I, image_dim] fp32); empty to be filled if not this rank's."""
+        config, condition = self.config, {}
         if batch is None:
-            return torch.empty(shape, device=self.device), self.empty.new_empty(shape[0], *self.empty.shape)
+            latents = torch.empty(shape, device=self.device)
+            if self.frames:
+                condition["y"] = latents.new_empty(shape[0], config.in_dim - config.out_dim, *shape[2:])
+                condition["image"] = latents.new_empty(shape[0], config.image_rows, config.image_dim)
+            return latents, self.empty.new_empty(shape[0], *self.empty.shape), condition
         if batch["latents"] is not None:
             text = batch["text"].to(self.device)  # [B, n, D], n the longest caption's length
-            return batch["latents"].to(self.device), F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+            condition = {name: batch[name].to(self.device) for name in (("y", "image") if self.frames else ())}
+            return batch["latents"].to(self.device), F.pad(text, (0, 0, 0, config.text_len - text.shape[1])), condition
         latents, text = self.codec.encode(batch["pixels"]), self.text.encode(batch["captions"])
+        if self.frames:
+            given = batch["pixels"][:, :, [0, -1][: config.given_frames]]  # [B, 3, n, H, W]
+            condition = self.frames.encode(given, batch["pixels"].shape[2])
         for i, key in enumerate(batch["keys"] or []):
-            data.store(self.o.cache, key, latents[i], text[i])
-        return latents, text
+            data.store(self.o.cache, key, latents[i], text[i], {name: value[i] for name, value in condition.items()})
+        return latents, text, condition
 
 
 def indexed(o: TrainOptions) -> data.Index:
@@ -187,23 +203,25 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
             for name, parameter in checkpoint.parameters(chunks):
                 parameter.copy_(result["ema"][name])
     demo = o.data == demo_list("train")
-    captions = [row.caption for row in data.read_rows(demo_list("test"))[0]][:DEMO_SAMPLES] if demo else None
     if o.sample_prompts:
-        captions = [line for line in o.sample_prompts.read_text().splitlines() if line.strip()]
-    if captions is None:
-        captions = [row.caption for row in batches.index.rows[:4]]
+        asked = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
+    else:  # captions, and for image-to-video the first (and last) frames, of videos
+        rows = data.read_rows(demo_list("test"))[0][:DEMO_SAMPLES] if demo else batches.index.rows[:4]
+        asked = [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
+    captions = [request.prompt for request in asked]
     bucket = batches.index.buckets[0]
     pieces = []
-    share = -(-len(captions) // o.dp)  # each data-parallel rank samples its share, all the same number (FSDP gathers)
-    mine = [captions[min(mpu.get_data_parallel_rank() * share + i, len(captions) - 1)] for i in range(share)]
+    share = -(-len(asked) // o.dp)  # each data-parallel rank samples its share, all the same number (FSDP gathers)
+    mine = [asked[min(mpu.get_data_parallel_rank() * share + i, len(asked) - 1)] for i in range(share)]
     for start in range(0, share, SAMPLE_BATCH):
-        texts = mine[start : start + SAMPLE_BATCH]
+        some = mine[start : start + SAMPLE_BATCH]
         seeds = [
-            checkpoint.stable_seed(o.seed, mpu.get_data_parallel_rank() * share + start + i) for i in range(len(texts))
+            checkpoint.stable_seed(o.seed, mpu.get_data_parallel_rank() * share + start + i) for i in range(len(some))
         ]
         latents = sample(
-            chunks, o, config, batches.text.encode(texts), batches.empty, latent_grid(bucket), seeds,
-            sampler="unipc", shift=o.shift, steps=o.sample_steps, cfg=o.cfg,
+            chunks, o, config, batches.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
+            sampler="unipc", shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
+            condition=condition_on(batches.frames, some, bucket, "crop"),
         )  # fmt: skip
         pieces.append(batches.codec.decode(latents))
     videos = torch.cat(pieces).to(device.current())  # [share, 3, F, H, W] uint8
@@ -257,9 +275,9 @@ def main() -> None:
         return config.tokens(grid), config.flops(grid)
 
     def sequence_length(batch: list[dict]) -> int:
-        """Rows of the pipeline tensor times what megatron-core divides them by: tokens, 7 time rows, text rows."""
+        """Rows of the pipeline tensor times what megatron-core divides them by."""
         split = o.cp * (o.tp if o.sp else 1)
-        return (samples(batch)[0] // split + 7 + config.text_len) * split
+        return (samples(batch)[0] // split + config.context_rows) * split
 
     grid = latent_grid(index.buckets[0])
     header = loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(grid))

@@ -109,6 +109,18 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
             rows.write(json.dumps({"path": name, "caption": caption(digit, direction)}) + "\n")
 
 
+def write_pictures(folder: Path) -> None:
+    """`images/`: first frames of held-out digits, and the prompts that go with them, a line each: picture<TAB>prompt."""
+    images, labels = digit_images(train=False)
+    rng, lines = np.random.default_rng(0), []
+    for digit, direction in ((3, "to the left"), (7, "up and to the right")):
+        image = images[rng.choice(np.flatnonzero(labels == digit))]
+        first = render(image, path_centers(direction, rng)[:1])[0]
+        cv2.imwrite(str(folder / f"{DIGITS[digit]}.png"), first)
+        lines.append(f"{DIGITS[digit]}.png\t{caption(digit, direction)}\n")
+    (folder / "prompts.tsv").write_text("".join(lines))
+
+
 def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0) -> Path:
     """Write the clips under `out` and return it. A complete folder of the same settings is reused, any other folder
     that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done."""
@@ -138,11 +150,19 @@ def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a complete one is reused")
+    parser.add_argument(
+        "--pictures", action="store_true", help="write the first frames of infer_i2v.sh there, no clips"
+    )
     parser.add_argument("--train", type=int, default=1920, help="train clips (default %(default)s)")
     parser.add_argument("--test", type=int, default=320, help="test clips of held-out images (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     args = parser.parse_args()
-    print(make(args.out, args.train, args.test, args.seed))
+    if args.pictures:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_pictures(args.out)
+    else:
+        make(args.out, args.train, args.test, args.seed)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     python -m zoo.wan21.demo.make_weights                          # everything, the transformer random
     python -m zoo.wan21.demo.make_weights --transformer EXPORTED   # puts the transformer of a training run there
+    python -m zoo.wan21.demo.make_weights --i2v                    # image-to-video; with --transformer as above
 
-writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae} in bf16. The
+writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae} in bf16, with
+--i2v `weights-i2v/`: an image encoder with seeded random weights besides, and links to the files of `weights/`. The
 VAE is trained here on moving digits (train images of `make_data`, never the held-out ones). The text encoder has
 seeded random weights and stays so: its captions are told apart well enough. The transformer is what the recipe trains;
 the shipped one and the figures of its run: README.md of this folder.
@@ -14,17 +16,32 @@ Shapes: B clips, F frames, S height and width, T H W of the latents.
 """
 
 import argparse
+import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from . import make_data
 
@@ -82,12 +99,44 @@ def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def build_transformer() -> WanTransformer3DModel:
+def build_transformer(i2v: bool = False) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
-        text_dim=64, freq_dim=256, ffn_dim=512, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        eps=1e-6, added_kv_proj_dim=None, rope_max_seq_len=1024,
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=36 if i2v else 16,
+        out_channels=16, text_dim=64, freq_dim=256, ffn_dim=512, num_layers=4, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=64 if i2v else None,
+        added_kv_proj_dim=128 if i2v else None, rope_max_seq_len=1024,
     )  # fmt: skip
+
+
+def build_image_encoder() -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """16 patches of 7x7 and a class token."""
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
+    )
+    size = config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPVisionModel(config).eval(), processor
+
+
+def write_i2v(out: Path, base: Path, seed: int) -> None:
+    """`base`'s folder for image-to-video: what is new there, and relative links to `base`'s files for the rest."""
+    torch.manual_seed(seed)
+    encoder, processor = build_image_encoder()
+    parts = WanPipeline.from_pretrained(base, torch_dtype=torch.bfloat16).components
+    pipeline = WanImageToVideoPipeline(
+        **{name: parts[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")},
+        image_processor=processor, image_encoder=encoder.bfloat16(), transformer=build_transformer(True).bfloat16(),
+    )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    pipeline.save_pretrained(out)
+    for text in (out / "model_index.json", out / "image_processor" / "preprocessor_config.json"):
+        values = text.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor")  # its name in a release
+        text.write_text(json.dumps(json.loads(values), indent=2) + "\n")
+    for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
+        shutil.rmtree(out / part)
+        (out / part).mkdir()
+        for file in (base / part).iterdir():
+            (out / part / file.name).symlink_to(os.path.relpath(file, out / part))
 
 
 def build_vae(latents_mean: list[float], latents_std: list[float]) -> AutoencoderKLWan:
@@ -155,7 +204,8 @@ def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "weights")
+    parser.add_argument("--i2v", action="store_true", help="the image-to-video folder")
+    parser.add_argument("--out", type=Path, help="(default weights, with --i2v weights-i2v)")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -163,11 +213,15 @@ def main() -> None:
         "--transformer", type=Path, help="folder exported by a training run; only its transformer is taken"
     )
     args = parser.parse_args()
+    args.out = args.out or HERE / ("weights-i2v" if args.i2v else "weights")
     if args.transformer:
         trained = load_file(args.transformer / "transformer" / "diffusion_pytorch_model.safetensors")
-        model = build_transformer().bfloat16()
+        model = build_transformer(args.i2v).bfloat16()
         model.load_state_dict(trained, strict=True)
         model.save_pretrained(args.out / "transformer")
+        return
+    if args.i2v:
+        write_i2v(args.out, HERE / "weights", args.seed)
         return
 
     torch.manual_seed(args.seed)

@@ -1,0 +1,169 @@
+"""Image-to-video of Wan2.1: what the model is conditioned on against diffusers' pipeline, pictures and prompt files."""
+
+import dataclasses
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import wan_case as case
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanVideoToVideoPipeline
+from PIL import Image
+from test_wan21 import close
+
+from common import device
+
+pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
+
+infer, encoders, images, data = (
+    import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders", "images", "data")
+)
+FOLDER, PROMPT = case.config.DEMO_I2V, "a handwritten three moves to the left"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanImageToVideoPipeline:
+    made = WanImageToVideoPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def frames() -> "encoders.FrameEncoder":
+    return encoders.FrameEncoder(FOLDER, encoders.VideoCodec(FOLDER, device.current()))
+
+
+def pictures(count: int, height: int = 48, width: int = 48) -> list[Image.Image]:
+    rng = np.random.default_rng(3)
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "first and last"])
+@pytest.mark.parametrize("length", [5, 13])
+def test_condition_equals_that_of_the_diffusers_pipeline(pipeline, frames, last, length):
+    shown = pictures(1 + last, 48, 64)
+    pixels = [pipeline.video_processor.preprocess(p, height=48, width=64).float() for p in shown]
+    _, y = pipeline.prepare_latents(
+        pixels[0], 1, 16, 48, 64, length, torch.float32, torch.device("cpu"), None, None, pixels[1] if last else None
+    )
+    image = pipeline.encode_image(shown).flatten(0, 1)[None]
+    given = torch.from_numpy(np.stack([np.asarray(p) for p in shown])).permute(3, 0, 1, 2)[None]  # [1, 3, n, H, W]
+    got = frames.encode(given, length)
+    assert got["y"].shape == y.shape and close(got["y"], y) and torch.equal(got["y"][:, :4], y[:, :4])
+    assert close(got["image"], image)
+
+
+def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
+    o = case.config.parse("train", ["--job", "finetune", "--task", "i2v"])
+    config = dataclasses.replace(case.config.model_config(o), text_len=512)  # diffusers knows no other with an image
+    chunk = case.model.build(o, config)[0]
+    case.convert.fill([chunk], o, config)
+    encoder = encoders.TextEncoder(FOLDER, device.current(), torch.float32, config.text_len)
+    grid, bucket = (4, 6, 6), data.Bucket(13, 48, 48)
+    pictures(1)[0].save(tmp_path / "a.png")
+    got = infer.sample(
+        [chunk], o, config, encoder.encode([PROMPT]), encoder.encode([""])[0], grid, [5],
+        sampler="unipc", shift=5.0, steps=4, cfg=4.0,
+        condition=infer.condition_on(frames, [images.Request(PROMPT, tmp_path / "a.png")], bucket, "exact"),
+    )  # fmt: skip
+    want = pipeline(
+        image=Image.open(tmp_path / "a.png"), prompt=PROMPT, negative_prompt="", height=48, width=48, num_frames=13,
+        num_inference_steps=4, guidance_scale=4.0, max_sequence_length=512, output_type="latent",
+        latents=torch.randn(16, *grid, generator=torch.Generator().manual_seed(5))[None],
+    ).frames  # fmt: skip
+    assert close(got, want)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
+    folder = case.config.DEMO_WEIGHTS
+    o = case.config.parse("train", ["--job", "finetune"])
+    config = case.config.model_config(o)
+    chunk = case.model.build(o, config)[0]
+    case.convert.fill([chunk], o, config)
+    encoder = encoders.TextEncoder(folder, device.current(), torch.float32, config.text_len)
+    shown, grid = pictures(13), (4, 6, 6)
+    clip = torch.from_numpy(np.stack([np.asarray(p) for p in shown])).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
+    got = infer.sample(
+        [chunk], o, config, encoder.encode([PROMPT]), encoder.encode([""])[0], grid, [5],
+        sampler=sampler, shift=5.0, steps=5, cfg=4.0, start=frames.codec.encode(clip), strength=0.7,
+    )  # fmt: skip
+    pipeline = WanVideoToVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae_scale_factor_spatial = 8  # it counts the stages of the VAE, and the tiny one folds 2x2 pixels instead
+    if sampler == "euler":
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    want = pipeline(
+        video=shown, prompt=PROMPT, negative_prompt="", height=48, width=48, num_inference_steps=5, strength=0.7,
+        guidance_scale=4.0, max_sequence_length=config.text_len, output_type="latent",
+        generator=torch.Generator().manual_seed(5),
+    ).frames  # fmt: skip
+    assert close(got, want)
+
+
+def test_a_clip_is_read_at_the_rate_asked_and_must_be_long_enough(tmp_path):
+    bucket = data.Bucket(5, 48, 48)
+    video = np.repeat(np.arange(0, 250, 25, dtype=np.uint8)[:, None, None, None], 48, 1).repeat(48, 2).repeat(3, 3)
+    [path] = infer.write_video(video, tmp_path / "a", 16, "mp4", "")  # ten frames, each lighter than the one before
+    images.check_clip(path, bucket, 8.0, "exact")
+    shades = images.clip(path, bucket, 8.0, "exact").mean((1, 2, 3))
+    assert np.abs(shades - [0, 50, 100, 150, 200]).max() < 5
+    with pytest.raises(ValueError, match="5 frames at 8 fps .10 at 16.; expected 9; fix: --video"):
+        images.check_clip(path, data.Bucket(9, 48, 48), 8.0, "exact")
+
+
+@pytest.mark.parametrize(("fit", "rows", "columns"), [("crop", 48, 48), ("pad", 24, 48)])
+def test_a_picture_of_another_aspect_is_refused_or_fitted_as_asked(fit, rows, columns, tmp_path):
+    path, bucket = tmp_path / "wide.png", data.Bucket(5, 48, 48)
+    Image.fromarray(np.full((60, 120, 3), 255, np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"120x60 \(aspect 2.000\).*48x48 \(1.000\).*fix: --fit crop"):
+        images.check([images.Request("x", path)], bucket, "exact")
+    images.check([images.Request("x", path)], bucket, fit)
+    shown = images.frame(path, 0, bucket, fit)[..., 0] > 0
+    assert shown.shape == (48, 48) and shown.any(1).sum() == rows and shown.any(0).sum() == columns
+
+
+REFUSED = {
+    "no tab": ("prompts.tsv", "a.png\tone\njust words\n", 1, r"prompts.tsv:2: 'just words'; expected"),
+    "no last picture": ("prompts.tsv", "a.png\tone\n", 2, r"prompts.tsv:1: .*LAST PICTURE"),
+    "broken row": ("prompts.jsonl", '{"image": "a.png"\n', 1, r"prompts.jsonl:1: malformed JSON"),
+    "wrong key": ("prompts.jsonl", '{"image": "a.png", "text": "one"}\n', 1, r"prompts.jsonl:1: .*image, prompt"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_row_of_prompts_that_is_not_of_the_form_is_refused_with_its_line(what, tmp_path):
+    name, text, count, message = REFUSED[what]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        images.read_requests(tmp_path / name, "--prompts", count)
+
+
+def test_prompts_with_pictures_are_read_from_lines_and_from_json(tmp_path):
+    (tmp_path / "a.tsv").write_text("x/first.png\tlast.png\tone, two\n\n")
+    (tmp_path / "b.jsonl").write_text('{"image": "x/first.png", "last_image": "last.png", "prompt": "one, two"}\n')
+    want = [images.Request("one, two", tmp_path / "x/first.png", tmp_path / "last.png")]
+    assert images.read_requests(tmp_path / "a.tsv", "--prompts", 2) == want
+    assert images.read_requests(tmp_path / "b.jsonl", "--prompts", 2) == want
+
+
+WRONG = {
+    "t2v launcher, i2v weights": (["--task", "t2v", "--weights", "I2V", "--prompt", "x"], "launcher named _i2v.sh"),
+    "i2v launcher, t2v weights": (["--task", "i2v", "--weights", "T2V", "--prompt", "x"], "launcher named _t2v.sh"),
+    "t2v launcher, i2v size": (["--task", "t2v", "--size", "tiny-i2v"], "launcher named _i2v.sh"),
+    "no picture": (["--task", "i2v", "--prompt", "x"], "no picture; expected --image"),
+    "a picture too many": (["--task", "i2v", "--prompt", "x", "--image", "a", "--last-image", "b"], "--last-image"),
+    "a picture for text-to-video": (["--task", "t2v", "--prompt", "x", "--image", "a"], "text-to-video with --image"),
+    "a picture that is not there": (["--task", "i2v", "--prompt", "x", "--image", "no.png"], "no.png"),
+    "no strength": (["--task", "t2v", "--video", "1x48x48", "--video-in", "CLIP", "--strength", "0.01"], "--strength"),
+    "a video of one frame": (["--task", "i2v", "--video", "1x48x48"], "at least 5 frames"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_pictures_and_weights_of_another_task_are_refused(what):
+    argv, part = WRONG[what]
+    folders = {"I2V": str(FOLDER), "T2V": str(case.config.DEMO_WEIGHTS), "CLIP": str(FOLDER / "../images/three.png")}
+    with pytest.raises(ValueError, match="fix: ") as error:
+        case.config.parse("infer", [folders.get(word, word) for word in argv])
+    assert part in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,137 @@
+"""What is to be sampled: prompts, the pictures of image-to-video that go with them and the video of video-to-video, as
+frames of the shape sampled.
+
+A file of prompts (`--prompts`) holds one a line. For image-to-video a line is `picture<TAB>prompt`, of sizes with a last
+frame `picture<TAB>last picture<TAB>prompt`; or the file is a .jsonl of rows
+
+    {"image": "cat.png", "prompt": "a cat jumps"}      and "last_image" where there is one
+
+Paths are relative to the file's folder. A picture is a still, or a video of which the first (as last picture: the last)
+frame is taken. No torch here: everything is checked before it is imported.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.data import VideoError, VideoInfo, probe_video, read_frames, resize_crop
+
+from .data import Bucket, frame_step, resampled_length
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to sample; `image` and `last_image` as far as the size is conditioned on them."""
+
+    prompt: str
+    image: Path | None = None
+    last_image: Path | None = None
+
+
+def read_requests(path: Path, flag: str, images: int = 0) -> list[Request]:
+    """The requests of a file whose rows hold `images` pictures: 0, 1, or 2 with a last one.
+
+    Raises:
+        ValueError: there is no such file or no row in it, or a row (named by its line) is not of the form.
+    """
+    form = "\t".join(["PICTURE", "LAST PICTURE"][:images] + ["PROMPT"])
+    if not path.is_file():
+        raise ValueError(f"{flag} {path} does not exist; expected a text file, a prompt per line; fix: {flag}")
+    rows = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{flag} {path} holds no prompt; expected {form!r} on every line; fix: {flag}")
+    requests = []
+    for number, line in rows:
+        if path.suffix == ".jsonl" and images:
+            cells = _cells(line, ["image", "last_image"][:images] + ["prompt"], f"{path}:{number}")
+        else:
+            cells = [cell.strip() for cell in line.split("\t", images)]
+        if len(cells) != images + 1 or not all(cells):
+            raise ValueError(f"{path}:{number}: {line[:60]!r}; expected {form!r}, tabs between; fix: {path}")
+        requests.append(Request(cells[-1], *(path.parent / cell for cell in cells[:-1])))
+    return requests
+
+
+def _cells(line: str, keys: list[str], where: str) -> list[str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: malformed JSON, {error.msg}; expected an object; fix: {where}") from None
+    if not isinstance(row, dict) or set(row) != set(keys) or not all(isinstance(v, str) for v in row.values()):
+        raise ValueError(f"{where}: {line[:60]!r}; expected an object of texts {', '.join(keys)}; fix: {where}")
+    return [row[key].strip() for key in keys]
+
+
+def check(requests: list[Request], bucket: Bucket, fit: str) -> None:
+    """Every picture is there and can be shown in the video's shape. ValueError: see `_shape`."""
+    for path in (p for request in requests for p in (request.image, request.last_image) if p is not None):
+        _shape(path, bucket, fit, "--image, or its row in --prompts")
+
+
+def check_clip(path: Path, bucket: Bucket, fps: float, fit: str) -> None:
+    """A video to start from is there, can be shown in the shape, and at `fps` is long enough. ValueError: it is not."""
+    info = _shape(path, bucket, fit, "--video-in")
+    length = resampled_length(info.frames, frame_step(info.fps, fps or None))
+    if length < bucket.frames:
+        raise ValueError(
+            f"--video-in {path}: {length} frames at {fps or info.fps:g} fps ({info.frames} at {info.fps:g}); expected "
+            f"{bucket.frames}; fix: --video, --fps or --video-in"
+        )
+
+
+def _shape(path: Path, bucket: Bucket, fit: str, flags: str) -> VideoInfo:
+    """What a still or video is.
+
+    Raises:
+        ValueError: missing or broken, or of another aspect than the bucket (by more than a pixel) with fit "exact".
+    """
+    try:
+        info = probe_video(path)
+    except VideoError as error:
+        raise ValueError(f"cannot read {error}; expected a picture or video; fix: {flags}") from None
+    height, width = info.height * bucket.width / info.width, info.width * bucket.height / info.height
+    if fit == "exact" and min(abs(height - bucket.height), abs(width - bucket.width)) >= 1:
+        raise ValueError(
+            f"{path} is {info.width}x{info.height} (aspect {info.width / info.height:.3f}), the video "
+            f"{bucket.width}x{bucket.height} ({bucket.width / bucket.height:.3f}); expected the same aspect; "
+            "fix: --fit crop, --fit pad, or --video FRAMESxHEIGHTxWIDTH of that aspect"
+        )
+    return info
+
+
+def clip(path: Path, bucket: Bucket, fps: float, fit: str) -> np.ndarray:
+    """The first frames of a video, at `fps` (0: its own), as uint8 [F, H, W, 3] of the bucket."""
+    step = frame_step(probe_video(path).fps, fps or None)
+    indices = [int(i * step + 1e-6) for i in range(bucket.frames)]
+    return read_frames(path, indices, lambda image: fitted(image, bucket, fit))
+
+
+def frame(path: Path, index: int, bucket: Bucket, fit: str) -> np.ndarray:
+    """Frame `index` (0, or -1 the last) of a still or a video as uint8 [H, W, 3] of the bucket."""
+    return fitted(read_frames(path, [index % probe_video(path).frames])[0], bucket, fit)
+
+
+def fitted(image: np.ndarray, bucket: Bucket, fit: str) -> np.ndarray:
+    """uint8 [h, w, 3] -> [H, W, 3] of the bucket. crop: scaled to cover and cut; pad: scaled to fit inside, black around;
+    exact: of the bucket's aspect, so scaled alone."""
+    if fit == "pad":
+        scale = min(bucket.height / image.shape[0], bucket.width / image.shape[1])
+        inside = [max(1, round(side * scale)) for side in image.shape[:2]]
+        image = resize_crop(image[None], *inside)[0]
+        top, left = (bucket.height - inside[0]) // 2, (bucket.width - inside[1]) // 2
+        whole = np.zeros((bucket.height, bucket.width, 3), np.uint8)
+        whole[top : top + inside[0], left : left + inside[1]] = image
+        return whole
+    return resize_crop(image[None], bucket.height, bucket.width)[0]
+
+
+def given_frames(requests: list[Request], bucket: Bucket, fit: str) -> np.ndarray:
+    """The frames requests give, uint8 [B, n, H, W, 3]: n = 1, or 2 with last ones."""
+    return np.stack(
+        [
+            np.stack([frame(path, i, bucket, fit) for path, i in ((r.image, 0), (r.last_image, -1)) if path])
+            for r in requests
+        ]
+    )
