@@ -9,6 +9,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ from typing import Literal
 
 from common import cli, weights
 from common.cli import option
+from common.data import VideoError, probe_video
 
 from . import convert, data, images
 
 HERE = Path(__file__).parent
 DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+DEMO_CAPTIONS = 80  # as many as the judge scores: every digit in every direction
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 
 
@@ -297,6 +301,30 @@ class InferOptions(cli.LayoutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(InferOptions):
+    format: Literal["mp4"] = option("kind of file written, which the scores are read from", "mp4", group="job")
+    data: Path | None = option("list of real clips, whose captions are sampled (default: the demo's)", group="scores")
+    videos: Path | None = option(
+        "folder of videos sampled already: mp4s that in order of their names show the captions of --data",
+        group="scores",
+    )
+    limit: int | None = option(
+        "rows of --data, or prompts, from the first on (default: all; of the demo's 80)",
+        group="scores",
+        within="[1, inf)",
+    )
+    max_drop: float = option(
+        "share of clips that may be unreadable or of another shape", 0.05, group="scores", within="[0, 1]"
+    )
+    feature_model: Path | None = option(
+        "transformers folder of a vision model (CLIP, DINOv2, VideoMAE…): a Fréchet distance", group="scores"
+    )
+    clip: Path | None = option("transformers folder of a CLIP model: the CLIP score", group="scores")
+    vbench: str = option("dimensions of VBench, comma-separated", "", group="scores")
+    vbench_python: Path = option("interpreter that has the package vbench", Path(sys.executable), group="scores")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["diffusers", "released", "original", "sharded"] = option(
         "what to write (released: diffusers); the kind of --weights is recognised", group="job"
@@ -316,6 +344,7 @@ class PerfOptions(TrainOptions):
 JOBS = {
     "train": (TrainOptions, "Train Wan2.1 text-to-video or image-to-video."),
     "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video or image-to-video."),
+    "evaluate": (EvaluateOptions, "Score videos sampled from Wan2.1 text-to-video or image-to-video."),
     "convert": (ConvertOptions, "Convert Wan2.1 weights between the original, diffusers and sharded layouts."),
     "perf": (PerfOptions, "Measure this recipe on this machine."),
 }
@@ -333,13 +362,16 @@ def parse(script: str, argv: list[str]):
     o = _with_demo(o, getattr(o, "job", script), asked={word.split("=")[0] for word in argv})
     if script in ("infer", "convert"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
+    if script == "evaluate":
+        o = dataclasses.replace(_check_scores(o), global_batch=None)
     config = model_config(o)
     if task is not None and (task == "t2v") != (config.task == "t2v"):
         raise ValueError(
             f"{o.weights} of size {o.size} is {TASKS[config.task]}; expected {TASKS[task]}; fix: --weights or --size, or "
             f"the launcher named _{'t2v' if task == 'i2v' else 'i2v'}.sh"
         )
-    shapes = {"train": "buckets", "perf": "buckets", "infer": "video"}.get(script)
+    shapes = {"train": "buckets", "perf": "buckets", "infer": "video", "evaluate": "video"}.get(script)
+    shapes = None if getattr(o, "videos", None) else shapes  # which may have shapes no model of this recipe makes
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
         tokens = config.tokens(latent_grid(bucket)) if bucket else None
         o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
@@ -356,17 +388,17 @@ def parse(script: str, argv: list[str]):
         if o.sample_prompts:
             sampled = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
             images.check(sampled, data.parse_buckets(o.buckets)[0], "crop")
-    if script == "infer":
+    if script == "infer" or (script == "evaluate" and o.data is None):
         bucket = data.parse_buckets(o.video)[0]
         images.check(requests(o, config), bucket, o.fit)
-        if o.video_in is not None:
-            images.check_clip(o.video_in, bucket, o.fps, o.fit)
-            if int(o.sample_steps * o.strength) < 1:
-                raise ValueError(
-                    f"strength={o.strength} of {o.sample_steps} steps is none; expected one at least; fix: --strength"
-                )
-        if o.checkpoint is not None and not o.checkpoint.is_dir():
-            raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
+    if script == "infer" and o.video_in is not None:
+        images.check_clip(o.video_in, bucket, o.fps, o.fit)
+        if int(o.sample_steps * o.strength) < 1:
+            raise ValueError(
+                f"strength={o.strength} of {o.sample_steps} steps is none; expected one at least; fix: --strength"
+            )
+    if getattr(o, "checkpoint", None) is not None and not o.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to diffusers, original or sharded")
@@ -426,17 +458,25 @@ def _tuples(values: dict) -> dict:
 def _with_demo(o, job: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
-    if hasattr(o, "data") and o.data is None:
+    if isinstance(o, EvaluateOptions) and o.videos is not None:  # no model is used
+        changes = {"weights": DEMO_WEIGHTS, "size": "tiny"} | ({} if "--video" in asked else {"video": None})
+        if o.data is None or {"--weights", "--checkpoint", "--size"} & asked:
+            raise ValueError("--videos come with --data, whose captions they show, and without a model; fix: --videos")
+    if isinstance(o, EvaluateOptions) and o.data is None and o.prompts is None and not o.prompt:
+        changes |= {"data": demo_list("test"), "limit": o.limit or DEMO_CAPTIONS}
+        changes |= {} if "--video" in asked else {"video": DEMO_BUCKET}
+    if isinstance(o, TrainOptions) and o.data is None:
         changes |= {
             "data": demo_list("train"),
             "buckets": o.buckets if "--buckets" in asked or isinstance(o, PerfOptions) else DEMO_BUCKET,
             "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
         }
-    if hasattr(o, "video") and o.weights is None and "--video" not in asked:
+    if hasattr(o, "video") and o.weights is None and "--video" not in asked and "weights" not in changes:
         changes["video"] = DEMO_BUCKET
-    if o.weights is None:
+    if o.weights is None and "weights" not in changes:
         tiny, image = o.size.startswith("tiny"), o.size in SIZES and SIZES[o.size].image_dim is not None
-        if not tiny and getattr(o, "data", o) is not None:  # drawn weights are for trying a layout out
+        trains_on_demo = isinstance(o, TrainOptions) and o.data is None
+        if not tiny and not trains_on_demo:  # drawn weights are for trying a layout out
             raise ValueError(f"--size {o.size}, except to train on the demo data, needs --weights; fix: --weights DIR")
         changes["weights"] = DEMO_I2V if image else DEMO_WEIGHTS
         if not tiny:
@@ -482,6 +522,60 @@ def _check_folder(o, config: WanConfig, script: str) -> None:
         convert.released_entries(o.weights, config)
 
 
+# What VBench 0.1.5 says of videos that were not sampled from its own prompts and named by them.
+VBENCH = ("subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality", "temporal_style",
+          "overall_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree")  # fmt: skip
+
+
+def _check_scores(o: EvaluateOptions) -> EvaluateOptions:
+    """Checks what evaluate.py is given, and fills in the shape of --videos."""
+    if o.data is not None and (o.prompt or o.prompts):
+        raise ValueError("--data has captions of its own; fix: either --data, or --prompt and --prompts")
+    if o.video_in is not None:
+        raise ValueError("--video-in is of infer_t2v.sh and infer_i2v.sh: samples are scored; fix: leave it out")
+    for folder, flag in ((o.feature_model, "--feature-model"), (o.clip, "--clip")):
+        for file in ("config.json", "preprocessor_config.json") if folder else ():
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} has no {file}; expected a folder of a transformers model; fix: {flag}")
+        if folder and not list(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} has no .safetensors; expected weights in that format; fix: {flag}")
+    if o.clip and (kind := weights.read_json(o.clip / "config.json").get("model_type")) != "clip":
+        raise ValueError(f"{o.clip} is a {kind}; expected a clip model, text and vision; fix: --clip")
+    if unknown := [name for name in o.vbench.split(",") if o.vbench and name not in VBENCH]:
+        raise ValueError(f"vbench={','.join(unknown)}; expected some of {', '.join(VBENCH)}; fix: --vbench")
+    find = [str(o.vbench_python), "-c", "import importlib.util as i; exit(i.find_spec('vbench') is None)"]
+    if o.vbench and (not shutil.which(find[0]) or subprocess.run(find).returncode):
+        raise ValueError(
+            f"{o.vbench_python} has no package vbench, which wants other versions of numpy and transformers than this "
+            "recipe; fix: python -m venv vb && vb/bin/pip install vbench, then --vbench-python vb/bin/python"
+        )
+    demo = o.data == demo_list("test")
+    if demo and o.video not in (DEMO_BUCKET, None):
+        raise ValueError(f"video={o.video}; expected {DEMO_BUCKET}, the demo judge's; fix: --video, or --data")
+    if o.data is None or (demo and not o.data.is_file()):  # `prepare` will make it
+        return o
+    rows, report = data.read_rows(o.data)
+    report.check(len(rows) + len(report.drops), o.max_drop)
+    if o.videos is None:
+        return o
+    files, rows = videos_of(o.videos), rows[: o.limit]
+    if not files or len(files) != len(rows):
+        raise ValueError(
+            f"{o.videos} holds {len(files)} mp4s for {len(rows)} rows of {o.data}; expected one a row, in order; "
+            "fix: --videos, --data or --limit"
+        )
+    try:
+        first = probe_video(files[0])
+    except VideoError as error:
+        raise ValueError(f"{error}; expected a video; fix: --videos") from None
+    frames = data.resampled_length(first.frames, data.frame_step(first.fps, o.fps or None))
+    return o if o.video else dataclasses.replace(o, video=f"{frames}x{first.height}x{first.width}")
+
+
+def videos_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.mp4") if not file.name.startswith("."))
+
+
 def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
     """What to sample; without any prompt, a few the demo model knows.
 
@@ -514,7 +608,7 @@ def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
 
 def prepare(o) -> None:
     """Before any process starts: make the demo data if this job uses it."""
-    if getattr(o, "data", None) == demo_list("train"):
+    if getattr(o, "data", None) in (demo_list("train"), demo_list("test")):
         from .demo import make_data
 
         make_data.make(DEMO_DATA)

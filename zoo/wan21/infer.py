@@ -124,17 +124,21 @@ def write_video(frames: np.ndarray, stem: Path, fps: float, kind: str, prompt: s
     return written
 
 
-def main() -> None:
-    o: InferOptions = parse("infer", sys.argv[1:])
-    parallel.initialize(o)
-    config, folder = model_config(o), o.weights
+def load_model(o: InferOptions, config: WanConfig) -> list[torch.nn.Module]:
+    """This rank's model chunks: the transformer of --checkpoint, else of --weights."""
     chunks = build(o, config)
     if o.checkpoint:
         checkpoint.load(checkpoint.find(o.checkpoint, str(o.checkpoint)), chunks)
     else:
         convert.fill(chunks, o, config)
-    chunks = parallel.wrap(chunks, o, WanBlock) if o.fsdp else chunks
+    return parallel.wrap(chunks, o, WanBlock) if o.fsdp else chunks
 
+
+def main() -> None:
+    o: InferOptions = parse("infer", sys.argv[1:])
+    parallel.initialize(o)
+    config, folder = model_config(o), o.weights
+    chunks = load_model(o, config)
     lines, dp, me = requests(o, config), o.dp, mpu.get_data_parallel_rank()
     mine = list(range(me, len(lines), dp)) or [0]
     bucket = data.parse_buckets(o.video)[0]

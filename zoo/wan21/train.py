@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import device  # isort: skip  (before megatron)
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,12 +27,12 @@ from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
 from . import convert, data, images
-from .config import HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
+from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
+from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample, write_video
 from .model import WanBlock, build, velocity_tokens
 
-DEMO_SAMPLES = 80  # how many the judge scores: every digit in every direction
 SAMPLE_BATCH = 16
 
 # --------------------------------------------------------------------------------------------------------- objective
@@ -206,7 +205,7 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
     if o.sample_prompts:
         asked = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
     else:  # captions, and for image-to-video the first (and last) frames, of videos
-        rows = data.read_rows(demo_list("test"))[0][:DEMO_SAMPLES] if demo else batches.index.rows[:4]
+        rows = data.read_rows(demo_list("test"))[0][:DEMO_CAPTIONS] if demo else batches.index.rows[:4]
         asked = [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
     captions = [request.prompt for request in asked]
     bucket = batches.index.buckets[0]
@@ -240,22 +239,15 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
 
 def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict) -> None:
     """The judge's score of the samples beside that of real clips, a GIF of both, and the run's one line of result."""
-    from .demo import judge
-
     rows = [r for r in data.read_rows(demo_list("test"))[0]][: len(videos)]
     real = [read_frames(r.path, range(probe_video(r.path).frames)) for r in rows]
-    scores, truth = judge.score(videos, captions), judge.score(real, [r.caption for r in rows])
-    strip = np.concatenate([np.concatenate(real[:8], axis=2), np.concatenate(videos[:8], axis=2)], axis=1)
-    write_video(strip, o.out / "samples" / "real_above_sampled_below", o.fps or 16, "gif", "")
-    (o.out / "samples" / "scores.json").write_text(json.dumps({"samples": scores, "real": truth}, indent=2))
+    scores, folder = judge_demo(videos, real, captions), o.out / "samples"
+    compare(folder, videos, real, o.fps)
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
     print(
-        f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {o.out / 'samples'} (real clips above, sampled below)"
+        f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder} (real clips above, sampled below)"
     )
-    print(
-        f"result: step {result['steps']}, {len(videos)} samples: digit {scores['digit']:.0%} (chance 10%, real clips "
-        f"{truth['digit']:.0%}), direction {scores['direction']:.0%} (chance 12.5%, real clips {truth['direction']:.0%})",
-        flush=True,
-    )
+    print(f"result: step {result['steps']}, {in_words(scores)}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- main

@@ -1,0 +1,112 @@
+"""Scores of generated videos by frozen models that are given as folders: a Fréchet distance, the CLIP score, VBench.
+
+Both distances of videos here are of the kind published ones are, and comparable only among themselves: published FVD
+(arXiv:1812.01717) has the features of an I3D network, trained on Kinetics and released as a TorchScript file, of
+16 frames of 224x224; here the features are those of the model that is given.
+
+Shapes: N clips, F frames, H height, W width, D features.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean a - mean b|^2 + Tr(A + B - 2 (A B)^(1/2)), A and B the covariances of a [N, D] and b [M, D], N and M at
+    least 2: the squared 2-Wasserstein distance of two Gaussians (arXiv:1706.08500, equation 6). In float64.
+
+    With a and b centred and scaled, A = a^T a and B = b^T b, the trace of (A B)^(1/2) is the sum of the singular values
+    of a b^T. That needs no square root of a matrix, which fewer clips than features would make singular.
+    """
+    means = a.astype(np.float64).mean(0), b.astype(np.float64).mean(0)
+    a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((a, b), means, strict=True))
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * cross)
+
+
+class Features:
+    """A clip's features by a vision model of transformers.
+
+    An image model (CLIP, SigLIP, DINOv2, ViT, …): its pooled output of every frame, averaged over the frames. A video
+    model (VideoMAE, ViViT, TimeSformer): of as many frames as it reads, evenly spaced. Without a pooled output, the mean
+    of its tokens. Frames are scaled, cropped and normalised as the folder's preprocessor_config.json says.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.model = getattr(model, "vision_model", model).to(device).eval()  # CLIP and SigLIP have a text model too
+        self.kind, self.frames = self.model.config.model_type, getattr(self.model.config, "num_frames", None)
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+
+    @torch.no_grad()
+    def __call__(self, video: np.ndarray) -> np.ndarray:
+        """uint8 [F, H, W, 3] -> fp32 [D]."""
+        if self.frames:
+            video = video[np.linspace(0, len(video) - 1, self.frames).round().astype(int)]
+        pixels = self.processor(list(video), return_tensors="pt")[
+            "pixel_values"
+        ]  # [F, 3, h, w]; video models 1 F 3 h w
+        seen = self.model(pixel_values=pixels.to(self.model.device))
+        pooled = getattr(seen, "pooler_output", None)
+        pooled = seen.last_hidden_state.mean(1) if pooled is None else pooled  # [F, D], or [1, D]
+        return pooled.mean(0).cpu().numpy()
+
+
+class ClipScore:
+    """100 cos(frame, caption) by a CLIP model, averaged over a clip's frames (arXiv:2104.08718 without its factor of 2.5
+    and its cut at 0). A caption is cut where CLIP's 77 tokens end."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        self.processor, self.tokenizer = (
+            AutoImageProcessor.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
+
+    @torch.no_grad()
+    def __call__(self, video: np.ndarray, caption: str) -> float:
+        """uint8 [F, H, W, 3] -> a number in -100..100."""
+        longest = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer([caption], truncation=True, max_length=longest, return_tensors="pt").to(self.model.device)
+        pixels = self.processor(list(video), return_tensors="pt")["pixel_values"].to(self.model.device)
+        frames = self.model.get_image_features(pixel_values=pixels).pooler_output  # [F, D]
+        words = self.model.get_text_features(**text).pooler_output  # [1, D]
+        return 100 * torch.cosine_similarity(frames, words).mean().item()
+
+
+# -------------------------------------------------------------------------------------------------------------- VBench
+
+VBENCH = """
+import json, sys, torch
+from vbench import VBench
+facts = json.loads(sys.argv[1])
+judge = VBench(torch.device(facts["device"]), "", facts["out"])
+judge.evaluate(videos_path=facts["videos"], name="vbench", prompt_list=facts["captions"],
+               dimension_list=facts["dimensions"], mode="custom_input")
+"""
+
+
+def vbench(python: Path, dimensions: list[str], captions: dict[str, str], videos: Path, out: Path, device: str) -> dict:
+    """VBench's scores (arXiv:2311.17982) of the files of a folder, by dimension. captions: file name -> caption.
+
+    Run by an interpreter of its own: vbench 0.1.5 wants numpy < 2 and transformers 4.33, this recipe newer ones.
+
+    Raises:
+        ValueError: that interpreter has no vbench, or it failed; its own messages stand above.
+    """
+    facts = {"device": device, "out": str(out), "videos": str(videos), "captions": captions, "dimensions": dimensions}
+    ours = ("PYTHONPATH", "PYTHONSAFEPATH", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    if subprocess.run([python, "-c", VBENCH, json.dumps(facts)], env=env, stdout=sys.stderr).returncode:
+        raise ValueError(
+            f"vbench failed under {python}, see above; fix: install the package vbench there, or --vbench-python"
+        )
+    found = json.loads((out / "vbench_eval_results.json").read_text())
+    return {dimension: float(found[dimension][0]) for dimension in dimensions}
