@@ -60,7 +60,9 @@ def judge_demo(videos: list[np.ndarray], real: list[np.ndarray], captions: list[
 
 def in_words(rows: list[dict]) -> str:
     """The judge's scores in one line."""
-    text = [f"{r['score']} {r['samples']:.0%} (chance {r['chance']:.4g}, real clips {r['real']:.0%})" for r in rows]
+    text = [
+        f"{r['score']} {r['samples']:.0%} (chance {100 * r['chance']:.4g}%, real clips {r['real']:.0%})" for r in rows
+    ]
     return f"{rows[0]['n']} samples: {', '.join(text)}"
 
 
