@@ -251,7 +251,7 @@ def test_folder_without_the_frozen_parts_cannot_train_or_sample(part, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-@pytest.mark.parametrize("size", [*PUBLISHED, "14B-i2v", "14B-flf2v"])
+@pytest.mark.parametrize("size", [*PUBLISHED, "tiny-i2v", "14B-i2v", "14B-flf2v"])
 def test_size_and_layout_follow_from_the_weights(size, layout, tmp_path):
     folder = released(tmp_path, size, layout)
     o = config.parse("convert", ["--weights", str(folder), "--to", "sharded"])

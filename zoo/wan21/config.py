@@ -431,7 +431,8 @@ def _default_size(weights: Path | None, task: str | None) -> str:
         found = WanConfig(**_tuples(json.loads((weights / "state.json").read_text())["model"]))
     else:
         found = WanConfig.from_folder(weights)
-    differs = {name: _differs(found, dataclasses.replace(c, text_len=found.text_len)) for name, c in SIZES.items()}
+    frozen = {"text_len": found.text_len, "image_tokens": found.image_tokens}  # of the encoders, which may not be there
+    differs = {name: _differs(found, dataclasses.replace(c, **frozen)) for name, c in SIZES.items()}
     nearest = min(differs, key=lambda name: len(differs[name]))
     if differs[nearest]:
         raise ValueError(
