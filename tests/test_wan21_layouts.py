@@ -26,6 +26,7 @@ LAYOUTS = {
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
     "pp2 vpp2 tp2 sp": (4, {"pp": 2, "vpp": 2, "tp": 2, "sp": True}),
     "tp2 recompute full": (2, {"tp": 2, "sp": True, "recompute": "full"}),
+    "tp2 recompute selective": (2, {"tp": 2, "recompute": "selective"}),
     "cp2 ring recompute selective": (2, {"cp": 2, "ulysses": 1, "recompute": "selective"}),
     "fsdp2 recompute full": (2, {"fsdp": True, "recompute": "full"}),
     "tp2 sp cp2 ulysses": (4, {"tp": 2, "sp": True, "cp": 2}),
