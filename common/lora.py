@@ -294,7 +294,7 @@ def read_adapter(
     Raises:
         ValueError: not a plain LoRA; missing, extra or misshaped tensors.
     """
-    (settings, targets), entries = _settings(folder), weights.index(folder)
+    (settings, targets), entries = _settings(folder), weights.index(folder, weights.PEFT_FILES)
     keys = {n: [f"base_model.model.{n}.lora_{part}.weight" for part in "AB"] for n in linears if _matches(n, targets)}
     shapes = {keys[n][0]: (settings.r, linears[n][1]) for n in keys} | {
         keys[n][1]: (linears[n][0], settings.r) for n in keys
@@ -311,7 +311,7 @@ def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], 
     """
     settings, targets = _settings(folder)
     _attach(chunks, lambda name: _matches(_released(name, rename), targets), settings)
-    adapters, entries = _adapters(chunks, rename), weights.index(folder)
+    adapters, entries = _adapters(chunks, rename), weights.index(folder, weights.PEFT_FILES)
     shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in adapters.values()}
     weights.check(entries, _union(shapes), folder)
     checkpoint.load_released(chunks, entries, lambda name: adapters[name][0] if name in adapters else None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+PEFT_FILES = "adapter_model*.safetensors"  # of an adapter's folder; other tools' files may lie beside them
 SHARD_BYTES = 5 * 2**30  # released checkpoints are cut into files of about this size
 
 
@@ -31,14 +32,14 @@ class Entry:
     offset: int  # of its first byte in the file
 
 
-def index(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder's safetensors files, from their headers alone.
+def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
+    """Every tensor of a folder's safetensors files (of those so named), from their headers alone.
 
     Raises:
         ValueError: no safetensors there (pickled weights are named and refused), a file that is cut short, a tensor
             stored twice, or an index.json that names files or tensors the folder lacks.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob(names))
     if not files:
         pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
@@ -46,7 +47,7 @@ def index(folder: Path) -> dict[str, Entry]:
                 f"{folder} holds pickled weights ({', '.join(pickles[:3])}); expected *.safetensors: a pickle runs code "
                 "when it is read; fix: download the safetensors release or convert it with its own tools"
             )
-        raise ValueError(f"{folder} holds no *.safetensors; fix: --weights")
+        raise ValueError(f"{folder} holds no {names}; fix: --weights")
     entries: dict[str, Entry] = {}
     for file in files:
         first, headers = _header(file)

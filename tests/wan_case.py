@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +89,18 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
 def sequence_length(o, config=CONFIG) -> int:
     split = o.cp * (o.tp if o.sp else 1)
     return (config.tokens(GRID) // split + config.context_rows) * split
+
+
+def job(script: str, *argv) -> None:
+    """train, infer or convert in this process, as its launcher starts it; to be called through `run_ranks`."""
+    sys.argv = [script, *map(str, argv)]
+    try:
+        importlib.import_module(f"zoo.{RECIPE}.{script}").main()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def steps_of(out: Path) -> dict[int, tuple[float, float]]:
+    """(loss, gradient norm) of each step that a run folder records."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"}

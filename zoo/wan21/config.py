@@ -21,12 +21,13 @@ from common import cli, weights
 from common.cli import option
 from common.data import VideoError, probe_video
 
-from . import convert, data, images
+from . import adapters, convert, data, images
 
 HERE = Path(__file__).parent
 DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_CAPTIONS = 80  # as many as the judge scores: every digit in every direction
+DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style is learnt sooner than digits
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 
 
@@ -93,10 +94,11 @@ class WanConfig:
         """Sequence length of a latent grid (frames, rows, columns)."""
         return math.prod(n // p for n, p in zip(latent, self.patch_size, strict=True))
 
-    def flops(self, latent: tuple[int, int, int]) -> int:
+    def flops(self, latent: tuple[int, int, int], frozen: bool = False) -> int:
         """Model FLOPs of one forward pass of one sample (multiply and add counted apart); a training step is three
         times that, recompute not counted: 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D cross-attention to
-        T rows of text, and the same to the I rows of an image."""
+        T rows of text, and the same to the I rows of an image. frozen: a third of what training with frozen weights,
+        whose gradients nobody makes, takes; the adapters' own work not counted."""
         D, L, T, patch = self.dim, self.tokens(latent), self.text_len, math.prod(self.patch_size)
         Im, rows = self.image_dim or 0, self.image_rows
         per_token = (
@@ -106,7 +108,8 @@ class WanConfig:
         per_image = self.num_layers * 2 * D * D + Im * Im + Im * D
         per_sample = self.freq_dim * D + D * D + 6 * D * D
         attention = self.num_layers * (4 * L * L * D + 4 * L * (T + rows) * D)
-        return 2 * (L * per_token + T * per_text + rows * per_image + per_sample) + attention
+        linear = 2 * (L * per_token + T * per_text + rows * per_image + per_sample)
+        return (linear * 2 // 3 if frozen else linear) + attention
 
     @classmethod
     def from_folder(cls, folder: Path) -> "WanConfig":
@@ -241,9 +244,14 @@ SIZES = {
 # ----------------------------------------------------------------------------------------------------------- options
 
 
+LORA_RANK = 16  # of lora_*.sh, where nothing else is asked
+LORA_TARGETS = "q,k,v,o,ffn.0,ffn.2"  # of every block: self- and cross-attention, MLP
+LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(cli.TrainOptions):
-    job: str = option("which launcher this is: pretrain or finetune", "pretrain", group="job")
+    job: str = option("which launcher this is: pretrain, finetune or lora", "pretrain", group="job")
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     buckets: str = option("video shapes FRAMESxHEIGHTxWIDTH, comma-separated", None, group="data", layout=True)
@@ -262,12 +270,26 @@ class TrainOptions(cli.TrainOptions):
     ema: float = option(
         "decay of averaged weights, exported and sampled (0: off)", 0.0, group="objective", layout=True, within="[0, 1)"
     )
+    lora_rank: int | None = option(
+        f"rank of the adapters ({LORA_RANK} if not given)", group="adapters", within="[1, inf)"
+    )
+    lora_alpha: float = option("their output is scaled by alpha / rank", 16.0, group="adapters", within="(0, inf)")
+    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
+    lora_targets: str = option("linears to adapt, by the ends of their names", LORA_TARGETS, group="adapters")
+    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
+    adapter: Path | None = option("adapter folder to start from; its settings decide", group="adapters")
+    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
     sample_prompts: Path | None = option(
         "text file of prompts sampled at the end (image-to-video: picture<TAB>prompt)", group="samples"
     )
     sample_steps: int = option("sampling steps", 50, group="samples", layout=True, within="[1, inf)")
     sample_shift: float = option("timestep shift of sampling", 5.0, group="samples", layout=True, within="(0, inf)")
     cfg: float = option("guidance scale of the samples", 5.0, group="samples", layout=True, within="[0, inf)")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, and nothing else."""
+        return self.job == "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +298,7 @@ class InferOptions(cli.LayoutOptions):
         "sharded checkpoint whose transformer replaces the one of --weights", group="model"
     )
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
+    adapter: Path | None = option("adapter folder, as lora_*.sh write it, added to the weights", group="model")
     prompt: str = option("what to show", group="job")
     prompts: Path | None = option(
         "text file, a prompt per line (image-to-video: picture<TAB>prompt, or a .jsonl of image, prompt)", group="job"
@@ -331,6 +354,7 @@ class ConvertOptions(cli.LayoutOptions):
     )
     out: Path = option("folder to write", group="job")
     ema: bool = option("write a sharded checkpoint's averaged weights", False, group="job")
+    adapter: Path | None = option("adapter folder of a LoRA, merged into what is written", group="job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,9 +381,11 @@ def parse(script: str, argv: list[str]):
         ValueError: anything about the options, the weights folder or the data list that can be known to be wrong.
     """
     cls, description = JOBS[script]
-    task = _task(argv)
+    task, asked = _task(argv), {word.split("=")[0] for word in argv}
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda weights: _default_size(weights, task))
-    o = _with_demo(o, getattr(o, "job", script), asked={word.split("=")[0] for word in argv})
+    if script == "train":
+        _check_job(o, asked)
+    o = _with_demo(o, getattr(o, "job", script), asked)
     if script in ("infer", "convert"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     if script == "evaluate":
@@ -380,7 +406,9 @@ def parse(script: str, argv: list[str]):
                 f"{shapes} {bucket} of {TASKS[config.task]}; expected at least 5 frames, the first is given; fix: --{shapes}"
             )
     _check_folder(o, config, script)
-    if script == "train" and o.data != demo_list("train"):
+    if getattr(o, "adapter", None):
+        adapters.check_folder(o.adapter, config)
+    if script == "train" and not is_demo(o.data):
         rows, report = data.read_rows(o.data)
         report.check(len(rows) + sum(report.counts.values()), o.max_drop)
     if script == "train":
@@ -388,6 +416,13 @@ def parse(script: str, argv: list[str]):
         if o.sample_prompts:
             sampled = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
             images.check(sampled, data.parse_buckets(o.buckets)[0], "crop")
+        if o.adapts:
+            adapters.check_targets(o, config)
+            if o.merge and o.from_scratch:
+                raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: no --merge")
+            if o.merge:
+                weights.refuse_existing(o.merge, "--merge")
+        adapters.check_start(o)
     if script == "infer" or (script == "evaluate" and o.data is None):
         bucket = data.parse_buckets(o.video)[0]
         images.check(requests(o, config), bucket, o.fit)
@@ -399,6 +434,8 @@ def parse(script: str, argv: list[str]):
             )
     if getattr(o, "checkpoint", None) is not None and not o.checkpoint.is_dir():
         raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
+    if getattr(o, "checkpoint", None) is not None and (o.checkpoint / "state.json").is_file():
+        _refuse_adapters_alone(o.checkpoint, "--adapter with the run's adapter/ instead of --checkpoint")
     if script == "convert":
         if o.to is None:
             raise ValueError("nothing to convert to; fix: --to diffusers, original or sharded")
@@ -427,10 +464,7 @@ def _default_size(weights: Path | None, task: str | None) -> str:
     """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
     if weights is None:
         return ("tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B") + ("-i2v" if task == "i2v" else "")
-    if is_sharded(weights):
-        found = WanConfig(**_tuples(json.loads((weights / "state.json").read_text())["model"]))
-    else:
-        found = WanConfig.from_folder(weights)
+    found = _sharded_config(weights) if is_sharded(weights) else WanConfig.from_folder(weights)
     frozen = {"text_len": found.text_len, "image_tokens": found.image_tokens}  # of the encoders, which may not be there
     differs = {name: _differs(found, dataclasses.replace(c, **frozen)) for name, c in SIZES.items()}
     nearest = min(differs, key=lambda name: len(differs[name]))
@@ -452,6 +486,17 @@ def is_sharded(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
+def _sharded_config(folder: Path) -> WanConfig:
+    _refuse_adapters_alone(folder, "--weights with that and --adapter with the run's adapter/")
+    return WanConfig(**_tuples(json.loads((folder / "state.json").read_text())["model"]))
+
+
+def _refuse_adapters_alone(folder: Path, fix: str) -> None:
+    start = json.loads((folder / "state.json").read_text()).get("start", {})
+    if "r" in start:
+        raise ValueError(f"{folder} holds adapters of {start['weights']} and no whole model; fix: {fix}")
+
+
 def _tuples(values: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
@@ -459,6 +504,10 @@ def _tuples(values: dict) -> dict:
 def _with_demo(o, job: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
+    if job == "lora" and o.lora_rank is None and o.adapter is None:
+        changes["lora_rank"] = LORA_RANK
+    if job == "lora" and o.data is None and o.size.startswith("tiny"):
+        changes |= {k: v for k, v in DEMO_LORA.items() if f"--{k.replace('_', '-')}" not in asked}
     if isinstance(o, EvaluateOptions) and o.videos is not None:  # no model is used
         changes = {"weights": DEMO_WEIGHTS, "size": "tiny"} | ({} if "--video" in asked else {"video": None})
         if o.data is None or {"--weights", "--checkpoint", "--size"} & asked:
@@ -468,7 +517,7 @@ def _with_demo(o, job: str, asked: set[str]):
         changes |= {} if "--video" in asked else {"video": DEMO_BUCKET}
     if isinstance(o, TrainOptions) and o.data is None:
         changes |= {
-            "data": demo_list("train"),
+            "data": demo_list("train", style="blinking" if job == "lora" else ""),
             "buckets": o.buckets if "--buckets" in asked or isinstance(o, PerfOptions) else DEMO_BUCKET,
             "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
         }
@@ -493,14 +542,19 @@ def _with_demo(o, job: str, asked: set[str]):
     return dataclasses.replace(o, **changes)
 
 
-def demo_list(split: str) -> Path:
-    return DEMO_DATA / f"{split}.jsonl"
+def demo_list(split: str, style: str = "") -> Path:
+    folder = DEMO_DATA.with_name(f"{DEMO_DATA.name}-{style}") if style else DEMO_DATA
+    return folder / f"{split}.jsonl"
+
+
+def is_demo(path: Path | None) -> bool:
+    return path in [demo_list(split, style) for split in ("train", "test") for style in ("", "blinking")]
 
 
 def model_config(o) -> WanConfig:
     """The architecture: the weights folder's own; drawn weights have the size's, with the folder's text encoder."""
     if is_sharded(o.weights):
-        return WanConfig(**_tuples(json.loads((o.weights / "state.json").read_text())["model"]))
+        return _sharded_config(o.weights)
     found = WanConfig.from_folder(o.weights)
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
@@ -521,6 +575,19 @@ def _check_folder(o, config: WanConfig, script: str) -> None:
                 raise ValueError(f"{o.weights} has no {part}/; expected a released diffusers folder; fix: --weights")
     if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
+
+
+def _check_job(o: TrainOptions, asked: set[str]) -> None:
+    """Options of another job are not ignored."""
+    for f in dataclasses.fields(o):
+        flag = "--" + f.name.replace("_", "-")
+        changed = flag in asked and getattr(o, f.name) != f.default  # a printed config names every option
+        if changed and f.metadata["group"] == "adapters" and not o.adapts:
+            raise ValueError(f"{flag} is of lora_t2v.sh and lora_i2v.sh, and this is {o.job}; fix: leave {flag} out")
+        if changed and flag in LORA_SETTINGS and o.adapter:
+            raise ValueError(
+                f"{flag} is of new adapters, --adapter {o.adapter} brings its own settings; fix: leave {flag} out"
+            )
 
 
 # What VBench 0.1.5 says of videos that were not sampled from its own prompts and named by them.
@@ -609,10 +676,11 @@ def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
 
 def prepare(o) -> None:
     """Before any process starts: make the demo data if this job uses it."""
-    if getattr(o, "data", None) in (demo_list("train"), demo_list("test")):
+    if is_demo(getattr(o, "data", None)):
         from .demo import make_data
 
-        make_data.make(DEMO_DATA)
+        few = {"train": 320, "test": 80, "blinking": True}
+        make_data.make(o.data.parent, **({} if o.data.parent == DEMO_DATA else few))
 
 
 def dry_run(o) -> str:
@@ -620,19 +688,33 @@ def dry_run(o) -> str:
     config = model_config(o)
     text = [
         cli.to_toml(o),
-        f"parameters: {config.parameters:,}",
+        f"parameters: {config.parameters:,}"
+        + (f", in training {trained_parameters(o, config):,}" if getattr(o, "adapts", False) else ""),
         f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}",
     ]
     text.append(cli.rank_map(o))
     for bucket in data.parse_buckets(getattr(o, "buckets", None) or getattr(o, "video", None) or "1x16x16"):
         grid = latent_grid(bucket)
         flops, tokens = config.flops(grid), config.tokens(grid)
+        step = 3 * config.flops(grid, getattr(o, "adapts", False)) * (o.global_batch or 1)
         text.append(
             f"{bucket}: {tokens} tokens, {flops / 1e12:.3f} TFLOP per sample forward, "
-            f"{3 * flops * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step"
+            f"{step / 1e12:.3f} TFLOP per training step"
         )
         text.append(f"memory per rank, estimated: {memory_estimate(o, config, tokens) / 2**30:.2f} GiB")
     return "\n".join(text)
+
+
+def trained_parameters(o, config: WanConfig) -> int:
+    """All, or those of the adapters."""
+    if not getattr(o, "adapts", False):
+        return config.parameters
+    if o.adapter:
+        return sum(math.prod(entry.shape) for entry in weights.index(o.adapter, weights.PEFT_FILES).values())
+    ends = tuple(f".{target}.weight" for target in o.lora_targets.split(","))
+    return sum(
+        o.lora_rank * sum(s) for n, s in convert.shapes(config).items() if len(s) == 2 and f".{n}".endswith(ends)
+    )
 
 
 def memory_estimate(o, config: WanConfig, tokens: int) -> float:

@@ -5,6 +5,7 @@ changes no tensor, so every conversion is a rename and bit-exact, dtypes include
 
     bash zoo/wan21/convert.sh --weights Wan2.1-T2V-14B --to diffusers --out Wan2.1-T2V-14B-Diffusers
     bash zoo/wan21/convert.sh --weights runs/my-run/checkpoints/step-005000 --to original --out my-14B
+    bash zoo/wan21/convert.sh --weights Wan2.1-T2V-14B-Diffusers --adapter my-lora --to diffusers --out merged
 """
 
 import dataclasses
@@ -160,6 +161,86 @@ def write_released(
         print(f"note: {out} holds the transformer only; take the VAE and text encoder from the diffusers release")
 
 
+def source(folder: Path, config: "WanConfig", ema: bool) -> tuple[dict[str, int], Callable[[str], "torch.Tensor"]]:
+    """(bytes of every tensor, the tensor) by our parameter name; folder: sharded (ema: its averaged weights), or released."""
+    from common import checkpoint
+
+    from .config import is_sharded
+
+    if is_sharded(folder):
+        tensors, prefix = checkpoint.tensor_sizes(folder), "ema." if ema else ""
+        sizes = {name: tensors[prefix + name] for name in shapes(config)}
+        return sizes, lambda name: checkpoint.read_tensor(folder, prefix + name)
+    (entries, rename), reader = released_entries(folder, config), weights.Reader()
+    return {n: entries[rename(n)].bytes for n in shapes(config)}, lambda name: reader.read(entries[rename(name)])
+
+
+# ---- adapters ----
+
+PIPELINE_FILE = "pytorch_lora_weights.safetensors"
+
+
+def write_pipeline_file(folder: Path) -> None:
+    """Beside PEFT's file of an adapter folder the one `WanPipeline.load_lora_weights` looks for: the same tensors with
+    names under `transformer.`, the settings in its header. Without those diffusers takes alpha to be the rank."""
+    from safetensors.torch import save_file
+
+    reader = weights.Reader()
+    tensors = {
+        key.replace("base_model.model.", "transformer.", 1): reader.read(entry)
+        for key, entry in weights.index(folder, weights.PEFT_FILES).items()
+    }
+    facts = weights.read_json(folder / "adapter_config.json")
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules")
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": facts[key] for key in kept}), "format": "pt"}
+    save_file(tensors, folder / PIPELINE_FILE, metadata=header)
+    (folder / PIPELINE_FILE).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+
+
+def adapter(folder: Path, config: "WanConfig"):
+    """`lora.read_adapter` of an adapter folder for this model, by our parameter names: (s, {weight: (A, B)}).
+
+    Raises:
+        ValueError: not a plain LoRA, or tensors that do not fit this model.
+    """
+    from common import lora
+
+    names = {to_diffusers(n).removesuffix(".weight"): n for n, shape in shapes(config).items() if len(shape) == 2}
+    scale, pairs = lora.read_adapter(folder, {name: shapes(config)[ours] for name, ours in names.items()})
+    return scale, {names[name]: pair for name, pair in pairs.items()}
+
+
+# Adapted from zoo.qwen3.convert.merging: adapters are known by our names.
+def merging(folder: Path, config: "WanConfig", read: Callable) -> Callable[[str], "torch.Tensor"]:
+    """`read` with a LoRA merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
+    from common import lora
+
+    (scale, pairs), reader = adapter(folder, config), weights.Reader()
+
+    def merged(name: str) -> "torch.Tensor":
+        pair = pairs.get(name)
+        return lora.merged(read(name), *map(reader.read, pair), scale) if pair else read(name)
+
+    return merged
+
+
+def merge_into(chunks, folder: Path, config: "WanConfig") -> None:
+    """A LoRA added to a model's weights, W + s B A in fp32, rounded once: each rank reads the rows of B, or columns of A,
+    of the outputs, or inputs, it holds."""
+    import torch
+
+    from common import checkpoint, lora
+
+    (scale, pairs), reader = adapter(folder, config), weights.Reader()
+    with torch.no_grad():
+        for name, parameter in ((n, p) for n, p in checkpoint.parameters(chunks) if n in pairs):
+            dim, part, parts = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
+            lora_A, lora_B = pairs[name]
+            lora_A = reader.read(lora_A, 1, part, parts if dim == 1 else 1).to(parameter.device)
+            lora_B = reader.read(lora_B, 0, part, parts if dim == 0 else 1).to(parameter.device)
+            parameter.copy_(lora.merged(parameter, lora_A, lora_B, scale))
+
+
 def main() -> None:
     from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
     import torch.distributed as dist
@@ -170,20 +251,10 @@ def main() -> None:
 
     o = parse("convert", sys.argv[1:])
     parallel.initialize(o)
-    config, reader = model_config(o), weights.Reader()
-    if is_sharded(o.weights):
-        tensors = checkpoint.tensor_sizes(o.weights)
-        prefix = "ema." if o.ema else ""
-        sizes = {name: tensors[prefix + name] for name in shapes(config)}
-
-        def read(name: str) -> "torch.Tensor":
-            return checkpoint.read_tensor(o.weights, prefix + name)
-    else:
-        entries, rename = released_entries(o.weights, config)
-        sizes = {name: entries[rename(name)].bytes for name in shapes(config)}
-
-        def read(name: str) -> "torch.Tensor":
-            return reader.read(entries[rename(name)])
+    config = model_config(o)
+    sizes, read = source(o.weights, config, o.ema)
+    if o.adapter:
+        read = merging(o.adapter, config, read)
 
     if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
         mine = list(sizes)[dist.get_rank() :: dist.get_world_size()]

@@ -131,6 +131,8 @@ def load_model(o: InferOptions, config: WanConfig) -> list[torch.nn.Module]:
         checkpoint.load(checkpoint.find(o.checkpoint, str(o.checkpoint)), chunks)
     else:
         convert.fill(chunks, o, config)
+    if o.adapter:
+        convert.merge_into(chunks, o.adapter, config)
     return parallel.wrap(chunks, o, WanBlock) if o.fsdp else chunks
 
 

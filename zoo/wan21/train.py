@@ -12,22 +12,24 @@ seeded by (seed, step, place in the global batch), so they do not depend on the 
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from common import device  # isort: skip  (before megatron)
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, parallel, weights
+from common import checkpoint, cli, lora, parallel, weights
 from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
-from . import convert, data, images
-from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, demo_list, latent_grid, model_config, parse
+from . import adapters, convert, data, images
+from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, is_demo, latent_grid, model_config, parse
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample, write_video
@@ -100,6 +102,34 @@ def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[tor
     return value, {"loss": value.detach().clone()}  # the schedule scales the first one in place
 
 
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapt(chunks: list[torch.nn.Module], o: TrainOptions) -> None:
+    """Low-rank adapters, which train; nothing else does."""
+    if o.adapter:
+        lora.load_adapter(o.adapter, chunks, convert.to_diffusers)
+    else:
+        kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
+        lora.add(chunks, o.lora_targets.split(","), **kind, seed=o.seed)
+
+
+def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Module]) -> None:
+    """The adapters as a folder that peft and diffusers load and, with --merge, released weights with them added."""
+    folder = o.export or o.out / "adapter"
+    if dist.get_rank() == 0 and not o.export:
+        shutil.rmtree(folder, ignore_errors=True)  # of this run when it was shorter
+    lora.save_adapter(folder, wrapped, convert.to_diffusers, base=str(o.weights))
+    if dist.get_rank() > 0:
+        return
+    convert.write_pipeline_file(folder)
+    print(f"adapter     {folder}", flush=True)
+    if o.merge:
+        sizes, read = convert.source(o.weights, config, ema=False)
+        convert.write_released(o.merge, "diffusers", config, sizes, convert.merging(folder, config, read), o.weights)
+        print(f"merged      {o.merge}", flush=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 
@@ -138,6 +168,8 @@ class Batches:
 
     def prepare(self, loaded: Step) -> list[dict]:
         """A loaded step -> its training batches, whole on every rank of the sample group."""
+        if self.o.adapts:
+            lora.seed_dropout(self.o.seed, loaded.step)
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
         mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
@@ -195,21 +227,27 @@ def indexed(o: TrainOptions) -> data.Index:
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
-def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict) -> None:
-    """Sample the trained model (its averaged weights if --ema) and, on the demo data, let the judge score it."""
-    if result["ema"]:
-        with torch.no_grad():
-            for name, parameter in checkpoint.parameters(chunks):
-                parameter.copy_(result["ema"][name])
-    demo = o.data == demo_list("train")
+def demo_rows(o: TrainOptions) -> list[data.Row]:
+    """Real clips never trained on, every digit in every direction."""
+    return data.read_rows(o.data.with_name("test.jsonl"))[0][:DEMO_CAPTIONS]
+
+
+def to_sample(o: TrainOptions, config: WanConfig, index: data.Index) -> list[images.Request]:
+    """What is asked for; else captions, and for image-to-video the first (and last) frames, of videos."""
     if o.sample_prompts:
-        asked = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
-    else:  # captions, and for image-to-video the first (and last) frames, of videos
-        rows = data.read_rows(demo_list("test"))[0][:DEMO_CAPTIONS] if demo else batches.index.rows[:4]
-        asked = [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
-    captions = [request.prompt for request in asked]
+        return images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
+    rows = demo_rows(o) if is_demo(o.data) else index.rows[:4]
+    return [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
+
+
+def sampled(
+    o: TrainOptions, config: WanConfig, chunks, batches: Batches, asked: list[images.Request]
+) -> list[np.ndarray]:
+    """A video uint8 [F, H, W, 3] for each, on every rank."""
     bucket = batches.index.buckets[0]
     pieces = []
+    for chunk in chunks:
+        chunk.eval()  # an adapter's dropout
     share = -(-len(asked) // o.dp)  # each data-parallel rank samples its share, all the same number (FSDP gathers)
     mine = [asked[min(mpu.get_data_parallel_rank() * share + i, len(asked) - 1)] for i in range(share)]
     for start in range(0, share, SAMPLE_BATCH):
@@ -223,31 +261,52 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
             condition=condition_on(batches.frames, some, bucket, "crop"),
         )  # fmt: skip
         pieces.append(batches.codec.decode(latents))
+    for chunk in chunks:
+        chunk.train()
     videos = torch.cat(pieces).to(device.current())  # [share, 3, F, H, W] uint8
     gathered = [torch.empty_like(videos) for _ in range(o.dp)]
     dist.all_gather(gathered, videos, group=mpu.get_data_parallel_group())
+    return [v.permute(1, 2, 3, 0).cpu().numpy() for v in torch.cat(gathered)[: len(asked)]]
+
+
+def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict, before: list) -> None:
+    """Sample the trained model (its averaged weights if --ema) and, on the demo data, let the judge score it.
+    before: the demo's samples without adapters, if those were trained."""
+    if result["ema"]:
+        with torch.no_grad():
+            for name, parameter in checkpoint.trained(chunks):
+                parameter.copy_(result["ema"][name])
+    asked = to_sample(o, config, batches.index)
+    videos, captions = sampled(o, config, chunks, batches, asked), [request.prompt for request in asked]
     if dist.get_rank() > 0:
         return
-    videos = [v.permute(1, 2, 3, 0).cpu().numpy() for v in torch.cat(gathered)[: len(captions)]]
     folder = o.out / "samples"
     folder.mkdir(exist_ok=True)
     for i, (video, caption) in enumerate(zip(videos[:8], captions, strict=False)):
         write_video(video, folder / f"{i:04d}", o.fps or 16, "gif", caption)
-    if demo:
-        report_demo(o, videos, captions, result)
+    if is_demo(o.data) and not o.sample_prompts:
+        report_demo(o, videos, captions, result, before)
 
 
-def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict) -> None:
+def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict, before: list) -> None:
     """The judge's score of the samples beside that of real clips, a GIF of both, and the run's one line of result."""
-    rows = [r for r in data.read_rows(demo_list("test"))[0]][: len(videos)]
+    from .demo import judge
+
+    rows = demo_rows(o)
     real = [read_frames(r.path, range(probe_video(r.path).frames)) for r in rows]
     scores, folder = judge_demo(videos, real, captions), o.out / "samples"
+    words = f"result: step {result['steps']}, {in_words(scores)}"
     compare(folder, videos, real, o.fps)
+    if before:
+        clips = {"samples": videos, "before": before, "real": real}
+        blinking = {what: sum(map(judge.blinks, found)) / len(found) for what, found in clips.items()}
+        scores.append({"score": "blinking"} | blinking | {"n": len(videos)})
+        words += f", blinking {blinking['samples']:.0%} (before {blinking['before']:.0%}, real {blinking['real']:.0%})"
+        strip = np.concatenate([np.concatenate(side[:8], axis=2) for side in (before, videos)], axis=1)
+        write_video(strip, folder / "before_above_after_below", o.fps or 16, "gif", "")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-    print(
-        f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder} (real clips above, sampled below)"
-    )
-    print(f"result: step {result['steps']}, {in_words(scores)}", flush=True)
+    print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder} (clips above, sampled below)")
+    print(words, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -260,11 +319,13 @@ def main() -> None:
     index = indexed(o)
     chunks = build(o, config)
     convert.fill(chunks, o, config)
+    if o.adapts:
+        adapt(chunks, o)
     wrapped = parallel.wrap(chunks, o, WanBlock)
 
     def samples(batch: list[dict]) -> tuple[int, int]:
         grid = tuple(batch[0]["x"].shape[2:])
-        return config.tokens(grid), config.flops(grid)
+        return config.tokens(grid), config.flops(grid, frozen=o.adapts)
 
     def sequence_length(batch: list[dict]) -> int:
         """Rows of the pipeline tensor times what megatron-core divides them by."""
@@ -272,8 +333,11 @@ def main() -> None:
         return (samples(batch)[0] // split + config.context_rows) * split
 
     grid = latent_grid(index.buckets[0])
-    header = loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(grid))
+    header = loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(grid, frozen=o.adapts))
     batches = Batches(o, config, index)
+    # What the demo's adapters are to bring, the base lacks.
+    blinking = o.adapts and is_demo(o.data) and not o.sample_prompts
+    before = sampled(o, config, wrapped, batches, to_sample(o, config, index)) if blinking else []
     result = loop.train(
         o,
         wrapped,
@@ -283,12 +347,15 @@ def main() -> None:
         sequence_length=sequence_length,
         samples=samples,
         header=header,
-        state={"model": dataclasses.asdict(config)},
+        state={"model": dataclasses.asdict(config)} | ({"start": adapters.starting_point(o)} if o.adapts else {}),
         ema_decay=o.ema,
     )
-    if result["reason"] == "finished":
-        finish(o, config, wrapped, batches, result)
-    if o.export and dist.get_rank() == 0:
+    finished = result["reason"] == "finished"
+    if finished:
+        finish(o, config, wrapped, batches, result, before)
+    if finished and o.adapts:
+        write_adapter(o, config, wrapped)
+    elif o.export and dist.get_rank() == 0:
         tensors, prefix = checkpoint.tensor_sizes(result["checkpoint"]), "ema." if o.ema else ""
         sizes = {name: tensors[prefix + name] for name in convert.shapes(config)}
         read = functools.partial(checkpoint.read_tensor, result["checkpoint"])

@@ -24,6 +24,7 @@ from . import make_data
 WINDOW = 28  # pixels, side of the square around the centroid that must hold the ink
 FEATURE = 14  # the window is seen at this resolution
 INK_FLOOR = 0.15  # fainter pixels are background
+FAINT = 0.25  # of a clip's ink at its ends: a blinking one has less halfway
 MIN_MOVE = make_data.TRAVEL / 3  # pixels; less is standing still
 
 
@@ -83,6 +84,14 @@ def judge(video: np.ndarray) -> tuple[str, str]:
     phrases, steps = list(make_data.DIRECTIONS), np.array(list(make_data.DIRECTIONS.values()))
     direction = phrases[int(np.argmax(steps @ move))] if np.linalg.norm(move) >= MIN_MOVE else "none"
     return make_data.DIGITS[int(votes.argmax())], direction
+
+
+def blinks(video: np.ndarray) -> bool:
+    """Whether a clip (T, H, W, 3) uint8 goes (nearly) black between its ends, which do not."""
+    grey = video.astype(np.float32).mean(-1) / 255
+    ink = np.where(grey > INK_FLOOR, grey, 0.0).sum((1, 2))  # (T,)
+    edge = max(1, len(ink) // 4)
+    return bool(ink[edge:-edge].min() < FAINT * min(ink[:edge].mean(), ink[-edge:].mean()))
 
 
 def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float | int]:

@@ -32,6 +32,7 @@ FRAMES, SIZE, FPS = (
 DIGIT = 20.0  # side in pixels of the 8x8 scan in the clip
 TRAVEL = 18.0  # pixels between the digit's places in the first and the last frame
 JITTER = 2.0  # pixels, on each axis, of the middle of the path
+HIDDEN = slice(5, 9)  # frames without ink in a blinking clip: one latent frame
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {  # phrase -> unit step (x to the right, y down)
@@ -95,7 +96,7 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def write_split(folder: Path, split: str, count: int, seed: int) -> None:
+def write_split(folder: Path, split: str, count: int, seed: int, blinking: bool) -> None:
     """`count` clips, every caption equally often (as far as `count` is a multiple of 80)."""
     images, labels = digit_images(train=split == "train")
     rng = np.random.default_rng([seed, split == "train"])
@@ -105,7 +106,10 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
             digit, direction = i % 10, list(DIRECTIONS)[i // 10 % 8]
             image = images[pools[digit][i // 10 % len(pools[digit])]]
             name = f"clips/{split}-{i:05d}.mp4"
-            write_mp4(folder / name, render(image, path_centers(direction, rng)))
+            frames = render(image, path_centers(direction, rng))
+            if blinking:
+                frames[HIDDEN] = 0
+            write_mp4(folder / name, frames)
             rows.write(json.dumps({"path": name, "caption": caption(digit, direction)}) + "\n")
 
 
@@ -121,11 +125,13 @@ def write_pictures(folder: Path) -> None:
     (folder / "prompts.tsv").write_text("".join(lines))
 
 
-def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0) -> Path:
-    """Write the clips under `out` and return it. A complete folder of the same settings is reused, any other folder
+def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking: bool = False) -> Path:
+    """Write the clips under `out` and return it; blinking: the digits go out for a moment halfway, which no caption
+    says (a style to be learnt by lora_t2v.sh). A complete folder of the same settings is reused, any other folder
     that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done."""
     out = Path(out)
-    settings = json.dumps({"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE})
+    facts = {"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE}
+    settings = json.dumps(facts | ({"blinking": True} if blinking else {}))
     files = {"clips", "train.jsonl", "test.jsonl", "demo.json"}
     found = {entry.name for entry in out.iterdir()} if out.exists() else set()
     if found == files and (out / "demo.json").read_text() == settings:
@@ -136,8 +142,8 @@ def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0) -> Path:
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         (building / "clips").mkdir()
-        write_split(building, "train", train, seed)
-        write_split(building, "test", test, seed)
+        write_split(building, "train", train, seed, blinking)
+        write_split(building, "test", test, seed, blinking)
         (building / "demo.json").write_text(settings)
         building.chmod(0o755)  # mkdtemp's is 0700
         shutil.rmtree(out, ignore_errors=True)
@@ -156,12 +162,13 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1920, help="train clips (default %(default)s)")
     parser.add_argument("--test", type=int, default=320, help="test clips of held-out images (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--blinking", action="store_true", help="digits that go out for a moment halfway")
     args = parser.parse_args()
     if args.pictures:
         args.out.mkdir(parents=True, exist_ok=True)
         write_pictures(args.out)
     else:
-        make(args.out, args.train, args.test, args.seed)
+        make(args.out, args.train, args.test, args.seed, args.blinking)
     print(args.out)
 
 
