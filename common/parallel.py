@@ -162,7 +162,7 @@ def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
     if config.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x)
     # megatron-core sums in place, and x may be a product that selective recompute has kept, to be summed again.
-    return reduce_from_tensor_model_parallel_region(x.clone())
+    return reduce_from_tensor_model_parallel_region(x.clone() if x.requires_grad else x)
 
 
 def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
