@@ -375,6 +375,20 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
     return dataclasses.replace(o, ulysses=ulysses, etp=etp, global_batch=batch)
 
 
+def check_compile(o) -> None:
+    """ValueError: `--compile` has no compiler here, or does not go with --recompute."""
+    if os.environ.get("ZOO_DEVICE") == "npu":
+        raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
+    if o.recompute == "selective":
+        raise ValueError(
+            "compile with recompute=selective: what a compiled block keeps is changed before it is read; "
+            "fix: --recompute none or full, or --no-compile"
+        )
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):
+        raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
+
+
 def check_run(o: TrainOptions) -> None:
     """What a training run would only stumble over later.
 
@@ -382,21 +396,13 @@ def check_run(o: TrainOptions) -> None:
         ValueError: --resume names no folder, the rate would rise to --min-lr, the steps or ranks to profile are not
             numbers, --compile has no compiler, or --compile or --offload-activations does not go with --recompute.
     """
-    if o.compile and os.environ.get("ZOO_DEVICE") == "npu":
-        raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
-    if o.compile and o.recompute == "selective":
-        raise ValueError(
-            "compile with recompute=selective: what a compiled block keeps is changed before it is read; "
-            "fix: --recompute none or full, or --no-compile"
-        )
+    if o.compile:
+        check_compile(o)
     if o.offload_activations and o.recompute == "selective":
         raise ValueError(
             "offload_activations with recompute=selective: what that keeps is not autograd's to move; "
             "fix: --recompute none or full, or --no-offload-activations"
         )
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if o.compile and os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):
-        raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
     if o.min_lr is not None and o.min_lr > o.lr:

@@ -127,6 +127,57 @@ def test_impossible_options_are_refused_with_the_reason_and_the_fix(case, monkey
     assert all(part in message for part in parts), message
 
 
+# Sampling: the tiny model makes 13x48x48, 6 latent rows, in 20 steps with guidance 4.
+REFUSED_TO_SAMPLE = {
+    "no second branch": ("--cfg-parallel --cfg 1", 2, ["cfg=1, which has no second branch", "--no-cfg-parallel"]),
+    "one rank for two branches": ("--cfg-parallel", 1, ["1 data-parallel ranks (1 processes", "an even number"]),
+    "three ranks for two branches": ("--cfg-parallel --cp 2", 6, ["3 data-parallel ranks (6 processes", "NPROC"]),
+    "strips of one rank": (
+        "--vae-parallel",
+        2,
+        ["one rank to each of 2 videos", "--cfg-parallel", "--no-vae-parallel"],
+    ),
+    "strips of no row": ("--vae-parallel --tp 4 --cfg-parallel", 8, ["8 ranks of 6 latent rows"]),
+    "strips and tiles": ("--vae-parallel --vae-tiling --cfg-parallel", 2, ["expected one of them", "--no-vae-tiling"]),
+    "start after end": ("--cache attention --cache-start 9 --cache-end 9", 1, ["start < end < 20", "--cache-end"]),
+    "end after the last step": ("--cache blocks --cache-end 20", 1, ["cache_end=20 of 20 sampling steps"]),
+    "interval": ("--cache blocks --cache-interval 0", 1, ["cache_interval=0", "[1, inf)"]),
+    "start of no cache": ("--cache-start 3", 1, ["cache_start without a cache", "--cache attention or blocks"]),
+    "unknown cache": ("--cache block", 1, ["--cache", "'block'", "'attention', 'blocks'"]),
+    "blocks of no block cache": ("--cache attention --cache-blocks 1-2", 1, ["'1-2' with --cache attention"]),
+    "blocks beyond the last": ("--cache blocks --cache-blocks 1-4", 1, ["'1-4'", "within 0-3"]),
+    "blocks backwards": ("--cache blocks --cache-blocks 2-1", 1, ["'2-1'", "FIRST-LAST"]),
+    "nothing left": ("--sparse 1", 1, ["sparse=1.0", "[0, 1)"]),
+    "sparse on a small grid": ("--sparse 0.5", 1, ["4x3x3 tokens (13x48x48)", "at least 5x128x128", "--sparse 0"]),
+    "sparse on one frame": ("--sparse 0.5 --video 1x128x128", 1, ["1x8x8 tokens"]),
+    "sparse after the last step": ("--sparse 0.5 --sparse-start 20 --video 5x128x128", 1, ["sparse_start=20 of 20"]),
+    "sparse start of dense": ("--sparse-start 2", 1, ["sparse_start=2 with dense attention", "--sparse"]),
+    "sparse ring": ("--sparse 0.5 --video 5x128x128 --cp 2 --ulysses 1", 2, ["a ring of 2", "--ulysses 2"]),
+    "int8 shards": ("--quantize int8 --fsdp", 2, ["quantize=int8 with fsdp", "--no-fsdp"]),
+    "offloaded shards": ("--cpu-offload --fsdp", 2, ["cpu_offload with fsdp", "--no-cpu-offload"]),
+    "compiling what is kept": ("--compile --recompute selective", 1, ["selective", "--no-compile"]),
+    "sampler": ("--sampler ddim", 1, ["'ddim'", "unipc", "dpm", "euler"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_TO_SAMPLE)
+def test_impossible_sampling_is_refused_with_the_reason_and_the_fix(case, monkeypatch):
+    options, processes, parts = REFUSED_TO_SAMPLE[case]
+    monkeypatch.setenv("NPROC", str(processes))
+    message = refusal(*options.split(), script="infer")
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "parts"),
+    [("--cache-start 3", 1, ["cache_start: search finds"]), ("", 2, ["2 videos at a time", "--cfg-parallel"])],
+)
+def test_impossible_search_is_refused(options, processes, parts, monkeypatch):
+    monkeypatch.setenv("NPROC", str(processes))
+    message = refusal(*options.split(), script="search")
+    assert all(part in message for part in parts), message
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [

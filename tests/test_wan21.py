@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import wan_case as case
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,7 +147,8 @@ def test_patches_survive_a_round_trip():
     assert torch.equal(case.model.unpatchify(tokens, case.GRID, case.CONFIG.patch_size), x)
 
 
-def test_sampling_equals_the_diffusers_pipeline():
+@pytest.mark.parametrize("sampler", ["unipc", "dpm", "euler"])
+def test_sampling_equals_the_diffusers_pipeline(sampler):
     folder = case.config.DEMO_WEIGHTS
     from importlib import import_module
 
@@ -160,9 +161,13 @@ def test_sampling_equals_the_diffusers_pipeline():
     prompt, grid = "a handwritten three moves to the left", (4, 6, 6)
     got = infer.sample(
         [chunk], o, config, encoder.encode([prompt]), encoder.encode([""])[0], grid, [5],
-        sampler="unipc", shift=5.0, steps=6, cfg=4.0,
+        sampler=sampler, shift=5.0, steps=6, cfg=4.0,
     )  # fmt: skip
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    if sampler == "dpm":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if sampler == "euler":
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     pipeline.set_progress_bar_config(disable=True)
     want = pipeline(
         prompt=prompt, negative_prompt="", height=48, width=48, num_frames=13, num_inference_steps=6,

@@ -15,8 +15,8 @@ from common import device
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-infer, encoders, images, data = (
-    import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders", "images", "data")
+infer, encoders, images, videos, data = (
+    import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders", "images", "videos", "data")
 )
 FOLDER, PROMPT = case.config.DEMO_I2V, "a handwritten three moves to the left"
 
@@ -104,7 +104,7 @@ def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
 def test_a_clip_is_read_at_the_rate_asked_and_must_be_long_enough(tmp_path):
     bucket = data.Bucket(5, 48, 48)
     video = np.repeat(np.arange(0, 250, 25, dtype=np.uint8)[:, None, None, None], 48, 1).repeat(48, 2).repeat(3, 3)
-    [path] = infer.write_video(video, tmp_path / "a", 16, "mp4", "")  # ten frames, each lighter than the one before
+    [path] = videos.write(video, tmp_path / "a", 16, "mp4")  # ten frames, each lighter than the one before
     images.check_clip(path, bucket, 8.0, "exact")
     shades = images.clip(path, bucket, 8.0, "exact").mean((1, 2, 3))
     assert np.abs(shades - [0, 50, 100, 150, 200]).max() < 5

@@ -7,6 +7,7 @@ import pytest
 import test_wan21_layouts as layouts
 import torch
 import wan_case as case
+from PIL import Image, ImageSequence
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -192,7 +193,8 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it_as_conver
         out = tmp_path / f"videos{len(videos)}"
         fast = ["--precision", "bf16", "--video", "5x48x48", "--sample-steps", "2", "--format", "gif", "--out", out]
         run_ranks(1, case.job, "infer", *where, *fast, "--prompt", "a handwritten three moves up")
-        videos.append((out / "0000.gif").read_bytes())
+        with Image.open(out / "0000.gif") as gif:
+            videos.append([frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(gif)])
     assert videos[0] == videos[1]
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -293,7 +294,58 @@ class TrainOptions(cli.TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(cli.LayoutOptions):
+class AccelerateOptions(cli.LayoutOptions):
+    """What makes sampling faster or smaller; see README, "Generation, accelerated"."""
+
+    cfg_parallel: bool = option(
+        "the two branches of the guidance on two data-parallel ranks", False, group="acceleration"
+    )
+    vae_parallel: bool = option("all ranks of a video decode a strip of it each", False, group="acceleration")
+    vae_tiling: bool = option("decode in overlapping tiles: less memory, not exact", False, group="acceleration")
+    cache: Literal["none", "attention", "blocks"] = option(
+        "reuse between steps: self-attention outputs, or what a run of blocks adds", "none", group="acceleration"
+    )
+    cache_start: int = option(
+        "first step (from 0) whose values are kept (default: 40 % of the steps)",
+        group="acceleration", within="[0, inf)",
+    )  # fmt: skip
+    cache_interval: int = option(
+        "steps from one computed value to the next (default: 2)", group="acceleration", within="[1, inf)"
+    )
+    cache_end: int = option(
+        "last step that may reuse (default: 94 % of the steps)", group="acceleration", within="[0, inf)"
+    )
+    cache_blocks: str = option(
+        "blocks FIRST-LAST (from 0) whose run --cache blocks reuses (default: all)", "", group="acceleration"
+    )
+    sparse: float = option(
+        "share of key blocks that a query block leaves out (0: dense)", 0.0, group="acceleration", within="[0, 1)"
+    )
+    sparse_start: int = option(
+        "first step (from 0) with sparse attention (default: 30 % of the steps)",
+        group="acceleration", within="[0, inf)",
+    )  # fmt: skip
+    quantize: Literal["none", "int8"] = option(
+        "weights of the blocks' linears in int8: less memory", "none", group="acceleration"
+    )
+    compile: bool = option("torch.compile each block", False, group="acceleration")
+    cpu_offload: bool = option(
+        "transformer, text encoder and VAE on the accelerator only while used", False, group="acceleration"
+    )
+
+    @property
+    def lanes(self) -> int:
+        """Videos made at the same time."""
+        return self.dp // (2 if self.cfg_parallel else 1)
+
+    def cached_blocks(self, layers: int) -> range:
+        """The run of `--cache-blocks`, by block index."""
+        first, last = map(int, self.cache_blocks.split("-")) if self.cache_blocks else (0, layers - 1)
+        return range(first, last + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions(AccelerateOptions):
     checkpoint: Path | None = option(
         "sharded checkpoint whose transformer replaces the one of --weights", group="model"
     )
@@ -317,7 +369,7 @@ class InferOptions(cli.LayoutOptions):
     fps: float = option("frame rate of the written file", 16.0, group="job", layout=True, within="[0, inf)")
     sample_steps: int = option("sampling steps", 50, group="job", layout=True, within="[1, inf)")
     cfg: float = option("guidance scale (1: no guidance)", 5.0, group="job", layout=True, within="[0, inf)")
-    sampler: Literal["unipc", "euler"] = option("UniPC, or flow-match Euler", "unipc", group="job")
+    sampler: Literal["unipc", "dpm", "euler"] = option("UniPC, DPM-Solver++ or flow-match Euler", "unipc", group="job")
     sample_shift: float = option("flow-matching timestep shift", 5.0, group="job", layout=True, within="(0, inf)")
     seed: int = option("seed of the noise; prompt i uses seed + i", 0, group="job")
     format: Literal["mp4", "gif", "both"] = option("kind of file written", "both", group="job")
@@ -348,6 +400,11 @@ class EvaluateOptions(InferOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchOptions(InferOptions):
+    psnr: float = option("quality to keep: dB to the uncached videos", 32.0, group="job", within="(0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["diffusers", "released", "original", "sharded"] = option(
         "what to write (released: diffusers); the kind of --weights is recognised", group="job"
@@ -359,7 +416,7 @@ class ConvertOptions(cli.LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PerfOptions(TrainOptions):
-    only: Literal["all", "step", "run", "load"] = option("which benchmark", "all", group="job")
+    only: Literal["all", "step", "generation", "run", "load"] = option("which benchmark", "all", group="job")
     repeats: int = option("timed training steps", 60, group="job", within="[1, inf)")
     compiled_peer: bool = option("let the peer also run under torch.compile", True, group="job")
     record: bool = option("add the rows to perf.jsonl", False, group="job")
@@ -369,6 +426,7 @@ JOBS = {
     "train": (TrainOptions, "Train Wan2.1 text-to-video or image-to-video."),
     "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video or image-to-video."),
     "evaluate": (EvaluateOptions, "Score videos sampled from Wan2.1 text-to-video or image-to-video."),
+    "search": (SearchOptions, "Find the cache settings that keep a stated quality."),
     "convert": (ConvertOptions, "Convert Wan2.1 weights between the original, diffusers and sharded layouts."),
     "perf": (PerfOptions, "Measure this recipe on this machine."),
 }
@@ -386,7 +444,7 @@ def parse(script: str, argv: list[str]):
     if script == "train":
         _check_job(o, asked)
     o = _with_demo(o, getattr(o, "job", script), asked)
-    if script in ("infer", "convert"):  # these have no batch
+    if script in ("infer", "search", "convert"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     if script == "evaluate":
         o = dataclasses.replace(_check_scores(o), global_batch=None)
@@ -396,7 +454,9 @@ def parse(script: str, argv: list[str]):
             f"{o.weights} of size {o.size} is {TASKS[config.task]}; expected {TASKS[task]}; fix: --weights or --size, or "
             f"the launcher named _{'t2v' if task == 'i2v' else 'i2v'}.sh"
         )
-    shapes = {"train": "buckets", "perf": "buckets", "infer": "video", "evaluate": "video"}.get(script)
+    shapes = {"train": "buckets", "perf": "buckets", "infer": "video", "search": "video", "evaluate": "video"}.get(
+        script
+    )
     shapes = None if getattr(o, "videos", None) else shapes  # which may have shapes no model of this recipe makes
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
         tokens = config.tokens(latent_grid(bucket)) if bucket else None
@@ -423,7 +483,11 @@ def parse(script: str, argv: list[str]):
             if o.merge:
                 weights.refuse_existing(o.merge, "--merge")
         adapters.check_start(o)
-    if script == "infer" or (script == "evaluate" and o.data is None):
+    if script == "search":
+        _check_search(o)
+    if isinstance(o, AccelerateOptions) and shapes:
+        o = check_acceleration(o, config, latent_grid(data.parse_buckets(o.video)[0]))
+    if script in ("infer", "search") or (script == "evaluate" and o.data is None):
         bucket = data.parse_buckets(o.video)[0]
         images.check(requests(o, config), bucket, o.fit)
     if script == "infer" and o.video_in is not None:
@@ -443,6 +507,130 @@ def parse(script: str, argv: list[str]):
     if getattr(o, "export", None):
         weights.refuse_existing(o.export, "--export")
     return o
+
+
+def check_acceleration(o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> InferOptions:
+    """Everything about the accelerations that can be wrong before weights are read; fills their defaults.
+
+    Raises:
+        ValueError: what does not go with what, or with the steps, the layout or the shape of the video.
+    """
+    steps, ranks = o.sample_steps, o.world // max(o.lanes, 1)
+    if o.cfg_parallel and o.cfg == 1:
+        raise ValueError("cfg_parallel with cfg=1, which has no second branch; fix: --cfg or --no-cfg-parallel")
+    if o.cfg_parallel and o.dp % 2:
+        raise ValueError(
+            f"cfg_parallel with {o.dp} data-parallel ranks ({o.world} processes over tp*pp*cp = {o.tp}*{o.pp}*{o.cp}); "
+            "expected an even number; fix: NPROC, or --no-cfg-parallel"
+        )
+    if o.vae_parallel and ranks == 1:
+        raise ValueError(
+            f"vae_parallel with one rank to each of {o.lanes} videos at a time; expected several ranks to a video; "
+            "fix: --cfg-parallel, --cp, --tp or --pp, or --no-vae-parallel"
+        )
+    if o.vae_parallel and ranks > grid[1]:
+        raise ValueError(
+            f"vae_parallel over {ranks} ranks of {grid[1]} latent rows; expected a row each; fix: --no-vae-parallel"
+        )
+    if o.vae_parallel and o.vae_tiling:
+        raise ValueError("vae_parallel with vae_tiling; expected one of them; fix: --no-vae-tiling")
+    asked = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
+    if o.cache == "none" and asked:
+        raise ValueError(f"{' and '.join(asked)} without a cache; fix: --cache attention or blocks")
+    if o.cache != "none":
+        start = round(0.4 * steps) if o.cache_start is None else o.cache_start
+        end = min(round(0.94 * steps), steps - 1) if o.cache_end is None else o.cache_end
+        if not start < end < steps:
+            raise ValueError(
+                f"cache_start={start}, cache_end={end} of {steps} sampling steps; expected start < end < {steps}; "
+                "fix: --cache-start or --cache-end"
+            )
+        o = dataclasses.replace(o, cache_start=start, cache_interval=o.cache_interval or 2, cache_end=end)
+    if o.cache_blocks:
+        last = config.num_layers - 1
+        if o.cache != "blocks":
+            raise ValueError(f"cache_blocks={o.cache_blocks!r} with --cache {o.cache}; fix: --cache blocks")
+        found = re.fullmatch(r"(\d+)-(\d+)", o.cache_blocks)
+        if not found or not int(found[1]) <= int(found[2]) <= last:
+            raise ValueError(
+                f"cache_blocks={o.cache_blocks!r}; expected FIRST-LAST within 0-{last}; fix: --cache-blocks"
+            )
+    if not o.sparse and o.sparse_start is not None:
+        raise ValueError(f"sparse_start={o.sparse_start} with dense attention; fix: --sparse")
+    if o.sparse:
+        start = round(0.3 * steps) if o.sparse_start is None else o.sparse_start
+        frames, rows, columns = (n // p for n, p in zip(grid, config.patch_size, strict=True))
+        if start >= steps:
+            raise ValueError(f"sparse_start={start} of {steps} sampling steps; expected fewer; fix: --sparse-start")
+        if frames == 1 or min(rows, columns) < 8:
+            raise ValueError(
+                f"sparse attention over {frames}x{rows}x{columns} tokens ({o.video}); expected two latent frames and "
+                "windows of 8x8 tokens, so a --video of at least 5x128x128; fix: --video or --sparse 0"
+            )
+        if o.ring > 1:
+            raise ValueError(
+                f"sparse attention with a ring of {o.ring}, where no rank sees all keys; fix: --ulysses {o.cp}, or --cp"
+            )
+        o = dataclasses.replace(o, sparse_start=start)
+    if o.quantize != "none" and o.fsdp:
+        raise ValueError(f"quantize={o.quantize} with fsdp, which shards one dtype; fix: --no-fsdp or --quantize none")
+    if o.cpu_offload and o.fsdp:
+        raise ValueError("cpu_offload with fsdp, which keeps its own shards; fix: --no-fsdp or --no-cpu-offload")
+    if o.compile:
+        cli.check_compile(o)
+    return o
+
+
+def _check_search(o: SearchOptions) -> None:
+    given = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)}: search finds them; fix: leave them out")
+    if o.lanes > 1:
+        raise ValueError(
+            f"search with {o.lanes} videos at a time; expected all ranks to make the same one; fix: NPROC, --cfg-parallel, "
+            "--cp or --tp"
+        )
+
+
+def cache_gib(o: AccelerateOptions, config: WanConfig, tokens: int) -> float:
+    """GiB that `--cache` holds on a rank at most: a tensor of this rank's tokens for each branch it computes, and for
+    `attention` of each of its blocks."""
+    each = tokens // o.cp // (o.tp if o.sp else 1) * config.dim * (4 if o.precision == "fp32" else 2)
+    tensors = {"none": 0, "attention": max(o.stage_layers(config.num_layers)), "blocks": o.vpp}[o.cache]
+    return each * tensors * (1 if o.cfg_parallel or o.cfg == 1 else 2) / 2**30
+
+
+SPEED = ("cfg_parallel", "vae_parallel", "compile", "cpu_offload")  # what changes the pixels by no more than rounding
+_FREE = {*SPEED, "out", "format", "prompts", "task", "prompt", "image", "last_image"}  # files, and a request's own
+
+
+def settings(o: InferOptions) -> dict:
+    """What the pixels of a run's videos follow from: every option but those of layout, speed and files, and what the
+    weights hold, which their path alone does not say."""
+    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(o)}
+    kept = [n for n, group in groups.items() if group not in ("layout", "run") and n not in _FREE]
+    values = {n: getattr(o, n) for n in [*kept, "precision"]}
+    folder = o.checkpoint or o.weights
+    written = next((folder / n for n in ("manifest.json", "latest") if (folder / n).is_file()), None)  # sharded
+    part = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    values["content"] = str(written.stat().st_mtime_ns) if written else weights.fingerprint(part)
+    if o.adapter:
+        values["adapter_content"] = weights.fingerprint(o.adapter)
+    return values
+
+
+def how_made(values: dict, i: int, request: images.Request) -> dict:
+    """The `settings` of request number i, with its own, as JSON can hold them."""
+    values = values | dataclasses.asdict(request) | {"seed": values["seed"] + i}
+    return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
+
+
+def unfinished(o: InferOptions, asked: list[images.Request]) -> list[int]:
+    """Indices of the requests whose videos are not in --out yet. ValueError: one is, made in another way."""
+    from . import videos
+
+    stems, same = [o.out / f"{i:04d}" for i in range(len(asked))], settings(o)
+    return [i for i, r in enumerate(asked) if not videos.finished(stems[i], o.format, how_made(same, i, r))]
 
 
 def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
@@ -681,6 +869,8 @@ def prepare(o) -> None:
 
         few = {"train": 320, "test": 80, "blinking": True}
         make_data.make(o.data.parent, **({} if o.data.parent == DEMO_DATA else few))
+    if type(o) is InferOptions:
+        unfinished(o, requests(o, model_config(o)))
 
 
 def dry_run(o) -> str:
@@ -702,6 +892,8 @@ def dry_run(o) -> str:
             f"{step / 1e12:.3f} TFLOP per training step"
         )
         text.append(f"memory per rank, estimated: {memory_estimate(o, config, tokens) / 2**30:.2f} GiB")
+        if getattr(o, "cache", None) in ("attention", "blocks"):
+            text.append(f"cache on each rank: up to {cache_gib(o, config, tokens):.3g} GiB")
     return "\n".join(text)
 
 

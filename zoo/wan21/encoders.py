@@ -19,6 +19,7 @@ class VideoCodec:
     def __init__(self, folder: Path, device: torch.device):
         self.vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True).to(device).eval()
         self.vae.requires_grad_(False)
+        self.decoder = lambda latents: self.vae.decode(latents).sample  # or over several ranks: vae.split_decoder
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=device).view(shape)
         self.std = torch.tensor(self.vae.config.latents_std, device=device).view(shape)
@@ -52,7 +53,7 @@ class VideoCodec:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 16, f, h, w] -> uint8 [B, 3, 4f-3, 8h, 8w] on the CPU."""
-        x = self.vae.decode(latents.float() * self.std + self.mean).sample
+        x = self.decoder(latents.float() * self.std + self.mean)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from common import device  # isort: skip  (before megatron)
 import numpy as np
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 
 from common import checkpoint, cli, parallel, weights
@@ -28,20 +27,20 @@ from common.data import DropReport
 
 from . import data, images, scores
 from .config import (
+    SPEED,
     EvaluateOptions,
     demo_list,
     is_sharded,
-    latent_grid,
     model_config,
     parse,
     requests,
     videos_of,
 )
-from .encoders import FrameEncoder, TextEncoder, VideoCodec
-from .infer import condition_on, load_model, sample, write_video
+from .infer import lane_of, latents_of, load, pixels_of
+from .videos import write
 
 SHOWN = 8  # clips in the GIF
-NOT_SAMPLING = ("out", "prompt", "prompts", "format")  # of the options in the groups model and job
+NOT_SAMPLING = (*SPEED, "out", "prompt", "prompts", "format")  # of the options in the groups of note_settings
 
 # ------------------------------------------------------------------------------------------------------------ the demo
 
@@ -71,7 +70,7 @@ def compare(folder: Path, videos: list[np.ndarray], real: list[np.ndarray], fps:
     strips = [np.concatenate(side[:SHOWN], axis=2) for side in (real, videos) if side]  # [F, H, SHOWN * W, 3]
     thin = max(1, strips[0].shape[1] // 128)
     strip = np.concatenate(strips, axis=1)[:, ::thin, ::thin]
-    write_video(strip, folder / ("real_above_sampled_below" if real else "sampled"), fps or 16, "gif", "")
+    write(strip, folder / ("real_above_sampled_below" if real else "sampled"), fps or 16, "gif")
 
 
 # -------------------------------------------------------------------------------------------------------------- clips
@@ -115,22 +114,18 @@ def sampled(o: EvaluateOptions, asked: list[images.Request], seeds: list[int]) -
 
     Data-parallel ranks share them out; a video is given by the first of the ranks that made it, and by no other.
     """
-    config, bucket = model_config(o), data.parse_buckets(o.video)[0]
-    chunks, codec = load_model(o, config), VideoCodec(o.weights, device.current())
-    encoder = TextEncoder(o.weights, device.current(), chunks[0].config.params_dtype, config.text_len)
-    frames = FrameEncoder(o.weights, codec) if config.given_frames else None
-    empty, fit = encoder.encode([o.negative])[0], "crop" if o.data else o.fit
-    mine = list(range(mpu.get_data_parallel_rank(), len(asked), o.dp))
-    for start in range(0, -(-len(asked) // o.dp), o.micro_batch):
+    o = dataclasses.replace(o, fit="crop") if o.data else o
+    config = model_config(o)
+    parts = load(o, config)
+    mine = list(range(lane_of(o), len(asked), o.lanes))
+    for start in range(0, -(-len(asked) // o.lanes), o.micro_batch):
         places = mine[start : start + o.micro_batch]
-        some = [asked[i] for i in places or [0]]  # every rank does every turn: FSDP gathers in all of them
-        latents = sample(
-            chunks, o, config, encoder.encode([r.prompt for r in some]), empty, latent_grid(bucket),
-            [seeds[i] for i in places or [0]], sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
-            condition=condition_on(frames, some, bucket, fit),
-        )  # fmt: skip
-        if parallel.sample_group().rank() == 0 and places:
-            yield from zip(places, codec.decode(latents).permute(0, 2, 3, 4, 1).numpy(), strict=True)
+        some = places or [0]  # every rank does every turn: FSDP gathers in all of them
+        latents = latents_of(o, config, parts, [asked[i] for i in some], [seeds[i] for i in some])
+        writes = parts.video_group.rank() == 0
+        if places and (writes or o.vae_parallel):
+            made = pixels_of(o, parts, latents).permute(0, 2, 3, 4, 1).numpy()
+            yield from zip(places, made, strict=True) if writes else ()
 
 
 def sample_missing(o: EvaluateOptions, asked: list[images.Request]) -> list[Path]:
@@ -147,9 +142,9 @@ def sample_missing(o: EvaluateOptions, asked: list[images.Request]) -> list[Path
         bar = tqdm(total=len(missing), desc="videos", disable=dist.get_rank() > 0 or not sys.stderr.isatty())
         for turn, video in sampled(o, [asked[i] for i in missing], [o.seed + i for i in missing]):
             i = missing[turn]
-            (written,) = write_video(video, folder / f".{i:05d}", o.fps or 16, "mp4", asked[i].prompt)
+            (written,) = write(video, folder / f".{i:05d}", o.fps or 16, "mp4", {"prompt": asked[i].prompt})
             os.replace(written, files[i])
-            bar.update(o.dp)
+            bar.update(o.lanes)
         bar.close()
     dist.barrier()
     return files
@@ -157,7 +152,7 @@ def sample_missing(o: EvaluateOptions, asked: list[images.Request]) -> list[Path
 
 def note_settings(o: EvaluateOptions, asked: list[images.Request]) -> None:
     """OUT/settings.json says what the samples depend on. ValueError: those in OUT were made otherwise."""
-    fields = [f.name for f in dataclasses.fields(o) if f.metadata["group"] in ("model", "job")]
+    fields = [f.name for f in dataclasses.fields(o) if f.metadata["group"] in ("model", "job", "acceleration")]
     now = {name: str(getattr(o, name)) for name in fields if name not in NOT_SAMPLING}
     part = o.weights / "transformer" if (o.weights / "transformer").is_dir() else o.weights
     folder = checkpoint.find(o.checkpoint, str(o.checkpoint)) if o.checkpoint else part

@@ -4,28 +4,40 @@
     bash zoo/wan21/infer_t2v.sh --weights Wan2.1-T2V-1.3B-Diffusers --prompt "two cats box on a spotlighted stage"
     bash zoo/wan21/infer_i2v.sh --weights Wan2.1-I2V-14B-480P-Diffusers --image cat.png --prompt "the cat boxes"
 
-Any layout samples: data-parallel ranks share the prompts out, context, tensor and pipeline parallel ranks share a
-prompt's work. Samplers are diffusers' (UniPC with flow sigmas, or flow-match Euler).
+Any layout samples: data-parallel ranks share the prompts out (with --cfg-parallel, pairs of them do, one rank for each
+branch of the guidance), context, tensor and pipeline parallel ranks share a prompt's work. Samplers are diffusers'
+(UniPC and DPM-Solver++ with flow sigmas, flow-match Euler). What is cheaper at a price in quality is in accelerate.py.
 """
 
+import contextlib
 import sys
-from pathlib import Path
+import time
+from dataclasses import dataclass
 
 from common import device  # isort: skip  (before megatron)
-import av
-import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from PIL import Image
 from tqdm import tqdm
 
 from common import checkpoint, cli, parallel
 
-from . import convert, data, images
-from .config import InferOptions, WanConfig, latent_grid, model_config, parse, requests
+from . import accelerate, convert, data, images, vae, videos
+from .accelerate import Moment
+from .config import (
+    InferOptions,
+    WanConfig,
+    cache_gib,
+    how_made,
+    latent_grid,
+    model_config,
+    parse,
+    requests,
+    settings,
+    unfinished,
+)  # fmt: skip
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
 from .model import WanBlock, build, unpatchify
 
@@ -33,6 +45,8 @@ from .model import WanBlock, build, unpatchify
 def scheduler(sampler: str, shift: float, steps: int, where: torch.device):
     if sampler == "euler":
         made = FlowMatchEulerDiscreteScheduler(shift=shift)
+    elif sampler == "dpm":
+        made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     else:
         made = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     made.set_timesteps(steps, device=where)
@@ -69,28 +83,37 @@ def velocity(
 
 
 def sample(
-    chunks, o, config: WanConfig, text, empty, grid, seeds: list[int],
-    *, sampler, shift, steps, cfg, condition=None, start=None, strength=1.0,
+    chunks, o, config: WanConfig, text, empty, grid, seeds: list[int], *, sampler, shift, steps, cfg,
+    condition=None, start=None, strength=1.0, moment: Moment | None = None, pair: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Latents [B, C, *grid] for text embeddings [B, T, D] with guidance against `empty` [T, D], noise by `seeds`;
     image-to-video under a `condition` (see `velocity`), which guidance keeps on both sides; video-to-video from the
-    latents `start` [B, C, *grid] (SDEdit, arXiv:2108.01073): noised as the step is that leaves `strength` of them."""
-    where = device.current()
+    latents `start` [B, C, *grid] (SDEdit, arXiv:2108.01073): noised as the step is that leaves `strength` of them.
+
+    moment: what `accelerate.apply` returned for these chunks; pair: the two ranks that compute a branch each.
+    """
+    where, moment = device.current(), moment or Moment()
     noise = [torch.randn(config.out_dim, *grid, generator=torch.Generator().manual_seed(s)) for s in seeds]
     x = torch.stack(noise).to(where)
-    unconditional = empty.expand_as(text)
+    texts = [text, empty.expand_as(text)][: 1 if cfg == 1 else 2]  # of each branch of the guidance
+    mine = range(len(texts)) if pair is None else [pair.rank()]
     plan = scheduler(sampler, shift, steps, where)
-    times = plan.timesteps
+    times, first = plan.timesteps, 0
     if start is not None:
-        times = times[steps - int(steps * strength) :]
+        first = steps - int(steps * strength)
+        times = times[first:]
         level = times[:1].expand(len(x))
         x = plan.scale_noise(start, level, x) if sampler == "euler" else plan.add_noise(start, x, level)
-    for t in tqdm(times, disable=dist.get_rank() > 0 or not sys.stderr.isatty(), leave=False, desc="sampling"):
-        now = t.expand(len(x)).float()
-        v = velocity(chunks, o, config, x, now, text, condition)
-        if cfg != 1:
-            base = velocity(chunks, o, config, x, now, unconditional, condition)
-            v = base + cfg * (v - base)
+    progress = tqdm(times, disable=dist.get_rank() > 0 or not sys.stderr.isatty(), leave=False, desc="sampling")
+    moment.video += 1
+    for moment.step, t in enumerate(progress, first):
+        parts = []
+        for moment.branch in mine:
+            parts.append(velocity(chunks, o, config, x, t.expand(len(x)).float(), texts[moment.branch], condition))
+        if pair is not None:
+            own, parts = parts[0].contiguous(), [torch.empty_like(x) for _ in texts]
+            dist.all_gather(parts, own, group=pair)
+        v = parts[0] if cfg == 1 else parts[1] + cfg * (parts[0] - parts[1])
         x = plan.step(v, t, x, return_dict=False)[0]
     return x
 
@@ -105,66 +128,153 @@ def condition_on(
     return frames.encode(given, bucket.frames)
 
 
-def write_video(frames: np.ndarray, stem: Path, fps: float, kind: str, prompt: str) -> list[Path]:
-    """uint8 [F, H, W, 3] -> stem.mp4 (H.264) and stem.gif; the prompt goes into the mp4's metadata."""
-    written = []
-    if kind in ("mp4", "both"):
-        written.append(stem.with_suffix(".mp4"))
-        with av.open(str(written[-1]), "w") as file:
-            file.metadata["comment"] = prompt
-            stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": "12"})
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            for frame in frames:
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            file.mux(stream.encode())
-    if kind in ("gif", "both"):
-        written.append(stem.with_suffix(".gif"))
-        images = [Image.fromarray(frame) for frame in frames]
-        images[0].save(written[-1], save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-    return written
+def video_groups(o: InferOptions) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """The ranks that make the same video as this one: those of a sample, twice with --cfg-parallel; and then the pair
+    that exchanges the two branches of the guidance, the conditional one first."""
+    ranks = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
+    samples = ranks.get_ranks("tp-cp-pp")  # of each data-parallel rank
+    each, video, pair = o.dp // o.lanes, None, None
+    for first in range(0, o.dp, each):
+        together = samples[first : first + each]
+        for members in [sum(together, []), *(zip(*together, strict=True) if o.cfg_parallel else ())]:
+            group = dist.new_group(list(members))
+            if dist.get_rank() in members and video is None:
+                video = group
+            elif dist.get_rank() in members:
+                pair = group
+    return video, pair
 
 
-def load_model(o: InferOptions, config: WanConfig) -> list[torch.nn.Module]:
-    """This rank's model chunks: the transformer of --checkpoint, else of --weights."""
-    chunks = build(o, config)
+def lane_of(o: InferOptions) -> int:
+    """Which of the `o.lanes` videos made at the same time is this rank's."""
+    return mpu.get_data_parallel_rank() // (o.dp // o.lanes)
+
+
+@contextlib.contextmanager
+def on_device(o: InferOptions, *modules: torch.nn.Module):
+    """With --cpu-offload the modules are on the accelerator inside this block only; else they always are."""
+    for module in modules if o.cpu_offload else ():
+        module.to(device.current())
+    try:
+        yield
+    finally:
+        for module in modules if o.cpu_offload else ():
+            module.to("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All that makes a video: the transformer, and what is around it; the ranks that make the same one."""
+
+    chunks: list[torch.nn.Module]
+    moment: Moment
+    codec: VideoCodec
+    encoder: TextEncoder
+    frames: FrameEncoder | None  # image-to-video
+    video_group: dist.ProcessGroup
+    pair: dist.ProcessGroup | None
+
+
+def load(o: InferOptions, config: WanConfig, fill=convert.fill) -> Parts:
+    """Read the weights, each part to where it waits for its use, and put what `o` asks for around the transformer.
+    fill: what writes its weights, without a --checkpoint."""
+    video_group, pair = video_groups(o)
+    chunks = build(o, config, torch.device("cpu") if o.cpu_offload else None)
     if o.checkpoint:
         checkpoint.load(checkpoint.find(o.checkpoint, str(o.checkpoint)), chunks)
     else:
-        convert.fill(chunks, o, config)
+        fill(chunks, o, config)
     if o.adapter:
         convert.merge_into(chunks, o.adapter, config)
-    return parallel.wrap(chunks, o, WanBlock) if o.fsdp else chunks
+    if o.quantize == "int8":
+        accelerate.quantize(chunks)
+    if o.fsdp:
+        chunks = parallel.wrap(chunks, o, WanBlock)  # compiles too
+    elif o.compile:
+        for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, WanBlock)):
+            block.compile()
+    moment = accelerate.apply(chunks, o, config, latent_grid(data.parse_buckets(o.video)[0]))
+
+    codec = VideoCodec(o.weights, device.current())
+    dtype = parallel.unwrapped(chunks[0]).config.params_dtype
+    encoder = TextEncoder(o.weights, device.current(), dtype, config.text_len)
+    frames = FrameEncoder(o.weights, codec) if config.given_frames else None
+    for module in (codec.vae, encoder.model, *([frames.clip] if frames else [])) if o.cpu_offload else ():
+        module.to("cpu")
+    if o.vae_tiling:
+        codec.vae.enable_tiling()
+    if o.vae_parallel:
+        codec.decoder = vae.split_decoder(codec.vae, video_group)
+    return Parts(
+        chunks=chunks, moment=moment, codec=codec, encoder=encoder, frames=frames, video_group=video_group, pair=pair
+    )
+
+
+def latents_of(
+    o: InferOptions, config: WanConfig, parts: Parts, asked: list[images.Request], seeds: list[int]
+) -> torch.Tensor:
+    """Latents [B, C, F, H, W] of what is asked, noise by `seeds`."""
+    bucket, start = data.parse_buckets(o.video)[0], None
+    with on_device(o, parts.encoder.model):
+        text, empty = parts.encoder.encode([r.prompt for r in asked]), parts.encoder.encode([o.negative])[0]
+    with on_device(o, parts.codec.vae, *([parts.frames.clip] if parts.frames else [])):
+        condition = condition_on(parts.frames, asked, bucket, o.fit)
+        if o.video_in:
+            clip = torch.from_numpy(images.clip(o.video_in, bucket, o.fps, o.fit))  # [F, H, W, 3]
+            start = parts.codec.encode(clip.permute(3, 0, 1, 2)[None])
+    with on_device(o, *parts.chunks):
+        return sample(
+            parts.chunks, o, config, text, empty, latent_grid(bucket), seeds,
+            sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg, condition=condition, start=start,
+            strength=o.strength, moment=parts.moment, pair=parts.pair,
+        )  # fmt: skip
+
+
+def pixels_of(o: InferOptions, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+    """Latents -> uint8 [B, 3, F, H, W] on the CPU; with --vae-parallel all ranks of the video call it."""
+    with on_device(o, parts.codec.vae):
+        return parts.codec.decode(latents)
 
 
 def main() -> None:
     o: InferOptions = parse("infer", sys.argv[1:])
     parallel.initialize(o)
-    config, folder = model_config(o), o.weights
-    chunks = load_model(o, config)
-    lines, dp, me = requests(o, config), o.dp, mpu.get_data_parallel_rank()
-    mine = list(range(me, len(lines), dp)) or [0]
-    bucket = data.parse_buckets(o.video)[0]
-    codec = VideoCodec(folder, device.current())
-    encoder = TextEncoder(folder, device.current(), chunks[0].config.params_dtype, config.text_len)
-    frames = FrameEncoder(folder, codec) if config.given_frames else None
-    start = None
-    if o.video_in:
-        clip = torch.from_numpy(images.clip(o.video_in, bucket, o.fps, o.fit))  # [F, H, W, 3]
-        start = codec.encode(clip.permute(3, 0, 1, 2)[None])
-    empty = encoder.encode([o.negative])[0]
-    o.out.mkdir(parents=True, exist_ok=True)
-    for turn in range(-(-len(lines) // dp)):  # every rank does every turn: FSDP gathers in all of them
-        i = mine[turn] if turn < len(mine) else mine[-1]
-        latents = sample(
-            chunks, o, config, encoder.encode([lines[i].prompt]), empty, latent_grid(bucket), [o.seed + i],
-            sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
-            condition=condition_on(frames, [lines[i]], bucket, o.fit), start=start, strength=o.strength,
-        )  # fmt: skip
-        if parallel.sample_group().rank() == 0 and turn < len(mine) and i % dp == me:
-            video = codec.decode(latents)[0].permute(1, 2, 3, 0).numpy()
-            for path in write_video(video, o.out / f"{i:04d}", o.fps or 16, o.format, lines[i].prompt):
-                print(f"{path}  {lines[i].prompt!r}", flush=True)
+    config, chatty = model_config(o), dist.get_rank() == 0
+    if chatty and o.cpu_offload and device.KIND == "cpu":
+        print("note: --cpu-offload: this device is the CPU, there is nothing to move", flush=True)
+    if chatty and o.cache != "none":
+        tokens = config.tokens(latent_grid(data.parse_buckets(o.video)[0]))
+        print(f"cache: up to {cache_gib(o, config, tokens):.3g} GiB on each rank", flush=True)
+
+    asked, todo = requests(o, config), [None]
+    if chatty:  # one rank looks which videos are missing, so that all do the same
+        o.out.mkdir(parents=True, exist_ok=True)
+        todo = [unfinished(o, asked)]
+    dist.broadcast_object_list(todo, 0)
+    todo = todo[0]
+    if chatty and len(todo) < len(asked):
+        done = len(asked) - len(todo)
+        print(f"{done} of {len(asked)} videos are in {o.out} already, made in the same way", flush=True)
+    if todo:
+        make(o, config, asked, todo)
     parallel.shutdown()
+
+
+def make(o: InferOptions, config: WanConfig, asked: list[images.Request], todo: list[int]) -> None:
+    """Sample, decode and write the videos `todo` of what is asked for."""
+    parts, lane, same = load(o, config), lane_of(o), settings(o)
+    for turn in range(-(-len(todo) // o.lanes)):  # every lane does every turn: FSDP gathers in all of them
+        place, started = turn * o.lanes + lane, time.perf_counter()
+        i = todo[min(place, len(todo) - 1)]
+        latents = latents_of(o, config, parts, [asked[i]], [o.seed + i])
+        writes = parts.video_group.rank() == 0
+        if place >= len(todo) or not (writes or o.vae_parallel):
+            continue
+        video = pixels_of(o, parts, latents)[0].permute(1, 2, 3, 0).numpy()
+        if writes:
+            paths = videos.write(video, o.out / f"{i:04d}", o.fps or 16, o.format, how_made(same, i, asked[i]))
+            seconds = time.perf_counter() - started
+            print(f"{' '.join(map(str, paths))}  {seconds:.1f} s  {asked[i].prompt!r}", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class WanSelfAttention(nn.Module):
         self.o = parallel.RowLinear(config.dim, config.dim, mc)
         self.norm_q = ShardedRMSNorm(config, mc)
         self.norm_k = ShardedRMSNorm(config, mc)
+        self.attend = parallel.context_parallel_attention  # accelerate.py may put a sparse one here
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
@@ -56,7 +57,7 @@ class WanSelfAttention(nn.Module):
         k = self.norm_k(self.k(x)).unflatten(2, (-1, E))
         v = self.v(x).unflatten(2, (-1, E))
         q, k = ops.rotary_interleaved(q, rope), ops.rotary_interleaved(k, rope)
-        x = parallel.context_parallel_attention(q, k, v)  # [L, B, N, E]
+        x = self.attend(q, k, v)  # [L, B, N, E]
         return self.o(x.flatten(2))
 
 

@@ -11,6 +11,8 @@ step   a training step (forward, backward, clipping, optimizer) of this model th
        --size 1.3B and --size 14B are MindSpeed-MM's, on as many devices as there are
 run    the launcher as a user starts it: seconds to the first step and for --help, the share of a step spent waiting
        for data that is really decoded, and (latents cached) outside data, forward, backward and optimizer
+generation
+       sampling with each of its accelerations against a named baseline, seconds beside quality: perf_generation.py
 load   a released folder of 1.3B random weights from disk: rate against reading the same files, memory beyond the model
 
 Each number is the median of its repeats, with the 10th and the 90th percentile.
@@ -41,6 +43,7 @@ from common import train as loop
 from . import convert, data
 from .config import HERE, SIZES, PerfOptions, WanConfig, latent_grid, model_config, parse
 from .model import WanBlock, build, draw
+from .perf_generation import generation
 from .train import FlowMatching, forward_step
 
 CLIP = 1.0
@@ -54,8 +57,8 @@ def main() -> None:
     o: PerfOptions = parse("perf", sys.argv[1:])
     parallel.initialize(o)
     rows = []
-    for name, benchmark in (("step", step), ("run", run), ("load", load)):
-        if o.only in (name, "all") and (name == "step" or dist.get_rank() == 0):
+    for name, benchmark in (("step", step), ("generation", generation), ("run", run), ("load", load)):
+        if o.only in (name, "all") and (name in ("step", "generation") or dist.get_rank() == 0):
             rows += [facts(o) | row for row in benchmark(o)]
         dist.barrier()
     if dist.get_rank() == 0:

@@ -32,8 +32,9 @@ from . import adapters, convert, data, images
 from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, is_demo, latent_grid, model_config, parse
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
 from .evaluate import compare, in_words, judge_demo
-from .infer import condition_on, sample, write_video
+from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
+from .videos import write
 
 SAMPLE_BATCH = 16
 
@@ -283,7 +284,7 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
     folder = o.out / "samples"
     folder.mkdir(exist_ok=True)
     for i, (video, caption) in enumerate(zip(videos[:8], captions, strict=False)):
-        write_video(video, folder / f"{i:04d}", o.fps or 16, "gif", caption)
+        write(video, folder / f"{i:04d}", o.fps or 16, "gif", {"prompt": caption})
     if is_demo(o.data) and not o.sample_prompts:
         report_demo(o, videos, captions, result, before)
 
@@ -303,7 +304,7 @@ def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict
         scores.append({"score": "blinking"} | blinking | {"n": len(videos)})
         words += f", blinking {blinking['samples']:.0%} (before {blinking['before']:.0%}, real {blinking['real']:.0%})"
         strip = np.concatenate([np.concatenate(side[:8], axis=2) for side in (before, videos)], axis=1)
-        write_video(strip, folder / "before_above_after_below", o.fps or 16, "gif", "")
+        write(strip, folder / "before_above_after_below", o.fps or 16, "gif")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2))
     print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder} (clips above, sampled below)")
     print(words, flush=True)

@@ -1,0 +1,171 @@
+"""Benchmark of sampling: each setup against a named baseline, seconds beside quality.
+
+    bash zoo/wan21/perf.sh --only generation               what one process can do
+    NPROC=2 bash zoo/wan21/perf.sh --only generation       what several can: each layout against one process
+
+A setup is a line of options of infer_t2v.sh. It and its baseline make the same videos (same prompts, same noise), in
+alternate rounds; seconds are of sampling and decoding one video, after a warm-up. PSNR and SSIM are of its videos
+against the baseline's, the worst of them. Three models: `demo`, the shipped tiny weights at the shape they know, where
+quality means something; `demo, large`, the same weights at a shape they were not trained at, whose videos are only
+good for comparing with each other; `mid`, drawn weights (512 wide, 8 blocks), for the time alone: no quality is given.
+On an accelerator the model is that of --weights, and every setup is of it.
+"""
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+from common import device  # noqa: F401  isort: skip  (before megatron)
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from common import checkpoint, parallel, perf
+
+from . import convert, images, infer, quality
+from .config import DEMO_WEIGHTS, InferOptions, PerfOptions, WanConfig, model_config, parse
+from .model import draw
+
+ROUNDS, VIDEOS = 3, 2  # rounds of a setup and its baseline; videos in a round
+PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
+LARGE = "--video 33x256x256 --sample-steps 6"  # 9*16*16 = 2304 tokens: 18 blocks of 128, two of them the first frame
+LONG = "--video 33x384x384 --sample-steps 2"  # 5184 tokens
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, as options of infer_t2v.sh, and against what."""
+
+    name: str
+    options: str
+    baseline: str  # options
+    baseline_name: str
+    model: str = "demo"  # demo or mid
+    processes: int = 1  # data-parallel ranks are none of its business: it makes one video at a time
+
+
+STEPS = "--sample-steps 50"
+SETUPS = [
+    *(
+        Setup(name, f"{STEPS} {options}", STEPS, "50 steps of UniPC, fp32, dense")
+        for name, options in (
+            ("attention cache, steps 20-47, every 2nd", "--cache attention"),
+            ("block cache, steps 20-47, every 2nd", "--cache blocks"),
+            ("block cache, steps 10-47, every 3rd", "--cache blocks --cache-start 10 --cache-interval 3"),
+            ("25 steps of UniPC", "--sample-steps 25"),
+            ("25 steps of DPM-Solver++", "--sampler dpm --sample-steps 25"),
+            ("bf16", "--precision bf16"),
+            ("int8 weights", "--quantize int8"),
+            ("compiled blocks", "--compile"),
+        )
+    ),
+    Setup("sparse attention 0.6 from step 0", f"{LARGE} --sparse 0.6 --sparse-start 0", LARGE, "dense"),
+    Setup("sparse attention 0.8 from step 0, 5184 tokens", f"{LONG} --sparse 0.8 --sparse-start 0", LONG, "dense"),
+    Setup("tiled decoding", f"{LARGE} --vae-tiling", LARGE, "decoding at once"),
+    *(
+        Setup(name, f"{STEPS} {options}", STEPS, "50 steps, nothing cached", model="mid")
+        for name, options in (
+            ("attention cache, steps 20-47, every 2nd", "--cache attention"),
+            ("block cache, steps 20-47, every 2nd", "--cache blocks"),
+        )
+    ),
+    *(
+        Setup(name, f"--sample-steps 10 {options}", "--sample-steps 10", "one process, all cores", model, processes)
+        for name, options, processes in (
+            ("the two branches of guidance on 2 processes", "--cfg-parallel", 2),
+            ("Ulysses over 2 processes", "--cp 2", 2),
+            ("TP and SP over 2 processes", "--tp 2 --sp", 2),
+            ("guidance and strips of the VAE on 2 processes", "--cfg-parallel --vae-parallel", 2),
+            ("guidance x Ulysses on 4 processes", "--cfg-parallel --cp 2", 4),
+            ("Ulysses over 4 processes", "--cp 4", 4),
+        )
+        for model in ("demo", "mid")
+    ),
+]
+
+
+def mid(config: WanConfig) -> WanConfig:
+    """A model large enough that arithmetic, not Python, takes the time of a step on a CPU."""
+    return dataclasses.replace(config, dim=512, ffn_dim=2048, num_heads=8, num_layers=8)
+
+
+def generation(o: PerfOptions) -> list[dict]:
+    """The record's rows, on rank 0, of every setup for this number of processes."""
+    if model_config(o).given_frames:
+        print("generation: measured for text-to-video only")
+        return []
+    own = [] if o.weights == DEMO_WEIGHTS else ["--weights", str(o.weights)]
+    setups = [s for s in SETUPS if s.processes == o.world and (s.model == "demo" or not own)]
+    if not setups and dist.get_rank() == 0:
+        counts = sorted({s.processes for s in SETUPS})
+        print(f"generation: no setup is for {o.world} processes; there are some for {', '.join(map(str, counts))}")
+    mpu.destroy_model_parallel()  # each setup has its own layout
+    rows = [row for s in setups for row in compare(o, s, own)]
+    parallel.initialize(o)
+    return rows
+
+
+def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
+    seconds: dict[str, list] = {"setup": [], "baseline": []}
+    made: dict[str, list] = {}
+    for _ in range(ROUNDS):
+        for which, options in (("baseline", s.baseline), ("setup", s.options)):
+            taken, made[which] = measure(options, s.model, own, alone=which == "baseline")
+            seconds[which] += taken
+    if dist.get_rank():
+        return []
+    speed = statistics.median(seconds["baseline"]) / statistics.median(seconds["setup"])
+    raw = {"s": spread(seconds["setup"]), "speed-up": float(f"{speed:.3g}"), "baseline": s.baseline_name}
+    raw |= {"baseline s": spread(seconds["baseline"]), "options": s.options, "baseline options": s.baseline}
+    near = "drawn weights, no quality"
+    if s.model == "demo":
+        pairs = list(zip(made["setup"], made["baseline"], strict=True))
+        decibel, alike = min(quality.psnr(*p) for p in pairs), min(quality.ssim(*p) for p in pairs)
+        raw |= {"PSNR dB": "equal" if math.isinf(decibel) else round(decibel, 2), "SSIM": round(alike, 4)}
+        near = f"PSNR {raw['PSNR dB']}{'' if math.isinf(decibel) else ' dB'}, SSIM {raw['SSIM']}"
+    row = {
+        "task": "generation",
+        "size": o.size if own else s.model if s.model == "mid" else "tiny",
+        "layout": f"{s.name}: {speed:.2f} x {s.baseline_name} ({near})",
+        "shape": None,
+        "precision": "bf16" if "bf16" in s.options else o.precision,
+        "value": float(f"{statistics.median(seconds['setup']):.4g}"),
+        "unit": "s per video",
+        "raw": raw,
+    }
+    print(f"{row['size']:<5} {row['value']:>8.4g} s  {row['layout']}", flush=True)
+    return [row]
+
+
+def spread(seconds: list[float]) -> dict:
+    return {k: float(f"{v:.4g}") for k, v in perf.spread(seconds).items()}
+
+
+def measure(options: str, model: str, own: list[str], alone: bool) -> tuple[list[float], list[torch.Tensor]]:
+    """Seconds of each video and the videos, uint8 [1, 3, F, H, W], on rank 0. alone: by rank 0, with all cores."""
+    o: InferOptions = parse("infer", [*options.split(), *own, *(["--prompt", PROMPTS[0]] if own else [])])
+    parallel.initialize(o)
+    seconds, made, threads = [], [], torch.get_num_threads()
+    if not alone or dist.get_rank() == 0:
+        if alone:
+            torch.set_num_threads(os.cpu_count())
+        config, fill = (mid(model_config(o)), drawn) if model == "mid" else (model_config(o), convert.fill)
+        parts = infer.load(o, config, fill)
+        for i in range(-1, VIDEOS):  # the first warms up
+            started = time.perf_counter()
+            latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[max(i, 0)])], [max(i, 0)])
+            video = infer.pixels_of(o, parts, latents)
+            if i >= 0:
+                seconds.append(time.perf_counter() - started)
+                made.append(video)
+        torch.set_num_threads(threads)
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    return seconds, made
+
+
+def drawn(chunks: list, o: InferOptions, config: WanConfig) -> None:
+    checkpoint.initialize(chunks, 0, draw)

@@ -1,0 +1,123 @@
+"""Find cache settings that keep a stated quality: `--cache`, its start, interval and end.
+
+    bash zoo/wan21/search.sh                              at least 32 dB PSNR to the uncached videos of a few prompts
+    bash zoo/wan21/search.sh --weights Wan2.1-T2V-1.3B-Diffusers --prompts my.txt --psnr 30 --cache attention
+
+For every kind of cache, interval and end, the earliest start whose worst video keeps the quality is found by bisection
+(that a later start is never worse is taken for granted, and every pair tried is in the table). Of those the fastest is
+proposed. All other options stay as given, the reference included: `--sparse 0.6` searches on top of sparse attention.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+from common import device  # isort: skip  (before megatron)
+import torch
+import torch.distributed as dist
+
+from common import cli, parallel
+
+from . import accelerate, infer, quality
+from .config import SearchOptions, model_config, parse, requests
+
+INTERVALS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting and what came of it: seconds of a video (median), PSNR and SSIM of the worst one."""
+
+    kind: str
+    start: int
+    interval: int
+    end: int
+    seconds: float
+    psnr: float
+    ssim: float
+
+    @property
+    def flags(self) -> str:
+        return f"--cache {self.kind} --cache-start {self.start} --cache-interval {self.interval} --cache-end {self.end}"
+
+
+def main() -> None:
+    o: SearchOptions = parse("search", sys.argv[1:])
+    parallel.initialize(o)
+    config = model_config(o)
+    asked, parts = requests(o, config), infer.load(dataclasses.replace(o, cache="none"), config)
+
+    # Both kinds of cache around one model; with interval 1 a cache does nothing, bit for bit.
+    schedules = {kind: accelerate.Schedule(0, 1, 0) for kind in ("attention", "blocks")}
+    for chunk in map(parallel.unwrapped, parts.chunks):
+        accelerate.cache_attention(chunk, schedules["attention"], parts.moment)
+        accelerate.cache_blocks(chunk, o.cached_blocks(config.num_layers), schedules["blocks"], parts.moment)
+
+    def make() -> tuple[list[torch.Tensor], float]:
+        """A uint8 video [1, 3, F, H, W] of every request, and the seconds their sampling took (median)."""
+        made, seconds = [], []
+        for i, request in enumerate(asked):
+            started = time.perf_counter()
+            latents = infer.latents_of(o, config, parts, [request], [o.seed + i])
+            device.synchronize()
+            seconds.append(time.perf_counter() - started)
+            made.append(infer.pixels_of(o, parts, latents))
+        return made, statistics.median(seconds)
+
+    make()  # warm-up
+    wanted, plain_seconds = make()
+    tried: dict[tuple, Tried] = {}
+
+    def measure(kind: str, start: int, interval: int, end: int) -> Tried:
+        key = kind, start, interval, end
+        if key not in tried:
+            plan = schedules[kind]
+            plan.start, plan.interval, plan.end = start, interval, end
+            got, seconds = make()
+            plan.interval = 1
+            pairs = list(zip(got, wanted, strict=True))
+            worst = min(quality.psnr(*pair) for pair in pairs), min(quality.ssim(*pair) for pair in pairs)
+            shared = [(seconds, *worst)]
+            dist.broadcast_object_list(shared, 0)  # every rank takes the same decisions
+            tried[key] = Tried(*key, *shared[0])
+            if dist.get_rank() == 0:
+                print(line(tried[key], plain_seconds, o.psnr), flush=True)
+        return tried[key]
+
+    if dist.get_rank() == 0:
+        print(
+            f"uncached: {plain_seconds:.3f} s a video, {len(asked)} prompts, {o.sample_steps} steps; wanted: {o.psnr} dB"
+        )
+        print("cache      start interval  end   seconds  speed-up   PSNR    SSIM   (worst video)")
+    for kind in schedules if o.cache == "none" else (o.cache,):
+        for interval in INTERVALS:
+            for end in sorted({o.sample_steps - 1, round(0.94 * o.sample_steps) - 1}):
+                low, high = 0, end  # bisects the first start that keeps the quality
+                while low < high:
+                    middle = (low + high) // 2
+                    keeps = measure(kind, middle, interval, end).psnr >= o.psnr
+                    low, high = (low, middle) if keeps else (middle + 1, high)
+    good = [t for t in tried.values() if t.psnr >= o.psnr]
+    if dist.get_rank() == 0:
+        best = min(good, key=lambda t: t.seconds, default=None)
+        if best is None or best.seconds >= plain_seconds:
+            print(f"no setting keeps {o.psnr} dB and saves time; fix: a lower --psnr, or more --sample-steps")
+        else:
+            print(f"use: {best.flags}")
+    parallel.shutdown()
+
+
+def line(t: Tried, plain: float, bound: float) -> str:
+    keeps = "keeps" if t.psnr >= bound else "loses"
+    psnr = "  equal" if math.isinf(t.psnr) else f"{t.psnr:7.2f}"
+    return (
+        f"{t.kind:<10} {t.start:>5} {t.interval:>8} {t.end:>4} {t.seconds:>9.3f} {plain / t.seconds:>7.2f} x {psnr} "
+        f"{t.ssim:>7.4f}   {keeps} {bound} dB"
+    )
+
+
+if __name__ == "__main__":
+    cli.exit_on_bad_input(main)

@@ -1,0 +1,67 @@
+"""Video files that say how they were made, so that an interrupted list of prompts goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+
+def write(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | None = None) -> list[Path]:
+    """uint8 [F, H, W, 3] -> stem.mp4 (H.264), stem.gif or both; `made` becomes the comment in their metadata, as JSON.
+    A file appears under its name only when it is whole."""
+    written, comment = [], json.dumps(made or {}, ensure_ascii=False, sort_keys=True)
+    if kind in ("mp4", "both"):
+        unfinished = stem.with_suffix(".part.mp4")
+        with av.open(str(unfinished), "w") as file:
+            file.metadata["comment"] = comment
+            stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": "12"})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            file.mux(stream.encode())
+        written.append(unfinished.rename(stem.with_suffix(".mp4")))
+    if kind in ("gif", "both"):
+        unfinished = stem.with_suffix(".part.gif")
+        first, *rest = [Image.fromarray(frame) for frame in frames]
+        first.save(
+            unfinished, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, comment=comment.encode()
+        )
+        written.append(unfinished.rename(stem.with_suffix(".gif")))
+    return written
+
+
+def how_made(path: Path) -> dict | None:
+    """What `write` put into a file's metadata; None if that is not there or the file cannot be read."""
+    try:
+        if path.suffix == ".mp4":
+            with av.open(str(path)) as file:
+                comment = file.metadata["comment"]
+        else:
+            with Image.open(path) as image:
+                comment = image.info["comment"].decode()
+        return json.loads(comment)
+    except (OSError, KeyError, ValueError):  # av's errors are OSErrors or ValueErrors
+        return None
+
+
+def finished(stem: Path, kind: str, made: dict) -> bool:
+    """Whether all files `write` would write are there, made in this way.
+
+    Raises:
+        ValueError: one is there that was made in another way; it is named with what differs.
+    """
+    suffixes = {"both": (".mp4", ".gif")}.get(kind, (f".{kind}",))
+    found = [path for path in map(stem.with_suffix, suffixes) if path.exists()]
+    wanted = json.loads(json.dumps(made))
+    for path in found:
+        there = how_made(path)
+        if there != wanted:
+            keys = sorted(set(there) | set(wanted)) if there else []
+            differs = [f"{k} {there.get(k)!r}, now {wanted.get(k)!r}" for k in keys if there.get(k) != wanted.get(k)]
+            raise ValueError(
+                f"{path} was made in another way ({'; '.join(differs) or 'it does not say how'}); expected a folder of "
+                "this run's videos or an empty one; fix: --out"
+            )
+    return len(found) == len(suffixes)
