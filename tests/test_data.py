@@ -387,6 +387,42 @@ def test_bucket_choice(frames, fps, size, train_fps, expected):
     assert wan.choose_bucket(VideoInfo(frames, fps, *size), buckets, train_fps) == expected
 
 
+@pytest.mark.parametrize(("text", "split"), [("auto:81x480x832", 1), ("auto:81x720x1280", 8), ("auto:13x48x48", 2)])
+def test_made_buckets_are_legal_and_lose_little(text, split):
+    """Below the area by at most a twentieth; a video of a usual aspect is cut by at most one. Tiny areas can only do
+    what multiples of 16 can."""
+    largest, buckets = wan.parse_buckets(text[5:])[0], wan.auto_buckets(text, split)
+    area = largest.height * largest.width
+    for bucket in buckets:
+        assert bucket.check().frames <= largest.frames and bucket.height * bucket.width <= area
+        assert bucket.height * bucket.width // 256 % split == 0
+    if area > 400 * 400:
+        assert largest in buckets and min(b.height * b.width for b in buckets) > 0.95 * area
+        for size in ((1080, 1920), (480, 640), (512, 512), (1920, 1080), (600, 400)):
+            chosen = buckets[wan.choose_bucket(VideoInfo(500, 16.0, *size), buckets, 16)]
+            scale = max(chosen.height / size[0], chosen.width / size[1])
+            assert chosen.frames == 81 and chosen.height * chosen.width > 0.95 * scale**2 * size[0] * size[1]
+    lengths = {b.frames for b in buckets}
+    assert lengths == ({81, 65, 49, 33, 17, 1} if largest.frames == 81 else {13, 1})
+
+
+def test_made_buckets_come_of_one_shape():
+    for text in ("auto:81x480x832,49x480x832", "auto:81", "auto:80x480x832"):
+        with pytest.raises(ValueError, match="expected .*; fix: --buckets"):
+            wan.auto_buckets(text)
+
+
+def test_used_frames_are_counted_by_bucket():
+    buckets = [Bucket(81, 480, 832), Bucket(49, 480, 832), Bucket(17, 480, 832)]
+    facts = [(0, 100, 16.0), (0, 122, 24.0), (1, 60, 16.0)]  # bucket, frames, rate: 100, 82 and 60 frames at 16
+    rows = [wan.IndexRow(f"{i}", "", "", b, frames, fps, 0, 0) for i, (b, frames, fps) in enumerate(facts)]
+    assert wan.fill(Index(rows, buckets, 16), 2).splitlines() == [
+        "buckets: 211 of 242 frames used (87.2%)",
+        "  81x480x832: 2 videos, 162 of 182 frames",
+        "  49x480x832: 1 videos, 49 of 60 frames; fewer than a batch of 2, which repeats some",
+    ]
+
+
 # ---- micro-batches ----
 
 

@@ -22,7 +22,7 @@ from common import cli, weights
 from common.cli import option
 from common.data import VideoError, probe_video
 
-from . import adapters, convert, data, images
+from . import adapters, convert, data, features, images
 
 HERE = Path(__file__).parent
 DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
@@ -255,11 +255,16 @@ class TrainOptions(cli.TrainOptions):
     job: str = option("which launcher this is: pretrain, finetune or lora", "pretrain", group="job")
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
-    buckets: str = option("video shapes FRAMESxHEIGHTxWIDTH, comma-separated", None, group="data", layout=True)
+    buckets: str = option(
+        "video shapes FRAMESxHEIGHTxWIDTH, comma-separated, or auto:FRAMESxHEIGHTxWIDTH, the largest of them", None,
+        group="data", layout=True,
+    )  # fmt: skip
     fps: float = option(
         "frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True, within="[0, inf)"
     )
     cache: Path | None = option("folder that keeps latents and text embeddings once computed", group="data")
+    features: Path | None = option("folder that extract_features.sh made, instead of --data", group="data")
+    vae_tiling: bool = option("the VAE sees large pictures in tiles: less memory", False, group="data", layout=True)
     shift: float = option("flow-matching timestep shift", 5.0, group="objective", layout=True, within="(0, inf)")
     timesteps: Literal["per-sample", "per-batch"] = option(
         "draws of the timestep (per-batch: as the reference)", "per-sample", group="objective", layout=True
@@ -405,6 +410,25 @@ class SearchOptions(InferOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractOptions(cli.LayoutOptions):
+    data: Path | None = option("your data; formats in the recipe's README (default: the demo data)", group="data")
+    max_drop: float = option(
+        "share of rows that may be dropped before it is an error", 0.05, group="data", within="[0, 1]"
+    )
+    buckets: str = option(
+        "video shapes FRAMESxHEIGHTxWIDTH, comma-separated, or auto:FRAMESxHEIGHTxWIDTH, the largest of them", None,
+        group="data", layout=True,
+    )  # fmt: skip
+    fps: float = option(
+        "frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True, within="[0, inf)"
+    )
+    workers: int = option("decoding processes per rank", 2, group="data", layout=True, within="[0, inf)")
+    vae_tiling: bool = option("the VAE sees large pictures in tiles: less memory", False, group="data", layout=True)
+    rows_of_shard: int = option("videos of a file", 64, group="job", within="[1, inf)")
+    out: Path = option("features folder; the same again goes on where it stopped", group="run")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["diffusers", "released", "original", "sharded"] = option(
         "what to write (released: diffusers); the kind of --weights is recognised", group="job"
@@ -424,6 +448,7 @@ class PerfOptions(TrainOptions):
 
 JOBS = {
     "train": (TrainOptions, "Train Wan2.1 text-to-video or image-to-video."),
+    "extract": (ExtractOptions, "Compute what the frozen encoders make of videos and captions, once."),
     "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video or image-to-video."),
     "evaluate": (EvaluateOptions, "Score videos sampled from Wan2.1 text-to-video or image-to-video."),
     "search": (SearchOptions, "Find the cache settings that keep a stated quality."),
@@ -443,8 +468,11 @@ def parse(script: str, argv: list[str]):
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda weights: _default_size(weights, task))
     if script == "train":
         _check_job(o, asked)
+        o = features.applied(o, asked)
+    if script == "extract":
+        o = _whole_encoders(o, asked)
     o = _with_demo(o, getattr(o, "job", script), asked)
-    if script in ("infer", "search", "convert"):  # these have no batch
+    if script in ("infer", "search", "convert", "extract"):  # these have no batch
         o = dataclasses.replace(o, micro_batch=1, global_batch=None)
     if script == "evaluate":
         o = dataclasses.replace(_check_scores(o), global_batch=None)
@@ -454,10 +482,15 @@ def parse(script: str, argv: list[str]):
             f"{o.weights} of size {o.size} is {TASKS[config.task]}; expected {TASKS[task]}; fix: --weights or --size, or "
             f"the launcher named _{'t2v' if task == 'i2v' else 'i2v'}.sh"
         )
-    shapes = {"train": "buckets", "perf": "buckets", "infer": "video", "search": "video", "evaluate": "video"}.get(
-        script
-    )
-    shapes = None if getattr(o, "videos", None) else shapes  # which may have shapes no model of this recipe makes
+    if getattr(o, "buckets", "").startswith("auto:"):
+        auto = data.auto_buckets(o.buckets, o.cp * (o.tp if o.sp else 1))
+        shown = [bucket for bucket in auto if bucket.frames > 1 or config.image_dim is None]  # a still has given it all
+        o = dataclasses.replace(o, buckets=",".join(map(str, shown)))
+    shapes = {
+        "train": "buckets", "extract": "buckets", "perf": "buckets", "infer": "video", "search": "video",
+        "evaluate": "video",
+    }  # fmt: skip
+    shapes = None if getattr(o, "videos", None) else shapes.get(script)  # which may have shapes no model here makes
     for bucket in data.parse_buckets(getattr(o, shapes)) if shapes else [None]:
         tokens = config.tokens(latent_grid(bucket)) if bucket else None
         o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
@@ -468,12 +501,18 @@ def parse(script: str, argv: list[str]):
     _check_folder(o, config, script)
     if getattr(o, "adapter", None):
         adapters.check_folder(o.adapter, config)
-    if script == "train" and not is_demo(o.data):
+    if script == "extract":
+        features.check_begun(o, config)
+    if getattr(o, "features", None):
+        features.check(o, config)
+    elif script in ("train", "extract") and not is_demo(o.data):
         rows, report = data.read_rows(o.data)
         report.check(len(rows) + sum(report.counts.values()), o.max_drop)
     if script == "train":
         cli.check_run(o)
         if o.sample_prompts:
+            if not features.has_encoders(o.weights, config):
+                raise ValueError(f"--sample-prompts: {o.weights} lacks VAE or encoders; fix: --weights with them")
             sampled = images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
             images.check(sampled, data.parse_buckets(o.buckets)[0], "crop")
         if o.adapts:
@@ -692,9 +731,10 @@ def _tuples(values: dict) -> dict:
 def _with_demo(o, job: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
+    demo = isinstance(o, (TrainOptions, ExtractOptions)) and o.data is None and not getattr(o, "features", None)
     if job == "lora" and o.lora_rank is None and o.adapter is None:
         changes["lora_rank"] = LORA_RANK
-    if job == "lora" and o.data is None and o.size.startswith("tiny"):
+    if job == "lora" and demo and o.size.startswith("tiny"):
         changes |= {k: v for k, v in DEMO_LORA.items() if f"--{k.replace('_', '-')}" not in asked}
     if isinstance(o, EvaluateOptions) and o.videos is not None:  # no model is used
         changes = {"weights": DEMO_WEIGHTS, "size": "tiny"} | ({} if "--video" in asked else {"video": None})
@@ -703,12 +743,13 @@ def _with_demo(o, job: str, asked: set[str]):
     if isinstance(o, EvaluateOptions) and o.data is None and o.prompts is None and not o.prompt:
         changes |= {"data": demo_list("test"), "limit": o.limit or DEMO_CAPTIONS}
         changes |= {} if "--video" in asked else {"video": DEMO_BUCKET}
-    if isinstance(o, TrainOptions) and o.data is None:
+    if demo:
         changes |= {
             "data": demo_list("train", style="blinking" if job == "lora" else ""),
             "buckets": o.buckets if "--buckets" in asked or isinstance(o, PerfOptions) else DEMO_BUCKET,
-            "cache": o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents"),
         }
+    if demo and hasattr(o, "cache"):
+        changes["cache"] = o.cache or DEMO_DATA.with_name(DEMO_DATA.name + "-latents")
     if hasattr(o, "video") and o.weights is None and "--video" not in asked and "weights" not in changes:
         changes["video"] = DEMO_BUCKET
     if o.weights is None and "weights" not in changes:
@@ -746,6 +787,9 @@ def model_config(o) -> WanConfig:
     found = WanConfig.from_folder(o.weights)
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
+    if getattr(o, "features", None):  # they decide, as the tokenizer may not be there
+        saved = weights.read_json(o.features / "settings.json")
+        found = dataclasses.replace(found, text_len=saved["text_len"], image_tokens=saved["image_tokens"])
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
     if None not in (wanted.image_dim, found.image_dim):
         wanted = dataclasses.replace(wanted, image_dim=found.image_dim, image_tokens=found.image_tokens)
@@ -756,9 +800,8 @@ def model_config(o) -> WanConfig:
 
 def _check_folder(o, config: WanConfig, script: str) -> None:
     """The parts a job needs are there, and the transformer's tensors are exactly the model's."""
-    if script != "convert":
-        given = () if config.image_dim is None else ("image_encoder", "image_processor")
-        for part in ("vae", "text_encoder", "tokenizer", *given):
+    if script != "convert" and not getattr(o, "features", None):
+        for part in features.parts(config):
             if not (o.weights / part).is_dir():
                 raise ValueError(f"{o.weights} has no {part}/; expected a released diffusers folder; fix: --weights")
     if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
@@ -776,6 +819,15 @@ def _check_job(o: TrainOptions, asked: set[str]) -> None:
             raise ValueError(
                 f"{flag} is of new adapters, --adapter {o.adapter} brings its own settings; fix: leave {flag} out"
             )
+
+
+def _whole_encoders(o: ExtractOptions, asked: set[str]) -> ExtractOptions:
+    """There is no transformer to split: every process has videos of its own, whatever the named layout says."""
+    alone = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
+    for name in alone:
+        if {f"--{name}", f"--no-{name}"} & asked:
+            raise ValueError(f"--{name}: extraction splits no model, its processes share the videos; fix: NPROC alone")
+    return dataclasses.replace(o, **alone, recompute="none")
 
 
 # What VBench 0.1.5 says of videos that were not sampled from its own prompts and named by them.
@@ -876,6 +928,8 @@ def prepare(o) -> None:
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
     config = model_config(o)
+    if isinstance(o, ExtractOptions):
+        return f"{cli.to_toml(o)}\nfor a model of parameters: {config.parameters:,}; world {o.world}"
     text = [
         cli.to_toml(o),
         f"parameters: {config.parameters:,}"
@@ -910,25 +964,41 @@ def trained_parameters(o, config: WanConfig) -> int:
 
 
 def memory_estimate(o, config: WanConfig, tokens: int) -> float:
-    """Bytes per rank of weights, gradients, optimizer and saved activations; workspace and encoders not counted.
+    """Bytes per rank of weights, gradients, optimizer and saved activations; kernels' workspace and the frozen encoders
+    not counted. memory.py measures it.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
-    what the backward reads of each block (recompute none: all of it; full: the block's input alone).
+    what the backward reads of each block, for as many micro-batches as 1F1B holds (stage s: pp - s; the fullest counts).
+    At the peak the last block's are whole, and the gradients of its MLP's hidden rows are beside them.
     """
-    dtype = 4 if o.precision == "fp32" else 2
-    stages = o.stage_layers(config.num_layers)
+    dtype, stages, layers = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_layers), config.num_layers
     share = config.parameters / o.tp * max(stages) / sum(stages)
+    trained = share * trained_parameters(o, config) / config.parameters
     shards = o.dp * o.cp
-    weights = share * dtype / (shards if o.fsdp else 1)
-    gradients = share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+    kept_weights = share * dtype / (shards if o.fsdp else 1)
+    gradients = trained * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
     moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
-    master = share * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
-    local = tokens / o.cp * o.micro_batch
+    master = trained * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
+
+    tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # as bytes
     D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
-    everything = local * (dtype * (10 * D / tp + 2 * Fd / tp + 5 * D / sp) + 4 * 5 * D / sp)
-    kept = {"none": everything, "selective": local * dtype * (9 * D / tp + Fd / tp), "full": local * D * dtype / sp}[
-        o.recompute
-    ]
-    offload = getattr(o, "offload_activations", False)
-    blocks = 0 if offload else max(stages)
-    return weights + gradients + master + kept * blocks + (everything if offload or o.recompute == "full" else 0)
+    attentions = 3 if config.image_dim else 2  # self, text, image
+    # Of tokens: the residual stream five times, the normed inputs of three linears (gathered by sp), of self-attention
+    # queries and keys twice, values, output and its copy, of cross-attention queries twice and output; the MLP's hidden
+    # rows twice. Of the context's rows: keys twice and values.
+    everything = tokens * (5 * D / sp + 3 * D + (8 + attentions) * D / tp + 2 * Fd / tp) + rows * 3 * D / tp
+    products = tokens * (3 * D + 4 * D / tp + Fd / tp) + rows * 2 * D / tp  # what linears put out
+    adapts = getattr(o, "adapts", False)  # adapters put as much out again
+    kept = {
+        "none": everything,
+        "selective": tokens * (D / sp + attentions * D / tp) + products * (2 if adapts else 1),
+        "full": tokens * D / sp,
+    }[o.recompute]
+    hidden = 2 * tokens * Fd / tp
+    again = {"none": 0.0, "selective": everything - kept, "full": everything}[o.recompute]
+    if getattr(o, "offload_activations", False):
+        held, again = 0, max(again, hidden)
+    else:
+        held = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
+    gathered = 3 * config.parameters / layers * dtype if o.fsdp else 0  # two blocks' weights, one's gradients
+    return kept_weights + gradients + master + kept * held + max(again, 0) + hidden + gathered

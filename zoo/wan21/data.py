@@ -13,6 +13,8 @@ Bucket rule: a video goes to the nearest aspect ratio (5 % further counts as equ
 frames for, of those to the longest; it is resampled to the training rate by the nearest earlier frame (a lower rate
 repeats frames), and the centre window is scaled to cover and centre-cropped. A global batch holds one bucket, so its
 shapes are equal on every rank.
+`--buckets auto:81x480x832` makes the buckets: of each usual aspect ratio the shape with sides in multiples of 16 that
+loses least of 480*832 pixels, in lengths of 81 frames and 16 (1 s) fewer each, down to stills.
 The cost: 81 frames at 16 fps show 5.06 s, and the rest of a longer video is never seen; a 16:9 video in 832x480 loses
 2.5 % of its width; a step of 81x480x832 has 32,760 tokens and one of 49x480x832 has 20,280, so step times differ; rows
 that do not fill a batch wait for the next epoch.
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 PATH_KEYS, CAPTION_KEYS = ("path", "video"), ("cap", "caption", "text")
 MAX_ASPECT = 2.0  # a video this much wider or taller than every bucket would lose half of its picture
 SAME_ASPECT = 0.05  # aspects this near (in log) are one: 480x832 is as good for 16:9 as 720x1280
+ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)  # width / height of the buckets made by auto
+LENGTH_STEP = 16  # frames between their lengths: at 16 fps a second, of which the latents have 4
 MAX_REPLACED = 64  # undecodable videos in a row before it is the storage, not the videos
 
 
@@ -210,6 +214,25 @@ def parse_buckets(text: str, multiple: int = 16) -> list[Bucket]:
     return buckets
 
 
+def auto_buckets(text: str, split: int = 1) -> list[Bucket]:
+    """`auto:81x480x832` -> buckets of at most so many frames and pixels, whose tokens (2x2 latents of 8x8 pixels) are a
+    multiple of `split` in every frame."""
+    largest, *more = parse_buckets(text.removeprefix("auto:"))
+    if more:
+        raise ValueError(f"{text} names {1 + len(more)} shapes; expected one, the largest; fix: --buckets")
+    area = largest.height * largest.width
+    sides = range(16, math.isqrt(2 * area) + 1, 16)
+    shapes = [(h, w) for h in sides for w in sides if h * w <= area and h * w // 256 % split == 0]
+
+    def lost(shape: tuple[int, int], aspect: float) -> float:
+        """Of the picture by cropping, and of the area by being smaller, as logarithms."""
+        return abs(math.log(shape[1] / shape[0] / aspect)) + math.log(area / shape[0] / shape[1])
+
+    lengths = [*range(largest.frames, 1, -LENGTH_STEP), 1]
+    best = dict.fromkeys(min(shapes, key=lambda shape, aspect=aspect: lost(shape, aspect)) for aspect in ASPECTS)
+    return [Bucket(frames, *shape) for shape in best for frames in lengths]
+
+
 def frame_step(fps: float, train_fps: float | None) -> float:
     """Source frames per training frame; 1 for a still (fps 0), and for 23.976 and 24, lest a frame be shown twice."""
     return 1.0 if not fps or train_fps is None or abs(fps - train_fps) < 0.1 else fps / train_fps
@@ -301,6 +324,19 @@ def scan(
     return Index(kept, list(buckets), fps)
 
 
+def fill(index: Index, global_batch: int) -> str:
+    """What becomes of the videos' frames, by bucket: used of those there are at the training rate."""
+    lines, used, given = [], 0, 0
+    for number, bucket in enumerate(index.buckets):
+        rows = [row for row in index.rows if row.bucket == number]
+        if rows:
+            there = sum(resampled_length(row.frames, frame_step(row.fps, index.fps)) for row in rows)
+            used, given = used + len(rows) * bucket.frames, given + there
+            few = f"; fewer than a batch of {global_batch}, which repeats some" if len(rows) < global_batch else ""
+            lines.append(f"  {bucket}: {len(rows)} videos, {len(rows) * bucket.frames} of {there} frames{few}")
+    return "\n".join([f"buckets: {used} of {given} frames used ({used / given:.1%})", *lines])
+
+
 # ---- micro-batches ----
 
 
@@ -381,20 +417,23 @@ class VideoTextDataset:
         for turn in range(min(len(same), MAX_REPLACED)):
             candidate = same[(start + turn) % len(same)]
             try:
-                return candidate, self._read(candidate, epoch)
+                return candidate, self.read(candidate, epoch)
             except VideoError as error:
-                if candidate not in self._reported and self.run_dir is not None:
-                    DropReport.append(
-                        self.run_dir, "corrupt video (decode)", self.index.rows[candidate].where, str(error)
-                    )
-                self._reported.add(candidate)
+                self.report(candidate, error)
                 last = error
         raise ValueError(
             f"{turn + 1} of the {len(same)} videos of bucket {self.index.buckets[self.index.rows[row].bucket]} fail one "
             f"after another, the last is {last}; expected readable files; fix: these files, then delete the run's index"
         )
 
-    def _read(self, row: int, epoch: int) -> np.ndarray:
+    def report(self, row: int, error: VideoError) -> None:
+        """Adds a row that cannot be decoded to the run's drops, once."""
+        if row not in self._reported and self.run_dir is not None:
+            DropReport.append(self.run_dir, "corrupt video (decode)", self.index.rows[row].where, str(error))
+        self._reported.add(row)
+
+    def read(self, row: int, epoch: int = 0) -> np.ndarray:
+        """Pixels uint8 [F, H, W, 3] of a row's window. VideoError: it cannot be decoded."""
         entry = self.index.rows[row]
         bucket, step = self.index.buckets[entry.bucket], frame_step(entry.fps, self.index.fps)
         spare = resampled_length(entry.frames, step) - bucket.frames
@@ -418,12 +457,17 @@ def store(
     path = Path(cache_dir) / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
-    text = text.cpu()
     tensors = {
         name: value.float().cpu().contiguous() for name, value in ({"latents": latents} | (condition or {})).items()
     }
-    save_file(tensors | {"text": text[: int(text.any(-1).sum())].clone()}, partial)
+    save_file(tensors | {"text": without_padding(text)}, partial)
     os.replace(partial, path)
+
+
+def without_padding(text: Tensor) -> Tensor:
+    """A text embedding [T, D] without its zero rows, on the CPU."""
+    text = text.cpu()
+    return text[: int(text.any(-1).sum())].clone()
 
 
 def load_cached(cache_dir: Path, keys: Sequence[str]) -> list[dict[str, Tensor]] | None:

@@ -3,6 +3,7 @@
 All are used as released, in fp32 (VAE, CLIP) and the run's precision (text); none is trained.
 """
 
+import functools
 import html
 import re
 from pathlib import Path
@@ -12,13 +13,47 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
 
+from common import device
+
+from .config import WanConfig
+
+
+class Encoders:
+    """All that a size needs of a released folder, each loaded when it is first used."""
+
+    def __init__(self, folder: Path, config: WanConfig, precision: str, tiling: bool):
+        self.folder, self.config, self.device, self.tiling = folder, config, device.current(), tiling
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+    @functools.cached_property
+    def codec(self) -> "VideoCodec":
+        return VideoCodec(self.folder, self.device, self.tiling)
+
+    @functools.cached_property
+    def text(self) -> "TextEncoder":
+        return TextEncoder(self.folder, self.device, self.dtype, self.config.text_len)
+
+    @functools.cached_property
+    def frames(self) -> "FrameEncoder | None":
+        return FrameEncoder(self.folder, self.codec) if self.config.given_frames else None
+
+    def encode(self, pixels: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """uint8 [B, 3, F, H, W] -> (latents [B, C, f, h, w] fp32, text [B, text_len, D], of image-to-video the
+        condition of `FrameEncoder.encode`, of each video's own first, or first and last, frame)."""
+        latents, text, condition = self.codec.encode(pixels), self.text.encode(captions), {}
+        if self.frames:
+            condition = self.frames.encode(pixels[:, :, [0, -1][: self.config.given_frames]], pixels.shape[2])
+        return latents, text, condition
+
 
 class VideoCodec:
     """Pixels <-> normalised latents: (posterior mean - latents_mean) / latents_std, never a sample."""
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, device: torch.device, tiling: bool = False):
         self.vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True).to(device).eval()
         self.vae.requires_grad_(False)
+        if tiling:  # pictures in overlapping tiles of 256x256 pixels, blended: less memory, not quite the same values
+            self.vae.enable_tiling()
         self.decoder = lambda latents: self.vae.decode(latents).sample  # or over several ranks: vae.split_decoder
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=device).view(shape)

@@ -24,13 +24,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, lora, parallel, weights
+from common import checkpoint, cli, lora, parallel
 from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
-from . import adapters, convert, data, images
+from . import adapters, convert, data, features, images
 from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, is_demo, latent_grid, model_config, parse
-from .encoders import FrameEncoder, TextEncoder, VideoCodec
+from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
@@ -148,18 +148,15 @@ class Batches:
             o.dp,
             o.seed,
         )
-        encoder = (
-            f"{weights.fingerprint(o.weights / 'vae')} {weights.fingerprint(o.weights / 'text_encoder')} {o.precision}"
-        )
-        if config.given_frames:
-            encoder += f" {config.task} {weights.fingerprint(o.weights / 'image_encoder')}"
-        self.dataset = data.VideoTextDataset(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
-        self.codec = VideoCodec(o.weights, self.device)
-        self.frames = FrameEncoder(o.weights, self.codec) if config.given_frames else None
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
-        self.text = TextEncoder(o.weights, self.device, dtype, config.text_len)
-        self.empty = self.text.encode([""])[0]
         self.flow = FlowMatching(o)
+        self.encoders = Encoders(o.weights, config, o.precision, o.vae_tiling)
+        if o.features:
+            self.dataset = features.FeatureDataset(o.features, index)
+            self.empty = self._padded(features.empty_text(o.features))
+        else:
+            encoder = " ".join(features.encoders(o, config).values())
+            self.dataset = data.VideoTextDataset(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
+            self.empty = self.encoders.text.encode([""])[0]
 
     def __call__(self, start: int) -> Iterator[Step]:
         """Decoded or cached micro-batches of the steps from `start` on, this rank's share of each."""
@@ -193,26 +190,35 @@ class Batches:
         config, condition = self.config, {}
         if batch is None:
             latents = torch.empty(shape, device=self.device)
-            if self.frames:
+            if config.given_frames:
                 condition["y"] = latents.new_empty(shape[0], config.in_dim - config.out_dim, *shape[2:])
                 condition["image"] = latents.new_empty(shape[0], config.image_rows, config.image_dim)
             return latents, self.empty.new_empty(shape[0], *self.empty.shape), condition
         if batch["latents"] is not None:
-            text = batch["text"].to(self.device)  # [B, n, D], n the longest caption's length
-            condition = {name: batch[name].to(self.device) for name in (("y", "image") if self.frames else ())}
-            return batch["latents"].to(self.device), F.pad(text, (0, 0, 0, config.text_len - text.shape[1])), condition
-        latents, text = self.codec.encode(batch["pixels"]), self.text.encode(batch["captions"])
-        if self.frames:
-            given = batch["pixels"][:, :, [0, -1][: config.given_frames]]  # [B, 3, n, H, W]
-            condition = self.frames.encode(given, batch["pixels"].shape[2])
+            condition = {name: batch[name].to(self.device) for name in (("y", "image") if config.given_frames else ())}
+            return batch["latents"].to(self.device), self._padded(batch["text"]), condition
+        latents, text, condition = self.encoders.encode(batch["pixels"], batch["captions"])
         for i, key in enumerate(batch["keys"] or []):
             data.store(self.o.cache, key, latents[i], text[i], {name: value[i] for name, value in condition.items()})
         return latents, text, condition
+
+    def _padded(self, text: torch.Tensor) -> torch.Tensor:
+        """[..., n, D] of captions with at most n tokens -> [..., text_len, D] on the device."""
+        return F.pad(text.to(self.device), (0, 0, 0, self.config.text_len - text.shape[-2]))
 
 
 def indexed(o: TrainOptions) -> data.Index:
     """The run's index of videos: made by rank 0 once, then read by all, also after a resume."""
     path = o.out / "index.jsonl"
+    if getattr(o, "features", None):
+        index = o.features / "index.jsonl"
+        if path.is_file() and path.read_bytes() != index.read_bytes():
+            raise ValueError(f"{path} is of other data than {index}; fix: --features, or another --out")
+        dist.barrier()  # all have looked before one writes
+        if dist.get_rank() == 0:
+            o.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(index, path)
+        return data.Index.load(index)
     if dist.get_rank() == 0 and not path.is_file():
         rows, report = data.read_rows(o.data)
         index = data.scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
@@ -220,6 +226,7 @@ def indexed(o: TrainOptions) -> data.Index:
         report.save(o.out)
         print(report, flush=True)
         report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
+        print(data.fill(index, o.global_batch), flush=True)
         index.save(path)
     dist.barrier()
     return data.Index.load(path)
@@ -257,11 +264,11 @@ def sampled(
             checkpoint.stable_seed(o.seed, mpu.get_data_parallel_rank() * share + start + i) for i in range(len(some))
         ]
         latents = sample(
-            chunks, o, config, batches.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
+            chunks, o, config, batches.encoders.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
             sampler="unipc", shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
-            condition=condition_on(batches.frames, some, bucket, "crop"),
+            condition=condition_on(batches.encoders.frames, some, bucket, "crop"),
         )  # fmt: skip
-        pieces.append(batches.codec.decode(latents))
+        pieces.append(batches.encoders.codec.decode(latents))
     for chunk in chunks:
         chunk.train()
     videos = torch.cat(pieces).to(device.current())  # [share, 3, F, H, W] uint8
@@ -271,12 +278,8 @@ def sampled(
 
 
 def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict, before: list) -> None:
-    """Sample the trained model (its averaged weights if --ema) and, on the demo data, let the judge score it.
-    before: the demo's samples without adapters, if those were trained."""
-    if result["ema"]:
-        with torch.no_grad():
-            for name, parameter in checkpoint.trained(chunks):
-                parameter.copy_(result["ema"][name])
+    """Sample the trained model and, on the demo data, let the judge score it. before: the demo's samples without
+    adapters, if those were trained."""
     asked = to_sample(o, config, batches.index)
     videos, captions = sampled(o, config, chunks, batches, asked), [request.prompt for request in asked]
     if dist.get_rank() > 0:
@@ -352,8 +355,14 @@ def main() -> None:
         ema_decay=o.ema,
     )
     finished = result["reason"] == "finished"
-    if finished:
+    if finished and result["ema"]:  # samples and adapters are of the averaged weights
+        with torch.no_grad():
+            for name, parameter in checkpoint.trained(wrapped):
+                parameter.copy_(result["ema"][name])
+    if finished and features.has_encoders(o.weights, config):
         finish(o, config, wrapped, batches, result, before)
+    elif finished and dist.get_rank() == 0:
+        print(f"note: no samples: {o.weights} has no VAE and text encoder; see infer_t2v.sh", flush=True)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif o.export and dist.get_rank() == 0:
