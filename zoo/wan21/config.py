@@ -578,7 +578,7 @@ def check_acceleration(o: InferOptions, config: WanConfig, grid: tuple[int, int,
         raise ValueError(f"{' and '.join(asked)} without a cache; fix: --cache attention or blocks")
     if o.cache != "none":
         start = round(0.4 * steps) if o.cache_start is None else o.cache_start
-        end = min(round(0.94 * steps), steps - 1) if o.cache_end is None else o.cache_end
+        end = min(int(0.94 * steps), steps - 2) if o.cache_end is None else o.cache_end
         if not start < end < steps:
             raise ValueError(
                 f"cache_start={start}, cache_end={end} of {steps} sampling steps; expected start < end < {steps}; "
