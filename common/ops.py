@@ -251,13 +251,15 @@ def block_sparse_attention(
 
         out = kernel.block_sparse_attention(q, k, v, blocks, block)
     else:
-        out = torch.zeros_like(q)
+        out, short = torch.zeros_like(q), -S % block
+        k, v = (F.pad(t, (0, 0, 0, short)).unflatten(2, (-1, block)) for t in (k, v))  # [B, K, S/block, block, E]
         for b, h, i in itertools.product(range(B), range(H), range(blocks.shape[2])):
-            seen = blocks[b, h, i].repeat_interleave(block)[:S]
-            if seen.any():  # one query block over the keys it keeps, and no work for the others
-                rows, head = slice(i * block, (i + 1) * block), h * K // H
-                parts = q[b, h, rows], k[b, head][seen], v[b, head][seen]
-                out[b, h, rows] = F.scaled_dot_product_attention(*(t[None, None] for t in parts))[0, 0]
+            kept, rows = blocks[b, h, i].nonzero()[:, 0], slice(i * block, (i + 1) * block)
+            if len(kept):  # one query block over the key blocks it keeps, and no work for the others
+                keys = len(kept) * block - (short if kept[-1] == blocks.shape[3] - 1 else 0)
+                ks, vs = (t[b, h * K // H].index_select(0, kept).flatten(0, 1)[:keys] for t in (k, v))
+                scores = (q[b, h, rows] @ ks.mT).float() * E**-0.5  # torch's fused kernel is slow for so few queries
+                out[b, h, rows] = scores.softmax(-1).to(vs.dtype) @ vs
     return out.permute(2, 0, 1, 3).contiguous()
 
 

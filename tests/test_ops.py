@@ -126,6 +126,21 @@ def test_selected_blocks_hold_those_always_kept():
     assert torch.equal(held[:, :, 2:, 1:], free[:, :, 2:, 1:]) and not held[:, :, 2:].all()
 
 
+def test_block_sparse_attention_equals_masked_attention_on_a_cpu():
+    """Short last blocks, shared key heads, and a query block that keeps nothing; gradients too."""
+    q, k, v = (torch.randn(n, 2, heads, 24, requires_grad=True) for n, heads in ((70, 4), (75, 2), (75, 2)))
+    blocks = torch.rand(2, 4, 5, 5) < 0.4
+    blocks[..., 1, :], blocks[..., 2, 4] = False, True
+    seen = blocks.repeat_interleave(16, 2)[:, :, :70].repeat_interleave(16, 3)[..., :75]
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -1e30)
+    plain = F.scaled_dot_product_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), attn_mask=mask, enable_gqa=True)
+    want = plain.masked_fill(~seen.any(-1, keepdim=True), 0).permute(2, 0, 1, 3)
+    got, direction = ops.block_sparse_attention(q, k, v, blocks, 16), torch.randn(want.shape)
+    assert torch.allclose(got, want, atol=1e-5) and not got[16:32].any()
+    for mine, theirs in zip(*(torch.autograd.grad((t * direction).sum(), (q, k, v)) for t in (got, want)), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5 * float(theirs.abs().max()))
+
+
 def test_selected_share_is_rounded_up_only_if_it_is_not_whole():
     q, k = torch.randn(16, 1, 1, 4), torch.randn(1600, 1, 1, 4)
     assert 0.07 * 100 > 7 and ops.select_blocks(q, k, 0.07, 16).sum() == 7

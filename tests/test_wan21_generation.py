@@ -15,6 +15,7 @@ import wan_case as case
 from diffusers import AutoencoderKLWan
 from PIL import Image, ImageSequence
 from ranks import run_ranks
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli, parallel
 
@@ -209,18 +210,15 @@ def test_stated_size_of_the_cache_is_what_it_holds(state):
 # ---------------------------------------------------------------------------------------------------- sparse attention
 
 
-def test_sparse_attention_is_dense_attention_under_its_mask(monkeypatch):
+def test_sparse_attention_is_dense_attention_under_its_mask():
     moment = accelerate.Moment(step=2)
     frames, rows, columns = 3, 8, 32
     L, N, E = frames * rows * columns, 2, 24
     q, k, v = (torch.randn(L, 1, N, E, generator=torch.Generator().manual_seed(i)) for i in range(3))
     sparse = accelerate.SparseAttention(WIDE, case.CONFIG, 0.5, 2, moment)
-    work, plain = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v: work.append(q.shape[2] * k.shape[2]) or plain(q, k, v)
-    )
-    got = sparse(q, k, v)
-    monkeypatch.undo()
+    plain = F.scaled_dot_product_attention
+    with FlopCounterMode(display=False) as work:
+        got = sparse(q, k, v)
     # The block of a token, from where it stands: frame, then window of 8x8, two windows to a block.
     block = torch.tensor([2 * f + x // 16 for f in range(frames) for _ in range(rows) for x in range(columns)])
     pooled = [torch.stack([t[block == b].mean(0) for b in range(6)], 2)[0] for t in (q, k)]  # [N, 6, E]
@@ -231,7 +229,8 @@ def test_sparse_attention_is_dense_attention_under_its_mask(monkeypatch):
     heads = [t.permute(1, 2, 0, 3) for t in (q, k, v)]
     want = plain(*heads, attn_mask=seen).permute(2, 0, 1, 3)
     assert apart(got, want) <= TOLERANCE and not seen.all()
-    assert sum(work) == seen.sum()  # scores that are masked out are not computed
+    pooling = 2 * N * 6 * 6 * E
+    assert work.get_total_flops() == 4 * E * seen.sum() + pooling  # scores that are masked out are not computed
     moment.step = 1
     dense = plain(*heads).permute(2, 0, 1, 3)
     assert apart(sparse(q, k, v), dense) <= TOLERANCE and apart(got, dense) > 1e-3
