@@ -4,11 +4,11 @@
     NPROC=2 bash zoo/wan21/perf.sh --only generation       what several can: each layout against one process
 
 A setup is a line of options of infer_t2v.sh. It and its baseline make the same videos (same prompts, same noise), in
-alternate rounds; seconds are of sampling and decoding one video, after a warm-up. PSNR and SSIM are of its videos
-against the baseline's, the worst of them. Three models: `demo`, the shipped tiny weights at the shape they know, where
-quality means something; `demo, large`, the same weights at a shape they were not trained at, whose videos are only
-good for comparing with each other; `mid`, drawn weights (512 wide, 8 blocks), for the time alone: no quality is given.
-On an accelerator the model is that of --weights, and every setup is of it.
+alternate rounds; seconds are of sampling and decoding one video, or of sampling alone where decoding has no part, after
+a warm-up. PSNR and SSIM are of its videos against the baseline's, the worst of them. Models: `tiny`, the shipped
+weights, whose quality means something at the shape they know (at a larger one their videos are only good for comparing
+with each other); `mid`, drawn weights (512 wide, 8 blocks), for the time alone: no quality is given. With --weights
+the model is that, and every setup is of it.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from .model import draw
 
 ROUNDS, VIDEOS = 3, 2  # rounds of a setup and its baseline; videos in a round
 PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
-LARGE = "--video 33x256x256 --sample-steps 6"  # 9*16*16 = 2304 tokens: 18 blocks of 128, two of them the first frame
-LONG = "--video 33x384x384 --sample-steps 2"  # 5184 tokens
+LARGE = "--video 17x320x320 --sample-steps 2"  # beyond a tile of 256 pixels
+LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Setup:
     baseline: str  # options
     baseline_name: str
     model: str = "demo"  # demo or mid
+    decoded: bool = True  # whether decoding is in the seconds too
     processes: int = 1  # data-parallel ranks are none of its business: it makes one video at a time
 
 
@@ -62,8 +63,10 @@ SETUPS = [
             ("compiled blocks", "--compile"),
         )
     ),
-    Setup("sparse attention 0.6 from step 0", f"{LARGE} --sparse 0.6 --sparse-start 0", LARGE, "dense"),
-    Setup("sparse attention 0.8 from step 0, 5184 tokens", f"{LONG} --sparse 0.8 --sparse-start 0", LONG, "dense"),
+    *(
+        Setup(f"sparse attention {share} at 5184 tokens", f"{LONG} --sparse {share}", LONG, "dense", decoded=False)
+        for share in (0.6, 0.8)
+    ),
     Setup("tiled decoding", f"{LARGE} --vae-tiling", LARGE, "decoding at once"),
     *(
         Setup(name, f"{STEPS} {options}", STEPS, "50 steps, nothing cached", model="mid")
@@ -73,7 +76,14 @@ SETUPS = [
         )
     ),
     *(
-        Setup(name, f"--sample-steps 10 {options}", "--sample-steps 10", "one process, all cores", model, processes)
+        Setup(
+            name,
+            f"--sample-steps 10 {options}",
+            "--sample-steps 10",
+            "one process, all cores",
+            model,
+            processes=processes,
+        )
         for name, options, processes in (
             ("the two branches of guidance on 2 processes", "--cfg-parallel", 2),
             ("Ulysses over 2 processes", "--cp 2", 2),
@@ -113,7 +123,7 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     made: dict[str, list] = {}
     for _ in range(ROUNDS):
         for which, options in (("baseline", s.baseline), ("setup", s.options)):
-            taken, made[which] = measure(options, s.model, own, alone=which == "baseline")
+            taken, made[which] = measure(options, s.model, own, which == "baseline", s.decoded)
             seconds[which] += taken
     if dist.get_rank():
         return []
@@ -133,7 +143,7 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
         "shape": None,
         "precision": "bf16" if "bf16" in s.options else o.precision,
         "value": float(f"{statistics.median(seconds['setup']):.4g}"),
-        "unit": "s per video",
+        "unit": "s per video" if s.decoded else "s of sampling",
         "raw": raw,
     }
     print(f"{row['size']:<5} {row['value']:>8.4g} s  {row['layout']}", flush=True)
@@ -144,7 +154,9 @@ def spread(seconds: list[float]) -> dict:
     return {k: float(f"{v:.4g}") for k, v in perf.spread(seconds).items()}
 
 
-def measure(options: str, model: str, own: list[str], alone: bool) -> tuple[list[float], list[torch.Tensor]]:
+def measure(
+    options: str, model: str, own: list[str], alone: bool, decoded: bool
+) -> tuple[list[float], list[torch.Tensor]]:
     """Seconds of each video and the videos, uint8 [1, 3, F, H, W], on rank 0. alone: by rank 0, with all cores."""
     o: InferOptions = parse("infer", [*options.split(), *own, *(["--prompt", PROMPTS[0]] if own else [])])
     parallel.initialize(o)
@@ -157,9 +169,10 @@ def measure(options: str, model: str, own: list[str], alone: bool) -> tuple[list
         for i in range(-1, VIDEOS):  # the first warms up
             started = time.perf_counter()
             latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[max(i, 0)])], [max(i, 0)])
+            sampled = time.perf_counter()
             video = infer.pixels_of(o, parts, latents)
             if i >= 0:
-                seconds.append(time.perf_counter() - started)
+                seconds.append((time.perf_counter() if decoded else sampled) - started)
                 made.append(video)
         torch.set_num_threads(threads)
     dist.barrier()
