@@ -244,7 +244,9 @@ def test_weights_of_another_model_are_refused(values, parts, tmp_path):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize(("kind", "part"), [("vace", "expected t2v, i2v or flf2v"), ("i2v", "nearest 14B: image_dim 1280 != None")])
+@pytest.mark.parametrize(
+    ("kind", "part"), [("vace", "expected t2v, i2v or flf2v"), ("i2v", "nearest 14B: image_dim 1280 != None")]
+)
 def test_original_config_of_another_kind_of_model_is_refused(kind, part, tmp_path):
     folder = released(tmp_path, "14B", "original")
     values = json.loads((folder / "config.json").read_text()) | {"model_type": kind}
