@@ -46,9 +46,9 @@ def check_folder(folder: Path, config: WanConfig) -> None:
             )
 
 
-# Adapted from zoo.qwen3.config.starting_point: no quantised base, no reference; the transformer alone is trained.
+# Adapted from zoo.qwen3.config.starting_point: no quantised base; the transformer alone is trained.
 def starting_point(o: TrainOptions) -> dict:
-    """What adapters start from, told by content: their checkpoints are of no use beside other weights."""
+    """What adapters start from, and dpo compares with, told by content: a run goes on beside no other weights."""
     base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(o.weights / "transformer")
     start = {"weights": str(o.weights), "base": base}
     if o.adapter:
@@ -59,10 +59,12 @@ def starting_point(o: TrainOptions) -> dict:
             "alpha": settings.get("lora_alpha"),
         }
         return start | adapter
+    if not o.adapts:
+        return start
     return start | {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.lora_targets}
 
 
-# Adapted from zoo.qwen3.config._check_start: adapters alone have a starting point here.
+# Adapted from zoo.qwen3.config._check_start: adapters, and dpo with or without them, have a starting point here.
 def check_start(o: TrainOptions) -> None:
     """A run goes on from what it started from; without --weights, say, it would go on from the demo's."""
     named = Path(o.resume) if o.resume not in ("auto", "never") else None
@@ -70,7 +72,7 @@ def check_start(o: TrainOptions) -> None:
     if o.resume == "never" or not states or not states[-1].is_file():
         return
     saved = weights.read_json(states[-1]).get("start", {})
-    now = starting_point(o) if o.adapts else {}
+    now = starting_point(o) if o.adapts or o.job == "dpo" else {}
     differs = [f"{key} {saved.get(key)!r} and not {now.get(key)!r}" for key in {**saved, **now} if key != "weights"
                and saved.get(key) != now.get(key)]  # fmt: skip
     if differs:

@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_CAPTIONS = 80  # as many as the judge scores: every digit in every direction
+STYLES = ("", "blinking", "pairs")  # of the demo's data: clips, clips that blink, and the two beside each other
 DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style is learnt sooner than digits
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 
@@ -245,6 +246,8 @@ SIZES = {
 # ----------------------------------------------------------------------------------------------------------- options
 
 
+DPO = {"weighting": "none", "caption_dropout": 0.0}  # of dpo_*.sh, as in the paper
+DEMO_DPO = {"steps": 150, "lr": 1e-3, "save_every": 150, "sft_weight": 100.0}
 LORA_RANK = 16  # of lora_*.sh, where nothing else is asked
 LORA_TARGETS = "q,k,v,o,ffn.0,ffn.2"  # of every block: self- and cross-attention, MLP
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
@@ -252,7 +255,7 @@ LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(cli.TrainOptions):
-    job: str = option("which launcher this is: pretrain, finetune or lora", "pretrain", group="job")
+    job: str = option("which launcher this is: pretrain, finetune, lora or dpo", "pretrain", group="job")
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     buckets: str = option(
@@ -285,6 +288,10 @@ class TrainOptions(cli.TrainOptions):
     rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
     adapter: Path | None = option("adapter folder to start from; its settings decide", group="adapters")
     merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
+    full: bool = option("train every parameter against a frozen copy, not adapters", False, group="preference")
+    beta: float = option("weight of a pair's margin of errors", 2000.0, group="preference", within="(0, inf)")
+    sft_weight: float = option("weight of the chosen videos' own error", 0.0, group="preference", within="[0, inf)")
+    validation: Path | None = option("held-out pairs, compared at the end", group="preference")
     sample_prompts: Path | None = option(
         "text file of prompts sampled at the end (image-to-video: picture<TAB>prompt)", group="samples"
     )
@@ -295,7 +302,7 @@ class TrainOptions(cli.TrainOptions):
     @property
     def adapts(self) -> bool:
         """Whether adapters train, and nothing else."""
-        return self.job == "lora"
+        return self.job == "lora" or (self.job == "dpo" and not self.full)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +474,7 @@ def parse(script: str, argv: list[str]):
     task, asked = _task(argv), {word.split("=")[0] for word in argv}
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda weights: _default_size(weights, task))
     if script == "train":
-        _check_job(o, asked)
+        o = _check_job(o, asked)
         o = features.applied(o, asked)
     if script == "extract":
         o = _whole_encoders(o, asked)
@@ -505,9 +512,12 @@ def parse(script: str, argv: list[str]):
         features.check_begun(o, config)
     if getattr(o, "features", None):
         features.check(o, config)
-    elif script in ("train", "extract") and not is_demo(o.data):
-        rows, report = data.read_rows(o.data)
-        report.check(len(rows) + sum(report.counts.values()), o.max_drop)
+    read, videos = (data.read_pairs, 2) if getattr(o, "job", "") == "dpo" else (data.read_rows, 1)
+    lists = {"train": ("data", "validation"), "extract": ("data",)}.get(script, ())
+    for path in (getattr(o, name) for name in lists):
+        if path is not None and not is_demo(path):
+            rows, report = read(path)
+            report.check(len(rows) // videos + len(report.drops), o.max_drop)
     if script == "train":
         cli.check_run(o)
         if o.sample_prompts:
@@ -732,8 +742,12 @@ def _with_demo(o, job: str, asked: set[str]):
     """Fill in the embedded demo where the user named no data or no weights; what was asked for stays."""
     changes = {}
     demo = isinstance(o, (TrainOptions, ExtractOptions)) and o.data is None and not getattr(o, "features", None)
-    if job == "lora" and o.lora_rank is None and o.adapter is None:
+    if getattr(o, "adapts", False) and o.lora_rank is None and o.adapter is None:
         changes["lora_rank"] = LORA_RANK
+    if job == "dpo":
+        unlike = DPO | DEMO_DPO if demo and o.size.startswith("tiny") else DPO
+        changes |= {k: v for k, v in unlike.items() if f"--{k.replace('_', '-')}" not in asked}
+        changes |= {"validation": o.validation or demo_list("test", "pairs")} if demo else {}
     if job == "lora" and demo and o.size.startswith("tiny"):
         changes |= {k: v for k, v in DEMO_LORA.items() if f"--{k.replace('_', '-')}" not in asked}
     if isinstance(o, EvaluateOptions) and o.videos is not None:  # no model is used
@@ -745,7 +759,7 @@ def _with_demo(o, job: str, asked: set[str]):
         changes |= {} if "--video" in asked else {"video": DEMO_BUCKET}
     if demo:
         changes |= {
-            "data": demo_list("train", style="blinking" if job == "lora" else ""),
+            "data": demo_list("train", style={"lora": "blinking", "dpo": "pairs"}.get(job, "")),
             "buckets": o.buckets if "--buckets" in asked or isinstance(o, PerfOptions) else DEMO_BUCKET,
         }
     if demo and hasattr(o, "cache"):
@@ -777,7 +791,7 @@ def demo_list(split: str, style: str = "") -> Path:
 
 
 def is_demo(path: Path | None) -> bool:
-    return path in [demo_list(split, style) for split in ("train", "test") for style in ("", "blinking")]
+    return path in [demo_list(split, style) for split in ("train", "test") for style in STYLES]
 
 
 def model_config(o) -> WanConfig:
@@ -808,17 +822,34 @@ def _check_folder(o, config: WanConfig, script: str) -> None:
         convert.released_entries(o.weights, config)
 
 
-def _check_job(o: TrainOptions, asked: set[str]) -> None:
-    """Options of another job are not ignored."""
+def _check_job(o: TrainOptions, asked: set[str]) -> TrainOptions:
+    """Options of another job are not ignored; the batch of dpo is one of pairs."""
     for f in dataclasses.fields(o):
         flag = "--" + f.name.replace("_", "-")
         changed = flag in asked and getattr(o, f.name) != f.default  # a printed config names every option
         if changed and f.metadata["group"] == "adapters" and not o.adapts:
             raise ValueError(f"{flag} is of lora_t2v.sh and lora_i2v.sh, and this is {o.job}; fix: leave {flag} out")
+        if changed and f.metadata["group"] == "preference" and o.job != "dpo":
+            raise ValueError(f"{flag} is of dpo_t2v.sh and dpo_i2v.sh, and this is {o.job}; fix: leave {flag} out")
         if changed and flag in LORA_SETTINGS and o.adapter:
             raise ValueError(
                 f"{flag} is of new adapters, --adapter {o.adapter} brings its own settings; fix: leave {flag} out"
             )
+    if o.job != "dpo":
+        return o
+    if o.features:
+        raise ValueError("--features hold videos, not pairs; fix: --data PAIRS, with --cache to encode them once")
+    if o.adapter:
+        raise ValueError(
+            "--adapter: the reference is the model without adapters; fix: --weights with it merged, and no --adapter"
+        )
+    if "--micro-batch" not in asked:
+        o = dataclasses.replace(o, micro_batch=max(2, o.micro_batch // 2 * 2))
+    for name in ("micro_batch", "global_batch"):
+        if (getattr(o, name) or 0) % 2:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{name}={getattr(o, name)}; expected an even number, a pair is two videos; fix: {flag}")
+    return o
 
 
 def _whole_encoders(o: ExtractOptions, asked: set[str]) -> ExtractOptions:
@@ -920,7 +951,13 @@ def prepare(o) -> None:
         from .demo import make_data
 
         few = {"train": 320, "test": 80, "blinking": True}
-        make_data.make(o.data.parent, **({} if o.data.parent == DEMO_DATA else few))
+        plain, blinking, pairs = (demo_list("", style).parent for style in STYLES)
+        if o.data.parent != blinking:
+            make_data.make(plain)
+        if o.data.parent != plain:
+            make_data.make(blinking, **few)
+        if o.data.parent == pairs:
+            make_data.make_pairs(pairs, chosen=blinking, rejected=plain)
     if type(o) is InferOptions:
         unfinished(o, requests(o, model_config(o)))
 

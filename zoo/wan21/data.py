@@ -19,6 +19,8 @@ The cost: 81 frames at 16 fps show 5.06 s, and the rest of a longer video is nev
 2.5 % of its width; a step of 81x480x832 has 32,760 tokens and one of 49x480x832 has 20,280, so step times differ; rows
 that do not fill a batch wait for the next epoch.
 
+    pairs.jsonl    {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "a red car"}               (dpo_t2v.sh, dpo_i2v.sh)
+
 Reading the lists and choosing buckets works without torch.
 """
 
@@ -98,6 +100,35 @@ def read_rows(path: str | Path, seed: int | None = None) -> tuple[list[Row], Dro
         else:
             caption = captions[0] if seed is None else random.Random(f"{seed} {where}").choice(captions)
             rows.append(Row(file, caption, where))
+    return rows, report
+
+
+def read_pairs(path: str | Path) -> tuple[list[Row], DropReport]:
+    """The pairs of a .jsonl or .json list of {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "…"}, two rows after
+    another of each; those of which something is missing are in the report.
+
+    Raises:
+        ValueError: the list itself is missing, malformed, or of an unknown kind; names file and line.
+    """
+    path, rows, report = Path(path).absolute(), [], DropReport()
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"unknown kind of list of pairs: {path}; expected .jsonl or .json; fix: --data")
+    for where, item, folder in _items(path):
+        caption = next((item[k] for k in CAPTION_KEYS if item.get(k)), None)
+        lacking = [key for key in ("chosen", "rejected") if not isinstance(item.get(key), str) or not item[key]]
+        if lacking:
+            report.add(f"no {lacking[0]}", where, f"keys: {', '.join(map(str, item))}")
+        elif not isinstance(caption, str) or not caption.strip():
+            report.add("no caption", where, item["chosen"])
+        elif item["chosen"] == item["rejected"]:
+            report.add("one video twice", where, item["chosen"])
+        else:
+            files = [os.path.abspath(folder / item[key]) for key in ("chosen", "rejected")]
+            lost = [file for file in files if not os.path.isfile(file)]
+            if lost:
+                report.add("missing file", where, lost[0])
+            else:
+                rows += [Row(file, _clean(caption), where) for file in files]
     return rows, report
 
 
@@ -337,6 +368,27 @@ def fill(index: Index, global_batch: int) -> str:
     return "\n".join([f"buckets: {used} of {given} frames used ({used / given:.1%})", *lines])
 
 
+def scan_pairs(
+    rows: Sequence[Row], buckets: Sequence[Bucket], fps: float | None, report: DropReport, workers: int = 8
+) -> Index:
+    """`scan` of the rows of `read_pairs`: the pairs both of whose videos go to one bucket, two rows after another."""
+    found = scan(rows, buckets, fps, report, workers)
+    places: dict[str, list[IndexRow]] = {}
+    for row in found.rows:
+        places.setdefault(row.where, []).append(row)
+    kept = []
+    for where, pair in places.items():
+        if len(pair) < 2:  # the other one is in the report
+            report.add("other of a pair dropped", where, pair[0].path)
+        elif pair[0].bucket != pair[1].bucket:
+            shapes = " and ".join(str(found.buckets[row.bucket]) for row in pair)
+            for row in pair:
+                report.add("pair of two buckets", where, f"{row.path}: {shapes}")
+        else:
+            kept += pair
+    return Index(kept, found.buckets, fps)
+
+
 # ---- micro-batches ----
 
 
@@ -442,6 +494,32 @@ class VideoTextDataset:
             start = int(np.random.default_rng([self.random_start, epoch, row]).integers(spare + 1))
         indices = [int((start + i) * step + 1e-6) for i in range(bucket.frames)]
         return read_frames(entry.path, indices, lambda f: resize_crop(f[None], bucket.height, bucket.width)[0])
+
+
+class PairDataset(VideoTextDataset):
+    """Micro-batches of pairs, of an index by `scan_pairs`: pair i is its rows 2i (chosen) and 2i + 1 (rejected)."""
+
+    def __len__(self) -> int:
+        return len(self.index.rows) // 2
+
+    def where(self, pair: int) -> str:
+        return self.index.rows[2 * pair].where
+
+    def fetch(self, pairs: Sequence[int], epoch: int = 0) -> dict[str, Any]:
+        """As `VideoTextDataset.fetch`: the chosen videos of all pairs, then the rejected ones. For a pair that cannot be
+        decoded the next of its bucket stands in."""
+        for _ in range(MAX_REPLACED):
+            wanted = [2 * pair for pair in pairs] + [2 * pair + 1 for pair in pairs]
+            batch = super().fetch(wanted, epoch)
+            damaged = {row // 2 for row, read in zip(wanted, batch["rows"], strict=True) if row != read}
+            if not damaged:
+                return batch
+            pairs = [self._next(pair) if pair in damaged else pair for pair in pairs]
+        raise ValueError(f"{MAX_REPLACED} pairs of {self.where(pairs[0])} on cannot be decoded; fix: these files")
+
+    def _next(self, pair: int) -> int:
+        same = self._bucket_rows[self.index.rows[2 * pair].bucket]
+        return same[(bisect_left(same, 2 * pair) + 2) % len(same)] // 2
 
 
 # ---- the cache ----

@@ -157,6 +157,7 @@ def note_settings(o: EvaluateOptions, asked: list[images.Request]) -> None:
     part = o.weights / "transformer" if (o.weights / "transformer").is_dir() else o.weights
     folder = checkpoint.find(o.checkpoint, str(o.checkpoint)) if o.checkpoint else part
     content = str((folder / "manifest.json").stat().st_mtime_ns) if is_sharded(folder) else weights.fingerprint(folder)
+    content += f" {weights.fingerprint(o.adapter)}" if o.adapter else ""
     rows = [[str(value) for value in (r.prompt, r.image, r.last_image) if value is not None] for r in asked]
     now |= {"content": content, "precision": o.precision, "asked": rows}
     path = o.out / "settings.json"

@@ -101,7 +101,7 @@ def main() -> None:
     if rank == 0:
         o.out.mkdir(parents=True, exist_ok=True)
         features.write_json(o.out / "settings.json", features.settings(o, model_config(o)))
-    index = indexed(o)
+    index = indexed(o, o.data)
     shards = missing_shards(o, len(index.rows))
     dist.barrier()  # all have looked before one writes
     mine = shards[rank::world]

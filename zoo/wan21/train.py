@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common import device  # isort: skip  (before megatron)
@@ -28,7 +28,7 @@ from common import checkpoint, cli, lora, parallel
 from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
-from . import adapters, convert, data, features, images
+from . import adapters, convert, data, features, images, preference
 from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, is_demo, latent_grid, model_config, parse
 from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
@@ -63,7 +63,9 @@ class FlowMatching:
         self.o = o
         self.weights = bell_weights(o.shift) if o.weighting == "bell" else torch.ones(1000)
 
-    def noised(self, latents: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, step: int, slots: range) -> dict:
+    def noised(
+        self, latents: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, step: int, slots: Sequence[int]
+    ) -> dict:
         """latents fp32 [B, C, F, H, W] and text [B, T, D] of the places `slots` of the step's global batch -> a
         training batch: x and target [B, C, F, H, W], t and weight [B], text with captions dropped to `empty` [T, D]."""
         noise, draws = torch.empty_like(latents), []
@@ -140,10 +142,11 @@ class Batches:
     def __init__(self, o: TrainOptions, config: WanConfig, index: data.Index):
         self.o, self.config, self.index = o, config, index
         self.device = device.current()
+        self.videos = 2 if o.job == "dpo" else 1  # of a unit of the data, which a pair is
         self.sampler = BucketSampler(
-            [row.bucket for row in index.rows],
-            o.global_batch,
-            o.micro_batch,
+            [row.bucket for row in index.rows[:: self.videos]],
+            o.global_batch // self.videos,
+            o.micro_batch // self.videos,
             mpu.get_data_parallel_rank(),
             o.dp,
             o.seed,
@@ -155,14 +158,15 @@ class Batches:
             self.empty = self._padded(features.empty_text(o.features))
         else:
             encoder = " ".join(features.encoders(o, config).values())
-            self.dataset = data.VideoTextDataset(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
+            kind = data.PairDataset if o.job == "dpo" else data.VideoTextDataset
+            self.dataset = kind(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
             self.empty = self.encoders.text.encode([""])[0]
 
-    def __call__(self, start: int) -> Iterator[Step]:
+    def __call__(self, start: int, end: int | None = None) -> Iterator[Step]:
         """Decoded or cached micro-batches of the steps from `start` on, this rank's share of each."""
         group = parallel.sample_group()
         share = (group.rank(), group.size())
-        return prefetch(self.dataset, self.sampler, start, self.o.steps, self.o.workers, share)
+        return prefetch(self.dataset, self.sampler, start, end or self.o.steps, self.o.workers, share)
 
     def prepare(self, loaded: Step) -> list[dict]:
         """A loaded step -> its training batches, whole on every rank of the sample group."""
@@ -178,7 +182,10 @@ class Batches:
             if group.size() > 1:
                 for tensor in (latents, text, *condition.values()):
                     dist.broadcast(tensor, ranks[i % group.size()], group=group)
-            batch = self.flow.noised(latents, text, self.empty, loaded.step, self.sampler.slots(i)) | condition
+            if self.videos == 2:  # both videos of a pair are conditioned on the chosen one's frames
+                condition = {name: torch.cat([value.chunk(2)[0]] * 2) for name, value in condition.items()}
+            slots = [*self.sampler.slots(i)] * self.videos  # the videos of a pair have the same noise and timestep
+            batch = self.flow.noised(latents, text, self.empty, loaded.step, slots) | condition
             if i in mine:
                 batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
             batches.append(batch)
@@ -207,9 +214,9 @@ class Batches:
         return F.pad(text.to(self.device), (0, 0, 0, self.config.text_len - text.shape[-2]))
 
 
-def indexed(o: TrainOptions) -> data.Index:
-    """The run's index of videos: made by rank 0 once, then read by all, also after a resume."""
-    path = o.out / "index.jsonl"
+def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.Index:
+    """The run's index of a list of videos: made by rank 0 once, then read by all, also after a resume."""
+    path = o.out / name
     if getattr(o, "features", None):
         index = o.features / "index.jsonl"
         if path.is_file() and path.read_bytes() != index.read_bytes():
@@ -220,8 +227,11 @@ def indexed(o: TrainOptions) -> data.Index:
             shutil.copy(index, path)
         return data.Index.load(index)
     if dist.get_rank() == 0 and not path.is_file():
-        rows, report = data.read_rows(o.data)
-        index = data.scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
+        read, scan = (
+            (data.read_pairs, data.scan_pairs) if getattr(o, "job", "") == "dpo" else (data.read_rows, data.scan)
+        )
+        rows, report = read(source)
+        index = scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
         o.out.mkdir(parents=True, exist_ok=True)
         report.save(o.out)
         print(report, flush=True)
@@ -237,14 +247,16 @@ def indexed(o: TrainOptions) -> data.Index:
 
 def demo_rows(o: TrainOptions) -> list[data.Row]:
     """Real clips never trained on, every digit in every direction."""
-    return data.read_rows(o.data.with_name("test.jsonl"))[0][:DEMO_CAPTIONS]
+    path = o.data.with_name("test.jsonl")
+    rows = data.read_pairs(path)[0][::2] if o.job == "dpo" else data.read_rows(path)[0]
+    return rows[:DEMO_CAPTIONS]
 
 
 def to_sample(o: TrainOptions, config: WanConfig, index: data.Index) -> list[images.Request]:
     """What is asked for; else captions, and for image-to-video the first (and last) frames, of videos."""
     if o.sample_prompts:
         return images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
-    rows = demo_rows(o) if is_demo(o.data) else index.rows[:4]
+    rows = demo_rows(o) if is_demo(o.data) else index.rows[:: 2 if o.job == "dpo" else 1][:4]
     return [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
 
 
@@ -320,16 +332,19 @@ def main() -> None:
     o = parse("train", sys.argv[1:])
     parallel.initialize(o)
     config = model_config(o)
-    index = indexed(o)
+    index = indexed(o, o.data)
     chunks = build(o, config)
     convert.fill(chunks, o, config)
     if o.adapts:
         adapt(chunks, o)
     wrapped = parallel.wrap(chunks, o, WanBlock)
 
+    def flops(grid: tuple[int, int, int]) -> int:  # the reference's forward is a third of a step
+        return config.flops(grid, frozen=o.adapts) + (config.flops(grid) // 3 if o.job == "dpo" else 0)
+
     def samples(batch: list[dict]) -> tuple[int, int]:
         grid = tuple(batch[0]["x"].shape[2:])
-        return config.tokens(grid), config.flops(grid, frozen=o.adapts)
+        return config.tokens(grid), flops(grid)
 
     def sequence_length(batch: list[dict]) -> int:
         """Rows of the pipeline tensor times what megatron-core divides them by."""
@@ -337,22 +352,33 @@ def main() -> None:
         return (samples(batch)[0] // split + config.context_rows) * split
 
     grid = latent_grid(index.buckets[0])
-    header = loop.run_header(o, HERE.name, o.job, config.parameters, config.flops(grid, frozen=o.adapts))
+    header = loop.run_header(o, HERE.name, o.job, config.parameters, flops(grid))
     batches = Batches(o, config, index)
     # What the demo's adapters are to bring, the base lacks.
     blinking = o.adapts and is_demo(o.data) and not o.sample_prompts
     before = sampled(o, config, wrapped, batches, to_sample(o, config, index)) if blinking else []
+    step, prepare, margins = forward_step, batches.prepare, None
+    if o.job == "dpo":
+        reference, margins = preference.reference_model(o, config, wrapped), preference.Margins()
+        step = functools.partial(preference.forward_step, o, margins)
+
+        def prepare(loaded: Step) -> list[dict]:
+            micro_batches = batches.prepare(loaded)
+            return preference.with_reference(o, reference, micro_batches, sequence_length(micro_batches))
+
     result = loop.train(
         o,
         wrapped,
-        forward_step,
+        step,
         batches,
-        batches.prepare,
+        prepare,
         sequence_length=sequence_length,
         samples=samples,
         header=header,
-        state={"model": dataclasses.asdict(config)} | ({"start": adapters.starting_point(o)} if o.adapts else {}),
+        state={"model": dataclasses.asdict(config)}
+        | ({"start": adapters.starting_point(o)} if o.adapts or margins else {}),
         ema_decay=o.ema,
+        measure=margins,
     )
     finished = result["reason"] == "finished"
     if finished and result["ema"]:  # samples and adapters are of the averaged weights
@@ -363,6 +389,12 @@ def main() -> None:
         finish(o, config, wrapped, batches, result, before)
     elif finished and dist.get_rank() == 0:
         print(f"note: no samples: {o.weights} has no VAE and text encoder; see infer_t2v.sh", flush=True)
+    if finished and o.job == "dpo" and o.validation:
+        pairs = Batches(o, config, indexed(o, o.validation, "held-out.jsonl"))
+        found = preference.held_out(o, pairs, wrapped, reference, sequence_length)
+        if dist.get_rank() == 0:
+            (o.out / "held-out.json").write_text(json.dumps(found, indent=2))
+            print(preference.in_words(found), flush=True)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif o.export and dist.get_rank() == 0:

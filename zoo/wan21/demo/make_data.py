@@ -153,6 +153,23 @@ def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking:
     return out
 
 
+def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:
+    """Lists of pairs under `out`: the clips of one folder of `make` beside the same ones of another, as far as both go."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        sides = [
+            [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+            for folder in (chosen, rejected)
+        ]
+        lines = []
+        for one, other in zip(*sides, strict=False):
+            files = [os.path.relpath(folder / row["path"], out) for folder, row in ((chosen, one), (rejected, other))]
+            lines.append(json.dumps({"chosen": files[0], "rejected": files[1], "caption": one["caption"]}) + "\n")
+        partial = out / f".{split}-{os.getpid()}"
+        partial.write_text("".join(lines))
+        os.replace(partial, out / f"{split}.jsonl")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a complete one is reused")

@@ -1,0 +1,270 @@
+"""dpo_t2v.sh and dpo_i2v.sh: loss and gradients against the formula on diffusers' model, layouts against one process, the
+reference, pairs, resume."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import wan_case as case
+from ranks import run_ranks
+from test_wan21 import oracle
+from test_wan21_layouts import whole
+
+from common import lora, parallel
+from common import train as loop
+
+preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
+data = case.train.data
+TOLERANCE = 1e-5
+CONFIGS = {"t2v": case.CONFIG, "i2v": case.I2V}
+BETA, SFT = 30.0, 0.4  # errors of random weights are far apart: the loss must not be flat
+
+
+def pairs(places: list[int], config) -> dict:
+    """A micro-batch of the pairs of these places of the global batch: the chosen videos, then the rejected ones."""
+    chosen, rejected = ([case.sample_batch(first + i, 0, config) for i in places] for first in (0, 100))
+    for one, other in zip(chosen, rejected, strict=True):
+        other.update({key: one[key] for key in ("t", "weight", "text", "y", "image") if key in one})
+    return {key: torch.cat([b[key] for b in chosen + rejected]) for key in chosen[0]}
+
+
+def options(**layout) -> SimpleNamespace:
+    o = case.options(**layout)
+    named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
+    return SimpleNamespace(**named | {"beta": BETA, "sft_weight": SFT})
+
+
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def by_hand(policy, reference, batch: dict) -> torch.Tensor:
+    """Diffusion-DPO, arXiv:2311.12908 equation 14, with velocities, a pair at a time."""
+    half, losses = len(batch["x"]) // 2, []
+    for i in range(half):
+        e = {}
+        for side, j in (("w", i), ("l", half + i)):
+            image = batch["image"][j : j + 1] if "image" in batch else None
+            x = torch.cat((batch["x"], batch["y"]), 1)[j : j + 1] if image is not None else batch["x"][j : j + 1]
+            for name, model in (("theta", policy), ("ref", reference)):
+                v = model(x, batch["t"][j : j + 1], batch["text"][j : j + 1], image).sample
+                e[side, name] = batch["weight"][j] * (batch["target"][j] - v[0]).square().mean()
+        inside = (e["w", "theta"] - e["w", "ref"]) - (e["l", "theta"] - e["l", "ref"])
+        losses.append(-F.logsigmoid(-BETA / 2 * inside) + SFT * e["w", "theta"])
+    return torch.stack(losses).mean()
+
+
+def beside_diffusers(which: str) -> dict:
+    """{name: (ours, theirs)} of the loss and of every gradient."""
+    o = options(micro_batch=4)
+    config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers takes it
+    parallel.initialize(o)
+    states = [case.random_state(seed, config) for seed in (0, 1)]
+    theirs = [oracle(config) for _ in states]
+    for model, state in zip(theirs, states, strict=True):
+        model.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
+    batch = pairs([0, 1], config)
+    want = by_hand(*theirs, batch)
+    want.backward()
+    policy, reference = (case.model.build(o, config) for _ in states)
+    for chunks, state in zip((policy, reference), states, strict=True):
+        case.load(chunks, state)
+    copies = functools.partial(preference.contextlib.nullcontext, reference)
+    (batch,) = preference.with_reference(o, copies, [batch], case.sequence_length(o, config))
+    margins = preference.Margins()
+    output, loss = preference.forward_step(o, margins, iter([batch]), policy[0])
+    got, reported = loss(output)
+    got.backward()
+    assert reported["loss"] == got and margins()["accuracy"] in (0, 0.5, 1)
+    gradients = dict(theirs[0].named_parameters())
+    both = {name: (p.grad, gradients[case.convert.to_diffusers(name)].grad) for name, p in policy[0].named_parameters()}
+    return both | {"loss": (got.detach(), want.detach())}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("which", CONFIGS)
+def test_loss_and_gradients_equal_the_formula_on_diffusers_model(which):
+    found = run_ranks(1, beside_diffusers, which)[0]
+    off = {name: ((g - w).abs().max() / w.abs().max()).item() for name, (g, w) in found.items()}
+    assert not {name: value for name, value in off.items() if not value <= TOLERANCE}
+    assert 0.05 < found["loss"][0] < 50
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    "dp2": {},
+    "fsdp2": {"fsdp": True},
+    "tp2": {"tp": 2},
+    "tp2 sp recompute full": {"tp": 2, "sp": True, "recompute": "full"},
+    "cp2 ulysses": {"cp": 2},
+    "cp2 ring": {"cp": 2, "ulysses": 1},
+    "pp2": {"pp": 2},
+}
+
+
+def run_layout(layout: dict, which: str) -> dict:
+    """On every rank: adapters that are not zero, a step's loss, margins and gradients, put together."""
+    config, o = CONFIGS[which], options(micro_batch=2, **layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, config)
+    case.load(chunks, case.random_state(0, config))
+    lora.add(chunks, ["q", "v", "o", "ffn.0", "ffn.2"], rank=3, alpha=6, seed=5)
+    lora.checkpoint.initialize(chunks, 7, lambda n, w, g: w.normal_(std=0.1, generator=g), lambda n: "lora_" in n)
+    wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+    optimizer, margins = loop.build_optimizer(o, wrapped), preference.Margins()
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    rank, length = parallel.mpu.get_data_parallel_rank(), case.sequence_length(o, config)
+    batches = [pairs([micro * o.dp + rank], config) for micro in range(o.micro_batches)]
+    reference = functools.partial(preference.without_adapters, wrapped)
+    batches = preference.with_reference(o, reference, batches, length)
+    results = loop.get_forward_backward_func()(
+        forward_step_func=functools.partial(preference.forward_step, o, margins),
+        data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
+        model=wrapped if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=o.micro_batch,
+    )
+    gradients, value = whole(o, wrapped, gradient=True), loop.global_loss(o, results, False)[0]
+    errors = [b["reference"] for b in batches if "reference" in b]
+    out = {"gradients": gradients, "loss": value, "errors": errors} | margins()
+    return out if dist.get_rank() == 0 else {}
+
+
+@functools.cache
+def single(which: str) -> dict:
+    return run_ranks(1, run_layout, {}, which)[0]
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize(("name", "which"), [*((name, "t2v") for name in LAYOUTS), ("cp2 ring", "i2v"), ("pp2", "i2v")])
+def test_layout_equals_single_process(name, which):
+    got, want = run_ranks(2, run_layout, LAYOUTS[name], which)[0], single(which)
+    scale = BETA / 2 * max(error.max().item() for error in want["errors"])  # a margin is a difference of these
+    assert got["loss"] == pytest.approx(want["loss"], rel=TOLERANCE) and got["accuracy"] == want["accuracy"]
+    assert got["margin"] == pytest.approx(want["margin"], abs=TOLERANCE * scale)
+    assert got["gradients"].keys() == want["gradients"].keys() and all("lora_" in key for key in want["gradients"])
+    worst = {k: ((got["gradients"][k] - g).abs().max() / g.abs().max()).item() for k, g in want["gradients"].items()}
+    assert not {k: v for k, v in worst.items() if not v <= TOLERANCE}, name
+
+
+def base_errors() -> list[torch.Tensor]:
+    """The errors of the same model that never had adapters."""
+    o = options(micro_batch=2)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    batches = [pairs([i], case.CONFIG) for i in range(2)]
+    return preference.errors_of(o, chunks, batches, case.sequence_length(o))
+
+
+@pytest.mark.L2
+def test_the_reference_is_the_model_before_it_had_adapters():
+    got, want = single("t2v")["errors"], run_ranks(1, base_errors)[0]
+    off = [((a - b).abs().max() / b.max()).item() for a, b in zip(got, want, strict=True)]
+    assert len(off) == 2 and max(off) < 1e-6, off
+
+
+# ----------------------------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.L0
+def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    rows = [
+        {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "one"},
+        {"chosen": "a.mp4", "caption": "two"},
+        {"chosen": "a.mp4", "rejected": "b.mp4"},
+        {"chosen": "a.mp4", "rejected": "gone.mp4", "text": "four"},
+        {"chosen": "a.mp4", "rejected": "a.mp4", "text": "five"},
+        {"chosen": "c.mp4", "rejected": "a.mp4", "cap": "six"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, report = data.read_pairs(path)
+    assert [(row.path[-5:], row.caption, row.where) for row in found] == [
+        ("a.mp4", "one", "pairs.jsonl:1"), ("b.mp4", "one", "pairs.jsonl:1"),
+        ("c.mp4", "six", "pairs.jsonl:6"), ("a.mp4", "six", "pairs.jsonl:6"),
+    ]  # fmt: skip
+    assert [(d["reason"], d["where"]) for d in report.drops] == [
+        ("no rejected", "pairs.jsonl:2"), ("no caption", "pairs.jsonl:3"), ("missing file", "pairs.jsonl:4"),
+        ("one video twice", "pairs.jsonl:5"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="pairs.csv; expected .jsonl or .json; fix: --data"):
+        data.read_pairs(tmp_path / "pairs.csv")
+    path.write_text("{}\n[1]\n")
+    with pytest.raises(ValueError, match=r"pairs.jsonl:2: .*expected an object"):
+        data.read_pairs(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+
+@pytest.mark.L0
+def test_a_pair_that_cannot_be_decoded_gives_way_to_the_next_one_whole(monkeypatch):
+    rows = [data.IndexRow(f"{i}.mp4", "c", f"l:{i // 2}", 0, 13, 16.0, 1, 1) for i in range(6)]
+    damaged, read = {3}, []
+
+    def fetch(self, wanted, epoch=0):
+        read.append(list(wanted))
+        return {"rows": [row + 1 if row in damaged else row for row in wanted]}
+
+    monkeypatch.setattr(data.VideoTextDataset, "fetch", fetch)
+    dataset = data.PairDataset(data.Index(rows, data.parse_buckets("13x48x48"), 16.0))
+    assert len(dataset) == 3
+    assert dataset.fetch([0, 1])["rows"] == [0, 4, 1, 5] and read[0] == [0, 2, 1, 3]
+    damaged.update(range(6))
+    with pytest.raises(ValueError, match="cannot be decoded; fix"):
+        dataset.fetch([0])
+
+
+def job(*argv) -> None:
+    sys.argv = ["train", *map(str, argv)]
+    try:
+        case.train.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def steps_of(out) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "grad_norm", "margin", "accuracy")
+    return [{key: row[key] for key in kept} for row in rows if row["kind"] == "step"]
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize(("task", "how"), [("i2v", ["--lora-rank", "2"]), ("t2v", ["--full"])])
+def test_a_resumed_run_is_bitwise_the_unbroken_one_and_starts_at_no_margin(task, how, tmp_path):
+    o = case.config.parse("train", ["--job", "dpo"])
+    case.config.prepare(o)
+    settings = ["--job", "dpo", "--task", task, *how, "--micro-batch", 4, "--global-batch", 8, "--deterministic",
+                "--lr-schedule", "constant", "--warmup", 1, "--save-every", 1, "--workers", 0, "--sample-steps", 1,
+                "--data", few(o.data, tmp_path), "--beta", 100, "--lr", 1e-3]  # fmt: skip
+    for out, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        run_ranks(1, job, *settings, "--out", tmp_path / out, "--steps", steps)
+    first, last = unbroken = steps_of(tmp_path / "whole")
+    assert steps_of(tmp_path / "parts") == unbroken
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["margin"] == pytest.approx(0, abs=1e-6)
+    assert last["margin"] != 0
+    if task == "i2v":
+        run_ranks(2, job, *settings, "--out", tmp_path / "dp2", "--steps", 2, "--micro-batch", 2)
+        losses = [row["loss"] for row in steps_of(tmp_path / "dp2")]
+        assert losses == pytest.approx([row["loss"] for row in unbroken], rel=1e-4)
+
+
+def few(path, folder):
+    """A list of the first pairs of one."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:10]]
+    for row in rows:
+        row |= {side: str(path.parent / row[side]) for side in ("chosen", "rejected")}
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "few.jsonl"
