@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import wan_case as case
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from common import checkpoint, perf
 
@@ -55,7 +56,12 @@ def run(
 
 def tensors(saved: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, master weights, both moments."""
-    return {key: checkpoint.read_tensor(saved, key) for key in checkpoint.tensor_sizes(saved)}
+    reader = FileSystemReader(saved)
+    metadata = reader.read_metadata().state_dict_metadata
+    facts = {key: metadata[key] for key in checkpoint.tensor_sizes(saved)}
+    state = {key: torch.empty(fact.size, dtype=fact.properties.dtype) for key, fact in facts.items()}
+    load(state, storage_reader=reader, no_dist=True)  # all at once: one by one, each call reads the metadata again
+    return state
 
 
 def losses(out: Path) -> list[float]:
