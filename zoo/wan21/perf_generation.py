@@ -160,21 +160,20 @@ def measure(
     """Seconds of each video and the videos, uint8 [1, 3, F, H, W], on rank 0. alone: by rank 0, with all cores."""
     o: InferOptions = parse("infer", [*options.split(), *own, *(["--prompt", PROMPTS[0]] if own else [])])
     parallel.initialize(o)
+    config, fill = (mid(model_config(o)), drawn) if model == "mid" else (model_config(o), convert.fill)
+    parts = infer.load(o, config, fill)  # by every rank: groups are made by all together
     seconds, made, threads = [], [], torch.get_num_threads()
-    if not alone or dist.get_rank() == 0:
-        if alone:
-            torch.set_num_threads(os.cpu_count())
-        config, fill = (mid(model_config(o)), drawn) if model == "mid" else (model_config(o), convert.fill)
-        parts = infer.load(o, config, fill)
-        for i in range(-1, VIDEOS):  # the first warms up
-            started = time.perf_counter()
-            latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[max(i, 0)])], [max(i, 0)])
-            sampled = time.perf_counter()
-            video = infer.pixels_of(o, parts, latents)
-            if i >= 0:
-                seconds.append((time.perf_counter() if decoded else sampled) - started)
-                made.append(video)
-        torch.set_num_threads(threads)
+    if alone:
+        torch.set_num_threads(os.cpu_count())
+    for i in range(-1, VIDEOS) if not alone or dist.get_rank() == 0 else ():  # the first warms up
+        started = time.perf_counter()
+        latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[max(i, 0)])], [max(i, 0)])
+        sampled = time.perf_counter()
+        video = infer.pixels_of(o, parts, latents)
+        if i >= 0:
+            seconds.append((time.perf_counter() if decoded else sampled) - started)
+            made.append(video)
+    torch.set_num_threads(threads)
     dist.barrier()
     mpu.destroy_model_parallel()
     return seconds, made
