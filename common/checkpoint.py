@@ -9,6 +9,7 @@ what is wrong with it and falls back to the one before. Tensors are stored under
 weight`, `optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads what any other wrote.
 """
 
+import functools
 import json
 import math
 import os
@@ -292,12 +293,23 @@ def tensor_sizes(checkpoint: Path) -> dict[str, int]:
     return {key: math.prod(t.global_shape) * t.dtype.itemsize for key, t in found.items()}
 
 
-def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
-    """One whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised group of one."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+@functools.lru_cache(maxsize=1)
+def _reader(checkpoint: Path, written: int):
+    """A reader that reads the checkpoint's table of contents once; `written` tells a checkpoint from a later one."""
+    from torch.distributed.checkpoint import FileSystemReader
 
     reader = FileSystemReader(checkpoint)
+    contents = reader.read_metadata()
+    reader.read_metadata = lambda *args, **kwargs: contents
+    return reader
+
+
+def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
+    """One whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised group of one."""
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = _reader(checkpoint, (checkpoint / ".metadata").stat().st_mtime_ns)
     facts = reader.read_metadata().state_dict_metadata[key]
     assert isinstance(facts, TensorStorageMetadata), key
     tensor = torch.empty(facts.size, dtype=facts.properties.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -99,8 +100,12 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
     ]
     whole = launch(job, "--steps", "6", "--out", tmp_path / "whole", *settings)
     assert whole.returncode == 0, whole.stderr
-    first = launch(job, "--steps", "3", "--out", tmp_path / "parts", *settings)
-    assert first.returncode == 0, first.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it would be had it died after step 3
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
+    (tmp_path / "parts" / "result.json").unlink()
+    rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(rows[:4]))
+    assert steps_of(tmp_path / "parts").keys() == {1, 2, 3}
     second = launch(job, "--steps", "6", "--out", tmp_path / "parts", *settings)
     assert second.returncode == 0 and "resumed from" in second.stdout, second.stderr
     assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
