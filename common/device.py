@@ -61,8 +61,8 @@ def memory_gib() -> float:
     """Peak memory so far: allocated on the device, or the resident set of the process on cpu. GiB."""
     if KIND == "cpu":
         if sys.platform == "linux":  # getrusage gives a process what the one that started it held
-            status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-            return int(status["VmHWM"].split()[0]) / 2**20
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
     return getattr(torch, KIND).max_memory_allocated() / 2**30
 

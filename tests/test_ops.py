@@ -1,6 +1,8 @@
 """Every op of `common.ops` against plain torch in fp64, on the reference and through the npu branch over the published
 contract (`npu_contract.py`: not a run on Ascend), and wrong calls that the contract must refuse."""
 
+from types import SimpleNamespace
+
 import npu_contract
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import ops, ops_check, parallel
+from common import ops, ops_check, parallel, train
 from common.ops_check import CASES, SMALL, Draw
 
 pytestmark = pytest.mark.L2
@@ -366,3 +368,18 @@ def test_block_sparse_gradient_needs_the_lse(contract):
     )[0]
     with pytest.raises(RuntimeError, match="softmax_lse_flag"):
         out.float().sum().backward()
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0, 0.0])
+def test_gradients_are_clipped_as_torch_clips_them(limit):
+    values = [torch.randn(3, 4), torch.randn(5), None]  # one parameter has had no gradient
+    mine, theirs = ([torch.nn.Parameter(torch.zeros(1 if v is None else v.shape)) for v in values] for _ in range(2))
+    for parameters in (mine, theirs):
+        for p, value in zip(parameters, values, strict=True):
+            p.grad = None if value is None else value.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs, limit or float("inf"))
+    parts = [SimpleNamespace(get_parameters=lambda some=some: some) for some in (mine[:1], mine[1:])]
+    train.clip_gradients(SimpleNamespace(chained_optimizers=parts), limit, float(norm))
+    for p, q in zip(mine[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
+    assert mine[2].grad is None

@@ -5,8 +5,9 @@
     NPROC=8 bash zoo/wan21/pretrain_t2v.sh --size 1.3B --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl
 
 Every rank of a tensor x context x pipeline group trains on the same samples: each encodes its share of the step's
-micro-batches (VAE, text, given frames) and hands them to the others. Noise, timesteps and caption dropout are drawn from generators
-seeded by (seed, step, place in the global batch), so they do not depend on the layout and need no state to resume.
+micro-batches (VAE, text, given frames) and hands them to the others. Noise, timesteps and caption dropout are drawn
+from generators seeded by (seed, step, place in the global batch), so they do not depend on the layout and need no state
+to resume.
 """
 
 import dataclasses
