@@ -5,7 +5,7 @@
 checks the options in one light process (no torch: `--help` and every refusal take well under two seconds and come
 before any process group), then starts `torchrun -m zoo.wan21.train` with the same options on every device.
 
-A recipe's `config.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
+A recipe's `options.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
 from, in this order: the command line, the named layout of `parallel.toml`, the dataclass default. Bad input is
 `ValueError("<what is wrong>; expected <rule>; fix: <flag or file>")`: printed as one line, exit code 2.
 """
@@ -466,16 +466,16 @@ def main() -> None:
     recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # some clusters set them by node; the workers get torchrun's
         os.environ.pop(name, None)
-    config = importlib.import_module(f"{recipe}.config")
-    options = exit_on_bad_input(config.parse, script, argv)
+    job = importlib.import_module(f"{recipe}.options")
+    options = exit_on_bad_input(job.parse, script, argv)
     if getattr(options, "print_config", False):
         print(to_toml(options), end="")
         return
     if getattr(options, "dry_run", False):
-        print(config.dry_run(options))
+        print(job.dry_run(options))
         return
     where = exit_on_bad_input(_rendezvous)
-    exit_on_bad_input(config.prepare, options)
+    exit_on_bad_input(job.prepare, options)
     if getattr(options, "out", None) is not None:
         argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))

@@ -18,6 +18,7 @@ config = importlib.import_module(f"zoo.{RECIPE}.config")
 if not hasattr(config, "Qwen3Config"):
     pytest.skip(f"zoo/{RECIPE} is another model", allow_module_level=True)
 convert = importlib.import_module(f"zoo.{RECIPE}.convert")
+jobs = importlib.import_module(f"zoo.{RECIPE}.options")
 infer = importlib.import_module(f"zoo.{RECIPE}.infer")
 model = importlib.import_module(f"zoo.{RECIPE}.model")
 train = importlib.import_module(f"zoo.{RECIPE}.train")
@@ -42,7 +43,7 @@ LENGTH, GLOBAL_BATCH = 16, 4
 
 def options(**layout):
     """Checked layout options of the tiny case; needs WORLD_SIZE."""
-    cls = config.TrainOptions
+    cls = jobs.TrainOptions
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
     o = cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)

@@ -11,4 +11,5 @@ cd "$ZOO_ROOT"
 "$ZOO_PYTHON" -c 'import triton' 2>/dev/null ||
     "$ZOO_PYTHON" -m pip install --quiet --no-compile --no-deps triton==3.7.1 ||
     echo "triton 3.7.1 could not be installed: the kernels' tests will be skipped" >&2
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile  # a test waits for its processes a third of the time
 exec "$ZOO_PYTHON" -m pytest "$@"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_case import RECIPE, config, convert
+from wan_case import RECIPE, config, convert, jobs
 
 from common import cli
 
@@ -33,7 +33,7 @@ def one_process(monkeypatch):
 def refusal(*argv, script: str = "train") -> str:
     """The one line these options are refused with; it must say how to go on."""
     with pytest.raises(ValueError) as error:
-        config.parse(script, [str(word) for word in argv])
+        jobs.parse(script, [str(word) for word in argv])
     message = str(error.value)
     assert "\n" not in message and re.search(r"fix: |did you mean|see --help", message), message
     return message
@@ -210,15 +210,15 @@ def test_number_that_makes_no_sense_is_refused(option, value, rule):
 )
 def test_layout_with_a_wrong_key_or_value_is_refused(line, parts, tmp_path, monkeypatch):
     (tmp_path / "parallel.toml").write_text(f'[tiny]\n{line}\nsize = "tiny"\n')
-    monkeypatch.setattr(config, "HERE", tmp_path)
+    monkeypatch.setattr(jobs, "HERE", tmp_path)
     with pytest.raises(ValueError) as error:
-        config.parse("train", [])
+        jobs.parse("train", [])
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_size_that_only_parallel_toml_knows_is_refused(tmp_path, monkeypatch):
     (tmp_path / "parallel.toml").write_text('[9B]\nsize = "9B"\nbuckets = "13x48x48"\n')
-    monkeypatch.setattr(config, "HERE", tmp_path)
+    monkeypatch.setattr(jobs, "HERE", tmp_path)
     assert "unknown size '9B'; expected tiny, 1.3B, 14B" in refusal("--size", "9B")
 
 
@@ -307,7 +307,7 @@ def test_folder_without_the_frozen_parts_cannot_train_or_sample(part, tmp_path):
 @pytest.mark.parametrize("size", [*PUBLISHED, "tiny-i2v", "14B-i2v", "14B-flf2v"])
 def test_size_and_layout_follow_from_the_weights(size, layout, tmp_path):
     folder = released(tmp_path, size, layout)
-    o = config.parse("convert", ["--weights", str(folder), "--to", "sharded"])
+    o = jobs.parse("convert", ["--weights", str(folder), "--to", "sharded"])
     assert (o.size, o.layout) == (size, size)
 
 
@@ -327,7 +327,7 @@ def test_too_many_dropped_rows_are_refused_with_counts_and_the_first(tmp_path):
     message = refusal("--data", data)
     for part in ("1 missing file (first: videos.jsonl:2", "1 no caption (first: videos.jsonl:3", "--max-drop"):
         assert part in message
-    assert config.parse("train", ["--data", str(data), "--max-drop", "0.7"]).max_drop == 0.7
+    assert jobs.parse("train", ["--data", str(data), "--max-drop", "0.7"]).max_drop == 0.7
 
 
 @pytest.mark.parametrize(("text", "part"), [(None, "does not exist"), ("\n \n", "holds no prompt")])
@@ -357,8 +357,8 @@ def test_conversion_needs_a_target_kind_and_a_free_folder(tmp_path):
 
 
 def test_what_was_asked_for_is_not_replaced_by_the_demo():
-    assert config.parse("train", ["--buckets", "5x32x48"]).buckets == "5x32x48"
-    assert config.parse("infer", ["--video=5x32x48"]).video == "5x32x48"
+    assert jobs.parse("train", ["--buckets", "5x32x48"]).buckets == "5x32x48"
+    assert jobs.parse("infer", ["--video=5x32x48"]).video == "5x32x48"
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -402,7 +402,7 @@ def test_several_nodes_without_a_meeting_place_are_refused(nodes):
     ],
 )
 def test_printed_config_is_toml_that_gives_the_same_run_again(script, argv):
-    o = config.parse(script, argv)
+    o = jobs.parse(script, argv)
     values = tomllib.loads(cli.to_toml(o))
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(o).items() if v is not None}
     assert values == plain
@@ -410,7 +410,7 @@ def test_printed_config_is_toml_that_gives_the_same_run_again(script, argv):
     for name, value in values.items():
         flag = name.replace("_", "-")
         again += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
-    assert config.parse(script, again) == o
+    assert jobs.parse(script, again) == o
 
 
 @pytest.mark.L1
@@ -442,7 +442,7 @@ def test_dry_run_plans_a_published_size_on_a_cluster_that_is_not_there(tmp_path,
         "--buckets",
         "81x480x832",
     ]
-    text = config.dry_run(config.parse("train", ["--weights", str(released(tmp_path, "14B")), *argv]))
+    text = jobs.dry_run(jobs.parse("train", ["--weights", str(released(tmp_path, "14B")), *argv]))
     assert "world 128: tp 4 cp 2 dp 4 pp 4" in text and "81x480x832: 32760 tokens" in text and "GiB" in text
     assert "rank  127: tp 3 cp 1 dp 3 pp 3" in text
 
@@ -450,13 +450,13 @@ def test_dry_run_plans_a_published_size_on_a_cluster_that_is_not_there(tmp_path,
 @pytest.mark.parametrize("processes, options, want", [(1, [], 64), (2, [], 32), (2, ["--pp", "2"], 64), (4, [], 16)])
 def test_a_micro_batch_is_at_most_a_ranks_share_of_the_batch(processes, options, want, monkeypatch):
     monkeypatch.setenv("NPROC", str(processes))
-    o = config.parse("train", ["--size", "tiny", *options])
+    o = jobs.parse("train", ["--size", "tiny", *options])
     assert (o.global_batch, o.micro_batch, o.micro_batches) == (64, want, 1)
 
 
 def test_rank_map_puts_every_rank_in_a_place_of_its_own(monkeypatch):
     monkeypatch.setenv("NPROC", "16")
-    o = config.parse("train", ["--tp", "2", "--pp", "2", "--cp", "2", "--global-batch", "32", "--micro-batch", "1"])
+    o = jobs.parse("train", ["--tp", "2", "--pp", "2", "--cp", "2", "--global-batch", "32", "--micro-batch", "1"])
     lines = cli.rank_map(o).splitlines()
     assert len(lines) == 16 and len({line.split(":")[1] for line in lines}) == 16
 

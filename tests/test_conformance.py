@@ -49,7 +49,7 @@ LAYOUTS = [
     for name in tomllib.loads((ROOT / "zoo" / recipe / "parallel.toml").read_text())
 ]
 REQUIRED = [
-    "README.md", "config.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
+    "README.md", "config.py", "options.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
     "perf.jsonl", "convert.sh",
 ]  # fmt: skip
 READING_COST = 1800  # lines
@@ -100,8 +100,8 @@ def launch_line(launcher: str) -> list[str]:
 
 def job(launcher: str):
     """The option dataclass a launcher's options fill."""
-    config = importlib.import_module(f"zoo.{Path(launcher).parent.name}.config")
-    return config.JOBS[launch_line(launcher)[1]][0]
+    jobs = importlib.import_module(f"zoo.{Path(launcher).parent.name}.options")
+    return jobs.JOBS[launch_line(launcher)[1]][0]
 
 
 # --------------------------------------------------------------------------------------------------- files and imports
@@ -276,10 +276,10 @@ def as_options(values: dict) -> list[str]:
 
 @pytest.mark.parametrize(("recipe", "name"), LAYOUTS)
 def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkeypatch):
-    config = importlib.import_module(f"zoo.{recipe}.config")
+    jobs = importlib.import_module(f"zoo.{recipe}.options")
     layout = tomllib.loads((ROOT / "zoo" / recipe / "parallel.toml").read_text())[name]
-    assert layout["source"].strip() and layout["size"] in config.SIZES
-    known = {f for f in config.JOBS["train"][0].__dataclass_fields__ if f in layout}
+    assert layout["source"].strip() and layout["size"] in importlib.import_module(f"zoo.{recipe}.config").SIZES
+    known = {f for f in jobs.JOBS["train"][0].__dataclass_fields__ if f in layout}
     argv = ["--layout", name, *as_options({k: layout[k] for k in known})]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     smallest = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
@@ -288,11 +288,11 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
     for processes in [int(stated[1])] if stated else [smallest * replicas for replicas in range(1, 65)]:
         monkeypatch.setenv("NPROC", str(processes))
         try:
-            o = config.parse("train", argv)
+            o = jobs.parse("train", argv)
         except ValueError as error:
             refused.append(f"{processes} processes: {error}")
             continue
-        assert f"world {processes}" in config.dry_run(o)
+        assert f"world {processes}" in jobs.dry_run(o)
         assert o.micro_batches >= o.pp, "a pipeline with fewer micro-batches than stages is mostly waiting"
         assert o.layout == name and all(getattr(o, k) == layout[k] for k in known - {"size"})
         return
@@ -301,13 +301,13 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_global_batch_does_not_follow_the_layout(recipe, monkeypatch):
-    config = importlib.import_module(f"zoo.{recipe}.config")
+    jobs = importlib.import_module(f"zoo.{recipe}.options")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "4")
     parsed = 0
     for layout in (["--tp", "2"], ["--cp", "2"], ["--pp", "2"], ["--tp", "4"], []):
         try:
-            o = config.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout])
+            o = jobs.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout])
         except ValueError as error:  # not every model's smallest size takes every layout
             assert f"fix: {layout[0]}" in str(error)
             continue

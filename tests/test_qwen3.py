@@ -225,7 +225,7 @@ def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path
     monkeypatch.setattr(case.convert, "released_entries", lambda folder, config: {})
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "config.json").write_text(json.dumps(case.config.SIZES["8B"].to_released() | change))
-    o = case.config.parse("infer", ["--weights", str(tmp_path), "--prompt", "?", "--pp", "2"])
+    o = case.jobs.parse("infer", ["--weights", str(tmp_path), "--prompt", "?", "--pp", "2"])
     assert (o.size, o.tp, o.sp, o.pp) == ("8B", 1, False, 2)
     config = case.config.model_config(o)
     assert (config.original_max_position_embeddings, config.positions) == (pretrained, positions)
@@ -258,7 +258,7 @@ def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
 
 
 def infer_options(**values):
-    cls = case.config.InferOptions
+    cls = case.jobs.InferOptions
     return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values)
 
 

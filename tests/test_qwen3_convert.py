@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-ROOT = case.config.HERE.parents[1]
+ROOT = case.jobs.HERE.parents[1]
 PADDING = 8  # rows by which Megatron-LM pads the vocabulary
 
 
@@ -323,9 +323,9 @@ def test_launcher_imports_a_megatron_checkpoint(tmp_path):
     state = case.random_state(config)
     folder = write(tmp_path / "megatron", config, state, tp=2, pp=2)
     with pytest.raises(ValueError, match="fix: --size"):
-        case.config.parse("convert", ["--weights", str(folder), "--to", "released", "--out", str(tmp_path / "a")])
+        case.jobs.parse("convert", ["--weights", str(folder), "--to", "released", "--out", str(tmp_path / "a")])
     with pytest.raises(ValueError, match="fix: convert.sh"):
-        case.config.parse("infer", ["--weights", str(folder), "--size", "tiny"])
+        case.jobs.parse("infer", ["--weights", str(folder), "--size", "tiny"])
     done = launch("--weights", folder, "--size", "tiny", "--to", "released", "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     released = load_file(tmp_path / "a" / "model.safetensors")
@@ -438,4 +438,4 @@ def test_adapter_of_experts_is_refused(tmp_path):
 
 def test_folder_without_an_adapter_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match="fix: --adapter"):
-        case.config.parse("convert", ["--adapter", str(tmp_path), "--to", "released", "--out", str(tmp_path / "out")])
+        case.jobs.parse("convert", ["--adapter", str(tmp_path), "--to", "released", "--out", str(tmp_path / "out")])

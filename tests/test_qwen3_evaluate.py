@@ -20,7 +20,7 @@ ENDINGS = [" brown fox jumps", "y", " over the lazy dog and then some more of it
 
 
 def options(**values):
-    cls = case.config.EvaluateOptions
+    cls = case.jobs.EvaluateOptions
     chosen = {"size": "tiny", "precision": "fp32", "seed": 0, "batch": 3, "row_tokens": 40, "max_new_tokens": None}
     return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | chosen | values)
 
@@ -85,7 +85,7 @@ def test_an_answer_ends_where_asked(tmp_path):
 def test_shipped_questions_are_what_the_script_makes_and_were_never_trained_on(tmp_path):
     make_data = importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data")
     made = make_data.make_tasks(tmp_path / "tasks") / "sort_digits.jsonl"
-    text = (case.config.DEMO_TASKS / "sort_digits.jsonl").read_text()
+    text = (case.jobs.DEMO_TASKS / "sort_digits.jsonl").read_text()
     assert made.read_text() == text
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 100 and all(len(set(r["choices"])) == 4 for r in rows)
@@ -110,24 +110,24 @@ def test_bad_input_is_said_before_anything_starts(name, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "2")
     with pytest.raises(ValueError, match="fix: .*" + named):
-        case.config.parse("evaluate", argv)
+        case.jobs.parse("evaluate", argv)
 
 
 @pytest.mark.L4
 def test_benchmarks_have_the_harness_names_and_the_demo_its_template(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "1")
-    o = case.config.parse("evaluate", ["--tasks", "mmlu, C-Eval"])
-    assert case.config.task_names(o) == ["mmlu", "ceval-valid"] and not o.chat
-    assert case.config.parse("evaluate", []).chat and not case.config.parse("evaluate", ["--no-chat"]).chat
+    o = case.jobs.parse("evaluate", ["--tasks", "mmlu, C-Eval"])
+    assert case.jobs.task_names(o) == ["mmlu", "ceval-valid"] and not o.chat
+    assert case.jobs.parse("evaluate", []).chat and not case.jobs.parse("evaluate", ["--no-chat"]).chat
 
 
 @pytest.mark.L4
 def test_the_harness_is_not_installed_into_an_interpreter_of_the_users(monkeypatch):
     monkeypatch.setenv("ZOO_PYTHON", "python")
-    monkeypatch.setattr(case.config.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(case.jobs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="requirements-evaluate.txt"):
-        case.config.prepare(options())
+        case.jobs.prepare(options())
 
 
 # ---------------------------------------------------------------------------------------------------- with the harness
@@ -142,7 +142,7 @@ def evaluate():
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(case.config.DEMO_TOKENIZER)
+    return AutoTokenizer.from_pretrained(case.jobs.DEMO_TOKENIZER)
 
 
 def harness_model(evaluate, folder: Path, out: Path, **values):
@@ -234,8 +234,8 @@ def test_a_thought_is_no_part_of_an_answer_and_does_not_end_it(evaluate, tmp_pat
 def demo(evaluate, tmp_path_factory):
     """The demo's weights on the demo's tasks, and the options."""
     out = tmp_path_factory.mktemp("run")
-    o = options(weights=case.config.DEMO_WEIGHTS, tokenizer=case.config.DEMO_TOKENIZER, chat=True, limit=20, batch=16,
-                tasks="sort_digits,sort_digits_choice", task_folder=case.config.DEMO_TASKS, out=out)  # fmt: skip
+    o = options(weights=case.jobs.DEMO_WEIGHTS, tokenizer=case.jobs.DEMO_TOKENIZER, chat=True, limit=20, batch=16,
+                tasks="sort_digits,sort_digits_choice", task_folder=case.jobs.DEMO_TASKS, out=out)  # fmt: skip
     lm = harness_model(evaluate, o.weights, out, chat=True)
     return o, lm, evaluate.run(o, lm)
 

@@ -11,7 +11,7 @@ import qwen_case as case
 
 pytestmark = pytest.mark.L4
 
-ROOT = case.config.HERE.parents[1]
+ROOT = case.jobs.HERE.parents[1]
 
 
 def launch(launcher: str, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
@@ -42,7 +42,7 @@ WRONG = {
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
-    tokenizer = json.loads((case.config.DEMO_TOKENIZER / "tokenizer.json").read_text())
+    tokenizer = json.loads((case.jobs.DEMO_TOKENIZER / "tokenizer.json").read_text())
     tokenizer["added_tokens"][0]["id"] = 2048
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     done = launch("pretrain", "--tokenizer", tmp_path)

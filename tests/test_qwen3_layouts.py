@@ -208,11 +208,11 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
     parallel.initialize(o)
     chunks = case.model.build(o, config)
     case.convert.load(chunks, case.convert.released_entries(folder, config), config)
-    asked = {f.name: f.default for f in dataclasses.fields(case.config.InferOptions)} | {
+    asked = {f.name: f.default for f in dataclasses.fields(case.jobs.InferOptions)} | {
         "max_new_tokens": 12,
         "batch": 2,
     }
-    return case.infer.generate(chunks[0].eval(), prompts, case.config.InferOptions(**asked), set())
+    return case.infer.generate(chunks[0].eval(), prompts, case.jobs.InferOptions(**asked), set())
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     config = case.config.Qwen3Config.from_folder(tmp_path / "m")
     got = case.convert.released_entries(tmp_path / "m", config)
     assert {entry.dtype for entry in got.values()} == {"F32"}  # the run's, not the base's bf16
-    reader, base = weights.Reader(), case.convert.released_entries(case.config.DEMO_WEIGHTS, config)
+    reader, base = weights.Reader(), case.convert.released_entries(case.jobs.DEMO_WEIGHTS, config)
     adapter = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
     key = "model.layers.3.mlp.down_proj"
     A, B = (adapter[f"base_model.model.{key}.lora_{part}.weight"].double() for part in "AB")
@@ -253,7 +253,7 @@ def test_quantising_without_bitsandbytes_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs bitsandbytes; fix: pip install bitsandbytes"):
-        case.config.parse("train", ["--job", "lora", "--quantize", "nf4"])
+        case.jobs.parse("train", ["--job", "lora", "--quantize", "nf4"])
 
 
 WRONG = {
@@ -282,7 +282,7 @@ def test_what_cannot_be_meant_is_refused(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     options, message = WRONG[name]
     with pytest.raises(ValueError) as error:
-        case.config.parse("train", ["--job", "lora", *options])
+        case.jobs.parse("train", ["--job", "lora", *options])
     assert message in str(error.value)
 
 
@@ -290,20 +290,20 @@ def test_what_cannot_be_meant_is_refused(name, monkeypatch):
 def test_checkpoints_of_adapters_go_with_the_weights_they_were_trained_on(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     mine = ["--job", "lora", "--out", str(tmp_path / "run")]
-    start = case.config.starting_point(case.config.parse("train", [*mine]))
+    start = case.jobs.starting_point(case.jobs.parse("train", [*mine]))
     step = tmp_path / "run" / "checkpoints" / "step-000002"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    values = {"model": case.config.Qwen3Config.from_folder(case.config.DEMO_WEIGHTS).__dict__, "start": start}
+    values = {"model": case.config.Qwen3Config.from_folder(case.jobs.DEMO_WEIGHTS).__dict__, "start": start}
     (step / "state.json").write_text(json.dumps(values))
-    case.config.parse("train", mine)
+    case.jobs.parse("train", mine)
     for other, named in (
         (["--lora-rank", "8"], "r 16 and not 8"),
         (["--from-scratch"], "and not 'drawn with seed 0'"),
         (["--job", "sft"], f"fix: --weights {start['weights']}"),
     ):
         with pytest.raises(ValueError, match="was trained from") as error:
-            case.config.parse("train", [*mine, *other])
+            case.jobs.parse("train", [*mine, *other])
         assert named in str(error.value)
     with pytest.raises(ValueError, match="holds adapters of .* and no whole model"):
-        case.config.parse("infer", ["--weights", str(step)])
+        case.jobs.parse("infer", ["--weights", str(step)])

@@ -322,7 +322,7 @@ def test_npu_branch_under_selective_recompute_equals_single_process():
 def test_offload_with_what_it_cannot_move_is_refused():
     os.environ["WORLD_SIZE"] = "1"
     with pytest.raises(ValueError, match="fix: --recompute none or full"):
-        case.config.parse("train", ["--offload-activations", "--recompute", "selective"])
+        case.jobs.parse("train", ["--offload-activations", "--recompute", "selective"])
 
 
 # ------------------------------------------------------------------------------------------------------ what it takes

@@ -243,7 +243,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
 )
 def test_reference_is_the_log_probabilities_of_every_pair_whatever_the_layout(layout, tmp_path):
     path = write_pairs(tmp_path, 13)
-    tokenizer = case.config.DEMO_TOKENIZER
+    tokenizer = case.jobs.DEMO_TOKENIZER
     folder = data.prepare_chats(path, tokenizer, 128, tmp_path / "cache", kind="dpo")  # two pairs a row
     world = 1 if not layout else 2
     got = run_ranks(world, reference_of, layout, folder)[0]
@@ -268,7 +268,7 @@ def recipe_options(layout: dict, world: int):
     ]
     for key, value in layout.items():
         argv += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-    return case.config.parse("train", argv)
+    return case.jobs.parse("train", argv)
 
 
 def reference_of(layout: dict, folder):

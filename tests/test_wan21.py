@@ -149,11 +149,11 @@ def test_patches_survive_a_round_trip():
 
 @pytest.mark.parametrize("sampler", ["unipc", "dpm", "euler"])
 def test_sampling_equals_the_diffusers_pipeline(sampler):
-    folder = case.config.DEMO_WEIGHTS
+    folder = case.jobs.DEMO_WEIGHTS
     from importlib import import_module
 
     infer, encoders = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders"))
-    o = case.config.parse("train", ["--job", "finetune", "--weights", str(folder)])
+    o = case.jobs.parse("train", ["--job", "finetune", "--weights", str(folder)])
     config = case.config.model_config(o)
     chunk = case.model.build(o, config)[0]
     case.convert.fill([chunk], o, config)

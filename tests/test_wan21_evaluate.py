@@ -35,7 +35,7 @@ def vision_model(kind: str, folder):
     if kind == "clip":
         config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=20)
         model, processor = transformers.CLIPModel(config), transformers.CLIPImageProcessor
-        shutil.copytree(case.config.DEMO_WEIGHTS / "tokenizer", folder)
+        shutil.copytree(case.jobs.DEMO_WEIGHTS / "tokenizer", folder)
     elif kind == "dinov2":
         config = transformers.Dinov2Config(**VISION, mlp_ratio=2)
         model, processor = transformers.Dinov2Model(config), transformers.BitImageProcessor
@@ -158,9 +158,9 @@ def test_the_job_goes_on_where_it_stopped_in_any_layout_and_says_what_it_did_not
     assert rows["digit"]["n"] == 6 and rows["FVD-like"]["samples"] > 0
     assert "videomae, 36 features, to 6 real clips; no more clips than features" in rows["FVD-like"]["note"]
     message = run_ranks(1, refused, *settings, "--limit", 6, "--cfg", 2)[0]
-    assert "cfg '4.0', not '2.0'" in message and "fix: --out" in message
+    assert "cfg 4.0, not 2.0" in message and "fix: --out" in message
     # The same files as videos that are there: the same scores, real clips against themselves nothing.
-    listed = case.config.demo_list("test")
+    listed = case.jobs.demo_list("test")
     rows_of_list = [json.loads(line) for line in listed.read_text().splitlines()][:6]
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps(r | {"path": str(listed.parent / r["path"])}) + "\n" for r in rows_of_list))
@@ -217,5 +217,5 @@ def test_bad_input_is_said_before_anything_starts(tmp_path, monkeypatch):
     places = {p.stem: p for p in tmp_path.iterdir()}
     for case_name, (argv, parts) in WRONG.items():
         with pytest.raises(ValueError, match="fix: ") as error:
-            case.config.parse("evaluate", argv.format(**places).split())
+            case.jobs.parse("evaluate", argv.format(**places).split())
         assert all(part in str(error.value) for part in parts), (case_name, str(error.value))

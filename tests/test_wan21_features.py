@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.L4
 
-DEMO = case.config.DEMO_WEIGHTS
+DEMO = case.jobs.DEMO_WEIGHTS
 CLIPS = 13
 
 
@@ -73,9 +73,9 @@ def test_features_train_as_online_does_without_the_encoders(clips, folder, tmp_p
 
 
 def test_image_conditions_are_features_too(clips, tmp_path):
-    image = ["--size", "tiny-i2v", "--weights", case.config.DEMO_I2V]
+    image = ["--size", "tiny-i2v", "--weights", case.jobs.DEMO_I2V]
     bare = tmp_path / "bare"
-    shutil.copytree(case.config.DEMO_I2V / "transformer", bare / "transformer")
+    shutil.copytree(case.jobs.DEMO_I2V / "transformer", bare / "transformer")
     run_ranks(1, case.job, "extract", *extracting(clips, tmp_path / "features"), *image)
     assert {key.partition(".")[2] for key in tensors(tmp_path / "features")} == {"latents", "text", "y", "image"}
     online = trained(tmp_path / "online", "--data", clips, *SHAPES, *image, "--steps", "2")
@@ -83,7 +83,7 @@ def test_image_conditions_are_features_too(clips, tmp_path):
     for step, numbers in online.items():
         assert got[step] == pytest.approx(numbers, rel=1e-6), step
     with pytest.raises(ValueError, match="was made with .*task 'i2v' and not 't2v'"):
-        case.config.parse("train", ["--features", str(tmp_path / "features")])
+        case.jobs.parse("train", ["--features", str(tmp_path / "features")])
 
 
 def test_every_row_is_there_or_counted(folder):
@@ -104,7 +104,7 @@ def test_a_stopped_extraction_goes_on_and_makes_the_same_bits(clips, folder, tmp
         if path is short:
             path.write_bytes(whole[:-8])
         with pytest.raises(ValueError, match=f"{path.name} has .* bytes; expected .*; fix: run extract_features.sh"):
-            case.config.parse("train", ["--features", str(out)])
+            case.jobs.parse("train", ["--features", str(out)])
         before = kept.stat().st_mtime_ns
         run_ranks(1, case.job, "extract", *extracting(clips, out))
         assert kept.stat().st_mtime_ns == before
@@ -145,17 +145,17 @@ def test_features_of_something_else_are_refused(name, folder, tmp_path, monkeypa
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     options = [str(other) if o == "OTHER" else o for o in options]
     with pytest.raises(ValueError) as error:
-        case.config.parse("train", ["--features", str(folder), *options])
+        case.jobs.parse("train", ["--features", str(folder), *options])
     assert message in str(error.value) and "fix: " in str(error.value)
 
 
 def test_an_extraction_goes_on_only_as_it_was_begun(clips, folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     argv = [str(word) for word in extracting(clips, folder)]
-    case.config.parse("extract", argv)
+    case.jobs.parse("extract", argv)
     for options, message in (
         (["--buckets", "9x48x48"], "was begun with buckets '13x48x48,9x32x48' and not '9x48x48'"),
         (["--tp", "2"], "--tp: extraction splits no model"),
     ):
         with pytest.raises(ValueError, match=message):
-            case.config.parse("extract", [*argv, *options])
+            case.jobs.parse("extract", [*argv, *options])

@@ -29,9 +29,9 @@ STEPS = 6
 WIDE = (3, 16, 64)  # latents of 3*8*32 = 768 tokens: six blocks of 128, the first frame two of them
 
 
-def options(grid=case.GRID, **values) -> "case.config.InferOptions":
+def options(grid=case.GRID, **values) -> "case.jobs.InferOptions":
     """Checked sampling options of the tiny case; needs WORLD_SIZE."""
-    cls = case.config.InferOptions
+    cls = case.jobs.InferOptions
     fixed = {
         "size": "tiny",
         "precision": "fp32",
@@ -43,7 +43,7 @@ def options(grid=case.GRID, **values) -> "case.config.InferOptions":
     o = cls(**{f.name: f.default for f in dataclasses.fields(cls)} | fixed | values)
     tokens = case.CONFIG.tokens(grid)
     o = cli.check_layout(o, heads=case.CONFIG.num_heads, layers=case.CONFIG.num_layers, tokens=tokens)
-    return case.config.check_acceleration(o, case.CONFIG, grid)
+    return case.jobs.check_acceleration(o, case.CONFIG, grid)
 
 
 def built(o, state, grid=case.GRID) -> tuple:
@@ -277,7 +277,7 @@ WAN21 = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "temperal
 def small_vae(kind: str) -> AutoencoderKLWan:
     torch.manual_seed(3)
     if kind == "demo":
-        return AutoencoderKLWan.from_pretrained(case.config.DEMO_WEIGHTS / "vae").eval()
+        return AutoencoderKLWan.from_pretrained(case.jobs.DEMO_WEIGHTS / "vae").eval()
     return AutoencoderKLWan(**WAN21, z_dim=16).eval()
 
 
@@ -329,16 +329,16 @@ def test_list_of_prompts_goes_on_where_it_stopped(tmp_path):
     assert sorted(files) == [f"{i:04d}.{kind}" for i in range(3) for kind in ("gif", "mp4")]
     for i, line in enumerate(lines):
         for suffix in ("gif", "mp4"):
-            made = videos.how_made(tmp_path / "out" / f"{i:04d}.{suffix}")
+            made = videos.read_metadata(tmp_path / "out" / f"{i:04d}.{suffix}")
             assert (made["prompt"], made["seed"], made["sample_steps"], made["cache"]) == (line, i, 2, "none")
     (tmp_path / "out" / "0001.gif").unlink()
     printed = run_ranks(1, generate, argv)[0]  # another layout: the same pixels
     assert "2 of 3 videos are in" in printed and "0001.gif" in printed and "0002" not in printed
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert {name for name in files if again[name] != files[name]} == {"0001.gif", "0001.mp4"}
-    o = case.config.parse("infer", [*argv, "--cfg", "2.5"])
+    o = case.jobs.parse("infer", [*argv, "--cfg", "2.5"])
     with pytest.raises(ValueError, match=r"0000.mp4 was made in another way \(cfg 4.0, now 2.5\).*fix: --out"):
-        case.config.prepare(o)
+        case.jobs.prepare(o)
 
 
 def test_image_to_video_takes_the_accelerations_too(tmp_path):
@@ -349,7 +349,7 @@ def test_image_to_video_takes_the_accelerations_too(tmp_path):
     for i in range(2):
         made, want = (frames_of(tmp_path / name / f"{i:04d}.gif") for name in ("fast", "plain"))
         assert quality.psnr(made, want) > 50 and want.float().std() > 10
-        assert videos.how_made(tmp_path / "fast" / f"{i:04d}.gif")["image"].endswith(".png")
+        assert videos.read_metadata(tmp_path / "fast" / f"{i:04d}.gif")["image"].endswith(".png")
 
 
 def frames_of(path) -> torch.Tensor:

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 infer, encoders, images, videos, data = (
     import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders", "images", "videos", "data")
 )
-FOLDER, PROMPT = case.config.DEMO_I2V, "a handwritten three moves to the left"
+FOLDER, PROMPT = case.jobs.DEMO_I2V, "a handwritten three moves to the left"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_condition_equals_that_of_the_diffusers_pipeline(pipeline, frames, last,
 
 
 def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
-    o = case.config.parse("train", ["--job", "finetune", "--task", "i2v"])
+    o = case.jobs.parse("train", ["--job", "finetune", "--task", "i2v"])
     config = dataclasses.replace(case.config.model_config(o), text_len=512)  # diffusers knows no other with an image
     chunk = case.model.build(o, config)[0]
     case.convert.fill([chunk], o, config)
@@ -76,8 +76,8 @@ def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])
 def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
-    folder = case.config.DEMO_WEIGHTS
-    o = case.config.parse("train", ["--job", "finetune"])
+    folder = case.jobs.DEMO_WEIGHTS
+    o = case.jobs.parse("train", ["--job", "finetune"])
     config = case.config.model_config(o)
     chunk = case.model.build(o, config)[0]
     case.convert.fill([chunk], o, config)
@@ -163,7 +163,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_pictures_and_weights_of_another_task_are_refused(what):
     argv, part = WRONG[what]
-    folders = {"I2V": str(FOLDER), "T2V": str(case.config.DEMO_WEIGHTS), "CLIP": str(FOLDER / "../images/three.png")}
+    folders = {"I2V": str(FOLDER), "T2V": str(case.jobs.DEMO_WEIGHTS), "CLIP": str(FOLDER / "../images/three.png")}
     with pytest.raises(ValueError, match="fix: ") as error:
-        case.config.parse("infer", [folders.get(word, word) for word in argv])
+        case.jobs.parse("infer", [folders.get(word, word) for word in argv])
     assert part in str(error.value) and "\n" not in str(error.value)

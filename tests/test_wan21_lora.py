@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from common import checkpoint, lora, parallel, weights
 
 TOLERANCE = 1e-5
-TARGETS = case.config.LORA_TARGETS.split(",")
-DEMO = case.config.DEMO_WEIGHTS
+TARGETS = case.jobs.LORA_TARGETS.split(",")
+DEMO = case.jobs.DEMO_WEIGHTS
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -41,7 +41,7 @@ def beside_others(folder: Path) -> dict[str, torch.Tensor]:
     from diffusers import WanPipeline, WanTransformer3DModel
 
     parallel.initialize(case.options())
-    o = case.config.parse("train", ["--job", "lora", "--weights", str(DEMO)])
+    o = case.jobs.parse("train", ["--job", "lora", "--weights", str(DEMO)])
     config = case.config.model_config(o)
     model = case.model.build(o, config)[0]
     case.convert.fill([model], o, config)
@@ -164,9 +164,9 @@ def test_a_resumed_run_with_dropout_is_bitwise_the_unbroken_one_and_its_checkpoi
         ("convert", ["--weights", str(last), "--to", "original", "--out", str(tmp_path / "o")]),
     ):
         with pytest.raises(ValueError, match="holds adapters of .* and no whole model; fix: .*--adapter"):
-            case.config.parse(script, options)
+            case.jobs.parse(script, options)
     with pytest.raises(ValueError, match="was trained from r 4 and not 8"):
-        case.config.parse("train", [*map(str, mine), "--lora-rank", "8", "--out", str(tmp_path / "whole")])
+        case.jobs.parse("train", [*map(str, mine), "--lora-rank", "8", "--out", str(tmp_path / "whole")])
 
 
 @pytest.mark.L4
@@ -234,7 +234,7 @@ def test_what_cannot_be_meant_is_refused(name, folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     options, message = WRONG[name]
     with pytest.raises(ValueError) as error:
-        case.config.parse("train", ["--job", "lora", *(str(folder) if o == "FOLDER" else o for o in options)])
+        case.jobs.parse("train", ["--job", "lora", *(str(folder) if o == "FOLDER" else o for o in options)])
     assert message in str(error.value) and "fix: " in str(error.value)
 
 
@@ -244,10 +244,10 @@ def test_an_adapter_of_another_rank_than_its_config_says_is_refused_before_torch
     monkeypatch.setenv("WORLD_SIZE", "1")
     facts = json.loads((folder / "adapter_config.json").read_text())
     options = ["--to", "diffusers", "--out", "o", "--weights", str(DEMO)] if script == "convert" else ["--prompt", "a"]
-    case.config.parse(script, [*options, "--adapter", str(folder)])
+    case.jobs.parse(script, [*options, "--adapter", str(folder)])
     (folder / "adapter_config.json").write_text(json.dumps(facts | {"r": 16}))
     try:
         with pytest.raises(ValueError, match=r"is \[4, 128\]; expected \[16, 128\]"):
-            case.config.parse(script, [*options, "--adapter", str(folder)])
+            case.jobs.parse(script, [*options, "--adapter", str(folder)])
     finally:
         (folder / "adapter_config.json").write_text(json.dumps(facts))

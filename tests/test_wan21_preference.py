@@ -244,8 +244,8 @@ def steps_of(out) -> list[dict]:
 @pytest.mark.L4
 @pytest.mark.parametrize(("task", "how"), [("i2v", ["--lora-rank", "2"]), ("t2v", ["--full"])])
 def test_a_resumed_run_is_bitwise_the_unbroken_one_and_starts_at_no_margin(task, how, tmp_path):
-    o = case.config.parse("train", ["--job", "dpo"])
-    case.config.prepare(o)
+    o = case.jobs.parse("train", ["--job", "dpo"])
+    case.jobs.prepare(o)
     settings = ["--job", "dpo", "--task", task, *how, "--micro-batch", 4, "--global-batch", 8, "--deterministic",
                 "--lr-schedule", "constant", "--warmup", 1, "--save-every", 1, "--workers", 0, "--sample-steps", 1,
                 "--data", few(o.data, tmp_path), "--beta", 100, "--lr", 1e-3]  # fmt: skip

@@ -17,6 +17,7 @@ config = importlib.import_module(f"zoo.{RECIPE}.config")
 if not hasattr(config, "WanConfig"):
     pytest.skip(f"zoo/{RECIPE} is another model", allow_module_level=True)
 convert = importlib.import_module(f"zoo.{RECIPE}.convert")
+jobs = importlib.import_module(f"zoo.{RECIPE}.options")
 model = importlib.import_module(f"zoo.{RECIPE}.model")
 train = importlib.import_module(f"zoo.{RECIPE}.train")
 
@@ -30,11 +31,11 @@ GRID = (3, 4, 8)  # 3*2*4 = 24 tokens
 GLOBAL_BATCH = 4
 
 
-def options(**layout) -> "config.TrainOptions":
+def options(**layout) -> "jobs.TrainOptions":
     """Checked training options of the tiny case under a layout; needs WORLD_SIZE."""
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
-    o = config.TrainOptions(**{f.name: f.default for f in dataclasses.fields(config.TrainOptions)} | values)
+    o = jobs.TrainOptions(**{f.name: f.default for f in dataclasses.fields(jobs.TrainOptions)} | values)
     tokens = CONFIG.tokens(GRID)
     return cli.check_layout(o, heads=CONFIG.num_heads, layers=CONFIG.num_layers, tokens=tokens)
 

@@ -244,7 +244,8 @@ def main() -> None:
 
     from common import checkpoint, parallel
 
-    from .config import model_config, parse
+    from .config import model_config
+    from .options import parse
 
     o = parse("convert", sys.argv[1:])
     parallel.initialize(o)

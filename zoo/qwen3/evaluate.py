@@ -41,9 +41,10 @@ from transformers import AutoTokenizer
 from common import cli, parallel
 from common import train as loop
 
-from .config import EvaluateOptions, InferOptions, Qwen3Config, content, model_config, parse, task_names
+from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate, load_model, score
 from .model import Qwen3
+from .options import EvaluateOptions, InferOptions, content, parse, task_names
 
 THOUGHT_END = "</think>"
 # Settings of a task's generation that mean nothing beyond these values.

@@ -19,8 +19,9 @@ from megatron.core import parallel_state as mpu
 from common import checkpoint, cli, lora, ops, parallel
 
 from . import convert
-from .config import InferOptions, Qwen3Config, model_config, parse, read_prompts
+from .config import Qwen3Config, model_config
 from .model import Qwen3, build
+from .options import InferOptions, parse, read_prompts
 
 
 class Cache:

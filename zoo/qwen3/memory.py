@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_leaves
 from common import cli, offload, ops, parallel, perf
 from common import train as loop
 
-from .config import HERE, SIZES, TrainOptions, memory_estimate
+from .config import SIZES, memory_estimate
 from .model import Qwen3Block, build
+from .options import HERE, TrainOptions
 from .train import forward_step, weighted
 
 FEATURES = {  # name -> (ranks, options)

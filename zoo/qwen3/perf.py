@@ -46,8 +46,9 @@ from common import checkpoint, cli, parallel, perf
 from common import train as loop
 
 from . import convert, data, infer, preprocess
-from .config import DEMO_DATA, HERE, SIZES, InferOptions, PerfOptions, Qwen3Config, model_config, parse, prepare
+from .config import SIZES, Qwen3Config, model_config
 from .model import Qwen3Block, build, draw
+from .options import DEMO_DATA, HERE, InferOptions, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
 CLIP = 1.0

@@ -30,8 +30,9 @@ from megatron.core import parallel_state as mpu
 
 from common import device, parallel
 
-from .config import TrainOptions, model_config, starting_point
+from .config import model_config
 from .data import PackedRows
+from .options import TrainOptions, starting_point
 
 # --------------------------------------------------------------------------------------------------------- objective
 

@@ -331,8 +331,9 @@ def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropRep
 
 
 def main() -> None:
-    from .config import model_config, parse
+    from .config import model_config
     from .demo import make_data
+    from .options import parse
 
     if (
         os.environ.get("RANK", "0") != "0"

@@ -27,9 +27,10 @@ from common import train as loop
 from common.data import Step, prefetch
 
 from . import convert, data, preference
-from .config import DEMO_DATA, HERE, InferOptions, Qwen3Config, TrainOptions, model_config, parse, starting_point
+from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate
 from .model import Qwen3Block, build, load_balancing_loss, router_metrics
+from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, starting_point
 
 # --------------------------------------------------------------------------------------------------------- objective
 

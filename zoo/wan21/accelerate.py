@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from common import device, ops, parallel
 
-from .config import InferOptions, WanConfig
+from .config import WanConfig
 from .model import WanBlock, WanDiT
+from .options import InferOptions
 
 BLOCK, WINDOW = 128, 8  # tokens attended to or left out together; side of the spatial windows they are made of
 

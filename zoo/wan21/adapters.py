@@ -12,7 +12,8 @@ from common import weights
 from . import convert
 
 if TYPE_CHECKING:
-    from .config import TrainOptions, WanConfig
+    from .config import WanConfig
+    from .options import TrainOptions
 
 
 def check_targets(o: TrainOptions, config: WanConfig) -> None:
@@ -46,7 +47,7 @@ def check_folder(folder: Path, config: WanConfig) -> None:
             )
 
 
-# Adapted from zoo.qwen3.config.starting_point: no quantised base; the transformer alone is trained.
+# Adapted from zoo.qwen3.options.starting_point: no quantised base; the transformer alone is trained.
 def starting_point(o: TrainOptions) -> dict:
     """What adapters start from, and dpo compares with, told by content: a run goes on beside no other weights."""
     base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(o.weights / "transformer")
@@ -64,7 +65,7 @@ def starting_point(o: TrainOptions) -> dict:
     return start | {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.lora_targets}
 
 
-# Adapted from zoo.qwen3.config._check_start: adapters, and dpo with or without them, have a starting point here.
+# Adapted from zoo.qwen3.options._check_start: adapters, and dpo with or without them, have a starting point here.
 def check_start(o: TrainOptions) -> None:
     """A run goes on from what it started from; without --weights, say, it would go on from the demo's."""
     named = Path(o.resume) if o.resume not in ("auto", "never") else None

@@ -247,7 +247,8 @@ def main() -> None:
 
     from common import checkpoint, parallel
 
-    from .config import is_sharded, model_config, parse
+    from .config import is_sharded, model_config
+    from .options import parse
 
     o = parse("convert", sys.argv[1:])
     parallel.initialize(o)

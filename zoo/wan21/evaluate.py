@@ -21,26 +21,17 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import checkpoint, cli, parallel, weights
+from common import cli, parallel
 from common import train as loop
 from common.data import DropReport
 
 from . import data, images, scores
-from .config import (
-    SPEED,
-    EvaluateOptions,
-    demo_list,
-    is_sharded,
-    model_config,
-    parse,
-    requests,
-    videos_of,
-)
+from .config import model_config
 from .infer import lane_of, latents_of, load, pixels_of
-from .videos import write
+from .options import EvaluateOptions, demo_list, parse, requests, videos_of
+from .videos import settings, write
 
 SHOWN = 8  # clips in the GIF
-NOT_SAMPLING = (*SPEED, "out", "prompt", "prompts", "format")  # of the options in the groups of note_settings
 
 # ------------------------------------------------------------------------------------------------------------ the demo
 
@@ -152,23 +143,17 @@ def sample_missing(o: EvaluateOptions, asked: list[images.Request]) -> list[Path
 
 def note_settings(o: EvaluateOptions, asked: list[images.Request]) -> None:
     """OUT/settings.json says what the samples depend on. ValueError: those in OUT were made otherwise."""
-    fields = [f.name for f in dataclasses.fields(o) if f.metadata["group"] in ("model", "job", "acceleration")]
-    now = {name: str(getattr(o, name)) for name in fields if name not in NOT_SAMPLING}
-    part = o.weights / "transformer" if (o.weights / "transformer").is_dir() else o.weights
-    folder = checkpoint.find(o.checkpoint, str(o.checkpoint)) if o.checkpoint else part
-    content = str((folder / "manifest.json").stat().st_mtime_ns) if is_sharded(folder) else weights.fingerprint(folder)
-    content += f" {weights.fingerprint(o.adapter)}" if o.adapter else ""
-    rows = [[str(value) for value in (r.prompt, r.image, r.last_image) if value is not None] for r in asked]
-    now |= {"content": content, "precision": o.precision, "asked": rows}
+    rows = [[value for value in (r.prompt, r.image, r.last_image) if value is not None] for r in asked]
+    now = json.loads(json.dumps(settings(o) | {"asked": rows}, default=str))
     path = o.out / "settings.json"
     before = json.loads(path.read_text()) if path.is_file() else now
     differs = [f"{key} {before.get(key)!r}, not {now[key]!r}" for key in now if key != "asked"
                and before.get(key) != now[key]]  # fmt: skip
-    pairs = zip(before["asked"], rows, strict=False)  # one may have more than the other: --limit
+    pairs = zip(before["asked"], now["asked"], strict=False)  # one may have more than the other: --limit
     differs += [f"row {i} {a!r}, not {b!r}" for i, (a, b) in enumerate(pairs) if a != b][:1]
     if differs:
         raise ValueError(f"{o.out} has samples made otherwise: {'; '.join(differs)}; fix: --out")
-    path.write_text(json.dumps(now | {"asked": max(before["asked"], rows, key=len)}, indent=2))
+    path.write_text(json.dumps(now | {"asked": max(before["asked"], now["asked"], key=len)}, indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

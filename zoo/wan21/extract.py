@@ -21,8 +21,9 @@ from common import cli, parallel, weights
 from common.data import DropReport, VideoError
 
 from . import data, features
-from .config import ExtractOptions, model_config, parse
+from .config import model_config
 from .encoders import Encoders
+from .options import ExtractOptions, parse
 from .train import indexed
 
 

@@ -30,7 +30,8 @@ from . import data
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import ExtractOptions, TrainOptions, WanConfig
+    from .config import WanConfig
+    from .options import ExtractOptions, TrainOptions
 
 
 def parts(config: WanConfig) -> list[str]:

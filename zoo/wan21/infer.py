@@ -26,20 +26,10 @@ from common import checkpoint, cli, parallel
 
 from . import accelerate, convert, data, images, vae, videos
 from .accelerate import Moment
-from .config import (
-    InferOptions,
-    WanConfig,
-    cache_gib,
-    how_made,
-    latent_grid,
-    model_config,
-    parse,
-    requests,
-    settings,
-    unfinished,
-)  # fmt: skip
+from .config import WanConfig, cache_gib, latent_grid, model_config
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
 from .model import WanBlock, build, unpatchify
+from .options import InferOptions, parse, requests
 
 
 def scheduler(sampler: str, shift: float, steps: int, where: torch.device):
@@ -249,7 +239,7 @@ def main() -> None:
     asked, todo = requests(o, config), [None]
     if chatty:  # one rank looks which videos are missing, so that all do the same
         o.out.mkdir(parents=True, exist_ok=True)
-        todo = [unfinished(o, asked)]
+        todo = [videos.unfinished(o, asked)]
     dist.broadcast_object_list(todo, 0)
     todo = todo[0]
     if chatty and len(todo) < len(asked):
@@ -262,7 +252,7 @@ def main() -> None:
 
 def make(o: InferOptions, config: WanConfig, asked: list[images.Request], todo: list[int]) -> None:
     """Sample, decode and write the videos `todo` of what is asked for."""
-    parts, lane, same = load(o, config), lane_of(o), settings(o)
+    parts, lane, same = load(o, config), lane_of(o), videos.settings(o)
     for turn in range(-(-len(todo) // o.lanes)):  # every lane does every turn: FSDP gathers in all of them
         place, started = turn * o.lanes + lane, time.perf_counter()
         i = todo[min(place, len(todo) - 1)]
@@ -272,7 +262,7 @@ def make(o: InferOptions, config: WanConfig, asked: list[images.Request], todo: 
             continue
         video = pixels_of(o, parts, latents)[0].permute(1, 2, 3, 0).numpy()
         if writes:
-            paths = videos.write(video, o.out / f"{i:04d}", o.fps or 16, o.format, how_made(same, i, asked[i]))
+            paths = videos.write(video, o.out / f"{i:04d}", o.fps or 16, o.format, videos.how_made(same, i, asked[i]))
             seconds = time.perf_counter() - started
             print(f"{' '.join(map(str, paths))}  {seconds:.1f} s  {asked[i].prompt!r}", flush=True)
 

@@ -34,8 +34,9 @@ from common import cli, lora, offload, ops, parallel, perf
 from common import train as loop
 
 from . import data, model
-from .config import HERE, LORA_RANK, SIZES, TrainOptions, WanConfig, latent_grid, memory_estimate
+from .config import SIZES, WanConfig, latent_grid, memory_estimate
 from .model import WanBlock, build
+from .options import HERE, LORA_RANK, TrainOptions
 from .train import forward_step
 
 FEATURES = {  # name -> (ranks, options)

@@ -41,8 +41,9 @@ from common import checkpoint, cli, parallel, perf
 from common import train as loop
 
 from . import convert, data
-from .config import HERE, SIZES, PerfOptions, WanConfig, latent_grid, model_config, parse
+from .config import SIZES, WanConfig, latent_grid, model_config
 from .model import WanBlock, build, draw
+from .options import HERE, PerfOptions, parse
 from .perf_generation import generation
 from .train import FlowMatching, forward_step
 

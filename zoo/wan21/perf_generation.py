@@ -26,8 +26,9 @@ from megatron.core import parallel_state as mpu
 from common import checkpoint, parallel, perf
 
 from . import convert, images, infer, quality
-from .config import DEMO_WEIGHTS, InferOptions, PerfOptions, WanConfig, model_config, parse
+from .config import WanConfig, model_config
 from .model import draw
+from .options import DEMO_WEIGHTS, InferOptions, PerfOptions, parse
 
 ROUNDS, VIDEOS = 3, 2  # rounds of a setup and its baseline; videos in a round
 PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
@@ -112,7 +113,7 @@ def generation(o: PerfOptions) -> list[dict]:
     if not setups and dist.get_rank() == 0:
         counts = sorted({s.processes for s in SETUPS})
         print(f"generation: no setup is for {o.world} processes; there are some for {', '.join(map(str, counts))}")
-    mpu.destroy_model_parallel()  # each setup has its own layout
+    leave_groups()  # each setup has its own layout
     rows = [row for s in setups for row in compare(o, s, own)]
     parallel.initialize(o)
     return rows
@@ -175,8 +176,17 @@ def measure(
             made.append(video)
     torch.set_num_threads(threads)
     dist.barrier()
-    mpu.destroy_model_parallel()
+    leave_groups(parts.video_group, parts.pair)
     return seconds, made
+
+
+def leave_groups(*others: dist.ProcessGroup | None) -> None:
+    """Destroy the groups of a layout. megatron-core only forgets them, and their threads stay: thousands after some
+    setups, which take the processors from what is measured."""
+    for group in (*mpu._global_process_group_list[1:], parallel.sample_group(), *others):
+        if group is not None:
+            dist.destroy_process_group(group)
+    mpu.destroy_model_parallel()
 
 
 def drawn(chunks: list, o: InferOptions, config: WanConfig) -> None:

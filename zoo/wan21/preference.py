@@ -32,8 +32,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from common import device, parallel
 
 from . import convert
-from .config import TrainOptions, WanConfig
+from .config import WanConfig
 from .model import WanBlock, build, velocity_tokens
+from .options import TrainOptions
 
 if TYPE_CHECKING:
     from .train import Batches

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from common import cli, parallel
 
 from . import accelerate, infer, quality
-from .config import SearchOptions, model_config, parse, requests
+from .config import model_config
+from .options import SearchOptions, parse, requests
 
 INTERVALS = (2, 3, 4)
 

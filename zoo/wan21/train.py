@@ -30,11 +30,12 @@ from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
 from . import adapters, convert, data, features, images, preference
-from .config import DEMO_CAPTIONS, HERE, TrainOptions, WanConfig, is_demo, latent_grid, model_config, parse
+from .config import WanConfig, latent_grid, model_config
 from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
+from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse
 from .videos import write
 
 SAMPLE_BATCH = 16

@@ -1,11 +1,20 @@
 """Video files that say how they were made, so that an interrupted list of prompts goes on where it stopped."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+from common import weights
+
+from .images import Request
+from .options import InferOptions
+
+SPEED = ("cfg_parallel", "vae_parallel", "compile", "cpu_offload")  # what changes the pixels by no more than rounding
+_FREE = {*SPEED, "out", "format", "prompts", "task", "prompt", "image", "last_image"}  # files, and a request's own
 
 
 def write(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | None = None) -> list[Path]:
@@ -32,7 +41,7 @@ def write(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | No
     return written
 
 
-def how_made(path: Path) -> dict | None:
+def read_metadata(path: Path) -> dict | None:
     """What `write` put into a file's metadata; None if that is not there or the file cannot be read."""
     try:
         if path.suffix == ".mp4":
@@ -56,7 +65,7 @@ def finished(stem: Path, kind: str, made: dict) -> bool:
     found = [path for path in map(stem.with_suffix, suffixes) if path.exists()]
     wanted = json.loads(json.dumps(made))
     for path in found:
-        there = how_made(path)
+        there = read_metadata(path)
         if there != wanted:
             keys = sorted(set(there) | set(wanted)) if there else []
             differs = [f"{k} {there.get(k)!r}, now {wanted.get(k)!r}" for k in keys if there.get(k) != wanted.get(k)]
@@ -65,3 +74,30 @@ def finished(stem: Path, kind: str, made: dict) -> bool:
                 "this run's videos or an empty one; fix: --out"
             )
     return len(found) == len(suffixes)
+
+
+def settings(o: InferOptions) -> dict:
+    """What the pixels of a run's videos follow from: every option but those of layout, speed and files, and what the
+    weights hold, which their path alone does not say."""
+    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(o)}
+    kept = [n for n, group in groups.items() if group in ("model", "job", "acceleration") and n not in _FREE]
+    values = {n: getattr(o, n) for n in [*kept, "precision"]}
+    folder = o.checkpoint or o.weights
+    written = next((folder / n for n in ("manifest.json", "latest") if (folder / n).is_file()), None)  # sharded
+    part = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    values["content"] = str(written.stat().st_mtime_ns) if written else weights.fingerprint(part)
+    if o.adapter:
+        values["adapter_content"] = weights.fingerprint(o.adapter)
+    return values
+
+
+def how_made(values: dict, i: int, request: Request) -> dict:
+    """The `settings` of request number i, with its own, as JSON can hold them."""
+    values = values | dataclasses.asdict(request) | {"seed": values["seed"] + i}
+    return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
+
+
+def unfinished(o: InferOptions, asked: list[Request]) -> list[int]:
+    """Indices of the requests whose videos are not in --out yet. ValueError: one is, made in another way."""
+    stems, same = [o.out / f"{i:04d}" for i in range(len(asked))], settings(o)
+    return [i for i, r in enumerate(asked) if not finished(stems[i], o.format, how_made(same, i, r))]
