@@ -1,5 +1,6 @@
 """lora_t2v.sh: its folder in peft and diffusers, layouts against one process, resume, merging, what it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,49 +36,59 @@ def adapt(chunks, **options) -> None:
 # ------------------------------------------------------------------------------------------ against peft and diffusers
 
 
-def beside_others(folder: Path) -> dict[str, torch.Tensor]:
+def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
     """Velocities of the demo's model with random adapters: ours, and in others from the folder we write."""
     import peft
-    from diffusers import WanPipeline, WanTransformer3DModel
+    from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
     parallel.initialize(case.options())
-    o = case.jobs.parse("train", ["--job", "lora", "--weights", str(DEMO)])
+    released = {"t2v": DEMO, "i2v": case.jobs.DEMO_I2V}[task]
+    o = case.jobs.parse("train", ["--job", "lora", "--weights", str(released)])
     config = case.config.model_config(o)
+    if config.given_frames:  # diffusers takes the last 512 rows for the text
+        config = dataclasses.replace(config, text_len=512)
     model = case.model.build(o, config)[0]
     case.convert.fill([model], o, config)
     g = torch.Generator().manual_seed(1)
     x, t = torch.randn(2, 16, 4, 6, 8, generator=g), torch.tensor([300.0, 800.0])
     text = torch.randn(2, config.text_len, config.text_dim, generator=g)
+    given, image, theirs_x = (), {}, x
+    if config.given_frames:
+        y, rows = torch.randn(2, 20, 4, 6, 8, generator=g), torch.randn(2, 17, config.image_dim, generator=g)
+        given, image, theirs_x = (y, rows), {"encoder_hidden_states_image": rows}, torch.cat((x, y), 1)
     with torch.no_grad():
-        out = {"base": model(x, t, text)}
+        out = {"base": model(x, t, text, *given)}
         adapt([model], rslora=True)
-        lora.save_adapter(folder / "adapter", [model], case.convert.to_diffusers, base=str(DEMO))
+        lora.save_adapter(folder / "adapter", [model], case.convert.to_diffusers, base=str(released))
         case.convert.write_pipeline_file(folder / "adapter")
-        out["ours"] = model(x, t, text)
+        out["ours"] = model(x, t, text, *given)
         lora.merge_([model])
-        out["merged here"] = model(x, t, text)
-        sizes, read = case.convert.source(DEMO, config, ema=False)
+        out["merged here"] = model(x, t, text, *given)
+        sizes, read = case.convert.source(released, config, ema=False)
         read = case.convert.merging(folder / "adapter", config, lambda name, read=read: read(name).float())
         case.convert.write_released(
-            folder / "merged", "diffusers", config, {n: 2 * s for n, s in sizes.items()}, read, DEMO
+            folder / "merged", "diffusers", config, {n: 2 * s for n, s in sizes.items()}, read, released
         )
-        pipeline = WanPipeline.from_pretrained(DEMO, torch_dtype=torch.float32)
+        kind = WanImageToVideoPipeline if given else WanPipeline
+        pipeline = kind.from_pretrained(released, torch_dtype=torch.float32)
         pipeline.load_lora_weights(folder / "adapter")
-        plain = WanTransformer3DModel.from_pretrained(DEMO / "transformer", torch_dtype=torch.float32)
+        plain = WanTransformer3DModel.from_pretrained(released / "transformer", torch_dtype=torch.float32)
         theirs = {
             "diffusers": pipeline.transformer,
             "peft": peft.PeftModel.from_pretrained(plain, folder / "adapter"),
             "merged weights in diffusers": WanTransformer3DModel.from_pretrained(folder / "merged" / "transformer"),
         }
         for name, other in theirs.items():
-            velocity = other(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
+            inputs = {"hidden_states": theirs_x, "timestep": t, "encoder_hidden_states": text} | image
+            velocity = other(**inputs, return_dict=False)[0]
             out[name] = case.model.velocity_tokens(velocity, config.patch_size)
     return out
 
 
 @pytest.mark.L2
-def test_the_adapter_folder_is_the_same_model_in_peft_and_in_diffusers(tmp_path):
-    out = run_ranks(1, beside_others, tmp_path)[0]
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_the_adapter_folder_is_the_same_model_in_peft_and_in_diffusers(task, tmp_path):
+    out = run_ranks(1, beside_others, tmp_path, task)[0]
     assert relative(out["base"], out["ours"]) > 0.1
     assert not {name: off for name in out if name != "base" and (off := relative(out[name], out["ours"])) > TOLERANCE}
     header = weights.read_json(tmp_path / "adapter" / "adapter_config.json")

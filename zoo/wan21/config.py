@@ -219,6 +219,7 @@ SIZES = {
     "1.3B": WanConfig(**_1_3B, **_TEXT),
     "14B": WanConfig(**_14B, **_TEXT),
     "tiny-i2v": WanConfig(**_TINY, **(_IMAGE | {"image_dim": 64, "image_tokens": 17})),
+    "tiny-flf2v": WanConfig(**_TINY, **(_IMAGE | {"image_dim": 64, "image_tokens": 17, "first_last": True})),
     "1.3B-i2v": WanConfig(**_1_3B, **_IMAGE),  # in the published table of speeds; its weights never were
     "14B-i2v": WanConfig(**_14B, **_IMAGE),  # 480P and 720P
     "14B-flf2v": WanConfig(**_14B, **(_IMAGE | {"first_last": True})),

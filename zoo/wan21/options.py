@@ -743,10 +743,11 @@ def dry_run(o) -> str:
     for bucket in data.parse_buckets(getattr(o, "buckets", None) or getattr(o, "video", None) or "1x16x16"):
         grid = latent_grid(bucket)
         flops, tokens = config.flops(grid), config.tokens(grid)
-        step = 3 * config.flops(grid, getattr(o, "adapts", False)) * (o.global_batch or 1)
+        step = 3 * config.flops(grid, getattr(o, "adapts", False))
+        step += flops if getattr(o, "job", "") == "dpo" else 0  # the reference's forward
         text.append(
             f"{bucket}: {tokens} tokens, {flops / 1e12:.3f} TFLOP per sample forward, "
-            f"{step / 1e12:.3f} TFLOP per training step"
+            f"{step * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step"
         )
         text.append(f"memory per rank, estimated: {memory_estimate(o, config, tokens) / 2**30:.2f} GiB")
         if getattr(o, "cache", None) in ("attention", "blocks"):
