@@ -28,12 +28,14 @@ def one_rank(request, tmp_path_factory):
 
     from common import parallel
 
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
     store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel.initialize(request.module.case.options())
-    yield
-    parallel.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        parallel.initialize(request.module.case.options())
+        yield
+        parallel.shutdown()
 
 
 def pytest_sessionfinish():

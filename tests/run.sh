@@ -11,5 +11,6 @@ cd "$ZOO_ROOT"
 "$ZOO_PYTHON" -c 'import triton' 2>/dev/null ||
     "$ZOO_PYTHON" -m pip install --quiet --no-compile --no-deps triton==3.7.1 ||
     echo "triton 3.7.1 could not be installed: the kernels' tests will be skipped" >&2
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile  # a test waits for its processes a third of the time
+# Two files at a time, as a test waits for its processes a third of the time; those that take longest first.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_npu_library.py tests/test_wan21_layouts.py tests
 exec "$ZOO_PYTHON" -m pytest "$@"
