@@ -3,7 +3,6 @@ measured against is torch's: twenty steps of the loop beside transformers with t
 
 import importlib
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -319,8 +318,8 @@ def test_npu_branch_under_selective_recompute_equals_single_process():
     layouts.compare(got, layouts.single("moe", True), layout)
 
 
-def test_offload_with_what_it_cannot_move_is_refused():
-    os.environ["WORLD_SIZE"] = "1"
+def test_offload_with_what_it_cannot_move_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="fix: --recompute none or full"):
         case.jobs.parse("train", ["--offload-activations", "--recompute", "selective"])
 

@@ -34,6 +34,7 @@ ROUNDS, VIDEOS = 3, 2  # rounds of a setup and its baseline; videos in a round
 PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
 LARGE = "--video 17x320x320 --sample-steps 2"  # beyond a tile of 256 pixels
 LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks
+WIDE = "--video 33x384x384 --sample-steps 2 --cfg 1"  # the same of the mid size, in less time
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ SETUPS = [
             ("attention cache, steps 20-47, every 2nd", "--cache attention"),
             ("block cache, steps 20-47, every 2nd", "--cache blocks"),
             ("block cache, steps 10-47, every 3rd", "--cache blocks --cache-start 10 --cache-interval 3"),
+            (
+                "block cache as search.sh proposes it, steps 0-47, every 6th",
+                "--cache blocks --cache-start 0 --cache-interval 6",
+            ),
             ("25 steps of UniPC", "--sample-steps 25"),
             ("25 steps of DPM-Solver++", "--sampler dpm --sample-steps 25"),
             ("bf16", "--precision bf16"),
@@ -67,6 +72,14 @@ SETUPS = [
     *(
         Setup(f"sparse attention {share} at 5184 tokens", f"{LONG} --sparse {share}", LONG, "dense", decoded=False)
         for share in (0.6, 0.8)
+    ),
+    Setup(
+        "sparse attention 0.8 at 5184 tokens",
+        f"{WIDE} --sparse 0.8 --sparse-start 0",
+        WIDE,
+        "dense",
+        "mid",
+        decoded=False,
     ),
     Setup("tiled decoding", f"{LARGE} --vae-tiling", LARGE, "decoding at once"),
     *(
