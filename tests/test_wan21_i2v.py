@@ -128,13 +128,33 @@ def test_a_run_between_first_and_last_frames_trains_in_a_layout_and_its_export_s
     make_data = import_module(f"zoo.{case.RECIPE}.demo.make_data")
     make_data.make(tmp_path / "clips", train=8, test=0)
     run, export = tmp_path / "run", tmp_path / "export"
-    options = ["--job", "pretrain", "--task", "i2v", "--size", "tiny-flf2v", "--data", tmp_path / "clips" / "train.jsonl"]
+    options = [
+        "--job",
+        "pretrain",
+        "--task",
+        "i2v",
+        "--size",
+        "tiny-flf2v",
+        "--data",
+        tmp_path / "clips" / "train.jsonl",
+    ]
     short = ["--buckets", "13x48x48", "--steps", 2, "--global-batch", 4, "--workers", 0, "--sample-steps", 1]
     run_ranks(2, case.job, "train", *options, *short, "--tp", 2, "--sp", "--out", run, "--export", export)
     assert len(case.steps_of(run)) == 2 and len(list((run / "samples").glob("*.gif"))) == 4
     assert case.config.size_of(export) == "tiny-flf2v"
     shown = [FOLDER / "../images" / name for name in ("three.png", "seven.png")]
-    ask = ["--weights", export, "--prompt", PROMPT, "--video", "5x48x48", "--sample-steps", 2, "--out", tmp_path / "out"]
+    ask = [
+        "--weights",
+        export,
+        "--prompt",
+        PROMPT,
+        "--video",
+        "5x48x48",
+        "--sample-steps",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
     run_ranks(1, case.job, "infer", *ask, "--image", shown[0], "--last-image", shown[1], "--fit", "crop")
     with Image.open(tmp_path / "out" / "0000.gif") as gif:
         assert gif.n_frames == 5
