@@ -157,6 +157,7 @@ def plot_loss(metrics: Path, target: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- record
 
 ROOT = Path(__file__).parents[1]
+QUALITY = ("speed-up", "baseline", "PSNR dB", "SSIM")
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 
 
@@ -207,29 +208,31 @@ def _spreads(raw: dict) -> str:
 
 
 def table(record: Path) -> str:
-    """One recipe's record as Markdown, a table per model and task, ours last; 'not measured' where we have no row."""
+    """One recipe's record as Markdown, a table per model, task and unit, ours last; 'not measured' where we have no row.
+    Where a speed-up is stated, what over and at which quality stand beside it."""
     rows, text = read(record), []
     if not rows:
         return "Nothing recorded yet.\n"
-    for model, task in dict.fromkeys((r["model"], r["task"]) for r in rows):
-        mine = [r for r in rows if (r["model"], r["task"]) == (model, task)]
-        unit = mine[0]["unit"]
-        head = (
+    for kind in dict.fromkeys((r["model"], r["task"], r["unit"]) for r in rows):
+        mine = [r for r in rows if (r["model"], r["task"], r["unit"]) == kind]
+        more = QUALITY if any("speed-up" in r["raw"] for r in mine) else ()
+        head = [
             "system",
             "size",
             "hardware",
             "devices",
             "setup",
             "precision",
-            unit,
+            kind[2],
             "median (p10-p90)",
+            *more,
             "MFU",
             "commit",
-        )
-        text += [f"**{model}, {task}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        ]
+        text += [f"**{kind[0]}, {kind[1]}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for r in sorted(mine, key=lambda r: r["source"] == "measured"):
             cells = [r[k] for k in ("system", "size", "hardware", "devices", "layout", "precision", "value")]
-            cells += [_spreads(r["raw"]), r["mfu"], (r["commit"] or "-")[:7]]
+            cells += [_spreads(r["raw"]), *(r["raw"].get(k) for k in more), r["mfu"], (r["commit"] or "-")[:7]]
             text.append(f"| {' | '.join('-' if c is None else str(c) for c in cells)} |")
         if not any(r["source"] == "measured" for r in mine):
             text.append("| this zoo | | | | | | not measured | | | |")

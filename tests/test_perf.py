@@ -163,6 +163,15 @@ def test_table_shows_spread_mfu_and_commit(tmp_path):
     assert "| 0.2 (0.1-0.3) | - | 0123456 |" in text
 
 
+def test_table_shows_what_a_speed_up_is_over_and_its_quality_and_keeps_units_apart(tmp_path):
+    record, gain = tmp_path / "perf.jsonl", {"speed-up": 1.5, "baseline": "50 steps", "PSNR dB": 41.0, "SSIM": 0.997}
+    rows = [measured(task="generation", unit="s per video", raw=gain), measured(task="generation", unit="s", raw={})]
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = perf.table(record)
+    assert "| s per video | median (p10-p90) | speed-up | baseline | PSNR dB | SSIM | MFU |" in text
+    assert "| 0.46 | - | 1.5 | 50 steps | 41.0 | 0.997 |" in text and "| s | median (p10-p90) | MFU |" in text
+
+
 # ------------------------------------------------------------------------------------------------- the step benchmark
 
 bench = importlib.import_module(f"zoo.{case.RECIPE}.perf")

@@ -35,6 +35,7 @@ PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves u
 LARGE = "--video 17x320x320 --sample-steps 2"  # beyond a tile of 256 pixels
 LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks
 WIDE = "--video 33x384x384 --sample-steps 2 --cfg 1"  # the same of the mid size, in less time
+LINE = "{:<5} {:<58} {:>8} {:>8} {:>8} {:>7}  {}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def generation(o: PerfOptions) -> list[dict]:
     if not setups and dist.get_rank() == 0:
         counts = sorted({s.processes for s in SETUPS})
         print(f"generation: no setup is for {o.world} processes; there are some for {', '.join(map(str, counts))}")
+    if setups and dist.get_rank() == 0:
+        print(LINE.format("model", "setup", "s", "speed-up", "PSNR dB", "SSIM", "baseline"), flush=True)
     leave_groups()  # each setup has its own layout
     rows = [row for s in setups for row in compare(o, s, own)]
     parallel.initialize(o)
@@ -144,23 +147,22 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     speed = statistics.median(seconds["baseline"]) / statistics.median(seconds["setup"])
     raw = {"s": spread(seconds["setup"]), "speed-up": float(f"{speed:.3g}"), "baseline": s.baseline_name}
     raw |= {"baseline s": spread(seconds["baseline"]), "options": s.options, "baseline options": s.baseline}
-    near = "drawn weights, no quality"
     if s.model == "demo":
         pairs = list(zip(made["setup"], made["baseline"], strict=True))
         decibel, alike = min(quality.psnr(*p) for p in pairs), min(quality.ssim(*p) for p in pairs)
         raw |= {"PSNR dB": "equal" if math.isinf(decibel) else round(decibel, 2), "SSIM": round(alike, 4)}
-        near = f"PSNR {raw['PSNR dB']}{'' if math.isinf(decibel) else ' dB'}, SSIM {raw['SSIM']}"
     row = {
         "task": "generation",
         "size": o.size if own else s.model if s.model == "mid" else "tiny",
-        "layout": f"{s.name}: {speed:.2f} x {s.baseline_name} ({near})",
+        "layout": s.name,
         "shape": None,
         "precision": "bf16" if "bf16" in s.options else o.precision,
         "value": float(f"{statistics.median(seconds['setup']):.4g}"),
         "unit": "s per video" if s.decoded else "s of sampling",
         "raw": raw,
     }
-    print(f"{row['size']:<5} {row['value']:>8.4g} s  {row['layout']}", flush=True)
+    cells = row["size"], s.name, row["value"], raw["speed-up"], raw.get("PSNR dB", "-"), raw.get("SSIM", "-")
+    print(LINE.format(*cells, s.baseline_name), flush=True)
     return [row]
 
 
