@@ -3,8 +3,8 @@
     bash zoo/wan21/perf.sh --only generation               what one process can do
     NPROC=2 bash zoo/wan21/perf.sh --only generation       what several can: each layout against one process
 
-A setup is a line of options of infer_t2v.sh. It and its baseline make the same videos (same prompts, same noise), in
-alternate rounds; seconds are of sampling and decoding one video, or of sampling alone where decoding has no part, after
+A setup is a line of options of infer_t2v.sh. It and its baseline make the same videos (same prompts, same noise), by
+turns; seconds are of sampling and decoding one video, or of sampling alone where decoding has no part, after
 a warm-up. PSNR and SSIM are of its videos against the baseline's, the worst of them. Models: `tiny`, the shipped
 weights, whose quality means something at the shape they know (at a larger one their videos are only good for comparing
 with each other); `mid`, drawn weights (512 wide, 8 blocks), for the time alone: no quality is given. With --weights
@@ -18,7 +18,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from common import device  # noqa: F401  isort: skip  (before megatron)
+from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -30,7 +30,7 @@ from .config import WanConfig, model_config
 from .model import draw
 from .options import DEMO_WEIGHTS, InferOptions, PerfOptions, parse
 
-ROUNDS, VIDEOS = 3, 2  # rounds of a setup and its baseline; videos in a round
+ROUNDS = 3  # of a setup and its baseline
 PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
 LARGE = "--video 17x320x320 --sample-steps 2"  # beyond a tile of 256 pixels
 LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks
@@ -48,13 +48,14 @@ class Setup:
     baseline_name: str
     model: str = "demo"  # demo or mid
     decoded: bool = True  # whether decoding is in the seconds too
+    videos: int = 2  # in a round
     processes: int = 1  # data-parallel ranks are none of its business: it makes one video at a time
 
 
 STEPS = "--sample-steps 50"
 SETUPS = [
     *(
-        Setup(name, f"{STEPS} {options}", STEPS, "50 steps of UniPC, fp32, dense")
+        Setup(name, f"{STEPS} {options}", STEPS, "50 steps of UniPC, fp32, dense", videos=30)
         for name, options in (
             ("attention cache, steps 20-47, every 2nd", "--cache attention"),
             ("block cache, steps 20-47, every 2nd", "--cache blocks"),
@@ -97,6 +98,7 @@ SETUPS = [
             "--sample-steps 10",
             "one process, all cores",
             model,
+            videos=10 if model == "demo" else 2,
             processes=processes,
         )
         for name, options, processes in (
@@ -136,12 +138,26 @@ def generation(o: PerfOptions) -> list[dict]:
 
 
 def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
-    seconds: dict[str, list] = {"setup": [], "baseline": []}
-    made: dict[str, list] = {}
-    for _ in range(ROUNDS):
-        for which, options in (("baseline", s.baseline), ("setup", s.options)):
-            taken, made[which] = measure(options, s.model, own, which == "baseline", s.decoded)
-            seconds[which] += taken
+    seconds: dict[str, list] = {"baseline": [], "setup": []}
+    made: dict[str, list] = {"baseline": [], "setup": []}
+    turns = [("baseline", s.baseline), ("setup", s.options)]
+    # One process holds both, which take turns by the video; several have other groups for each, so turns are longer.
+    for turn in [turns] if s.processes == 1 else [[one] for _ in range(ROUNDS) for one in turns]:
+        makers = {which: load(options, s, own) for which, options in turn}
+        threads = torch.get_num_threads()
+        for i in range(-1, s.videos):  # the first warms up
+            for which, maker in makers.items():
+                alone = s.processes > 1 and which == "baseline"  # by rank 0, with all cores
+                torch.set_num_threads(os.cpu_count() if alone else threads)
+                if alone and dist.get_rank():
+                    continue
+                taken, video = timed(*maker, s, i)
+                if i >= 0:
+                    seconds[which].append(taken)
+                    made[which].append(video)
+        torch.set_num_threads(threads)
+        dist.barrier()
+        leave_groups(*(group for *_, parts in makers.values() for group in (parts.video_group, parts.pair)))
     if dist.get_rank():
         return []
     speed = statistics.median(seconds["baseline"]) / statistics.median(seconds["setup"])
@@ -170,29 +186,22 @@ def spread(seconds: list[float]) -> dict:
     return {k: float(f"{v:.4g}") for k, v in perf.spread(seconds).items()}
 
 
-def measure(
-    options: str, model: str, own: list[str], alone: bool, decoded: bool
-) -> tuple[list[float], list[torch.Tensor]]:
-    """Seconds of each video and the videos, uint8 [1, 3, F, H, W], on rank 0. alone: by rank 0, with all cores."""
+def load(options: str, s: Setup, own: list[str]) -> tuple[InferOptions, WanConfig, infer.Parts]:
     o: InferOptions = parse("infer", [*options.split(), *own, *(["--prompt", PROMPTS[0]] if own else [])])
-    parallel.initialize(o)
-    config, fill = (mid(model_config(o)), drawn) if model == "mid" else (model_config(o), convert.fill)
-    parts = infer.load(o, config, fill)  # by every rank: groups are made by all together
-    seconds, made, threads = [], [], torch.get_num_threads()
-    if alone:
-        torch.set_num_threads(os.cpu_count())
-    for i in range(-1, VIDEOS) if not alone or dist.get_rank() == 0 else ():  # the first warms up
-        started = time.perf_counter()
-        latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[max(i, 0)])], [max(i, 0)])
-        sampled = time.perf_counter()
-        video = infer.pixels_of(o, parts, latents)
-        if i >= 0:
-            seconds.append((time.perf_counter() if decoded else sampled) - started)
-            made.append(video)
-    torch.set_num_threads(threads)
-    dist.barrier()
-    leave_groups(parts.video_group, parts.pair)
-    return seconds, made
+    if not mpu.model_parallel_is_initialized():
+        parallel.initialize(o)
+    config, fill = (mid(model_config(o)), drawn) if s.model == "mid" else (model_config(o), convert.fill)
+    return o, config, infer.load(o, config, fill)  # by every rank: groups are made by all together
+
+
+def timed(o: InferOptions, config: WanConfig, parts: infer.Parts, s: Setup, i: int) -> tuple[float, torch.Tensor]:
+    """Seconds of video number i, and the video, uint8 [1, 3, F, H, W]."""
+    started = time.perf_counter()
+    latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[i % len(PROMPTS)])], [i % s.videos])
+    device.synchronize()
+    sampled = time.perf_counter()
+    video = infer.pixels_of(o, parts, latents)
+    return (time.perf_counter() if s.decoded else sampled) - started, video
 
 
 def leave_groups(*others: dist.ProcessGroup | None) -> None:

@@ -50,10 +50,8 @@ class Features:
         """uint8 [F, H, W, 3] -> fp32 [D]."""
         if self.frames:
             video = video[np.linspace(0, len(video) - 1, self.frames).round().astype(int)]
-        pixels = self.processor(list(video), return_tensors="pt")[
-            "pixel_values"
-        ]  # [F, 3, h, w]; video models 1 F 3 h w
-        seen = self.model(pixel_values=pixels.to(self.model.device))
+        pixels = self.processor(list(video), return_tensors="pt")["pixel_values"].to(self.model.device)
+        seen = self.model(pixel_values=pixels)  # of [F, 3, h, w], a video model's of [1, F, 3, h, w]
         pooled = getattr(seen, "pooler_output", None)
         pooled = seen.last_hidden_state.mean(1) if pooled is None else pooled  # [F, D], or [1, D]
         return pooled.mean(0).cpu().numpy()
@@ -65,10 +63,8 @@ class ClipScore:
 
     def __init__(self, folder: Path, device: torch.device):
         self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
-        self.processor, self.tokenizer = (
-            AutoImageProcessor.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
     def __call__(self, video: np.ndarray, caption: str) -> float:
@@ -86,7 +82,7 @@ class ClipScore:
 VBENCH = """
 import json, sys, torch
 from vbench import VBench
-facts = json.loads(sys.argv[1])
+facts = json.load(sys.stdin)  # thousands of captions are too long for an argument
 judge = VBench(torch.device(facts["device"]), "", facts["out"])
 judge.evaluate(videos_path=facts["videos"], name="vbench", prompt_list=facts["captions"],
                dimension_list=facts["dimensions"], mode="custom_input")
@@ -104,7 +100,8 @@ def vbench(python: Path, dimensions: list[str], captions: dict[str, str], videos
     facts = {"device": device, "out": str(out), "videos": str(videos), "captions": captions, "dimensions": dimensions}
     ours = ("PYTHONPATH", "PYTHONSAFEPATH", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     env = {name: value for name, value in os.environ.items() if name not in ours}
-    if subprocess.run([python, "-c", VBENCH, json.dumps(facts)], env=env, stdout=sys.stderr).returncode:
+    done = subprocess.run([python, "-c", VBENCH], input=json.dumps(facts), text=True, env=env, stdout=sys.stderr)
+    if done.returncode:
         raise ValueError(
             f"vbench failed under {python}, see above; fix: install the package vbench there, or --vbench-python"
         )
