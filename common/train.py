@@ -193,13 +193,15 @@ def run_header(o: TrainOptions, recipe: str, job: str, parameters: int, flops_pe
 
 
 def commit() -> str:
-    """The commit of the checkout, '-dirty' appended if tracked files differ; 'unknown' outside a checkout."""
+    """The commit of the checkout, '-dirty' appended if tracked files differ, other than the performance records, which
+    nothing that is measured reads; 'unknown' outside a checkout."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
+        git = ["git", "-C", str(Path(__file__).parents[1])]
         revision = subprocess.check_output(
             [*git, "rev-parse", "--short=12", "HEAD"], stderr=subprocess.DEVNULL, text=True
         )
-        dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], stderr=subprocess.DEVNULL, text=True)
+        changed = [*git, "status", "--porcelain", "-uno", "--", ".", ":(exclude)*perf.jsonl"]
+        dirty = subprocess.check_output(changed, stderr=subprocess.DEVNULL, text=True)
         return revision.strip() + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

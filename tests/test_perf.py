@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -170,6 +171,23 @@ def test_table_shows_what_a_speed_up_is_over_and_its_quality_and_keeps_units_apa
     text = perf.table(record)
     assert "| s per video | median (p10-p90) | speed-up | baseline | PSNR dB | SSIM | MFU |" in text
     assert "| 0.46 | - | 1.5 | 50 steps | 41.0 | 0.997 |" in text and "| s | median (p10-p90) | MFU |" in text
+
+
+def test_a_commit_is_dirty_by_what_runs_and_not_by_its_record(tmp_path, monkeypatch):
+    from common import train
+
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    files = [tmp_path / "common" / "train.py", tmp_path / "zoo" / "mine" / "perf.jsonl"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(train, "__file__", str(files[0]))
+    files[1].write_text("{}")
+    assert re.fullmatch(r"[0-9a-f]{12}", train.commit())
+    files[0].write_text("pass")
+    assert re.fullmatch(r"[0-9a-f]{12}-dirty", train.commit())
 
 
 # ------------------------------------------------------------------------------------------------- the step benchmark

@@ -91,6 +91,9 @@ SETUPS = [
             ("block cache, steps 20-47, every 2nd", "--cache blocks"),
         )
     ),
+    Setup(
+        "Ulysses over 2 processes, 5184 tokens", f"{WIDE} --cp 2", WIDE, "one process, all cores", "mid", processes=2
+    ),
     *(
         Setup(
             name,
