@@ -54,6 +54,8 @@ def built(o, state, grid=case.GRID) -> tuple:
         accelerate.quantize(chunks)
     if o.fsdp:
         chunks = parallel.wrap(chunks, o, case.model.WanBlock)
+    for block in [m for chunk in chunks for m in chunk.modules() if isinstance(m, case.model.WanBlock) and o.compile]:
+        block.compile()
     return chunks, accelerate.apply(chunks, o, case.CONFIG, grid)
 
 
@@ -125,6 +127,14 @@ def test_every_layout_samples_what_one_process_samples(world):
         worst = max(apart(latents, wants[i][lane]) for lane, latents in (result[i] for result in results))
         assert worst <= TOLERANCE, f"{world} ranks, {values}: {worst:.1e} apart"
     assert apart(wants[0][0], wants[0][1]) > 0.1  # the videos differ, so a swap would show
+
+
+def test_compiled_blocks_sample_the_same_beside_cache_sparse_attention_and_int8():
+    both, got = CACHED | SPARSE | {"quantize": "int8"}, []
+    for compiled in (False, True):
+        o = options(WIDE, **both, compile=compiled)
+        got.append(sampled(o, *built(o, case.random_state(), WIDE), WIDE))
+    assert apart(*got) <= TOLERANCE and torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def rounded_by_slices(state: dict, tp: int) -> dict:
