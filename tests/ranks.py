@@ -6,10 +6,11 @@ takes seconds; a rank that raises shows its own traceback; nothing can hang.
 
 import atexit
 import os
-import socket
 import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+
+import torch.distributed as dist
 
 TIMEOUT = 240  # seconds a call may take, the first import included
 THREADS = 400  # of a process; gloo's outlive their groups, and 2,000 of them slow every collective down tenfold
@@ -34,12 +35,6 @@ def _serve(pipe) -> None:
             from common import parallel
 
             parallel.shutdown()
-
-
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def _threads(pid: int) -> int:
@@ -68,7 +63,10 @@ def run_ranks(world: int, function, *args) -> list:
         process.start()
         theirs.close()
         _pool.append((process, ours))
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": "1"}
+    # The store is here, as torchrun's is with its agent: a port that rank 0 was told to listen on may be taken by then.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     for rank, (_, pipe) in enumerate(_pool[:world]):
         pipe.send((function, args, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
     results: dict[int, object] = {}

@@ -314,7 +314,7 @@ def _answers_of_ranks(folder: str) -> list:
 
     evaluate, found = importlib.import_module(f"zoo.{case.RECIPE}.evaluate"), []
     for tp in (1, 2):
-        o = case.config.cli.check_layout(options(weights=Path(folder), tp=tp), heads=4, layers=4, tokens=None)
+        o = case.jobs.cli.check_layout(options(weights=Path(folder), tp=tp), heads=4, layers=4, tokens=None)
         parallel.initialize(o)
         model = case.infer.load_model(o, case.config.Qwen3Config.from_folder(Path(folder)))
         for job in ((None, SCORED), SAID):

@@ -100,11 +100,11 @@ def on_ranks(cases: list[tuple[dict, tuple]]) -> list[tuple[int, torch.Tensor]]:
     for values, grid in cases:
         o = options(grid, **values)
         parallel.initialize(o)
-        _, pair = infer.video_groups(o)
+        video, pair = infer.video_groups(o)
         chunks, moment = built(o, case.random_state(), grid)
         lane = parallel.mpu.get_data_parallel_rank() // (o.dp // o.lanes)
         out.append((lane, sampled(o, chunks, moment, grid, pair, lane)))
-        parallel.mpu.destroy_model_parallel()
+        import_module(f"zoo.{case.RECIPE}.perf_generation").leave_groups(video, pair)
     return out
 
 
