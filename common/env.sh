@@ -81,6 +81,7 @@ ZOO_ARGUMENTS="$([ $# -eq 0 ] || printf ' %q' "$@")" # sourced without arguments
 launch() {
     local recipe launcher="${BASH_SOURCE[1]}"
     recipe="$(basename "$(cd "$(dirname "$launcher")" && pwd)")"
-    export ZOO_COMMAND="bash zoo/$recipe/$(basename "$launcher")$ZOO_ARGUMENTS"
+    ZOO_COMMAND="$([ "$NPROC$NNODES" = 11 ] || echo "NPROC=$NPROC ")$([ "$NNODES" = 1 ] || echo "NNODES=$NNODES ")"
+    export ZOO_COMMAND+="bash zoo/$recipe/$(basename "$launcher")$ZOO_ARGUMENTS"
     exec "$ZOO_PYTHON" -m common.cli "zoo.$recipe" "$@"
 }

@@ -248,7 +248,7 @@ def rendered() -> dict[Path, str]:
         "model FLOPs (recompute not) against the vendor's dense peak in `common/perf.py`; commits are of measured rows.\n"
     )
     files = {}
-    for record in sorted(ROOT.glob("zoo/*/perf.jsonl")):
+    for record in sorted(ROOT.glob("zoo/[!_]*/perf.jsonl")):
         head += f"\n## {record.parent.name}\n\n{table(record)}"
         readme = record.parent / "README.md"
         before, _, rest = readme.read_text().partition(BEGIN)

@@ -504,7 +504,9 @@ def test_copied_recipe_works_at_once_and_exit_codes_reach_the_shell(recipe_copy,
     )
     argv = ["--data", data, "--out", tmp_path / "run", "--layout", "tiny"]
     done = shell("bash", launcher, *argv, check=7)
-    assert f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}" in done.stdout
+    said = f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}"
+    assert done.stdout.startswith(said)
+    assert shell("bash", launcher, *argv, check=7, NPROC="2").stdout.startswith(f"NPROC=2 {said}")
     assert "exit code 7" in done.stderr
 
 

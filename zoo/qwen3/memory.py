@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import shlex
+import sys
 import weakref
 from collections.abc import Iterator
 from unittest import mock
@@ -164,7 +166,7 @@ def table(size: str, length: int, precision: str) -> Iterator[dict]:
             "size": size, "hardware": "bytes counted" if device.KIND == "cpu" else device.name(), "devices": ranks,
             "layout": name, "precision": precision, "shape": length, "value": gib["peak"], "raw": gib, "mfu": None,
             "unit": f"peak GiB of a rank, {length} tokens", "commit": loop.commit(),
-            "command": f"python -m {__spec__.name}", "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
         }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import dataclasses
 import datetime
 import os
 import re
+import shlex
+import sys
 import tomllib
 import weakref
 from collections.abc import Iterator
@@ -214,7 +216,7 @@ def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
         "size": o.size, "hardware": "bytes counted" if device.KIND == "cpu" else device.name(), "devices": ranks,
         "layout": name, "precision": o.precision, "shape": shape, "value": gib["peak"], "raw": gib, "mfu": None,
         "unit": f"peak GiB of a rank, {shape}", "commit": loop.commit(),
-        "command": f"python -m {__spec__.name}", "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
