@@ -268,7 +268,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     _check_job(o, asked)
     o = features.applied(o, asked)
     on_demo = o.data is None  # features may come without a transformer too
-    o = _with_weights(_with_training_defaults(o, asked), o.job, drawn=on_demo)
+    o = _with_weights(_with_training_defaults(o, asked), pretrains=o.job == "pretrain", drawn=on_demo)
     config = _model(o)
     o = _with_buckets(o, config)
     _check_folder(o, config, encoders=not o.features)
@@ -305,7 +305,7 @@ def _extract(o: ExtractOptions, asked: set[str]) -> ExtractOptions:
     if o.data is None:
         buckets = o.buckets if "--buckets" in asked else DEMO_BUCKET
         o = dataclasses.replace(o, data=demo_list("train"), buckets=buckets)
-    o = _with_weights(o, "extract")
+    o = _with_weights(o)
     config = _model(o)
     o = _with_buckets(o, config)
     _check_folder(o, config)
@@ -359,7 +359,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
 
 
 def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
-    o = _with_weights(dataclasses.replace(o, micro_batch=1, global_batch=None), "convert")
+    o = _with_weights(dataclasses.replace(o, micro_batch=1, global_batch=None))
     config = _model(o)
     o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
     _check_folder(o, config, encoders=False)
@@ -372,7 +372,7 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
 
 
 def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
-    o = _with_weights(o, "pretrain", drawn=True)
+    o = _with_weights(o, pretrains=True, drawn=True)
     config = _model(o)
     o = _with_buckets(o, config)
     _check_folder(o, config)
@@ -407,8 +407,9 @@ def _default_size(folder: Path | None, argv: list[str]) -> str:
     return ("tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B") + ("-i2v" if image else "")
 
 
-def _with_weights(o, job: str, drawn: bool = False):
-    """Without --weights: the demo's folder. drawn: of a released size, weights may be drawn, to try a layout out."""
+def _with_weights(o, *, pretrains: bool = False, drawn: bool = False):
+    """Without --weights: the demo's folder, of which pretraining draws the transformer anew. drawn: of a released size,
+    weights may be drawn, to try a layout out."""
     if o.weights is not None:
         return o
     tiny, image = o.size.startswith("tiny"), o.size in SIZES and SIZES[o.size].image_dim is not None
@@ -419,7 +420,7 @@ def _with_weights(o, job: str, drawn: bool = False):
             f"note: no --weights: size {o.size} starts from drawn weights, with the demo's tiny encoders",
             file=sys.stderr,
         )
-    scratch = {"from_scratch": True} if not tiny or job == "pretrain" else {}
+    scratch = {"from_scratch": True} if not tiny or pretrains else {}
     return dataclasses.replace(o, weights=DEMO_I2V if image else DEMO_WEIGHTS, **scratch)
 
 
@@ -539,7 +540,7 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
     """What every job that samples is completed with and checked for, and the architecture."""
     if o.weights is None and "--video" not in asked:
         o = dataclasses.replace(o, video=DEMO_BUCKET)
-    o = _with_weights(dataclasses.replace(o, global_batch=None), "infer")
+    o = _with_weights(dataclasses.replace(o, global_batch=None))
     config, bucket = _model(o), data.parse_buckets(o.video)[0]
     o = _laid_out(o, config, bucket, "video")
     _check_folder(o, config)
