@@ -48,22 +48,36 @@ def attention(
       cu_seqlens  several sequences packed along L = S with B = 1, none seeing another: their bounds [0, ..., L] as host
                   integers, which every device's variable-length kernel wants to know before it starts
     """
-    L, B, H, E = q_LBHE.shape
+    L = len(q_LBHE)
     if window is not None and causal:
         window = (window[0], 0)
     elif causal:
         window = (-1, 0)
-    if cu_seqlens is not None and (B != 1 or k_SBKE.shape[0] != L or cu_seqlens[0] != 0 or cu_seqlens[-1] != L):
-        raise ValueError(f"cu_seqlens={cu_seqlens} for q {tuple(q_LBHE.shape)}; expected bounds [0, ..., L] and B = 1")
-    if BACKEND == "npu":
-        return _attention_npu(q_LBHE, k_SBKE, v_SBKE, window, cu_seqlens)
-    if BACKEND == "cuda" and (cu_seqlens is not None or window not in (None, (-1, 0)) or window and len(k_SBKE) != L):
-        return _attention_varlen(q_LBHE, k_SBKE, v_SBKE, window or (-1, -1), cu_seqlens)
     if cu_seqlens is not None:
-        spans = list(zip(cu_seqlens, cu_seqlens[1:], strict=False))
-        parts = [_attention_plain(q_LBHE[a:b], k_SBKE[a:b], v_SBKE[a:b], window) for a, b in spans]
-        return torch.cat(parts)
+        return _attention_packed(q_LBHE, k_SBKE, v_SBKE, window, cu_seqlens)
+    if BACKEND == "npu":
+        return _attention_npu(q_LBHE, k_SBKE, v_SBKE, window, None)
+    masked = window not in (None, (-1, 0)) or (window and len(k_SBKE) != L)
+    if masked and _takes_varlen(q_LBHE):
+        return _attention_varlen(q_LBHE, k_SBKE, v_SBKE, window, None)
     return _attention_plain(q_LBHE, k_SBKE, v_SBKE, window)
+
+
+@torch.compiler.disable  # traced, every micro-batch's bounds would be compiled anew, and pinned memory is refused
+def _attention_packed(q, k, v, window, cu_seqlens):
+    if q.shape[1] != 1 or len(k) != len(q) or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(q):
+        raise ValueError(f"cu_seqlens={cu_seqlens} for q {tuple(q.shape)}; expected bounds [0, ..., L] and B = 1")
+    if BACKEND == "npu":
+        return _attention_npu(q, k, v, window, cu_seqlens)
+    if _takes_varlen(q):
+        return _attention_varlen(q, k, v, window or (-1, -1), cu_seqlens)
+    spans = zip(cu_seqlens, cu_seqlens[1:], strict=False)
+    return torch.cat([_attention_plain(q[a:b], k[a:b], v[a:b], window) for a, b in spans])
+
+
+def _takes_varlen(q: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel runs here: on cuda, and not in fp32."""
+    return BACKEND == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
 
 
 def _attention_plain(q, k, v, window):
@@ -117,13 +131,14 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
     return _MASKS[where]
 
 
+@torch.compiler.disable  # pinned memory cannot be traced
 @functools.lru_cache(maxsize=32)  # every layer of a micro-batch asks for the same
 def _on_device(bounds: tuple[int, ...], where: torch.device) -> torch.Tensor:
     return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(where, non_blocking=True)
 
 
 def _attention_varlen(q, k, v, window, cu_seqlens):
-    """torch's variable-length flash attention: fp16 and bf16."""
+    """torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     (L, B, H), S, K = q.shape[:3], k.shape[0], k.shape[2]
@@ -149,6 +164,10 @@ def attention_with_lse(
         options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
         out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSE, H, "BNSD", **options)
         return out, (peak + total.log())[..., 0]  # both come as [B, H, L, 8], eight equal columns
+    if BACKEND == "cuda" and q_BHLE.dtype == torch.float32:  # torch's flash kernels of cuda take fp16 and bf16
+        scores, _ = _plain_scores(q_BHLE, k_BKSE, causal)
+        lse = scores.logsumexp(-1)
+        return (scores - lse.unsqueeze(-1)).exp() @ _repeated(v_BKSE, H), lse
     if BACKEND == "cuda":
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)[:2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)
@@ -179,12 +198,33 @@ def attention_backward(
             scale_value=q.shape[3] ** -0.5,
             **_causal_options(q, causal),
         )[:3]
+    if BACKEND == "cuda" and q.dtype == torch.float32:
+        scores, keys = _plain_scores(q, k, causal)
+        probabilities = (scores - lse.unsqueeze(-1)).exp()  # [B, H, L, S], of the softmax over all blocks
+        rest = (dout * out).sum(-1, keepdim=True)  # [B, H, L, 1]
+        dscores = probabilities * (dout @ _repeated(v, q.shape[1]).mT - rest) * q.shape[3] ** -0.5
+        dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) for g in (dscores.mT @ q, probabilities.mT @ dout))
+        return dscores @ keys, dk, dv
     if BACKEND == "cuda":
         none = torch.empty(0, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none
         )
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+
+
+def _plain_scores(q: torch.Tensor, k: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q k^T / sqrt(E) [B, H, L, S], -inf where causal hides a key; k for each query head [B, H, S, E])."""
+    keys = _repeated(k, q.shape[1])
+    scores = q @ keys.mT * q.shape[3] ** -0.5
+    if causal:
+        scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], (-1, 0), q.device), -torch.inf)
+    return scores, keys
+
+
+def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, K, S, E] -> [B, H, S, E]: query head h looks at head h*K//H."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _causal_options(q: torch.Tensor, causal: bool) -> dict:

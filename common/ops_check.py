@@ -110,7 +110,7 @@ def experts(tokens, experts, probs, weight):
 
 def plain_linear_cross_entropy(hidden, weight, labels, token_weight):
     losses = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
-    return losses @ token_weight, losses.detach()
+    return losses.to(token_weight.dtype) @ token_weight, losses.detach()
 
 
 def plain_linear_log_probs(hidden, weight, labels):
@@ -157,15 +157,14 @@ def unweighted(d: Draw) -> dict:
 
 def attention_case(make: Callable, cuda: str) -> Case:
     backends = {"npu": "npu_fusion_attention", "cuda": cuda, "cpu": "torch SDPA"}
-    dtypes = HALF if "varlen" in cuda else (torch.float32, torch.bfloat16)
-    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends, dtypes)
+    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends)
 
 
 def on(npu: str, cuda: str, cpu: str = "plain torch") -> dict[str, str]:
     return {"npu": npu, "cuda": cuda, "cpu": cpu}
 
 
-SDPA, VARLEN = "torch SDPA", "torch varlen_attn"
+SDPA, VARLEN = "torch SDPA", "torch varlen_attn (fp32: torch SDPA)"
 CASES = {
     "attention": attention_case(lambda d: qkv(d), SDPA),
     "attention, causal": attention_case(lambda d: qkv(d, causal=True), SDPA),
@@ -176,7 +175,7 @@ CASES = {
     "attention, causal window": attention_case(lambda d: qkv(d, window=(d.L // 4, -1), causal=True), VARLEN),
     "attention, packed": Case(
         packed, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention,
-        on("npu_fusion_attention", VARLEN, SDPA), HALF, {"B": 1},
+        on("npu_fusion_attention", VARLEN, SDPA), fixed={"B": 1},
     ),
     "attention, block-sparse": Case(
         block_sparse, lambda q, k, v, blocks, block: ops.block_sparse_attention(q, k, v, blocks, block), plain_attention,

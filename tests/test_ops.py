@@ -65,6 +65,37 @@ def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
     assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
 
 
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if "(fp32: torch SDPA)" in case.backends["cuda"]])
+def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypatch):
+    """torch's variable-length kernel takes fp16 and bf16 alone, and has no host version: fp32 must not come to it."""
+    monkeypatch.setattr(ops, "BACKEND", "cuda")
+    worst = ops_check.errors(CASES[name], torch.float32, CPU)
+    assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.comparable])
+def test_plain_version_takes_the_inputs_of_the_speed_table(name):
+    """Whose dtype is bf16 on an accelerator, beside what is fp32 by contract."""
+    case = CASES[name]
+    ops_check.milliseconds(case.plain, case.make(Draw(SMALL | case.fixed, torch.bfloat16, CPU)), 1)
+
+
+def test_compiled_attention_leaves_the_documents_out_of_the_trace(monkeypatch):
+    """Every micro-batch of packed rows has bounds of its own, which cuda uploads from pinned memory."""
+    traced = []
+    plain = ops._attention_plain
+    monkeypatch.setattr(ops, "_attention_plain", lambda *a: traced.append(torch.compiler.is_compiling()) or plain(*a))
+    attend = torch.compile(
+        lambda q, bounds: ops.attention(q * 2, q, q, causal=True, cu_seqlens=bounds) + 1, backend="aot_eager"
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for bounds in ([0, 3, 12], [0, 5, 12], [0, 7, 12]):
+            q = torch.randn(12, 1, 2, 8)
+            assert torch.equal(attend(q, bounds), ops.attention(q * 2, q, q, causal=True, cu_seqlens=bounds) + 1)
+    assert traced and not any(traced)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_npu_branch_calls_the_op_it_names(name, contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
@@ -94,7 +125,9 @@ def test_packed_bounds_that_do_not_fit_are_refused(backend):
 
 @pytest.mark.parametrize("K", [6, 3, 1])
 @pytest.mark.parametrize("causal", [False, True])
-def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, backend):
+@pytest.mark.parametrize("where", ["cpu", "npu", "cuda"])  # fp32, for which the cuda branch has plain torch
+def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, where, contract, monkeypatch):
+    monkeypatch.setattr(ops, "BACKEND", where)
     generator = torch.Generator().manual_seed(K)
     q, k, v, dout = (torch.randn(2, heads, 10, 8, generator=generator) for heads in (6, K, K, 6))
     out, lse = ops.attention_with_lse(q, k, v, causal)
