@@ -16,7 +16,7 @@ import os
 import queue
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -146,9 +146,19 @@ def _fsdp_optimizer_state(chunks, optimizer) -> dict:
 
 
 def save(
-    folder: Path, step: int, chunks, optimizer, state: dict, *, ema=None, keep: int = 2, fsdp: bool = False
+    folder: Path,
+    step: int,
+    chunks,
+    optimizer,
+    state: dict,
+    *,
+    beside: Iterable[Path] = (),
+    ema=None,
+    keep: int = 2,
+    fsdp: bool = False,
 ) -> Path:
-    """Write checkpoint `step` under `folder`; `state` is small JSON (step, consumed samples, seed, model config).
+    """Write checkpoint `step` under `folder`; `state` is small JSON (step, model config, what the run began with).
+    beside: small files that are copied into it, as far as they exist: a tokenizer's.
 
     Raises:
         OSError: the checkpoint could not be written whole on some rank; the ones before it are untouched.
@@ -162,7 +172,7 @@ def save(
     elif optimizer is not None:
         shards["optimizer"] = _optimizer_state(optimizer, model)
     target = folder / f"step-{step:06d}"
-    _write(target, shards, state)
+    _write(target, shards, state, beside)
     if dist.get_rank() == 0:
         _write_atomically(folder / "latest", target.name)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -170,7 +180,7 @@ def save(
     return target
 
 
-def _write(target: Path, shards: dict, state: dict) -> None:
+def _write(target: Path, shards: dict, state: dict, beside: Iterable[Path] = ()) -> None:
     """Write aside, list the files with their sizes, rename. OSError on every rank if any rank failed."""
     partial = target.with_name(f".partial-{target.name}")
     if dist.get_rank() == 0:
@@ -185,6 +195,8 @@ def _write(target: Path, shards: dict, state: dict) -> None:
         dist_checkpointing.save(shards, str(partial), content_metadata=FORMAT)
         if dist.get_rank() == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=2))
+            for path in (p for p in beside if p.is_file()):
+                shutil.copyfile(path, partial / path.name)
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
             (partial / "manifest.json").write_text(json.dumps(sizes, indent=2))
             for p in partial.iterdir():
@@ -317,9 +329,9 @@ def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
     return tensor
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict, beside: Iterable[Path] = ()) -> None:
     """A checkpoint of whole tensors, each given by exactly one rank; without an optimizer."""
-    _write(folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state)
+    _write(folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state, beside)
 
 
 def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:

@@ -172,7 +172,10 @@ class TrainOptions(LayoutOptions):
     lr_schedule: Literal["constant", "cosine", "linear", "WSD"] = option(
         "decay after warm-up; WSD: linear over the last tenth", "constant", group="optimizer", layout=True
     )
-    warmup: int = option("warm-up steps (at most steps - 1)", 0, group="optimizer", layout=True, within="[0, inf)")
+    warmup: int = option(
+        "warm-up steps, fewer than --steps (a layout's: at most a tenth of them)", 0,
+        group="optimizer", layout=True, within="[0, inf)",
+    )  # fmt: skip
     weight_decay: float = option("AdamW weight decay", 0.01, group="optimizer", layout=True, within="[0, inf)")
     beta1: float = option("AdamW beta1", 0.9, group="optimizer", layout=True, within="[0, 1)")
     beta2: float = option("AdamW beta2", 0.999, group="optimizer", layout=True, within="[0, 1)")
@@ -389,11 +392,16 @@ def check_compile(o) -> None:
         raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
 
 
+def shorten_warmup(o: TrainOptions, asked: set[str]) -> TrainOptions:
+    """A layout's warm-up is meant for its own number of steps: a shorter run warms up for at most a tenth."""
+    return o if "--warmup" in asked else dataclasses.replace(o, warmup=min(o.warmup, o.steps // 10))
+
+
 def check_run(o: TrainOptions) -> None:
     """What a training run would only stumble over later.
 
     Raises:
-        ValueError: --resume names no folder, the rate would rise to --min-lr, the steps or ranks to profile are not
+        ValueError: --resume names no folder, no step follows the warm-up, the rate would rise to --min-lr, the steps or ranks to profile are not
             numbers, --compile has no compiler, or --compile or --offload-activations does not go with --recompute.
     """
     if o.compile:
@@ -405,6 +413,8 @@ def check_run(o: TrainOptions) -> None:
         )
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
+    if o.warmup >= o.steps:
+        raise ValueError(f"warmup={o.warmup} of {o.steps} steps; expected fewer; fix: --warmup or --steps")
     if o.min_lr is not None and o.min_lr > o.lr:
         raise ValueError(f"min_lr={o.min_lr} is above lr={o.lr}; fix: --min-lr or --lr")
     first, _, last = o.profile_steps.partition("-")

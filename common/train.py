@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, ops, perf, profiling
+from common import checkpoint, device, ops, perf, profiling, resume
 from common.cli import TrainOptions, to_toml
 from common.profiling import part
 
@@ -103,8 +103,8 @@ def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:
         init_lr=0.0,
         max_lr=o.lr,
         min_lr=final_lr(o),
-        lr_warmup_steps=min(o.warmup, o.steps - 1),
-        lr_decay_steps=o.steps,
+        lr_warmup_steps=o.warmup,
+        lr_decay_steps=o.steps + 1,  # reaches the end one step after the last, which else would train at rate 0
         lr_decay_style=o.lr_schedule,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
@@ -125,8 +125,7 @@ class Log:
         o.out.mkdir(parents=True, exist_ok=True)
         self.text = open(o.out / "log.txt", "a")
         self.metrics = open(o.out / "metrics.jsonl", "a" if append else "w")
-        if not append:
-            (o.out / "config.toml").write_text(to_toml(o))
+        write_config(o)
         self.record({"kind": "run", **header})
         from torch.utils.tensorboard import SummaryWriter
 
@@ -153,6 +152,15 @@ class Log:
                 self.board.add_scalar(key, value, row["step"])
         if row["step"] % o.log_every == 0 or row["step"] == o.steps:
             self.say(console_line(row, o, nan_steps))
+
+
+def write_config(o: TrainOptions) -> None:
+    """config.toml, of this call; that of an earlier call with other options stays as config.1.toml, config.2.toml, …"""
+    path, text = o.out / "config.toml", to_toml(o)
+    if path.is_file() and path.read_text() != text:
+        earlier = len(list(o.out.glob("config.*.toml")))
+        path.rename(o.out / f"config.{earlier + 1}.toml")
+    path.write_text(text)
 
 
 def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
@@ -218,6 +226,7 @@ def train(
     samples: Callable[[list[dict]], tuple[int, int]],
     header: dict,
     state: dict,
+    beside: Iterable[Path] = (),
     ema_decay: float = 0.0,
     measure: Callable[[], dict] | None = None,
 ) -> dict:
@@ -227,7 +236,8 @@ def train(
     returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
-    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe. measure,
+    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe; beside:
+    files that each checkpoint holds a copy of. measure,
     called on every rank after each backward: what else belongs into the step's row; reading it waits for the device.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
@@ -248,16 +258,15 @@ def train(
         checkpoint.load(found, chunks, optimizer, ema=ema, fsdp=o.fsdp) if found else {"step": 0, "optimizer_steps": 0}
     )
     start, applied = saved["step"], saved["optimizer_steps"]
-    if found and saved["global_batch"] != o.global_batch:
-        raise ValueError(
-            f"{found} was trained with global_batch={saved['global_batch']}, not {o.global_batch}: its data position "
-            "would be lost; fix: --global-batch, or --resume never with --weights"
-        )
     scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
 
     log = Log(o, header, append=bool(found))
     if found:
         log.say(f"resumed from {found} at step {start}")
+        if changed := resume.changes(saved.get("options", {}), o):
+            log.say(f"changed since then: {', '.join(changed)}")
+        if start == o.steps:
+            log.say(f"all {o.steps} steps are done: nothing to train; fix: a larger --steps, if more are wanted")
     stop = _StopFlag()
     forward_backward = get_forward_backward_func()
     bad, skipped, last_save, reason, rows = 0, 0, None, "finished", deque(maxlen=10_000)
@@ -265,9 +274,11 @@ def train(
     profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
     def save(step: int) -> Path | None:
-        facts = {**state, "step": step, "optimizer_steps": applied, "global_batch": o.global_batch, "seed": o.seed}
+        facts = {**state, "step": step, "optimizer_steps": applied, "options": resume.options(o)}
         try:
-            path = checkpoint.save(folder, step, chunks, optimizer, facts, ema=ema, keep=o.keep, fsdp=o.fsdp)
+            path = checkpoint.save(
+                folder, step, chunks, optimizer, facts, beside=beside, ema=ema, keep=o.keep, fsdp=o.fsdp
+            )
         except OSError as error:
             log.say(f"warning: {error}; training goes on from memory")
             return None

@@ -257,12 +257,15 @@ def main() -> None:
     if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
         mine = list(wanted)[dist.get_rank() :: dist.get_world_size()]
         state = {"step": 0, "model": dataclasses.asdict(config)}
-        checkpoint.save_tensors(o.out, {name: read(name) for name in mine}, state)
+        tokenizer = [o.weights / name for name in COPIED]
+        checkpoint.save_tensors(o.out, {name: read(name) for name in mine}, state, tokenizer)
     elif dist.get_rank() == 0:
         write_released(o.out, config, {name: element(name) for name in wanted}, read, o.weights)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{o.out}: {config.parameters:,} parameters, {len(wanted)} tensors", flush=True)
+        if not (o.out / "tokenizer.json").is_file():
+            print(f"note: {o.weights} has no tokenizer.json to copy; add the tokenizer's files to {o.out}", flush=True)
     parallel.shutdown()
 
 

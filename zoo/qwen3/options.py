@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, weights
+from common import cli, resume, weights
 from common.cli import option
 
 from . import convert, megatron_import, preprocess
@@ -27,6 +27,7 @@ from .config import (
     size_of,
     trained_parameters,
 )
+from .data import list_files, tokenizer_hash
 
 HERE = Path(__file__).parent
 
@@ -49,6 +50,11 @@ YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained 
 ONE_DEVICE = {
     "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
 }  # fmt: skip
+RATES = {
+    "sft": 1e-5,
+    "lora": 1e-4,
+    "dpo": 5e-7,
+}  # of a published size, whose layout has pretraining's; dpo of adapters: x 10
 LORA_RANK = 16  # of lora.sh, where nothing else is asked
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
@@ -201,10 +207,8 @@ def parse(script: str, argv: list[str]):
 
 
 def _default_size(folder: Path | None) -> str:
-    """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
-    if folder is not None:
-        return size_of(folder)
-    return "tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "0.6B"
+    """The size whose architecture the weights folder has; without one, tiny."""
+    return "tiny" if folder is None else size_of(folder)
 
 
 def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
@@ -224,7 +228,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
         _check_adapters(o, config)
     if o.merge and o.from_scratch:
         raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
-    _check_start(o)
+    resume.check(o, run_facts(o))
     for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
         if folder:
             weights.refuse_existing(folder, flag)
@@ -322,10 +326,29 @@ def _with_weights(o):
 
 
 def _with_tokenizer(o):
+    """--tokenizer, or that of the weights: a release has one, and a checkpoint a copy of its run's. The demo's is for the
+    demo's weights, and for drawn ones of its size or on its data.
+
+    Raises:
+        ValueError: none of these is there.
+    """
     if o.tokenizer is not None:
         return o
-    has_one = o.weights is not None and (o.weights / "tokenizer.json").is_file()
-    return dataclasses.replace(o, tokenizer=o.weights if has_one else DEMO_TOKENIZER)
+    if o.weights is not None and o.weights.resolve() != DEMO_WEIGHTS.resolve():
+        if not (o.weights / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{o.weights} has no tokenizer.json (an incomplete download?); fix: --tokenizer with the folder of the "
+                "tokenizer these weights were trained with"
+            )
+        return dataclasses.replace(o, tokenizer=o.weights)
+    if (
+        o.weights is None
+        and not o.size.startswith("tiny")
+        and (data := getattr(o, "data", None))
+        and not _is_demo(data)
+    ):
+        raise ValueError(f"size {o.size} has drawn weights and no tokenizer; fix: --tokenizer")
+    return dataclasses.replace(o, tokenizer=DEMO_TOKENIZER)
 
 
 def _without_batch(o, asked: set[str]):
@@ -401,8 +424,16 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
         changes["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
         usual |= {"validation": validation}
         usual |= DEMO_RUN.get(o.job, {}) if o.size.startswith("tiny") else {}
+    if not o.size.startswith("tiny") and o.job in RATES and not _layout_is_of_job(o, asked):
+        rate = RATES[o.job] * (10 if o.job == "dpo" and o.adapts else 1)
+        usual |= {"lr": rate, "min_lr": (o.lr if "--lr" in asked else rate) / 10}
     changes |= {name: value for name, value in usual.items() if "--" + name.replace("_", "-") not in asked}
-    return dataclasses.replace(o, **changes)
+    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+
+
+def _layout_is_of_job(o: TrainOptions, asked: set[str]) -> bool:
+    """Whether the layout's rates are this job's: its name says so, or it was named to train all parameters."""
+    return o.job in o.layout.split("-") or ("--layout" in asked and o.job == "sft")
 
 
 def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:
@@ -474,7 +505,10 @@ def _check_adapters(o, config: Qwen3Config) -> None:
 def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
     beside other weights."""
-    start = {"weights": str(o.weights), "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights)}
+    start = {
+        "weights": str(o.weights and o.weights.absolute()),
+        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights),
+    }
     if o.quantize != "none":
         start["base"] += f" as {o.quantize}"
     if o.adapter:
@@ -491,21 +525,20 @@ def content(folder: Path) -> str:
     return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
 
 
-def _check_start(o: TrainOptions) -> None:
-    """A run goes on from what it started from; without --weights, say, it would go on from the demo's."""
-    named = Path(o.resume) if o.resume not in ("auto", "never") else None
-    states = [named / "state.json"] if named else sorted(o.out.glob("checkpoints/step-*/state.json"))
-    if o.resume == "never" or not states or not states[-1].is_file():
-        return
-    saved = weights.read_json(states[-1]).get("start", {})
-    now = starting_point(o) if o.adapts or o.job == "dpo" else {}
-    differs = [f"{key} {saved.get(key)!r} and not {now.get(key)!r}" for key in {**saved, **now} if key != "weights"
-               and saved.get(key) != now.get(key)]  # fmt: skip
-    if differs:
-        raise ValueError(
-            f"{states[-1].parent} was trained from {', '.join(differs)}; fix: --weights {saved.get('weights')} and the "
-            "adapters' options as they were, or --resume never"
-        )
+def run_facts(o: TrainOptions) -> dict:
+    """What a run cannot change any more: what it starts from, and what decides its rows and their order."""
+    facts = {"job": o.job, "seed": o.seed, "seq_len": o.seq_len, "global_batch": o.global_batch}
+    if o.job == "pretrain":
+        files = [Path(f"{o.data}{suffix}") for suffix in (".bin", ".idx")]
+        facts |= {"separate_documents": o.separate_documents}
+    else:
+        files = list_files(o.data, (".jsonl", ".json")) if o.data.exists() else [o.data]
+        facts |= {"too_long": o.too_long}
+    made = all(file.is_file() for file in files)  # the demo's are made after this was asked for the first time
+    return starting_point(o) | facts | {
+        "data": {"path": str(o.data), "content": resume.content(files) if made else None},
+        "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
+    }  # fmt: skip
 
 
 def _check_tasks(o: EvaluateOptions) -> None:

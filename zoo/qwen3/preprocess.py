@@ -51,7 +51,7 @@ class PreprocessOptions:
     size: str = option("the model whose vocabulary must hold the tokenizer's", "tiny", group="model")
     weights: Path | None = option("released Hugging Face folder, instead of --size and --tokenizer", group="model")
     tokenizer: Path | None = option(
-        "folder with a tokenizer.json (default: of --weights, or the demo's)", group="model"
+        "folder with a tokenizer.json (default: of --weights; of size tiny the demo's)", group="model"
     )
     data: Path | None = option("your text, a file or a folder (default: the demo's)", group="data")
     field: str = option("key or column that holds the text", "text", group="data")
@@ -72,7 +72,9 @@ def checked(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
         ValueError: no such data, a kind of file that cannot be read here, a tokenizer that is none, lacks the end
             token, or has tokens the model (of `vocab_size`) has no embedding for.
     """
-    tokenizer = o.tokenizer or o.weights or DEMO_TOKENIZER
+    tokenizer = o.tokenizer or o.weights or (DEMO_TOKENIZER if o.size.startswith("tiny") else None)
+    if tokenizer is None:
+        raise ValueError(f"size {o.size} has no tokenizer of its own; fix: --tokenizer, or --weights with one")
     data = o.data or DEMO_TEXT / "train.jsonl"
     workers = os.cpu_count() if o.workers is None else o.workers
     out = o.out or (data.absolute() if data.is_dir() else data.with_suffix(""))

@@ -30,7 +30,7 @@ from . import convert, data, preference
 from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate
 from .model import Qwen3Block, build, load_balancing_loss, router_metrics
-from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, starting_point
+from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, run_facts
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -285,7 +285,8 @@ def main() -> None:
         sequence_length=lambda batch: o.seq_len,
         samples=lambda batch: (o.seq_len, flops),
         header=loop.run_header(o, HERE.name, o.job, config.parameters, flops),
-        state={"model": dataclasses.asdict(config)} | ({"start": starting_point(o)} if o.adapts or margins else {}),
+        state={"model": dataclasses.asdict(config), "start": run_facts(o)},
+        beside=[o.tokenizer / name for name in convert.COPIED],
         measure=lambda: routers() | (margins() if margins else {}),
     )
     finished = result["reason"] == "finished"

@@ -1,5 +1,4 @@
-"""What the options of low-rank adapters are checked for, without torch: names of linears, an adapter folder's headers, and
-that a run goes on from what it began with."""
+"""What the options of low-rank adapters are checked for, without torch: names of linears, an adapter folder's headers."""
 
 from __future__ import annotations
 
@@ -49,9 +48,10 @@ def check_folder(folder: Path, config: WanConfig) -> None:
 
 # Adapted from zoo.qwen3.options.starting_point: no quantised base; the transformer alone is trained.
 def starting_point(o: TrainOptions) -> dict:
-    """What adapters start from, and dpo compares with, told by content: a run goes on beside no other weights."""
-    base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(o.weights / "transformer")
-    start = {"weights": str(o.weights), "base": base}
+    """What a run starts from, told by content: it goes on beside no other weights."""
+    folder = o.weights / "transformer" if (o.weights / "transformer").is_dir() else o.weights
+    base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(folder)
+    start = {"weights": str(o.weights.absolute()), "base": base}
     if o.adapter:
         settings = weights.read_json(o.adapter / "adapter_config.json")
         adapter = {
@@ -63,21 +63,3 @@ def starting_point(o: TrainOptions) -> dict:
     if not o.adapts:
         return start
     return start | {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.lora_targets}
-
-
-# Adapted from zoo.qwen3.options._check_start: adapters, and dpo with or without them, have a starting point here.
-def check_start(o: TrainOptions) -> None:
-    """A run goes on from what it started from; without --weights, say, it would go on from the demo's."""
-    named = Path(o.resume) if o.resume not in ("auto", "never") else None
-    states = [named / "state.json"] if named else sorted(o.out.glob("checkpoints/step-*/state.json"))
-    if o.resume == "never" or not states or not states[-1].is_file():
-        return
-    saved = weights.read_json(states[-1]).get("start", {})
-    now = starting_point(o) if o.adapts or o.job == "dpo" else {}
-    differs = [f"{key} {saved.get(key)!r} and not {now.get(key)!r}" for key in {**saved, **now} if key != "weights"
-               and saved.get(key) != now.get(key)]  # fmt: skip
-    if differs:
-        raise ValueError(
-            f"{states[-1].parent} was trained from {', '.join(differs)}; fix: --weights {saved.get('weights')} and the "
-            "adapters' options as they were, or --resume never"
-        )

@@ -312,15 +312,18 @@ class Index:
     rows: list[IndexRow]
     buckets: list[Bucket]
     fps: float | None
+    list_content: str = ""  # of the list that was scanned
 
     def save(self, path: str | Path) -> None:
         head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
+        head |= {"list_content": self.list_content}
         write_lines(Path(path), [head, *map(asdict, self.rows)])
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
         head, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1])
-        return cls([IndexRow(**row) for row in rows], parse_buckets(",".join(head["buckets"]), 1), head["fps"])
+        buckets = parse_buckets(",".join(head["buckets"]), 1)
+        return cls([IndexRow(**row) for row in rows], buckets, head["fps"], head.get("list_content", ""))
 
 
 def scan(

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import weights
+from common import resume, weights
 from common.data import partial_name
 
 from . import data
@@ -44,15 +44,17 @@ def has_encoders(folder: Path, config: WanConfig) -> bool:
     return all((folder / part).is_dir() for part in parts(config))
 
 
+def frozen_parts(folder: Path, config: WanConfig) -> dict[str, str]:
+    """The content of the VAE and the encoders, as far as a weights folder has them."""
+    names = ["vae", "text_encoder"] + (["image_encoder"] if config.given_frames else [])
+    return {name: weights.fingerprint(folder / name) for name in names if (folder / name).is_dir()}
+
+
 def encoders(o, config: WanConfig) -> dict[str, str]:
     """What decides features besides pixels and captions. A part that the weights folder lacks is left out."""
-
-    def content(names: list[str]) -> dict[str, str]:
-        return {name: weights.fingerprint(o.weights / name) for name in names if (o.weights / name).is_dir()}
-
-    text_to_video = content(["vae", "text_encoder"]) | {"precision": o.precision}
-    text_to_video |= {"vae_tiling": "tiled"} if o.vae_tiling else {}
-    return text_to_video | ({"task": config.task} | content(["image_encoder"]) if config.given_frames else {})
+    found = frozen_parts(o.weights, config) | {"precision": o.precision}
+    found |= {"vae_tiling": "tiled"} if o.vae_tiling else {}
+    return found | ({"task": config.task} if config.given_frames else {})
 
 
 def shard(folder: Path, number: int) -> Path:
@@ -126,7 +128,8 @@ def check(o: TrainOptions, config: WanConfig) -> None:
 
 def settings(o: ExtractOptions, config: WanConfig) -> dict:
     """All that the bits of a features folder depend on."""
-    mine = {"data": str(o.data.absolute()), "buckets": o.buckets, "fps": o.fps, "rows_of_shard": o.rows_of_shard}
+    mine = {"data": str(o.data.absolute()), "list": resume.content([o.data]) if o.data.is_file() else None}
+    mine |= {"buckets": o.buckets, "fps": o.fps, "rows_of_shard": o.rows_of_shard}
     shape = {"task": config.task, "text_len": config.text_len, "text_dim": config.text_dim}
     return mine | encoders(o, config) | shape | {"image_tokens": config.image_tokens}
 

@@ -7,7 +7,6 @@ every refusal come before anything heavy is imported.
 
 import argparse
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, weights
+from common import cli, resume, weights
 from common.cli import option
 from common.data import VideoError, probe_video
 
@@ -45,6 +44,7 @@ DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style is learnt s
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 DPO = {"weighting": "none", "caption_dropout": 0.0}  # of dpo_*.sh, as in the paper
 DEMO_DPO = {"steps": 150, "lr": 1e-3, "save_every": 150, "sft_weight": 100.0}
+RATES = {"lora": 1e-4, "dpo": 1e-5}  # of adapters on a published size, whose layout has the rate of all parameters
 LORA_RANK = 16  # of lora_*.sh, where nothing else is asked
 LORA_TARGETS = "q,k,v,o,ffn.0,ffn.2"  # of every block: self- and cross-attention, MLP
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
@@ -290,7 +290,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
         if o.from_scratch:
             raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: no --merge")
         weights.refuse_existing(o.merge, "--merge")
-    adapters.check_start(o)
+    resume.check(o, run_facts(o, config))
     if o.export:
         weights.refuse_existing(o.export, "--export")
     return o
@@ -398,13 +398,17 @@ JOBS = {  # a launcher's script -> its options, what --help says of it, what com
 
 
 def _default_size(folder: Path | None, argv: list[str]) -> str:
-    """The size whose architecture the weights folder has; without one, tiny on a CPU, else the smallest published."""
+    """The size whose architecture the weights folder has; without one, tiny."""
     if folder is not None:
         return size_of(folder)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", nargs="?")  # which has to be known before the other options are
-    image = parser.parse_known_args(argv)[0].task == "i2v"
-    return ("tiny" if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else "1.3B") + ("-i2v" if image else "")
+    parser.add_argument("--task", nargs="?")  # which have to be known before the other options are
+    parser.add_argument("--checkpoint", nargs="?", type=Path)
+    known = parser.parse_known_args(argv)[0]
+    if known.checkpoint and (found := resume.newest_state(known.checkpoint)):
+        return size_of(found[0])
+    image = known.task == "i2v"
+    return "tiny-i2v" if image else "tiny"
 
 
 def _with_weights(o, *, pretrains: bool = False, drawn: bool = False):
@@ -513,8 +517,23 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
         usual |= {"validation": demo_list("test", "pairs")} if o.job == "dpo" else {}
         usual |= {"lora": DEMO_LORA, "dpo": DEMO_DPO}.get(o.job, {}) if o.size.startswith("tiny") else {}
         changes |= {"data": demo_list("train", {"lora": "blinking", "dpo": "pairs"}.get(o.job, ""))}
+    if o.adapts and not o.size.startswith("tiny") and o.job not in o.layout.split("-"):
+        usual |= {"lr": RATES[o.job]}
     changes |= {name: value for name, value in usual.items() if _flag(name) not in asked}
-    return dataclasses.replace(o, **changes)
+    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+
+
+def run_facts(o: TrainOptions, config: WanConfig) -> dict:
+    """What a run cannot change any more: what it starts from, and what decides its videos and their order."""
+    facts = {"job": o.job, "seed": o.seed, "global_batch": o.global_batch, "buckets": o.buckets, "fps": o.fps}
+    listed = (
+        o.features / "index.jsonl" if o.features else o.data
+    )  # the demo's list is made after this was first asked for
+    made = resume.content([listed]) if listed.is_file() else None
+    facts |= {"data": {"path": str(o.features or o.data), "content": made}}
+    tokenizer = sorted(p for p in (o.weights / "tokenizer").glob("*") if p.is_file())
+    facts |= {"tokenizer": {"path": str(o.weights / "tokenizer"), "content": resume.content(tokenizer)}}
+    return adapters.starting_point(o) | facts | features.frozen_parts(o.weights, config)
 
 
 def _check_list(path: Path | None, max_drop: float, pairs: bool = False) -> None:
@@ -538,20 +557,52 @@ def is_demo(path: Path | None) -> bool:
 
 def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig]:
     """What every job that samples is completed with and checked for, and the architecture."""
-    if o.weights is None and "--video" not in asked:
+    if o.checkpoint is None and o.weights is None and "--video" not in asked:
         o = dataclasses.replace(o, video=DEMO_BUCKET)
-    o = _with_weights(dataclasses.replace(o, global_batch=None))
+    o = _with_weights(_with_encoders_of_checkpoint(dataclasses.replace(o, global_batch=None)))
     config, bucket = _model(o), data.parse_buckets(o.video)[0]
     o = _laid_out(o, config, bucket, "video")
     _check_folder(o, config)
     if o.adapter:
         adapters.check_folder(o.adapter, config)
     o = check_acceleration(o, config, latent_grid(bucket))
-    if o.checkpoint is not None and not o.checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {o.checkpoint} does not exist; expected a sharded one; fix: --checkpoint")
-    if o.checkpoint is not None and (o.checkpoint / "state.json").is_file():
-        refuse_adapters_alone(o.checkpoint, "--adapter with the run's adapter/ instead of --checkpoint")
+    if o.checkpoint is not None:
+        _check_encoders_of_checkpoint(o, config)
     return o, config
+
+
+def _with_encoders_of_checkpoint(o: InferOptions) -> InferOptions:
+    """Without --weights a checkpoint is sampled beside the VAE and the encoders that its run was trained with.
+
+    Raises:
+        ValueError: there is no checkpoint, one of adapters alone, or its run's weights folder is gone.
+    """
+    if o.checkpoint is None:
+        return o
+    found = resume.newest_state(o.checkpoint)
+    if found is None:
+        raise ValueError(f"--checkpoint {o.checkpoint} holds no checkpoint; expected a sharded one; fix: --checkpoint")
+    refuse_adapters_alone(found[0], "--adapter with the run's adapter/ instead of --checkpoint")
+    if o.weights is not None:
+        return o
+    trained_with = found[1].get("start", {}).get("weights")
+    if trained_with is None or not Path(trained_with).is_dir():
+        raise ValueError(
+            f"{found[0]} holds the transformer alone, and {trained_with or 'the weights of its run'} with its VAE and "
+            "encoders is not there; fix: --weights"
+        )
+    return dataclasses.replace(o, weights=Path(trained_with))
+
+
+def _check_encoders_of_checkpoint(o: InferOptions, config: WanConfig) -> None:
+    """A checkpoint is sampled with the VAE and the encoders that it was trained with, told by their content."""
+    folder, state = resume.newest_state(o.checkpoint)
+    start, now = state.get("start", {}), features.frozen_parts(o.weights, config)
+    if other := [name for name, there in now.items() if start.get(name, there) != there]:
+        raise ValueError(
+            f"{folder} was trained with another {' and '.join(other)} than {o.weights} has; fix: --weights "
+            f"{start['weights']}, or one with the same"
+        )
 
 
 def check_acceleration(o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> InferOptions:

@@ -25,17 +25,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, lora, parallel
+from common import checkpoint, cli, lora, parallel, resume
 from common import train as loop
 from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
 
-from . import adapters, convert, data, features, images, preference
+from . import convert, data, features, images, preference
 from .config import WanConfig, latent_grid, model_config
 from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
-from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse
+from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse, run_facts
 from .videos import write
 
 SAMPLE_BATCH = 16
@@ -217,7 +217,8 @@ class Batches:
 
 
 def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.Index:
-    """The run's index of a list of videos: made by rank 0 once, then read by all, also after a resume."""
+    """The run's index of a list of videos: made by rank 0 once, then read by all, also after a resume. One that is kept
+    of another list, other buckets or another rate, and that no checkpoint was trained on, is made again."""
     path = o.out / name
     if getattr(o, "features", None):
         index = o.features / "index.jsonl"
@@ -228,7 +229,7 @@ def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.In
             o.out.mkdir(parents=True, exist_ok=True)
             shutil.copy(index, path)
         return data.Index.load(index)
-    if dist.get_rank() == 0 and not path.is_file():
+    if dist.get_rank() == 0 and not _still_holds(path, source, o):
         read, scan = (
             (data.read_pairs, data.scan_pairs) if getattr(o, "job", "") == "dpo" else (data.read_rows, data.scan)
         )
@@ -239,9 +240,22 @@ def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.In
         print(report, flush=True)
         report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
         print(data.fill(index, o.global_batch), flush=True)
-        index.save(path)
+        dataclasses.replace(index, list_content=resume.content([source])).save(path)
     dist.barrier()
     return data.Index.load(path)
+
+
+def _still_holds(path: Path, source: Path, o: TrainOptions) -> bool:
+    """Whether the index kept in a run folder is of the list, buckets and rate asked for now; says so if it is not. That a
+    run with checkpoints goes on with the same ones `options.run_facts` has checked."""
+    if not path.is_file():
+        return False
+    kept = data.Index.load(path)
+    now = (resume.content([source]), data.parse_buckets(o.buckets), o.fps or None)
+    if now == (kept.list_content, kept.buckets, kept.fps):
+        return True
+    print(f"{path} is of another list, other --buckets or another --fps: scanning again", flush=True)
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
@@ -377,8 +391,7 @@ def main() -> None:
         sequence_length=sequence_length,
         samples=samples,
         header=header,
-        state={"model": dataclasses.asdict(config)}
-        | ({"start": adapters.starting_point(o)} if o.adapts or margins else {}),
+        state={"model": dataclasses.asdict(config), "start": run_facts(o, config)},
         ema_decay=o.ema,
         measure=margins,
     )

@@ -1,0 +1,93 @@
+"""Going on in a run folder: what its newest checkpoint says of its run, compared with what is asked for now.
+
+A checkpoint's state.json holds under `start` what the run cannot change any more (what it started from, and what decides
+its data and their order) and under `options` every option of the call that wrote it. What is not under `start` may
+change, and is printed. No torch here.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import weights
+
+SAMPLES, SAMPLE_BYTES = 256, 2**16  # read of all files together, if they are not more files than that
+UNSAID = {"out", "resume", "export", "merge", "dry_run", "print_config"}  # options that change nothing of a run
+
+
+def content(files: Iterable[Path]) -> str:
+    """A short name for what files hold, whatever they are called: their sizes, and samples of 64 KiB spread over each
+    (the whole of 16 MiB; hashing a corpus whole would take as long as reading it)."""
+    digest, files = hashlib.sha256(), list(files)
+    count = max(1, SAMPLES // max(1, len(files)))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(count):
+                file.seek(i * size // count)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def newest_state(folder: Path) -> tuple[Path, dict] | None:
+    """(checkpoint, its state.json) of a checkpoint or the newest of a folder of them, wholeness not looked at; None: there
+    is none."""
+    states = [folder / "state.json"] if (folder / "state.json").is_file() else sorted(folder.glob("step-*/state.json"))
+    return (states[-1].parent, weights.read_json(states[-1])) if states else None
+
+
+def check(o, start: dict[str, Any]) -> None:
+    """A run goes on only from what it began with. start: facts by name; one that is {"path", "content"} is compared by
+    its content, if that is known by now (None: demo data that are still to be made).
+
+    Raises:
+        ValueError: facts that differ, each with both values; or the run has already done more than --steps.
+    """
+    if o.resume == "never":
+        return
+    found = newest_state(o.out / "checkpoints" if o.resume == "auto" else Path(o.resume))
+    if found is None:
+        return
+    folder, state = found
+    saved = state.get("start", {})
+    differs = [
+        f"{name} {_shown(saved.get(name))} and not {_shown(start.get(name))}"
+        for name in {**saved, **start}
+        if name != "weights" and not _equal(saved.get(name), start.get(name))
+    ]
+    if differs:
+        began = "" if saved.get("base") == start.get("base") else f" (--weights {saved.get('weights')})"
+        raise ValueError(
+            f"{folder} was trained from {', '.join(differs)}; a run goes on with what it began with; fix: these options "
+            f"as they were{began}, another --out, or --resume never"
+        )
+    if state["step"] > o.steps:
+        raise ValueError(
+            f"{folder} is at step {state['step']} already, steps={o.steps}; fix: --steps of at least {state['step']}, or "
+            "--resume with an earlier checkpoint and another --out"
+        )
+
+
+def _equal(saved: Any, now: Any) -> bool:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return None in (saved["content"], now["content"]) or saved["content"] == now["content"]
+    return saved == now
+
+
+def _shown(fact: Any) -> str:
+    return f"{fact['path']} (content {fact['content']})" if isinstance(fact, dict) else repr(fact)
+
+
+def options(o) -> dict[str, Any]:
+    """Every option, as JSON can hold it."""
+    values = {f.name: getattr(o, f.name) for f in dataclasses.fields(o)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def changes(saved: dict[str, Any], o) -> list[str]:
+    """`name then -> now` of the options that are not what they were when the checkpoint was written."""
+    now = options(o)
+    return [f"{n} {saved[n]} -> {now[n]}" for n in now if n not in UNSAID and n in saved and saved[n] != now[n]]
