@@ -276,7 +276,7 @@ def test_draws_follow_temperature_top_p_and_top_k():
     generator = torch.Generator().manual_seed(0)
 
     def shares(**values):
-        drawn = case.infer.choose(logits.expand(20000, 4), infer_options(**values), generator)
+        drawn = case.infer.choose(logits.expand(20000, 4), infer_options(**values), [generator] * 20000)
         return torch.bincount(drawn, minlength=4) / 20000
 
     p = logits.exp()[0]
@@ -285,6 +285,33 @@ def test_draws_follow_temperature_top_p_and_top_k():
     assert torch.allclose(shares(temperature=1.0, top_k=2), torch.tensor([*(p[:2] / p[:2].sum()), 0, 0]), atol=0.015)
     assert torch.allclose(shares(temperature=1.0, top_p=0.7), torch.tensor([*(p[:2] / p[:2].sum()), 0, 0]), atol=0.015)
     assert shares(temperature=0)[0] == 1
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_neighbours(tmp_path):
+    case.save_oracle(tmp_path, case.CONFIGS["dense"])
+    model, generator = ours(tmp_path), torch.Generator().manual_seed(5)
+    prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 5, 7, 1)]
+    prompts.append(prompts[0])  # asked a second time: another answer
+    o = infer_options(max_new_tokens=12, temperature=1.0)
+    alone = case.infer.generate(model, prompts, dataclasses.replace(o, batch=1), ends=set())
+    for batch in (2, 6):
+        assert case.infer.generate(model, prompts, dataclasses.replace(o, batch=batch), ends=set()) == alone
+    assert case.infer.generate(model, prompts[:2][::-1], o, ends=set()) == alone[:2][::-1]
+    assert alone[5] != alone[0] and case.infer.generate(model, prompts[:1], infer_options(**vars(o) | {"seed": 1}),
+                                                        ends=set()) != alone[:1]  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_give_an_error_and_no_empty_answer(temperature, tmp_path):
+    case.save_oracle(tmp_path, case.CONFIGS["dense"])
+    model = ours(tmp_path)
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    o = infer_options(max_new_tokens=5, temperature=temperature)
+    with pytest.raises(ValueError, match="logits are not finite.*fix: --weights"):
+        case.infer.generate(model, [[1, 2, 3], [4, 5]], o, ends={0})
+    with pytest.raises(ValueError, match="logits are not finite.*fix: --weights"):
+        case.infer.score(model, [([1, 2, 3], [[4]])], 64)
 
 
 def test_trigram_baseline_is_a_distribution(tmp_path):

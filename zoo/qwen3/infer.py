@@ -10,6 +10,7 @@ the longer ones is read a token a step. Tensor parallelism works as in training;
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +23,10 @@ from . import convert
 from .config import Qwen3Config, model_config
 from .model import Qwen3, build
 from .options import InferOptions, parse, read_prompts
+
+NOT_FINITE = (
+    "the model's logits are not finite: damaged weights, or too large for this precision; fix: --weights or --precision"
+)
 
 
 class Cache:
@@ -41,17 +46,26 @@ class Cache:
         return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
-def choose(logits: torch.Tensor, o: InferOptions, generator: torch.Generator) -> torch.Tensor:
+def choose(logits: torch.Tensor, o: InferOptions, generators: list[torch.Generator | None]) -> torch.Tensor:
     """The next token [B] of logits fp32 [B, V]: the likeliest at temperature 0, else drawn from the top_k likeliest of
-    those that make up top_p of the probability."""
+    those that make up top_p of the probability, each row with its own generator (None: the likeliest, which nobody
+    reads). -1 where logits are not finite."""
+    likeliest = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
     if o.temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     probabilities, tokens = (logits / o.temperature).softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= o.top_p, 0)
     if o.top_k:
         probabilities[:, o.top_k :] = 0
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    chosen = []
+    for i, generator in enumerate(generators):
+        if generator is None:
+            chosen.append(likeliest[i : i + 1])
+        else:
+            usable = probabilities[i].nan_to_num(nan=1.0)  # of a row that is -1 already
+            chosen.append(tokens[i, torch.multinomial(usable, 1, generator=generator)])
+    return torch.where(likeliest < 0, -1, torch.cat(chosen))
 
 
 def batches(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
@@ -78,13 +92,22 @@ def generate(
 ) -> list[list[int]]:
     """What follows each prompt (token ids), up to an end token (left out), o.max_new_tokens, or stop(answer so far).
     show: called with each token of a single prompt as it comes. Greedy generation is transformers'
-    `generate(do_sample=False)`."""
+    `generate(do_sample=False)`. What is drawn for a prompt depends on o.seed, its tokens and how many equal prompts stand
+    before it, not on the batch.
+
+    Raises:
+        ValueError: the model's logits are not finite.
+    """
     where = next(model.parameters()).device
     answers: list[list[int]] = [[] for _ in prompts]
+    seeds, seen = [], Counter()
+    for prompt in map(tuple, prompts):
+        seeds.append(checkpoint.stable_seed(o.seed, seen[prompt], *prompt))
+        seen[prompt] += 1
     for rows in batches([len(p) for p in prompts], o):
         shortest, longest = len(prompts[rows[0]]), len(prompts[rows[-1]])
         cache = Cache(len(rows), longest + o.max_new_tokens)
-        generator = torch.Generator(where).manual_seed(checkpoint.stable_seed(o.seed, rows[0]))
+        generators = [torch.Generator(where).manual_seed(seeds[i]) for i in rows]
         tokens = torch.tensor([prompts[i][:shortest] for i in rows], device=where)  # [B, n]
         rest = [prompts[i][shortest:] + [-1] * (longest - len(prompts[i])) for i in rows]
         rest = torch.tensor(rest, dtype=torch.int64, device=where)  # [B, longest - shortest], -1: the answer's own
@@ -96,13 +119,18 @@ def generate(
             cache.used += n
             chosen = tokens.new_empty(len(rows))
             if model.last:
-                chosen = choose(whole_logits(hidden.view(len(rows), n, -1)[:, -1], model), o, generator)
+                logits = whole_logits(hidden.view(len(rows), n, -1)[:, -1], model)
+                # A row whose prompt is still being read draws nothing: its answer's draws are the same in any batch.
+                reads = [step < len(prompts[i]) - shortest for i in rows]
+                chosen = choose(logits, o, [None if r else g for r, g in zip(reads, generators, strict=True)])
             if not (model.first and model.last):
                 last = mpu.get_pipeline_model_parallel_last_rank()
                 dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
             if step < longest - shortest:
-                chosen = torch.where(rest[:, step] < 0, chosen, rest[:, step])
+                chosen = torch.where((rest[:, step] < 0) | (chosen < 0), chosen, rest[:, step])
             for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
+                if token < 0:
+                    raise ValueError(NOT_FINITE)
                 answer = answers[rows[place]]
                 if done[place] or step < len(prompts[rows[place]]) - shortest:
                     continue
@@ -162,7 +190,10 @@ def score(
             logs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
             likeliest.append(logits.argmax(1) == target)
         sizes = [len(ending) for _, ending in endings]
-        sums = torch.stack([t.sum() for t in torch.cat(logs).cpu().double().split(sizes)]).tolist()
+        sums = torch.stack([t.sum() for t in torch.cat(logs).cpu().double().split(sizes)])
+        if not sums.isfinite().all():
+            raise ValueError(NOT_FINITE)
+        sums = sums.tolist()
         every = [bool(t.all()) for t in torch.cat(likeliest).cpu().split(sizes)]
         found = iter(zip(sums, every, strict=True))
         results += [[next(found) for _ in few] for _, few in row]
