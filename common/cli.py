@@ -150,6 +150,7 @@ class TrainOptions(LayoutOptions):
 
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
+    epochs: float = option("times the data are seen, in place of --steps", None, group="run", within="(0, inf)")
     seed: int = option("seed of weights, data order, noise", 0, group="run")
     resume: str = option(
         "auto (continue if the run folder holds a checkpoint), never, or a checkpoint", "auto", group="run"
@@ -393,8 +394,16 @@ def check_compile(o) -> None:
 
 
 def shorten_warmup(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    """A layout's warm-up is meant for its own number of steps: a shorter run warms up for at most a tenth."""
-    return o if "--warmup" in asked else dataclasses.replace(o, warmup=min(o.warmup, o.steps // 10))
+    """A layout's warm-up is meant for its own number of steps: a shorter run warms up for at most a tenth.
+
+    Raises:
+        ValueError: both --steps and --epochs.
+    """
+    if {"--steps", "--epochs"} <= asked:
+        raise ValueError(f"--steps {o.steps} and --epochs {o.epochs}; expected one of them; fix: leave one out")
+    if "--warmup" in asked or o.steps is None:
+        return o
+    return dataclasses.replace(o, warmup=min(o.warmup, o.steps // 10))
 
 
 def check_run(o: TrainOptions) -> None:

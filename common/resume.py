@@ -64,7 +64,7 @@ def check(o, start: dict[str, Any]) -> None:
             f"{folder} was trained from {', '.join(differs)}; a run goes on with what it began with; fix: these options "
             f"as they were{began}, another --out, or --resume never"
         )
-    if state["step"] > o.steps:
+    if o.epochs is None and state["step"] > o.steps:  # how many steps epochs are the data will tell
         raise ValueError(
             f"{folder} is at step {state['step']} already, steps={o.steps}; fix: --steps of at least {state['step']}, or "
             "--resume with an earlier checkpoint and another --out"

@@ -8,6 +8,7 @@ One host synchronisation per step, on purpose: loss, gradient norm and the stop 
 backward, to decide whether the step is applied.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -178,11 +179,29 @@ def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
     )
 
 
-def run_header(o: TrainOptions, recipe: str, job: str, parameters: int, flops_per_sample: int) -> dict:
+def count_epochs(o: TrainOptions, samples: int) -> TrainOptions:
+    """Says how many steps it takes to see `samples` once. Of --epochs makes the steps, and of them the warm-up."""
+    of_epoch = samples / o.global_batch
+    if o.epochs is not None:
+        steps = math.ceil(o.epochs * of_epoch)
+        o = dataclasses.replace(o, steps=steps, warmup=min(o.warmup, steps // 10))
+    if dist.get_rank() == 0:
+        print(
+            f"an epoch is {of_epoch:,.1f} steps ({samples:,} samples, {o.global_batch} a step): {o.steps} steps are "
+            f"{o.steps / of_epoch:.2f} epochs",
+            flush=True,
+        )
+    return o
+
+
+def run_header(
+    o: TrainOptions, recipe: str, job: str, parameters: int, flops_per_sample: int, starts_from: str
+) -> dict:
     """The header line of metrics.jsonl."""
     import megatron.core
 
     return {
+        "starts_from": starts_from,
         "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)),
         "commit": commit(),
         "recipe": recipe,
@@ -261,12 +280,14 @@ def train(
     scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
 
     log = Log(o, header, append=bool(found))
+    if not found:
+        log.say(f"starts from {header['starts_from']}")
     if found:
         log.say(f"resumed from {found} at step {start}")
         if changed := resume.changes(saved.get("options", {}), o):
             log.say(f"changed since then: {', '.join(changed)}")
-        if start == o.steps:
-            log.say(f"all {o.steps} steps are done: nothing to train; fix: a larger --steps, if more are wanted")
+        if start >= o.steps:
+            log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
     stop = _StopFlag()
     forward_backward = get_forward_backward_func()
     bad, skipped, last_save, reason, rows = 0, 0, None, "finished", deque(maxlen=10_000)

@@ -111,6 +111,7 @@ REFUSED = {
     "compiling what is kept": ("--compile --recompute selective", 1, ["selective", "--no-compile"]),
     "steps to profile": ("--profile-steps ten", 1, ["'ten'", "10-12"]),
     "ranks to profile": ("--profile-ranks all", 1, ["'all'", "0,8"]),
+    "steps and epochs": ("--steps 3 --epochs 2", 1, ["--steps 3 and --epochs 2.0", "leave one out"]),
     "prompts to sample": ("--sample-prompts no.txt", 1, ["--sample-prompts no.txt does not exist"]),
     "weights folder": ("--weights no/such/folder", 1, ["no/such/folder", "--weights"]),
     "data file": ("--data no.jsonl", 1, ["no.jsonl", "--data"]),
@@ -156,6 +157,8 @@ REFUSED_TO_SAMPLE = {
     "int8 shards": ("--quantize int8 --fsdp", 2, ["quantize=int8 with fsdp", "--no-fsdp"]),
     "offloaded shards": ("--cpu-offload --fsdp", 2, ["cpu_offload with fsdp", "--no-cpu-offload"]),
     "compiling what is kept": ("--compile --recompute selective", 1, ["selective", "--no-compile"]),
+    "frames of a shape": ("--video 80x64x64", 1, ["80 frames", "4n+1 (77, 81)", "fix: --video"]),
+    "two shapes": ("--video 13x48x48,5x48x48", 1, ["13x48x48,5x48x48 names 2 shapes; expected one", "fix: --video"]),
     "sampler": ("--sampler ddim", 1, ["'ddim'", "unipc", "dpm", "euler"]),
 }
 

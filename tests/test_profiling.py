@@ -33,7 +33,9 @@ def profiled_run(out: Path) -> None:
         lambda step: case.my_batches(o, step),
         sequence_length=lambda batch: case.sequence_length(o),
         samples=lambda batch: (case.CONFIG.tokens(case.GRID), case.CONFIG.flops(case.GRID)),
-        header=loop.run_header(o, case.RECIPE, "pretrain", case.CONFIG.parameters, case.CONFIG.flops(case.GRID)),
+        header=loop.run_header(
+            o, case.RECIPE, "pretrain", case.CONFIG.parameters, case.CONFIG.flops(case.GRID), "drawn weights"
+        ),
         state={},
     )
 

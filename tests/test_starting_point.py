@@ -220,3 +220,82 @@ def test_a_run_says_what_it_goes_on_with(tmp_path):
     assert "steps = 2" in (tmp_path / "run" / "config.toml").read_text()
     said = qwen3.parse("infer", ["--weights", str(last), "--prompt", "x"])
     assert said.tokenizer == last
+
+
+# ------------------------------------------------------------------------------------------------------- words of a run
+
+
+@pytest.mark.parametrize(("epochs", "steps", "warmup", "says"), [(None, 600, 60, "150.00"), (2.5, 10, 1, "2.50")])
+def test_epochs_are_counted_and_may_stand_for_steps(epochs, steps, warmup, says, capsys, monkeypatch):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    o = qwen_case.options(steps=600, warmup=60, epochs=epochs)
+    o = train.count_epochs(o, 15 if epochs is None else 16)  # 4 a step
+    o = train.count_epochs(o, 16) if epochs is None else o
+    assert (o.steps, o.warmup) == (steps, warmup)
+    said = capsys.readouterr().out
+    assert "an epoch is 4.0 steps (16 samples, 4 a step)" in said and f"{steps} steps are {says} epochs" in said
+
+
+def test_what_a_run_starts_from_is_said(tmp_path):
+    weights = release(tmp_path / "weights")
+    own = ["--weights", str(weights), "--tokenizer", str(qwen3.DEMO_TOKENIZER)]
+    said = {
+        "drawn weights, seed 3": ["--seed", "3"],
+        "the demo's weights": ["--job", "lora"],
+        f"released weights {weights}": own,
+    }
+    for words, argv in said.items():
+        assert qwen3.starts_from(qwen3.parse("train", argv)).startswith(words)
+    assert wan21.starts_from(wan21.parse("train", [])).startswith("drawn weights, seed 0, beside the VAE")
+    assert wan21.starts_from(wan21.parse("train", ["--job", "lora"])).startswith("the demo's weights")
+
+
+def test_the_command_at_the_end_of_a_run_is_one_that_parses(tmp_path):
+    """Of a run of adapters and of one of all parameters."""
+    from types import SimpleNamespace
+
+    adapted = qwen3.parse("train", ["--job", "lora", "--out", str(tmp_path)])
+    command = qwen_case.train.command_that_generates(adapted, None)
+    assert command.endswith(f"--weights {qwen3.DEMO_WEIGHTS} --adapter {tmp_path}/adapter "
+                            f"--tokenizer {qwen3.DEMO_TOKENIZER} --prompt TEXT")  # fmt: skip
+    whole = qwen3.parse("train", ["--out", str(tmp_path)])
+    assert qwen_case.train.command_that_generates(whole, "c").endswith(
+        "generate.sh --weights c --prompt TEXT --no-chat"
+    )
+    video, sizes = wan_case.train.command_that_samples, wan_case.config.SIZES
+    o = SimpleNamespace(adapts=False, export=None, buckets="9x48x48,1x48x48")
+    assert video(o, sizes["tiny-i2v"], "c").endswith(
+        "infer_i2v.sh --checkpoint c --video 9x48x48 --image PICTURE --prompt TEXT"
+    )
+
+
+def test_captions_longer_than_the_text_encoder_are_named(capsys):
+    from zoo.wan21.encoders import TextEncoder
+
+    encoder = TextEncoder(wan21.DEMO_WEIGHTS, torch.device("cpu"), torch.float32, 16)
+    short, long = "a handwritten three", "a handwritten three moves up " * 6
+    encoder.encode([short, long, long])
+    said = capsys.readouterr().err
+    length = len(encoder.tokenizer(long.strip()).input_ids)
+    assert length > 16 and said.count("warning") == 1
+    assert f"the last {length - 16} of {length} are left out of '{long[:60]}'" in said
+
+
+def test_latents_that_are_not_finite_are_an_error_and_no_black_video(monkeypatch):
+    from types import SimpleNamespace
+
+    from zoo.wan21 import infer
+
+    o = wan21.parse("infer", [])
+    encoder = SimpleNamespace(model=torch.nn.Identity(), encode=lambda prompts: torch.zeros(len(prompts), 4, 2))
+    parts = SimpleNamespace(encoder=encoder, frames=None, chunks=[], moment=None, pair=None,
+                            codec=SimpleNamespace(vae=torch.nn.Identity()))  # fmt: skip
+    monkeypatch.setattr(infer, "sample", lambda *a, **k: torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match="latents are not finite.*fix: --weights"):
+        infer.latents_of(o, wan_case.config.SIZES["tiny"], parts, [SimpleNamespace(prompt="x")], [0])
+
+
+def test_own_weights_are_evaluated_on_the_local_tasks(tmp_path):
+    weights = release(tmp_path / "weights")
+    o = qwen3.parse("evaluate", ["--weights", str(weights), "--tokenizer", str(qwen3.DEMO_TOKENIZER)])
+    assert o.tasks == "sort_digits,sort_digits_choice" and o.task_folder == qwen3.DEMO_TASKS

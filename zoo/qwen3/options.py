@@ -258,7 +258,7 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
 
 
 def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
-    if o.weights is None and o.tasks is None:
+    if o.tasks is None:
         o = dataclasses.replace(o, tasks="sort_digits,sort_digits_choice", chat=o.chat or "--no-chat" not in asked)
     o = dataclasses.replace(o, task_folder=o.task_folder or DEMO_TASKS)
     o = _with_tokenizer(_with_weights(_without_batch(o, asked)))
@@ -523,6 +523,16 @@ def content(folder: Path) -> str:
     """A short name for what a released folder, an adapter's or a checkpoint holds."""
     manifest = folder / "manifest.json"
     return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
+
+
+def starts_from(o: TrainOptions) -> str:
+    """What the weights of a new run are, in words."""
+    if o.from_scratch:
+        return f"drawn weights, seed {o.seed}"
+    what = "checkpoint" if is_sharded(o.weights) else "released weights"
+    if o.weights.resolve() == DEMO_WEIGHTS.resolve():
+        what = "the demo's weights"
+    return f"{what} {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
 
 
 def run_facts(o: TrainOptions) -> dict:

@@ -30,7 +30,7 @@ from . import convert, data, preference
 from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate
 from .model import Qwen3Block, build, load_balancing_loss, router_metrics
-from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, run_facts
+from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, run_facts, starts_from
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -252,6 +252,16 @@ def exact_match(o: TrainOptions, model) -> tuple[int, int]:
     return sum(right), len(right)
 
 
+def command_that_generates(o: TrainOptions, checkpoint) -> str:
+    """The shell command that answers with what this run made."""
+    made = f"--weights {o.export or checkpoint}"
+    if o.adapts:
+        made = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
+    if o.adapts and o.tokenizer != o.weights:
+        made += f" --tokenizer {o.tokenizer}"
+    return f"bash zoo/{HERE.name}/generate.sh {made} --prompt TEXT{' --no-chat' if o.job == 'pretrain' else ''}"
+
+
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -259,6 +269,7 @@ def main() -> None:
     o = parse("train", sys.argv[1:])
     parallel.initialize(o)
     config = model_config(o)
+    o = loop.count_epochs(o, len(rows_of(o.data, o)))
     chunks = build(o, config)
     convert.fill(chunks, o, config)
     if o.adapts:
@@ -284,7 +295,7 @@ def main() -> None:
         batches.prepare,
         sequence_length=lambda batch: o.seq_len,
         samples=lambda batch: (o.seq_len, flops),
-        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops),
+        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
         beside=[o.tokenizer / name for name in convert.COPIED],
         measure=lambda: routers() | (margins() if margins else {}),
@@ -304,6 +315,8 @@ def main() -> None:
         read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
         convert.write_released(o.export, config, element, read, o.tokenizer)
         print(f"exported {o.export}", flush=True)
+    if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere
+        print(f"try it      {command_that_generates(o, result['checkpoint'])}", flush=True)
     dist.barrier()
     parallel.shutdown()
 

@@ -217,31 +217,27 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
-    def check(self, multiple: int = 16) -> Bucket:
+    def check(self, multiple: int = 16, flag: str = "--buckets") -> Bucket:
         """4n + 1 frames for the causal VAE; `multiple` is the VAE's stride of 8 by the patch of 2."""
         if self.frames < 1 or self.frames % 4 != 1:
             near = max(1, (self.frames - 1) // 4 * 4 + 1)
-            raise ValueError(
-                f"bucket {self} has {self.frames} frames; expected 4n+1 ({near}, {near + 4}); fix: --buckets"
-            )
+            raise ValueError(f"shape {self} has {self.frames} frames; expected 4n+1 ({near}, {near + 4}); fix: {flag}")
         for side in (self.height, self.width):
             if side < multiple or side % multiple:
                 near = max(multiple, side // multiple * multiple)
                 rule = f"a multiple of {multiple} ({near}, {near + multiple})"
-                raise ValueError(f"bucket {self} has a side of {side}; expected {rule}; fix: --buckets")
+                raise ValueError(f"shape {self} has a side of {side}; expected {rule}; fix: {flag}")
         return self
 
 
-def parse_buckets(text: str, multiple: int = 16) -> list[Bucket]:
-    """`81x480x832,49x480x832` -> buckets, frames x height x width."""
+def parse_buckets(text: str, multiple: int = 16, flag: str = "--buckets") -> list[Bucket]:
+    """`81x480x832,49x480x832`, which `flag` names -> buckets, frames x height x width."""
     buckets = []
     for part in text.split(","):
         numbers = part.strip().split("x")
         if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
-            raise ValueError(
-                f"bucket {part.strip()!r}; expected FRAMESxHEIGHTxWIDTH such as 81x480x832; fix: --buckets"
-            )
-        buckets.append(Bucket(*map(int, numbers)).check(multiple))
+            raise ValueError(f"shape {part.strip()!r}; expected FRAMESxHEIGHTxWIDTH such as 81x480x832; fix: {flag}")
+        buckets.append(Bucket(*map(int, numbers)).check(multiple, flag))
     return buckets
 
 

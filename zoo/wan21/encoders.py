@@ -6,6 +6,7 @@ All are used as released, in fp32 (VAE, CLIP) and the run's precision (text); no
 import functools
 import html
 import re
+import sys
 from pathlib import Path
 
 import ftfy
@@ -100,19 +101,36 @@ class TextEncoder:
         self.model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=dtype)
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.text_len = text_len
+        self.cut: set[str] = set()  # captions of which the end was left out
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
-        """-> [B, text_len, text_dim], zeros behind each caption's closing </s>: Wan attends to the padding too."""
+        """-> [B, text_len, text_dim], zeros behind each caption's closing </s>: Wan attends to the padding too. Says which
+        captions are longer than that, and cut."""
+        captions = [clean(c) for c in captions]
         tokens = self.tokenizer(
-            [clean(c) for c in captions],
-            padding="max_length",
-            max_length=self.text_len,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+            captions, padding="max_length", max_length=self.text_len, truncation=True, return_tensors="pt"
+        )
+        for caption, length in zip(captions, tokens.attention_mask.sum(1).tolist(), strict=True):
+            if length == self.text_len and caption not in self.cut:
+                self._say_if_cut(caption)
+        tokens = tokens.to(self.model.device)
         states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state  # [B, T, text_dim]
         return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
+
+    def _say_if_cut(self, caption: str) -> None:
+        """Every one of the first 10, then every tenfold."""
+        length = len(self.tokenizer(caption).input_ids)
+        if length <= self.text_len:
+            return
+        self.cut.add(caption)
+        count = len(self.cut)
+        if count <= 10 or str(count).strip("0") == "1":
+            print(
+                f"warning: {count}. caption longer than the text encoder's {self.text_len} tokens: the last "
+                f"{length - self.text_len} of {length} are left out of {caption[:60]!r}…",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 class FrameEncoder:

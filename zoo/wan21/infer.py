@@ -203,7 +203,7 @@ def load(o: InferOptions, config: WanConfig, fill=convert.fill) -> Parts:
 def latents_of(
     o: InferOptions, config: WanConfig, parts: Parts, asked: list[images.Request], seeds: list[int]
 ) -> torch.Tensor:
-    """Latents [B, C, F, H, W] of what is asked, noise by `seeds`."""
+    """Latents [B, C, F, H, W] of what is asked, noise by `seeds`. ValueError: they are not finite."""
     bucket, start = data.parse_buckets(o.video)[0], None
     with on_device(o, parts.encoder.model):
         text, empty = parts.encoder.encode([r.prompt for r in asked]), parts.encoder.encode([o.negative])[0]
@@ -213,11 +213,17 @@ def latents_of(
             clip = torch.from_numpy(images.clip(o.video_in, bucket, o.fps, o.fit))  # [F, H, W, 3]
             start = parts.codec.encode(clip.permute(3, 0, 1, 2)[None])
     with on_device(o, *parts.chunks):
-        return sample(
+        latents = sample(
             parts.chunks, o, config, text, empty, latent_grid(bucket), seeds,
             sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg, condition=condition, start=start,
             strength=o.strength, moment=parts.moment, pair=parts.pair,
         )  # fmt: skip
+    if not latents.isfinite().all():
+        raise ValueError(
+            "the model's latents are not finite: damaged weights, or too large for this precision; fix: --weights, "
+            "--checkpoint or --precision"
+        )
+    return latents
 
 
 def pixels_of(o: InferOptions, parts: Parts, latents: torch.Tensor) -> torch.Tensor:

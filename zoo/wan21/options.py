@@ -523,6 +523,14 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
     return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
 
 
+def starts_from(o: TrainOptions) -> str:
+    """What the transformer of a new run is, in words."""
+    if o.from_scratch:
+        return f"drawn weights, seed {o.seed}, beside the VAE and encoders of {o.weights}"
+    whose = "the demo's" if o.weights.resolve() in (DEMO_WEIGHTS.resolve(), DEMO_I2V.resolve()) else "released"
+    return f"{whose} weights {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
+
+
 def run_facts(o: TrainOptions, config: WanConfig) -> dict:
     """What a run cannot change any more: what it starts from, and what decides its videos and their order."""
     facts = {"job": o.job, "seed": o.seed, "global_batch": o.global_batch, "buckets": o.buckets, "fps": o.fps}
@@ -560,7 +568,9 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
     if o.checkpoint is None and o.weights is None and "--video" not in asked:
         o = dataclasses.replace(o, video=DEMO_BUCKET)
     o = _with_weights(_with_encoders_of_checkpoint(dataclasses.replace(o, global_batch=None)))
-    config, bucket = _model(o), data.parse_buckets(o.video)[0]
+    config, (bucket, *more) = _model(o), data.parse_buckets(o.video, flag="--video")
+    if more:
+        raise ValueError(f"--video {o.video} names {1 + len(more)} shapes; expected one; fix: --video")
     o = _laid_out(o, config, bucket, "video")
     _check_folder(o, config)
     if o.adapter:

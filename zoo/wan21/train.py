@@ -35,7 +35,7 @@ from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
-from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse, run_facts
+from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse, run_facts, starts_from
 from .videos import write
 
 SAMPLE_BATCH = 16
@@ -318,6 +318,8 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
         write(video, folder / f"{i:04d}", o.fps or 16, "gif", {"prompt": caption})
     if is_demo(o.data) and not o.sample_prompts:
         report_demo(o, videos, captions, result, before)
+    else:
+        print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder}", flush=True)
 
 
 def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict, before: list) -> None:
@@ -341,6 +343,16 @@ def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict
     print(words, flush=True)
 
 
+def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -> str:
+    """The shell command that samples from what this run made."""
+    launcher = f"bash zoo/{HERE.name}/infer_{'i2v' if config.given_frames else 't2v'}.sh"
+    made = f"--weights {o.export}" if o.export else f"--checkpoint {checkpoint}"
+    if o.adapts:
+        made = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
+    given = "".join([" --image PICTURE", " --last-image PICTURE"][: config.given_frames])
+    return f"{launcher} {made} --video {o.buckets.split(',')[0]}{given} --prompt TEXT"
+
+
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -349,6 +361,7 @@ def main() -> None:
     parallel.initialize(o)
     config = model_config(o)
     index = indexed(o, o.data)
+    o = loop.count_epochs(o, len(index.rows))
     chunks = build(o, config)
     convert.fill(chunks, o, config)
     if o.adapts:
@@ -368,7 +381,7 @@ def main() -> None:
         return (samples(batch)[0] // split + config.context_rows) * split
 
     grid = latent_grid(index.buckets[0])
-    header = loop.run_header(o, HERE.name, o.job, config.parameters, flops(grid))
+    header = loop.run_header(o, HERE.name, o.job, config.parameters, flops(grid), starts_from(o))
     batches = Batches(o, config, index)
     # What the demo's adapters are to bring, the base lacks.
     blinking = o.adapts and is_demo(o.data) and not o.sample_prompts
@@ -418,6 +431,12 @@ def main() -> None:
         read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
         convert.write_released(o.export, "diffusers", config, sizes, lambda name: read(prefix + name), o.weights)
         print(f"exported {o.export}", flush=True)
+    if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere
+        print(f"try it      {command_that_samples(o, config, result['checkpoint'])}", flush=True)
+    elif not finished and dist.get_rank() == 0:
+        print(
+            f"no samples  stopped at step {result['steps']} ({result['reason']}); the same command goes on", flush=True
+        )
     dist.barrier()
     parallel.shutdown()
 
