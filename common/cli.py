@@ -410,8 +410,9 @@ def check_run(o: TrainOptions) -> None:
     """What a training run would only stumble over later.
 
     Raises:
-        ValueError: --resume names no folder, no step follows the warm-up, the rate would rise to --min-lr, the steps or ranks to profile are not
-            numbers, --compile has no compiler, or --compile or --offload-activations does not go with --recompute.
+        ValueError: --resume names no folder, no step follows the warm-up, the rate would rise to --min-lr, the steps or
+            ranks to profile are not numbers, --compile has no compiler, or --compile or --offload-activations does not go
+            with --recompute.
     """
     if o.compile:
         check_compile(o)

@@ -180,15 +180,15 @@ def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
 
 
 def count_epochs(o: TrainOptions, samples: int) -> TrainOptions:
-    """Says how many steps it takes to see `samples` once. Of --epochs makes the steps, and of them the warm-up."""
+    """Says how many steps it takes to see `samples` once. Of --epochs makes the steps, a tenth of which may warm up."""
     of_epoch = samples / o.global_batch
     if o.epochs is not None:
         steps = math.ceil(o.epochs * of_epoch)
         o = dataclasses.replace(o, steps=steps, warmup=min(o.warmup, steps // 10))
     if dist.get_rank() == 0:
         print(
-            f"an epoch is {of_epoch:,.1f} steps ({samples:,} samples, {o.global_batch} a step): {o.steps} steps are "
-            f"{o.steps / of_epoch:.2f} epochs",
+            f"an epoch is {of_epoch:,.1f} steps ({samples:,} samples, {o.global_batch} a step): {o.steps} steps, "
+            f"{o.warmup} of them warm-up, are {o.steps / of_epoch:.2f} epochs",
             flush=True,
         )
     return o
@@ -256,8 +256,8 @@ def train(
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
     (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe; beside:
-    files that each checkpoint holds a copy of. measure,
-    called on every rank after each backward: what else belongs into the step's row; reading it waits for the device.
+    files that each checkpoint holds a copy of. measure, called on every rank after each backward: what else belongs into
+    the step's row; reading it waits for the device.
 
     Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
     non-finite steps, having saved the batch that caused the last one.

@@ -233,7 +233,7 @@ def test_epochs_are_counted_and_may_stand_for_steps(epochs, steps, warmup, says,
     o = train.count_epochs(o, 16) if epochs is None else o
     assert (o.steps, o.warmup) == (steps, warmup)
     said = capsys.readouterr().out
-    assert "an epoch is 4.0 steps (16 samples, 4 a step)" in said and f"{steps} steps are {says} epochs" in said
+    assert "an epoch is 4.0 steps (16 samples, 4 a step)" in said and f"{steps} steps, {warmup} of them warm-up, are {says} epochs" in said
 
 
 def test_what_a_run_starts_from_is_said(tmp_path):
