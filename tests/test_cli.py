@@ -323,6 +323,15 @@ def test_malformed_row_is_refused_with_file_and_line(tmp_path):
     assert f"{data}:2" in refusal("--data", data)
 
 
+def test_help_and_readme_list_the_keys_a_row_may_have(capsys):
+    with pytest.raises(SystemExit):
+        jobs.parse("train", ["--help"])
+    told, readme = capsys.readouterr().out, (FOLDER / "README.md").read_text()
+    for key in ("path", "video", "file_path", "file_name", "cap", "caption", "text", "prompt", "chosen", "rejected"):
+        assert re.search(rf"\b{key}\b", told.split("--data")[2].split("--validation")[0]), key
+        assert f"`{key}`" in readme or f'"{key}":' in readme, key
+
+
 def test_too_many_dropped_rows_are_refused_with_counts_and_the_first(tmp_path):
     data = tmp_path / "videos.jsonl"
     rows = [{"path": "videos.jsonl", "cap": "here"}, {"path": "gone.mp4", "cap": "gone"}, {"path": "videos.jsonl"}]

@@ -233,6 +233,46 @@ def test_jsonl_with_either_key_name_and_a_list_of_captions(clips):
     assert read_rows(clips / "list.jsonl", 3)[0] == read_rows(clips / "list.jsonl", 3)[0]
 
 
+@pytest.mark.parametrize("path", ["path", "video", "file_path", "file_name"])
+@pytest.mark.parametrize("caption", ["cap", "caption", "text", "prompt"])
+def test_path_and_caption_under_every_name_that_readme_and_help_give(clips, path, caption):
+    names = [("a.mp4", "red"), ("b.mp4", "blue, too")]
+    check_rows(write_list(clips / "names.jsonl", [{path: video, caption: text} for video, text in names]), clips)
+    (clips / "names.csv").write_text(f'{caption},{path}\nred,a.mp4\n"blue, too",b.mp4\n')
+    check_rows(clips / "names.csv", clips)
+
+
+def test_captions_keep_what_other_readers_take_for_line_ends(clips):
+    rows = [{"path": "a.mp4", "cap": "one\u2028two\x85three"}, {"path": "b.mp4", "cap": "four"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (clips / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (clips / "odd.txt").write_bytes("\ufeff,odd.jsonl\r\n".encode())
+    for name in ("odd.jsonl", "odd.txt"):
+        found, report = read_rows(clips / name)
+        assert [(row.caption, row.where) for row in found] == [
+            ("one\u2028two\x85three", "odd.jsonl:1"), ("four", "odd.jsonl:2")
+        ] and not report.drops  # fmt: skip
+
+
+def test_rows_that_cannot_be_read_are_dropped_by_file_and_line(clips):
+    rows = [
+        '{"path": "a.mp4", "cap": "x"}',
+        "[" * 100_000 + "]" * 100_000,
+        '{"path": "a.mp4", "n": ' + "9" * 5000 + "}",
+    ]
+    (clips / "deep.jsonl").write_text("\n".join(rows))
+    (clips / "deep.json").write_text("[" + ",\n".join(rows) + "]")
+    (clips / "long.csv").write_text(f"path,cap\na.mp4,x\na.mp4,{'y' * 140_000}\na.mp4,1\r2\n")
+    for name, drops in (
+        ("deep.jsonl", [("unreadable JSON", 2), ("unreadable JSON", 3)]),
+        ("deep.json", [("unreadable JSON", 2), ("unreadable JSON", 3)]),
+        ("long.csv", [("too long a cell", 3), ("malformed CSV", 4)]),
+    ):
+        found, report = read_rows(clips / name)
+        assert [row.caption for row in found] == ["x"]
+        assert [(d["reason"], d["where"]) for d in report.drops] == [(why, f"{name}:{line}") for why, line in drops]
+
+
 MM_LIST = """[
   {"path": "a.mp4", "cap": "red",
    "num_frames": 60, "fps": 24, "resolution": {"height": 64, "width": 96}},
@@ -266,13 +306,19 @@ def test_csv_with_a_header(clips):
         ("x.jsonl", '{"path": "a.mp4", "cap": "x"}\n[1]\n', r"x\.jsonl:2: the row is '\[1\]'"),
         ("x.json", '[\n{"path": "a.mp4",\n "cap": }\n]', r"x\.json:3: malformed"),
         ("x.json", '[\n{"path": "a.mp4", "cap": "x"},\n\n7]', r"x\.json:4: the row is '7'"),
-        ("x.json", '{"path": "a.mp4"}', r"x\.json:1: dict at the top"),
+        ("x.json", '{"path": "a.mp4"}', r"x\.json:1: malformed JSON, expected \["),
         ("x.csv", "file,cap\na.mp4,x\n", r"x\.csv:1: the header has file, cap"),
         ("x.csv", "", r"x\.csv:1: the header has nothing"),
         ("x.txt", "\nnowhere.json\n", r"x\.txt:2: no such list"),
         ("x.txt", "videos,nowhere.json\n", r"x\.txt:1: no such list"),
         ("x.parquet", "", r"unknown kind of list"),
-        ("x.jsonl", b"\xff\xfe{", r"x\.jsonl: 'utf-8' codec"),
+        ("x.jsonl", b"\xff\xfe{", r"x\.jsonl:1: the bytes ff fe"),
+        ("x.csv", 'path,cap\na.mp4,x\na.mp4,"y\n', r"x\.csv:3: a quote is opened and never closed"),
+        ("x.csv", "path,cap\na.mp4,caf\xe9\n".encode("latin-1"), r"x\.csv:2: the bytes e9"),
+        ("x.txt", "caf\xe9,list.json".encode("latin-1"), r"x\.txt:1: the bytes e9"),
+        ("x.jsonl", "", r"x\.jsonl holds no row"),
+        ("x.json", "[]", r"x\.json holds no row"),
+        ("x.csv", "path,cap\n", r"x\.csv holds no row"),
         ("missing.jsonl", None, r"cannot read .*missing\.jsonl"),
     ],
 )

@@ -1,7 +1,9 @@
 """Image-to-video of Wan2.1: what the model is conditioned on against diffusers' pipeline, pictures and prompt files."""
 
 import dataclasses
+import json
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,23 +167,41 @@ REFUSED = {
     "no last picture": ("prompts.tsv", "a.png\tone\n", 2, r"prompts.tsv:1: .*LAST PICTURE"),
     "broken row": ("prompts.jsonl", '{"image": "a.png"\n', 1, r"prompts.jsonl:1: malformed JSON"),
     "wrong key": ("prompts.jsonl", '{"image": "a.png", "text": "one"}\n', 1, r"prompts.jsonl:1: .*image, prompt"),
+    "no picture": ("prompts.jsonl", '{"prompt": "one"}\n', 1, r"prompts.jsonl:1: image is None; .*image, prompt"),
+    "a picture too many": (
+        "prompts.jsonl",
+        '{"prompt": "one", "image": "a.png"}\n',
+        0,
+        r"prompts.jsonl:1: image is 'a.png'",
+    ),
+    "empty prompt": ("prompts.jsonl", '{"prompt": "one"}\n{"prompt": " "}\n', 0, r"prompts.jsonl:2: prompt is ' '"),
+    "JSON in a .txt": ("prompts.txt", '{"prompt": "one"}\n', 0, r"prompts.txt:1 is a row of JSON"),
+    "another encoding": ("prompts.tsv", b"a.png\tcaf\xe9\n", 1, r"prompts.tsv:1: the bytes e9"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_row_of_prompts_that_is_not_of_the_form_is_refused_with_its_line(what, tmp_path):
     name, text, count, message = REFUSED[what]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         images.read_requests(tmp_path / name, "--prompts", count)
 
 
 def test_prompts_with_pictures_are_read_from_lines_and_from_json(tmp_path):
-    (tmp_path / "a.tsv").write_text("x/first.png\tlast.png\tone, two\n\n")
-    (tmp_path / "b.jsonl").write_text('{"image": "x/first.png", "last_image": "last.png", "prompt": "one, two"}\n')
-    want = [images.Request("one, two", tmp_path / "x/first.png", tmp_path / "last.png")]
+    (tmp_path / "a.tsv").write_bytes("\ufeffx/first.png\tlast.png\tone,\u2028two\r\n\r\n".encode())
+    row = {"image": "x/first.png", "last_image": "last.png", "prompt": "one,\u2028two", "id": 7}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    want = [images.Request("one,\u2028two", tmp_path / "x/first.png", tmp_path / "last.png")]
     assert images.read_requests(tmp_path / "a.tsv", "--prompts", 2) == want
     assert images.read_requests(tmp_path / "b.jsonl", "--prompts", 2) == want
+
+
+def test_rows_of_json_are_prompts_of_text_to_video_and_not_their_text():
+    found = images.read_requests(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl", "--prompts")
+    assert [request.prompt for request in found] == [
+        "a handwritten three moves to the left", "a handwritten seven moves up"
+    ]  # fmt: skip
 
 
 WRONG = {
@@ -189,6 +209,9 @@ WRONG = {
     "i2v launcher, t2v weights": (["--task", "i2v", "--weights", "T2V", "--prompt", "x"], "launcher named _t2v.sh"),
     "t2v launcher, i2v size": (["--task", "t2v", "--size", "tiny-i2v"], "launcher named _i2v.sh"),
     "no picture": (["--task", "i2v", "--prompt", "x"], "no picture; expected --image"),
+    "an empty prompt": (["--task", "t2v", "--prompt", ""], "--prompt is empty"),
+    "a blank prompt": (["--task", "i2v", "--prompt", " ", "--image", "a.png"], "--prompt is empty"),
+    "two kinds of prompts": (["--prompt", "x", "--prompts", "PROMPTS"], "expected one of them"),
     "a picture too many": (["--task", "i2v", "--prompt", "x", "--image", "a", "--last-image", "b"], "--last-image"),
     "a picture for text-to-video": (["--task", "t2v", "--prompt", "x", "--image", "a"], "text-to-video with --image"),
     "a picture that is not there": (["--task", "i2v", "--prompt", "x", "--image", "no.png"], "no.png"),
@@ -201,6 +224,7 @@ WRONG = {
 def test_pictures_and_weights_of_another_task_are_refused(what):
     argv, part = WRONG[what]
     folders = {"I2V": str(FOLDER), "T2V": str(case.jobs.DEMO_WEIGHTS), "CLIP": str(FOLDER / "../images/three.png")}
+    folders["PROMPTS"] = str(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl")
     with pytest.raises(ValueError, match="fix: ") as error:
         case.jobs.parse("infer", [folders.get(word, word) for word in argv])
     assert part in str(error.value) and "\n" not in str(error.value)

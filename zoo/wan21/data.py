@@ -2,12 +2,13 @@
 
 Formats (`--data`), paths relative to the list's own folder:
 
-    videos.jsonl   {"path": "a.mp4", "cap": "a red car"}     or "video", "caption", "text"; or a list of captions
+    videos.jsonl   {"path": "a.mp4", "cap": "a red car"}     or a list of captions
     videos.json    [{"path": "a.mp4", "cap": "a red car", "num_frames": 81, "fps": 16.0}, …]      (MindSpeed-MM)
     videos.csv     a header line with the same names
     data.txt       folder,videos.json      a line per data set, paths relative to the folder      (MindSpeed-MM)
 
-Unknown keys are ignored; size, rate and length are measured, not believed. A still image is a video of one frame.
+The path may also be called "video", "file_path" or "file_name", the caption "caption", "text" or "prompt"; of several of
+these the first counts. Other keys are ignored; size, rate and length are measured, not believed. A still image is a video of one frame.
 
 Bucket rule: a video goes to the nearest aspect ratio (5 % further counts as equal) among the buckets it has enough
 frames for, of those to the longest; it is resampled to the training rate by the nearest earlier frame (a lower rate
@@ -26,14 +27,11 @@ Reading the lists and choosing buckets works without torch.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +51,13 @@ from common.data import (
     resize_crop,
     write_lines,
 )
+from common.records import BadRow, read_csv, read_json, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATH_KEYS, CAPTION_KEYS = ("path", "video"), ("cap", "caption", "text")
+PATH_KEYS = ("path", "video", "file_path", "file_name")
+CAPTION_KEYS = ("cap", "caption", "text", "prompt")
 MAX_ASPECT = 2.0  # a video this much wider or taller than every bucket would lose half of its picture
 SAME_ASPECT = 0.05  # aspects this near (in log) are one: 480x832 is as good for 16:9 as 720x1280
 ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)  # width / height of the buckets made by auto
@@ -84,7 +84,7 @@ def read_rows(path: str | Path, seed: int | None = None) -> tuple[list[Row], Dro
         ValueError: the list itself is missing, malformed, or of an unknown kind; names file and line.
     """
     rows, report = [], DropReport()
-    for where, item, folder in _items(Path(path).absolute()):
+    for where, item, folder in _items(Path(path).absolute(), report):
         video, captions = (next((item[k] for k in keys if item.get(k)), None) for keys in (PATH_KEYS, CAPTION_KEYS))
         captions = [captions] if isinstance(captions, str) else captions
         if video is None:
@@ -113,7 +113,7 @@ def read_pairs(path: str | Path) -> tuple[list[Row], DropReport]:
     path, rows, report = Path(path).absolute(), [], DropReport()
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"unknown kind of list of pairs: {path}; expected .jsonl or .json; fix: --data")
-    for where, item, folder in _items(path):
+    for where, item, folder in _items(path, report):
         caption = next((item[k] for k in CAPTION_KEYS if item.get(k)), None)
         lacking = [key for key in ("chosen", "rejected") if not isinstance(item.get(key), str) or not item[key]]
         if lacking:
@@ -137,70 +137,46 @@ def _clean(caption: str) -> str:
     return caption.strip().encode(errors="replace").decode()
 
 
-def _items(path: Path) -> Iterator[tuple[str, dict, Path]]:
-    """(file:line, row, folder of its paths) of any format."""
+def _items(path: Path, report: DropReport) -> Iterator[tuple[str, dict, Path]]:
+    """(file:line, row, folder of its paths) of any format; rows that cannot be read go to the report.
+
+    Raises:
+        ValueError: as of `_read_list`, or there is no row at all.
+    """
+    found = False
+    for annotation, folder in _lists(path):
+        for line, item in _read_list(path.parent / annotation):
+            found, where = True, f"{annotation}:{line}"
+            if isinstance(item, BadRow):
+                report.add(item.args[0], where, item.args[1])
+            else:
+                yield where, item, folder
+    if not found:
+        raise ValueError(f"{path} holds no row; expected a row per video; fix: {path}")
+
+
+def _lists(path: Path) -> Iterator[tuple[str, Path]]:
+    """(name of a list, folder of its paths): the file itself, or what a data.txt names."""
     if path.suffix != ".txt":
-        yield from ((f"{path.name}:{line}", item, path.parent) for line, item in _read_list(path))
+        yield path.name, path.parent
         return
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in read_lines(path):
         folder, comma, annotation = (part.strip() for part in line.rpartition(","))
         if not line.strip():
             continue
         if not comma or not (path.parent / annotation).is_file():
             raise ValueError(f"{path}:{number}: no such list: {line!r}; expected folder,list.json; fix: {path}")
-        found = _read_list(path.parent / annotation)
-        yield from ((f"{annotation}:{place}", item, path.parent / folder) for place, item in found)
+        yield annotation, path.parent / folder
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}; expected a UTF-8 text file; fix: --data") from error
-
-
-def _read_list(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a .jsonl, .json or .csv list."""
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv_rows}
-    if path.suffix not in readers:
+def _read_list(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
+    """(line number, row) of a .jsonl, .json or .csv list. ValueError: it is malformed; names file and line."""
+    if path.suffix not in (".jsonl", ".json", ".csv"):
         raise ValueError(f"unknown kind of list: {path}; expected .jsonl, .json, .csv or data.txt; fix: --data")
-    for line, item in readers[path.suffix](path, _text(path)):
-        if not isinstance(item, dict):
+    for line, item in read_csv(path, (PATH_KEYS, CAPTION_KEYS)) if path.suffix == ".csv" else read_json(path):
+        if not isinstance(item, (dict, BadRow)):
             raise ValueError(f"{path}:{line}: the row is {str(item)[:40]!r}; expected an object; fix: {path}")
         yield line, item
-
-
-def _parse(path: Path, text: str, line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = line + error.lineno - 1
-        raise ValueError(f"{path}:{at}: malformed JSON, {error.msg}; expected valid JSON; fix: {path}") from error
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    yield from ((line, _parse(path, row, line)) for line, row in enumerate(text.split("\n"), 1) if row.strip())
-
-
-def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    items = _parse(path, text)
-    if not isinstance(items, list):
-        raise ValueError(f"{path}:1: {type(items).__name__} at the top; expected a list of objects; fix: {path}")
-    start, end, line = 0, text.index("[") + 1, 1
-    for item in items:  # walked again for the line numbers
-        between = re.compile(r"[\s,]*").match(text, end).end()
-        line, start = line + text.count("\n", start, between), between
-        yield line, item
-        _, end = json.JSONDecoder().raw_decode(text, start)
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text))
-    header = reader.fieldnames or []
-    if not set(PATH_KEYS) & set(header) or not set(CAPTION_KEYS) & set(header):
-        rule = f"one of {', '.join(PATH_KEYS)} and one of {', '.join(CAPTION_KEYS)}"
-        raise ValueError(f"{path}:1: the header has {', '.join(header) or 'nothing'}; expected {rule}; fix: {path}")
-    yield from ((reader.line_num, item) for item in reader)
 
 
 # ---- buckets ----

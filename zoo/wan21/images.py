@@ -2,21 +2,21 @@
 frames of the shape sampled.
 
 A file of prompts (`--prompts`) holds one a line. For image-to-video a line is `picture<TAB>prompt`, of sizes with a last
-frame `picture<TAB>last picture<TAB>prompt`; or the file is a .jsonl of rows
+frame `picture<TAB>last picture<TAB>prompt`; or the file is a .jsonl (or a .json list) of rows, whose other keys are ignored:
 
-    {"image": "cat.png", "prompt": "a cat jumps"}      and "last_image" where there is one
+    {"prompt": "a cat jumps", "image": "cat.png"}      "image" where the size takes one, and "last_image" likewise
 
 Paths are relative to the file's folder. A picture is a still, or a video of which the first (as last picture: the last)
 frame is taken. No torch here: everything is checked before it is imported.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.data import VideoError, VideoInfo, probe_video, read_frames, resize_crop
+from common.records import read_prompts
 
 from .data import Bucket, frame_step, resampled_length
 
@@ -36,32 +36,24 @@ def read_requests(path: Path, flag: str, images: int = 0) -> list[Request]:
     Raises:
         ValueError: there is no such file or no row in it, or a row (named by its line) is not of the form.
     """
-    form = "\t".join(["PICTURE", "LAST PICTURE"][:images] + ["PROMPT"])
-    if not path.is_file():
-        raise ValueError(f"{flag} {path} does not exist; expected a text file, a prompt per line; fix: {flag}")
-    rows = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
-    if not rows:
-        raise ValueError(f"{flag} {path} holds no prompt; expected {form!r} on every line; fix: {flag}")
-    requests = []
-    for number, line in rows:
-        if path.suffix == ".jsonl" and images:
-            cells = _cells(line, ["image", "last_image"][:images] + ["prompt"], f"{path}:{number}")
-        else:
-            cells = [cell.strip() for cell in line.split("\t", images)]
-        if len(cells) != images + 1 or not all(cells):
-            raise ValueError(f"{path}:{number}: {line[:60]!r}; expected {form!r}, tabs between; fix: {path}")
+    keys, requests = ["image", "last_image"][:images] + ["prompt"], []
+    for where, row in read_prompts(path, flag):
+        cells = _cells(row, keys, where) if path.suffix in (".jsonl", ".json") else row["prompt"].split("\t", images)
+        cells = [cell.strip() for cell in cells]
+        if len(cells) != len(keys) or not all(cells):
+            form = "\t".join(["PICTURE", "LAST PICTURE"][:images] + ["PROMPT"])
+            raise ValueError(f"{where}: {row['prompt'][:60]!r}; expected {form!r}, tabs between; fix: {path}")
         requests.append(Request(cells[-1], *(path.parent / cell for cell in cells[:-1])))
     return requests
 
 
-def _cells(line: str, keys: list[str], where: str) -> list[str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: malformed JSON, {error.msg}; expected an object; fix: {where}") from None
-    if not isinstance(row, dict) or set(row) != set(keys) or not all(isinstance(v, str) for v in row.values()):
-        raise ValueError(f"{where}: {line[:60]!r}; expected an object of texts {', '.join(keys)}; fix: {where}")
-    return [row[key].strip() for key in keys]
+def _cells(row: dict, keys: list[str], where: str) -> list[str]:
+    """The texts under `keys`. ValueError: one is missing or empty, or a picture is given that the size does not take."""
+    bad = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
+    bad += [key for key in ("image", "last_image") if key not in keys and row.get(key)]
+    if bad:
+        raise ValueError(f"{where}: {bad[0]} is {row.get(bad[0])!r}; expected texts {', '.join(keys)}; fix: {where}")
+    return [row[key].encode(errors="replace").decode() for key in keys]  # a tokenizer stops on lone surrogates
 
 
 def check(requests: list[Request], bucket: Bucket, fit: str) -> None:

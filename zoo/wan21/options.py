@@ -40,6 +40,11 @@ DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_CAPTIONS = 80  # as many as the judge scores: every digit in every direction
 STYLES = ("", "blinking", "pairs")  # of the demo's data: clips, clips that blink, and the two beside each other
+DATA_HELP = (  # the keys of `data.read_rows` and `data.read_pairs`
+    f"list of clips, .jsonl .json .csv or a data.txt of lists; a row has {', '.join(data.PATH_KEYS[:-1])} or "
+    f"{data.PATH_KEYS[-1]}, and {', '.join(data.CAPTION_KEYS[:-1])} or {data.CAPTION_KEYS[-1]}; of preferences: chosen, "
+    "rejected and a caption (default: the demo's)"
+)
 DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style is learnt sooner than digits
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
 DPO = {"weighting": "none", "caption_dropout": 0.0}  # of dpo_*.sh, as in the paper
@@ -67,6 +72,7 @@ class ClipOptions(cli.LayoutOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ClipOptions, cli.TrainOptions):
     job: str = option("which launcher this is: pretrain, finetune, lora or dpo", "pretrain", group="job")
+    data: Path | None = option(DATA_HELP, group="data")
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     cache: Path | None = option("folder that keeps latents and text embeddings once computed", group="data")
@@ -96,7 +102,7 @@ class TrainOptions(ClipOptions, cli.TrainOptions):
     sft_weight: float = option("weight of the chosen videos' own error", 0.0, group="preference", within="[0, inf)")
     validation: Path | None = option("held-out pairs, compared at the end", group="preference")
     sample_prompts: Path | None = option(
-        "text file of prompts sampled at the end (image-to-video: picture<TAB>prompt)", group="samples"
+        "file of prompts sampled at the end, in the forms of infer's --prompts", group="samples"
     )
     sample_steps: int = option("sampling steps", 50, group="samples", layout=True, within="[1, inf)")
     sample_shift: float = option("timestep shift of sampling", 5.0, group="samples", layout=True, within="(0, inf)")
@@ -168,7 +174,8 @@ class InferOptions(AccelerateOptions):
     adapter: Path | None = option("adapter folder, as lora_*.sh write it, added to the weights", group="model")
     prompt: str = option("what to show", group="job")
     prompts: Path | None = option(
-        "text file, a prompt per line (image-to-video: picture<TAB>prompt, or a .jsonl of image, prompt)", group="job"
+        "text file, a prompt per line (image-to-video: picture<TAB>prompt), or .jsonl of prompt, image, last_image",
+        group="job",
     )
     negative: str = option("what not to show", "", group="job")
     image: Path | None = option("image-to-video: the first frame", group="job")
@@ -221,7 +228,7 @@ class SearchOptions(InferOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(ClipOptions):
-    data: Path | None = option("your data; formats in the recipe's README (default: the demo data)", group="data")
+    data: Path | None = option(DATA_HELP, group="data")
     max_drop: float = option(
         "share of rows that may be dropped before it is an error", 0.05, group="data", within="[0, 1]"
     )
@@ -349,7 +356,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
         o = _check_scores(dataclasses.replace(o, weights=DEMO_WEIGHTS, size="tiny"))  # of which nothing is used
         config = _model(o)
         return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
-    if o.data is None and o.prompts is None and not o.prompt:
+    if o.data is None and o.prompts is None and o.prompt is None:
         video = o.video if "--video" in asked else DEMO_BUCKET
         o = dataclasses.replace(o, data=demo_list("test"), limit=o.limit or DEMO_CAPTIONS, video=video)
     o, config = _sampling(_check_scores(o), asked)
@@ -694,7 +701,7 @@ VBENCH = ("subject_consistency", "background_consistency", "aesthetic_quality", 
 
 def _check_scores(o: EvaluateOptions) -> EvaluateOptions:
     """Checks what evaluate.py is given, and fills in the shape of --videos."""
-    if o.data is not None and (o.prompt or o.prompts):
+    if o.data is not None and (o.prompt is not None or o.prompts):
         raise ValueError("--data has captions of its own; fix: either --data, or --prompt and --prompts")
     if o.video_in is not None:
         raise ValueError("--video-in is of infer_t2v.sh and infer_i2v.sh: samples are scored; fix: leave it out")
@@ -750,16 +757,20 @@ def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
     image = o.video_in if o.image is None and config.task == "i2v" and o.prompts is None else o.image
     given = [flag for flag, value in (("--image", image), ("--last-image", o.last_image)) if value is not None]
     takes = ["--image", "--last-image"][: config.given_frames]
+    if o.prompt is not None and not o.prompt.strip():
+        raise ValueError("--prompt is empty; expected what to show; fix: --prompt TEXT")
+    if o.prompts is not None and o.prompt is not None:
+        raise ValueError(f"--prompt and --prompts {o.prompts}; expected one of them; fix: leave out --prompt")
     if o.prompts is not None and given:
         raise ValueError(f"--prompts and {given[0]}; expected the pictures in the file's rows; fix: no {given[0]}")
     if o.prompts is not None:
         return images.read_requests(o.prompts, "--prompts", config.given_frames)
-    if not o.prompt and not given and o.weights == DEMO_WEIGHTS:
+    if o.prompt is None and not given and o.weights == DEMO_WEIGHTS:
         known = ["a handwritten three moves to the left", "a handwritten seven moves up and to the right"]
         return [images.Request(prompt) for prompt in known]
-    if not o.prompt and not given and o.weights == DEMO_I2V:
+    if o.prompt is None and not given and o.weights == DEMO_I2V:
         return images.read_requests(HERE / "demo" / "images" / "prompts.tsv", "--prompts", 1)
-    if not o.prompt:
+    if o.prompt is None:
         raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
     if given != takes:
         change = [f"give {flag}" for flag in takes if flag not in given]
