@@ -30,6 +30,8 @@ pytestmark = pytest.mark.L2
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 2048
 END = 0  # <|endoftext|>
+CASES = ROOT / "tests" / "cases" / "qwen3"
+DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +239,7 @@ def test_mask_of_other_templates(tokenizer, template, begin):
     tokens, generated = chat.encode(messages)
     assert tokenizer.decode(tokens) == chat.render(messages)
     assert tokenizer.decode(tokens[generated]) == "first<|im_end|>second<|im_end|>"
-    last = chat.encode(messages, last_turn_only=True)[1]
+    last = chat.encode(messages, train_on="last")[1]
     assert tokenizer.decode(tokens[last]) == "second<|im_end|>"
 
 
@@ -252,10 +254,12 @@ def test_mask_of_other_templates(tokenizer, template, begin):
             "changes the rest of a conversation with the answer in message 1",
         ),
         ("{{ messages | length }}" + CHATML, "show answers in order"),
+        ("{{ 1 / 0 }}" + CHATML, "fails: ZeroDivisionError.*; fix: --tokenizer"),
+        ("{% if %}" + CHATML, "fails: TemplateSyntaxError.*; fix: --tokenizer"),
     ],
 )
 def test_template_that_cannot_be_masked_is_refused(tokenizer, template, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, BadRow), match=message):
         Chat(with_template(tokenizer, template)).encode(
             [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a longer answer"}]
         )
@@ -350,44 +354,17 @@ def test_every_format_of_a_pair_becomes_two_conversations(row):
 # ---- reading files ----
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
-def test_json_list_is_read_in_pieces_with_the_line_of_each_item(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    rows = [{"a": "[1, 2],"}, {"b": {"c": ["}", '"']}}, 12345, "x\n", [], {"é": "你好 🙂"}]
-    (tmp_path / "rows.json").write_text("\ufeff\n" + json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    found = list(data.read_json_list(tmp_path / "rows.json"))
-    assert [row for _, row in found] == rows
-    assert [line for line, _ in found] == [3, 6, 14, 15, 16, 17]
-    (tmp_path / "none.json").write_text(" [ ] ")
-    assert list(data.read_json_list(tmp_path / "none.json")) == []
-
-
-@pytest.mark.parametrize("chunk", [3, 1 << 20])
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", '{"messages": []}', "a.json:1: malformed JSON, expected \\["),
-        ("a.json", '[\n{"a": 1}\n{"b": 2}]', "a.json:3: malformed JSON, expected , or \\]"),
-        ("a.json", '[\n{"a": 1},\n{"b": }]', "a.json:3: malformed JSON, Expecting value"),
-        ("a.json", '[\n{"a": 1},\n', "a.json:3: malformed JSON"),
-        ("a.json", "", "a.json:1: malformed JSON"),
-        ("a.jsonl", '{"a": 1}\n\n{"b": \n', "a.jsonl:3: malformed JSON, Expecting value"),
-        ("a.jsonl", b"\xff\xfe", "expected UTF-8"),
-    ],
-)
-def test_malformed_file_is_an_error_with_its_line(tmp_path, monkeypatch, chunk, name, content, message):
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
-        list(data.read_rows(tmp_path / name))
-
-
 def test_missing_unknown_and_empty_data_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("")
+    (tmp_path / "a").mkdir()
+    for name, text in (("a.jsonl", "\r\n"), ("a.json", "[]"), ("a/b.jsonl", "")):
+        (tmp_path / name).write_text(text)
     for path, message in (
         (tmp_path / "no", "does not exist"),
         (tmp_path / "a.yaml", "unknown kind"),
-        (tmp_path, "no data"),
+        (tmp_path / "a.jsonl", "a.jsonl holds no row; expected .*; fix: "),
+        (tmp_path / "a.json", "a.json holds no row"),
+        (tmp_path / "a", "a holds no row"),
     ):
         with pytest.raises(ValueError, match=message):
             list(data.read_rows(path))
@@ -703,12 +680,39 @@ FORMATS = {
 }
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_documents(tmp_path, tokenizer, name):
-    (tmp_path / name).write_text(FORMATS[name])
+def test_every_format_gives_the_same_documents_whatever_ends_its_lines(tmp_path, tokenizer, name, end, start):
+    (tmp_path / name).write_bytes((start + FORMATS[name].replace("\n", end)).encode())
     o = options(tmp_path / name)
     preprocess.run(o, VOCABULARY)
     assert documents_of(o.out, tokenizer) == ["one\nline", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_documents_keep_what_other_readers_take_for_line_ends(tmp_path, tokenizer, name):
+    text = "one\u2028two\x85three"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / name).write_text({"a.txt": text, "a.jsonl": row, "a.json": f"[{row}]", "a.csv": f"text\n{text}"}[name])
+    o = options(tmp_path / name)
+    preprocess.run(o, VOCABULARY)
+    assert documents_of(o.out, tokenizer) == [text]
+
+
+def test_documents_that_cannot_be_read_are_dropped_and_long_ones_are_not(tmp_path, tokenizer):
+    rows = ['{"text": "one"}', DEEP, f'{{"text": "x", "n": {"9" * 5000}}}', '{"text": "two"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "b.json").write_text("[" + ",\n".join(rows) + "]")
+    (tmp_path / "c.csv").write_text(f"text\n{'long ' * 30_000}\n1\r2\n")
+    for name, drops, count in (
+        ("a.jsonl", {"unreadable JSON": 2}, 2), ("b.json", {"unreadable JSON": 2}, 2), ("c.csv", {"malformed CSV": 1}, 1),
+    ):  # fmt: skip
+        o = options(tmp_path / name, max_drop=0.5)
+        found = preprocess.run(o, VOCABULARY)
+        assert found["dropped"] == drops and found["documents"] == count
+        assert lines(o.out.with_name("text.drops.jsonl"))[1]["where"] == f"{name}:{3 if count == 1 else 2}"
+    assert documents_of(o.out, tokenizer) == ["long " * 30_000]
 
 
 def test_folder_is_read_in_the_order_of_names_and_another_field_is_taken(tmp_path, tokenizer):
@@ -800,10 +804,13 @@ def test_too_many_bad_texts_stop_and_early_in_a_long_file(tmp_path, monkeypatch)
     [
         ("a.csv", b"id,body\n1,x\n", "the header has id, body; expected 'text'; fix: --field"),
         ("a.csv", b"", "the header has nothing"),
-        ("a.csv", b"text\n\xff\xff\n", "expected a UTF-8"),
-        ("a.txt", b"\xff\xff", "expected UTF-8"),
+        ("a.csv", b"text\n\xff\xff\n", "a.csv:2: the bytes ff ff .*; expected UTF-8"),
+        ("a.csv", b'text\nx\n"y\n', "a.csv:3: a quote is opened and never closed"),
+        ("a.txt", b"one\n\xff\xff", "a.txt:2: the bytes ff ff .*; expected UTF-8"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl:1: the bytes e9 .*; expected UTF-8"),
         ("a.json", b'{"text": "x"}', "a.json:1: malformed JSON"),
-        ("a.txt", b"\n\n", "dropped 0 rows"),
+        ("a.txt", b"\n\n", "a.txt holds no document; expected .*; fix: --data"),
+        ("a.jsonl", b"", "a.jsonl holds no document"),
     ],
 )
 def test_unreadable_file_is_an_error_that_names_it(tmp_path, name, content, message):

@@ -11,16 +11,22 @@ r * seq_len … of that endless stream, so a run's place in the data is (seed, r
 arithmetic. Nothing is dropped or padded; a document is cut where a row ends. With `separate_documents` no token sees
 another document, and none is asked to predict the first token of one. Cost: 16 bytes of memory per document and process.
 
-Conversations and pairs (`--data`), .jsonl or .json, a file or a folder of them; other keys are ignored:
+Conversations and pairs (`--data`), .jsonl or .json, a file or a folder of them; other keys are ignored; `tools` and
+`tool_calls` may be JSON texts:
 
     {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "…", "history": [["q", "a"]]}    Alpaca
     {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}             ShareGPT
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}         OpenAI
     {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}      a pair; text or messages, or any of the above as the prompt
 
+`chosen` and `rejected` may be answers or whole conversations, with which a prompt beside them must agree; the beginning
+that they share is taken once.
+
 The tokenizer's own template renders them, and the loss is on what the assistant generates: from where the prompt for a
 generation ends (so the empty thoughts that `enable_thinking=False` puts there are no target, real thoughts are) through
-the token that closes the turn. What follows the last answer is cut off. In a pair only the last answer counts.
+the token that closes the turn. What follows the last answer is cut off. Of a conversation `--train-on` chooses all
+answers, the last one, or the complete ones, whose thoughts the template does not leave out; an answer with `"weight": 0`,
+`"loss": false` or `"train": false` is never learnt. In a pair only the last answer counts.
 Packing rule: best fit decreasing, so whole conversations fill rows of seq_len (99 % and more where there are short ones);
 the rest of a row is padding, a sequence of its own without loss. A pair shares a row. One longer than a row is dropped
 and counted, or cut (`too_long`).
@@ -49,6 +55,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from common.data import BucketSampler, DropReport, partial_name
+from common.records import BadRow, parse_json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,15 +66,10 @@ ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "tool": "tool", "observation": "tool",
 }  # fmt: skip
-CHUNK = 1 << 20  # characters read at a time
 BATCH = 64  # rows a worker tokenizes at a time
 
 
 # ---- the user's files ----
-
-
-class BadRow(Exception):
-    """A row that cannot be used: (reason, detail) of the drop report; the detail names the field."""
 
 
 def list_files(path: str | Path, suffixes: Sequence[str]) -> list[Path]:
@@ -89,61 +91,19 @@ def list_files(path: str | Path, suffixes: Sequence[str]) -> list[Path]:
     return [path]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of the lines that are not blank. ValueError: not UTF-8."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        try:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text; fix: {path}") from error
-
-
-def read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, item) of a file that is one JSON list, which need not fit into memory."""
-    decoder, separator = json.JSONDecoder(), re.compile(r"\s*([\[,\]]?)\s*")
-    with open(path, encoding="utf-8-sig") as file:
-        text, at, line, wanted = file.read(CHUNK), 0, 1, "["
-        while True:
-            match = separator.match(text, at)
-            try:
-                if match[1] == "]" and wanted != "[":
-                    return
-                if match[1] not in wanted or not match[1]:
-                    raise json.JSONDecodeError(f"expected {' or '.join(wanted)}", text, match.start(1))
-                start, wanted = match.end(), ",]"
-                if match[1] == "[" and text[start : start + 1] == "]":
-                    return
-                item, end = decoder.raw_decode(text, start)
-                if end == len(text):  # a number may go on, and what follows is not seen
-                    raise json.JSONDecodeError("the list is not closed", text, end)
-            except json.JSONDecodeError as error:
-                wanted = "[" if match[1] == "[" else wanted
-                more = file.read(max(CHUNK, len(text) - at))
-                if not more:
-                    where = line + text.count("\n", at, error.pos)
-                    raise ValueError(
-                        f"{path}:{where}: malformed JSON, {error.msg}; expected a list; fix: {path}"
-                    ) from None
-                text, at = text[at:] + more, 0
-                continue
-            line += text.count("\n", at, start)
-            yield line, item
-            line, at = line + text.count("\n", start, end), end
-
-
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of .jsonl and .json files. ValueError: malformed; names file and line."""
+    """(file:line, row, or BadRow) of .jsonl and .json files.
+
+    Raises:
+        ValueError: malformed, or not UTF-8, which names file and line; or there is no row at all.
+    """
+    found = False
     for file in list_files(path, (".jsonl", ".json")):
-        if file.suffix == ".json":
-            yield from ((f"{file.name}:{line}", row) for line, row in read_json_list(file))
-            continue
-        for line, text in read_lines(file):
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                rule = f"malformed JSON, {error.msg}; expected an object a line"
-                raise ValueError(f"{file}:{line}: {rule}; fix: {file}") from error
+        for line, row in read_json(file):
+            found = True
             yield f"{file.name}:{line}", row
+    if not found:
+        raise ValueError(f"{path} holds no row; expected an object per line; fix: {path}")
 
 
 # ---- rows to messages ----
@@ -188,18 +148,76 @@ def _text(value: Any, field: str) -> str:
 
 
 def _message(turn: Any, field: str) -> dict:
+    """A turn as {"role", "content"}, with "reasoning_content" and "tool_calls" where it has them, and "train": False on an
+    answer that is not to be learnt."""
     if not isinstance(turn, dict):
         raise BadRow("bad row", f"{field} is {type(turn).__name__}; expected an object")
+    turn = {key: value for key, value in turn.items() if value is not None}  # parquet has every key in every turn
     role = turn.get("role", turn.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow("unknown role", f"{field} has role {role!r}; expected {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
-    if content is None and turn.get("tool_calls"):
-        content = ""
+    calls = _tool_calls(turn.get("tool_calls"), f"{field}.tool_calls")
+    content = turn.get("content", turn.get("value", "" if calls else None))
     message = {"role": ROLES[role], "content": _text(content, f"{field}.content")}
     if turn.get("reasoning_content"):
         message["reasoning_content"] = _text(turn["reasoning_content"], f"{field}.reasoning_content")
-    return message | ({"tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else {})
+    if calls:
+        message["tool_calls"] = calls
+    if message["role"] == "assistant" and not _is_learnt(turn, field):
+        message["train"] = False
+    return message
+
+
+def _is_learnt(turn: dict, field: str) -> bool:
+    """What an answer says of itself, in the words of OpenAI (weight), ms-swift (loss) or Axolotl (train, training)."""
+    if turn.get("train_detail"):
+        raise BadRow("bad row", f"{field}.train_detail chooses parts of an answer; expected train, true or false")
+    for key in ("weight", "loss", "train", "training"):
+        if turn.get(key, 1) not in (0, 1):
+            raise BadRow("bad row", f"{field}.{key} is {turn[key]!r}; expected 0 or 1, false or true")
+    return all(turn.get(key, 1) for key in ("weight", "loss", "train", "training"))
+
+
+def _from_json(value: Any, field: str) -> Any:
+    """What a JSON text holds (None: nothing); anything else as it stands."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise BadRow("malformed JSON", f"{field}: {error.msg}") from error
+
+
+def _objects(value: Any, field: str) -> list[dict]:
+    """The objects of a list, of one object, or of JSON texts of either."""
+    value = _from_json(value, field)
+    items = value if isinstance(value, list) else [value] if value else []
+    items = [_from_json(item, f"{field}[{i}]") for i, item in enumerate(items)]
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise BadRow("bad row", f"{field}[{i}] is {type(item).__name__}; expected an object")
+    return items
+
+
+def _tool_calls(value: Any, field: str) -> list[dict]:
+    """Calls whose arguments are an object each, which templates print as they like; empty if there are none."""
+    calls = []
+    for i, call in enumerate(_objects(value, field)):
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow("bad row", f"{field}[{i}] names no function")
+        arguments = _from_json(function.get("arguments"), f"{field}[{i}].arguments")
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, dict):
+            raise BadRow("bad row", f"{field}[{i}].arguments is {type(arguments).__name__}; expected an object")
+        function = function | {"arguments": arguments}
+        calls.append(call | {"function": function} if call.get("function") else function)
+    return calls
+
+
+def to_tools(row: dict) -> list[dict] | None:
+    """The functions that the assistant may call. BadRow: they are no objects."""
+    return _objects(row.get("tools"), "tools") or None
 
 
 def to_chat(row: Any) -> list[dict]:
@@ -219,33 +237,84 @@ def to_chat(row: Any) -> list[dict]:
     return messages
 
 
+def to_question(row: Any) -> list[dict]:
+    """The messages of a conversation to continue; a text or messages under `prompt`, or any format. BadRow: what is wrong."""
+    messages = _asked(row)
+    if not messages or messages[-1]["role"] == "assistant":
+        raise BadRow("no question", "the conversation ends in an answer" if messages else "there is no message")
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty turn", f"message {len(messages) - 1}, of {messages[-1]['role']}")
+    return messages
+
+
+def _asked(row: Any) -> list[dict]:
+    """The messages under `prompt`, or of any format."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if prompt is None:
+        return to_messages(row)
+    key = "instruction" if isinstance(prompt, str) else "messages"
+    return to_messages({key: prompt, "system": row.get("system")})
+
+
 def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
     """A preference pair -> (conversation ending in the chosen answer, in the rejected one). BadRow: what is wrong."""
     if not isinstance(row, dict):
         raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
     if lacking := [side for side in ("chosen", "rejected") if side not in row]:
         raise BadRow("unknown format", f"keys: {', '.join(row)}; expected chosen and rejected, lacks {lacking[0]}")
-    if isinstance(row.get("prompt"), str):
-        asked = to_messages({"instruction": row["prompt"], "system": row.get("system")})
-    elif "prompt" in row:
-        asked = to_messages({"messages": row["prompt"], "system": row.get("system")})
-    elif {"messages", "conversations", "instruction"} & set(row):
-        asked = to_messages({key: value for key, value in row.items() if key != "output"})
-    else:
-        asked = []  # chosen and rejected are whole conversations
-    pair = []
+    given = {key: value for key, value in row.items() if value and key != "output"}
+    prompts = {"prompt", "messages", "conversations", "instruction"} & set(given)
+    asked = _asked(given) if prompts else []  # without one chosen and rejected are whole conversations
+    sides, asked = {}, _said(asked)
     for side in ("chosen", "rejected"):
         answer = row[side] if isinstance(row[side], list) else [row[side]]
         turns = [{"role": "assistant", "content": a} if isinstance(a, str) else a for a in answer]
-        turns = [_message(turn, f"{side}[{i}]") for i, turn in enumerate(turns)]
-        if not turns or turns[-1]["role"] != "assistant":
+        sides[side] = [_message(turn, f"{side}[{i}]") for i, turn in enumerate(turns)]
+        if not turns or sides[side][-1]["role"] != "assistant":
             raise BadRow("no assistant turn", f"{side} does not end in one")
-        pair.append(to_chat({"messages": asked + turns}))
-    if pair[0][:-1] != pair[1][:-1]:
+    if asked in map(_said, sides.values()):
+        asked = asked[:-1]  # the messages beside the pair are one of its conversations
+    pair = []
+    for side, turns in sides.items():
+        chat = to_chat({"messages": _joined(asked, turns, side, isinstance(row.get("prompt"), str))})
+        if len(chat) > 1 and chat[-2]["role"] == "assistant":
+            raise BadRow("answer before the answer", f"message {len(chat) - 2} of {side} is the assistant's")
+        pair.append(chat)
+    if _said(pair[0][:-1]) != _said(pair[1][:-1]):
         raise BadRow("bad row", "chosen and rejected answer different questions")
-    if pair[0] == pair[1]:
+    if _said(pair[0]) == _said(pair[1]):
         raise BadRow("equal answers", "chosen is rejected")
     return pair[0], pair[1]
+
+
+def _said(messages: list[dict]) -> list[dict]:
+    """The messages alone, without what is learnt of them."""
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+
+
+def _joined(asked: list[dict], turns: list[dict], side: str, by_text: bool) -> list[dict]:
+    """What was asked and the turns of a side, an answer or a whole conversation; their common beginning once.
+
+    Args:
+        by_text: what was asked is the text of a question, maybe not of the first one.
+
+    Raises:
+        BadRow: the conversation begins with something else than was asked.
+    """
+    if all(turn["role"] != "user" for turn in turns):
+        return asked + turns
+    (system, asked), (own, turns) = (_split_system(messages) for messages in (asked, turns))
+    begins = _said(turns[: len(asked)]) == asked
+    if by_text:
+        begins = any(m["role"] == "user" and m["content"].strip() == asked[0]["content"].strip() for m in turns)
+    if not begins or (system and own and _said(own) != system):
+        raise BadRow("another question", f"{side} begins otherwise than the prompt")
+    return (own or system) + turns
+
+
+def _split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    count = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:count], messages[count:]
 
 
 # ---- messages to tokens ----
@@ -270,6 +339,10 @@ class Chat:
                 f"{name} has no chat template or no tokenizer.json; expected both; fix: --tokenizer of a chat model"
             )
         question = {"role": "user", "content": "question"}
+        try:
+            self.render([question, {"role": "assistant", "content": self.MARK}, question], add_generation_prompt=True)
+        except BadRow as error:
+            raise ValueError(f"the chat template of {name} fails: {error.args[1]}; fix: --tokenizer") from error
         asked = self.render([question])
         turns = self.render([question, {"role": "assistant", "content": self.MARK}, question])
         before, mark, _ = turns.partition(self.MARK)
@@ -289,57 +362,99 @@ class Chat:
             raise ValueError(f"the chat template of {name} has no prompt for an answer; fix: --tokenizer")
 
     def render(self, messages: list[dict], tools: list | None = None, **options) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        return render(self.tokenizer, messages, tools, **options)
 
     def spans(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
         """The rendering, and where in it each assistant turn is generated: [start, end) characters.
 
         Raises:
-            BadRow: the template refuses the messages.
-            ValueError: the template does more to earlier turns than leaving their thoughts out.
+            BadRow: the template refuses the messages, or does more to other turns than leaving their thoughts out.
         """
-        from jinja2 import TemplateError
-
-        try:
-            text = self.render(messages, tools)
-            spans = []
-            for i, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                marked = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": self.MARK}
-                rendered = self.render([*messages[:i], marked, *messages[i + 1 :]], tools)
-                head, mark, tail = rendered.partition(self.MARK)
-                start = head.rfind(self.opening) + len(self.opening)
-                end = len(text) - len(tail) + tail.find(self.closing) + len(self.closing)
-                whole = text.startswith(head[:start]) and text.endswith(tail) and len(text) - len(tail) >= start
-                if not mark or self.opening not in head or self.closing not in tail or not whole:
-                    raise ValueError(
-                        f"the chat template of {self.tokenizer.name_or_path} changes the rest of a conversation with "
-                        f"the answer in message {i}; expected one that does not; fix: --tokenizer"
-                    )
-                start += next((len(p) for p in self.prompts if text.startswith(p, start)), 0)
-                spans.append((start, end))
-        except TemplateError as error:
-            raise BadRow("refused by the template", str(error)) from error
+        text = self.render(messages, tools)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            marked = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": self.MARK}
+            rendered = self.render([*messages[:i], marked, *messages[i + 1 :]], tools)
+            head, mark, tail = rendered.partition(self.MARK)
+            rest = tail.partition(self.closing)[2] if self.closing else tail  # the calls end before the closing
+            start = head.rfind(self.opening) + len(self.opening)
+            end = len(text) - len(rest)
+            whole = text.startswith(head[:start]) and text.endswith(self.closing + rest)
+            whole = whole and start <= end - len(self.closing)
+            if not mark or self.opening not in head or self.closing not in tail or not whole:
+                raise BadRow(
+                    "refused by the template",
+                    f"that of {self.tokenizer.name_or_path} changes the rest of a conversation with the answer in "
+                    f"message {i}; expected one that does not",
+                )
+            start += next((len(p) for p in self.prompts if text.startswith(p, start)), 0)
+            spans.append((start, end))
         return text, spans
 
-    def encode(
-        self, messages: list[dict], tools: list | None = None, last_turn_only: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [n], generated bool [n]): the template's tokens; those that reach into an assistant's span."""
+    def thoughtless(self, messages: list[dict], tools: list | None = None) -> set[int]:
+        """The numbers of the answers whose thoughts the template leaves out."""
+        found = set()
         for i, message in enumerate(messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
-                if found := [reserved for reserved in self.reserved if reserved in text]:
-                    raise BadRow("special token in the text", f"message {i} holds {found[0]!r}")
+            before, end, after = message["content"].partition("</think>")
+            before, begin, thoughts = before.rpartition("<think>")
+            if message["role"] != "assistant":
+                continue
+            if message.get("reasoning_content", "").strip():
+                marked = {"reasoning_content": self.MARK}
+            elif end and thoughts.strip():
+                marked = {"content": before + begin + self.MARK + end + after}
+            else:
+                continue
+            if self.MARK not in self.render([*messages[:i], message | marked, *messages[i + 1 :]], tools):
+                found.add(i)
+        return found
+
+    def encode(
+        self, messages: list[dict], tools: list | None = None, train_on: str = "all"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [n], learnt bool [n]): the template's tokens; those that reach into the span of an answer to learn.
+
+        Args:
+            train_on: "all" answers, the "last", or the "complete" ones, whose thoughts the template does not leave out.
+
+        Raises:
+            BadRow: a special token's name in a text, the template refuses the messages, or no answer is to be learnt.
+        """
+        texts = [("tools", json.dumps(tools, ensure_ascii=False))]
+        for i, message in enumerate(messages):
+            calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
+            texts += [(f"message {i}", t) for t in (message["content"], message.get("reasoning_content", ""), calls)]
+        for where, text in texts:
+            if found := [reserved for reserved in self.reserved if reserved in text]:
+                raise BadRow("special token in the text", f"{where} holds {found[0]!r}")
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        bare = self.thoughtless(messages, tools) if train_on == "complete" else set()
+        learnt = answers[-1:] if train_on == "last" else [i for i in answers if i not in bare]
         text, spans = self.spans(messages, tools)
         inside = np.zeros(len(text) + 2, np.int64)  # of the characters before i, how many are in a span
-        for start, end in spans[-1:] if last_turn_only else spans:
-            inside[start + 1 : end + 1] = 1
+        for i, (start, end) in zip(answers, spans, strict=True):
+            inside[start + 1 : end + 1] = i in learnt and messages[i].get("train", True)
+        if not inside.any():
+            raise BadRow("nothing to learn", f"no answer is left of {len(answers)} (weight, loss, train, --train-on)")
         inside = inside.cumsum()
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         ends = np.maximum(ends, starts + 1)  # some tokenizers trim the offsets of a space to nothing
         return np.array(encoded["input_ids"], np.int32), inside[ends] > inside[starts]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | None = None, **options) -> str:
+    """What the tokenizer's chat template makes of messages. BadRow: anything that it fails with."""
+    try:
+        return tokenizer.apply_chat_template(_said(messages), tools=tools, tokenize=False, **options)
+    except Exception as error:  # its own refusals, and whatever a template or its filters raise on odd values
+        raise BadRow("refused by the template", _one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 # ---- packing ----
@@ -519,7 +634,7 @@ def prepare_chats(
     *,
     kind: Literal["sft", "dpo"] = "sft",
     too_long: Literal["drop", "cut"] = "drop",
-    last_turn_only: bool = False,
+    train_on: Literal["all", "last", "complete"] = "all",
     max_drop: float = 0.05,
     workers: int = 0,
 ) -> Path:
@@ -530,15 +645,15 @@ def prepare_chats(
     Args:
         tokenizer: folder of a released tokenizer with its chat template.
         too_long: what becomes of a conversation, or pair, of more than seq_len tokens.
-        last_turn_only: no loss on earlier answers. A template that leaves their thoughts out shows them as the model
-            would never generate them; for such data put one row per answer and set this.
+        train_on: the answers of a conversation that are learnt. A template that leaves the thoughts of earlier ones out
+            shows these as the model would never generate them: "complete" is without them.
         workers: processes; 0 does the work in this one.
 
     Raises:
         ValueError: more than the share `max_drop` of the rows cannot be used, a file is malformed, or no chat template.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(data, (".jsonl", ".json"))]
-    settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, last_turn_only]
+    settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, train_on]
     folder = Path(cache) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     if folder.is_dir():
         return folder
@@ -547,23 +662,30 @@ def prepare_chats(
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     chat, report = Chat(loaded), DropReport()
 
-    def encode(rows: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """(where, [(tokens, generated), …]) of each row, or (where, (reason, detail))."""
+    def encode(rows: list[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
+        """(where, [(tokens, learnt), …] or (reason, detail), answers whose thoughts are left out) of each row."""
         done = []
         for where, row in rows:
+            bare = 0
             try:
-                unit = [to_chat(row)] if kind == "sft" else to_pair(row)
-                tools = row.get("tools")
-                last = last_turn_only or kind == "dpo"
-                done.append((where, _fit([chat.encode(m, tools, last) for m in unit], seq_len, too_long)))
+                if isinstance(row, BadRow):
+                    raise row
+                unit, tools = [to_chat(row)] if kind == "sft" else to_pair(row), to_tools(row)
+                found = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
+                bare = len(chat.thoughtless(unit[0], tools)) if kind == "sft" else 0
+                result = _fit(found, seq_len, too_long)
             except BadRow as error:
-                done.append((where, error.args))
+                result = error.args
+            except Exception as error:  # no row ends a run, whatever it holds; --max-drop limits how many are lost
+                result = "unusable row", _one_line(error)
+            done.append((where, result, bare))
         return done
 
     building = partial_name(folder)
     building.mkdir(parents=True)
     try:
-        kept = _write_units(building, in_order(encode, _batched(read_rows(data), BATCH), workers), report)
+        batches = in_order(encode, _batched(read_rows(data), BATCH), workers)
+        kept, bare = _write_units(building, batches, report)
         report.save(building)
         report.check(kept + len(report.drops), max_drop)
         bounds = np.load(building / "bounds.npy")
@@ -573,7 +695,9 @@ def prepare_chats(
         np.save(building / "row_bounds.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
         pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
         (building / "meta.json").write_text(json.dumps({"seq_len": seq_len, "per_unit": per_unit, "pad": pad}))
-        print(f"{data}: {kept} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}")
+        left_out = "learnt without them" if train_on == "all" else f"train on: {train_on}"
+        left_out = f"; the template leaves out the thoughts of {bare} answers ({left_out})" if bare else ""
+        print(f"{data}: {kept} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}{left_out}")
         try:
             os.rename(building, folder)
         except OSError:  # another process was faster, with the same content
@@ -611,19 +735,19 @@ def _fit(unit: list[tuple[np.ndarray, np.ndarray]], seq_len: int, too_long: str)
     return unit
 
 
-def _write_units(folder: Path, done: Iterable[list[tuple[str, Any]]], report: DropReport) -> int:
-    """Tokens, flags and bounds of the sequences, end to end; how many units there are."""
+def _write_units(folder: Path, done: Iterable[list[tuple[str, Any, int]]], report: DropReport) -> tuple[int, int]:
+    """Tokens, flags and bounds of the sequences, end to end; how many units there are, and answers without thoughts."""
     from tqdm import tqdm
 
-    kept, lengths = 0, [0]
+    kept, left_out, lengths = 0, 0, [0]
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "generated.bin", "wb") as flags_file:
         progress = tqdm(desc="rendering conversations", unit=" rows", mininterval=1)
         for batch in done:
-            for where, result in batch:
+            for where, result, bare in batch:
                 if isinstance(result, tuple):
                     report.add(result[0], where, result[1])
                     continue
-                kept += 1
+                kept, left_out = kept + 1, left_out + bare
                 for tokens, generated in result:
                     tokens_file.write(tokens.tobytes())
                     flags_file.write(generated.tobytes())
@@ -631,7 +755,7 @@ def _write_units(folder: Path, done: Iterable[list[tuple[str, Any]]], report: Dr
             progress.update(len(batch))
         progress.close()
     np.save(folder / "bounds.npy", np.cumsum(lengths, dtype=np.int64))
-    return kept
+    return kept, left_out
 
 
 class PackedRows:

@@ -3,6 +3,8 @@
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompts questions.txt --out answers.jsonl
 
+Of a .jsonl of prompts a row's `messages` are continued; other keys are ignored.
+
 Prompts of about one length share a batch without any padding: while the shorter ones already answer, what is left of
 the longer ones is read a token a step. Tensor parallelism works as in training; pipeline stages work one after the other
 (no micro-batches in between): for models that fit no other way.
@@ -18,11 +20,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from common import checkpoint, cli, lora, ops, parallel
+from common.records import BadRow
 
-from . import convert
+from . import convert, data
 from .config import Qwen3Config, model_config
 from .model import Qwen3, build
-from .options import InferOptions, parse, read_prompts
+from .options import InferOptions, parse, questions
 
 NOT_FINITE = (
     "the model's logits are not finite: damaged weights, or too large for this precision; fix: --weights or --precision"
@@ -239,6 +242,18 @@ def end_tokens(tokenizer) -> set[int]:
     return {i for i in found if i is not None and i != tokenizer.unk_token_id}
 
 
+def rendered_chats(tokenizer, asked: list[tuple], thinking: bool) -> list[str]:
+    """What the chat template makes of `questions`. ValueError: it refuses one; names its line."""
+    found = []
+    for where, messages, tools in asked:
+        try:
+            found.append(data.render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking))
+        except BadRow as error:
+            rule = "messages of its roles"
+            raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
+    return found
+
+
 def main() -> None:
     from transformers import AutoTokenizer
 
@@ -247,12 +262,9 @@ def main() -> None:
     config = model_config(o)
     model = load_model(o, config)
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    texts = read_prompts(o.prompts) if o.prompts else [o.prompt]
-    if o.chat:
-        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": o.thinking}
-        rendered = [tokenizer.apply_chat_template([{"role": "user", "content": t}], **options) for t in texts]
-    else:
-        rendered = texts
+    asked = questions(o)
+    texts = [messages[-1]["content"] for _, messages, _ in asked]
+    rendered = rendered_chats(tokenizer, asked, o.thinking) if o.chat else texts
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
     longest = max(map(len, prompts)) + o.max_new_tokens
     if longest > config.positions:
@@ -274,7 +286,8 @@ def main() -> None:
         print()
     if main_rank and o.out:
         o.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": t, "answer": tokenizer.decode(a)} for t, a in zip(texts, answers, strict=True)]
+        asked = [{"prompt": m[0]["content"]} if len(m) == 1 else {"messages": m} for _, m, _ in asked]
+        rows = [row | {"answer": tokenizer.decode(a)} for row, a in zip(asked, answers, strict=True)]
         o.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(rows)} answers in {o.out}")
     elif main_rank and len(texts) > 1:

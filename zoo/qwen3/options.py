@@ -16,8 +16,9 @@ from typing import Literal
 
 from common import cli, resume, weights
 from common.cli import option
+from common.records import BadRow, read_prompts
 
-from . import convert, megatron_import, preprocess
+from . import convert, data, megatron_import, preprocess
 from .config import (
     Qwen3Config,
     adaptable,
@@ -63,6 +64,11 @@ ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(cli.TrainOptions):
     job: str = option("which launcher this is: pretrain, sft, lora or dpo", "pretrain", group="job")
+    data: Path | None = option(
+        "pretrain: prefix of an indexed data set; sft, lora: .jsonl or .json of messages, conversations, or instruction, "
+        "input, output, history, system; dpo: of these or prompt, with chosen, rejected; all: tools (default: the demo's)",
+        group="data",
+    )
     from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
     validation: Path | None = option("held-out data of the same kind, evaluated at the end", group="data")
@@ -73,6 +79,10 @@ class TrainOptions(cli.TrainOptions):
     too_long: Literal["drop", "cut"] = option(
         "what becomes of a conversation, or pair, longer than a row", "drop", group="data", layout=True
     )
+    train_on: Literal["all", "last", "complete"] = option(
+        "answers of a conversation that are learnt: all, the last, or those whose thoughts the template does not leave out",
+        "all", group="data",
+    )  # fmt: skip
     cache: Path | None = option("folder that keeps rendered conversations (default data/<recipe>-cache)", group="data")
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
     aux: float = option(
@@ -130,7 +140,9 @@ class InferOptions(cli.LayoutOptions):
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
     adapter: Path | None = option("PEFT adapter's folder, as lora.sh writes it", group="model")
     prompt: str = option("what to answer", group="job")
-    prompts: Path | None = option("text file, a prompt per line", group="job")
+    prompts: Path | None = option(
+        "text file, a prompt per line, or .jsonl of prompt, or of messages to continue; tools", group="job"
+    )
     out: Path | None = option("file for the answers (.jsonl)", group="job")
     chat: bool = option("put the prompt into the tokenizer's chat template", True, group="job")
     thinking: bool = option("let the template open a thought first", False, group="job")
@@ -236,7 +248,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
 
 
 def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
-    if o.weights is None and not o.prompt and not o.prompts:
+    if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
     o = _with_tokenizer(_with_weights(_without_batch(o, asked)))
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
@@ -248,10 +260,7 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
         )
     _check_weights(o, config)
-    if not (o.prompt or o.prompts):
-        raise ValueError("nothing to answer; fix: --prompt TEXT or --prompts FILE")
-    if o.prompts:
-        read_prompts(o.prompts)
+    questions(o)
     if o.adapter:
         _check_adapters(o, config)
     return o
@@ -399,6 +408,8 @@ def _check_job(o: TrainOptions, asked: set[str]) -> None:
     def refuse(flag: str, where: str) -> None:
         raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
 
+    if "--train-on" in asked and o.job in ("pretrain", "dpo"):
+        refuse("--train-on", "sft.sh and lora.sh")
     for f in dataclasses.fields(o):
         flag, jobs = "--" + f.name.replace("_", "-"), ONLY.get(f.metadata["group"], (o.job,))
         if flag in asked and o.job not in jobs:
@@ -486,6 +497,8 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
         elif not path.exists():
             what = "preference pairs" if o.job == "dpo" else "conversations"
             raise ValueError(f"{path} does not exist; expected .jsonl or .json {what}; fix: {flag}")
+        else:
+            next(data.read_rows(path))  # says what is wrong with a file that is empty or of another kind
 
 
 def _check_adapters(o, config: Qwen3Config) -> None:
@@ -581,14 +594,27 @@ def _is_demo(path: Path) -> bool:
     return DEMO_DATA in path.parents
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. ValueError: there is none."""
-    if not path.is_file():
-        raise ValueError(f"--prompts {path} does not exist; expected a text file, a prompt per line; fix: --prompts")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompts {path} holds no prompt; expected a prompt per line; fix: --prompts")
-    return lines
+def questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]]:
+    """(file:line, messages, tools) of everything to answer.
+
+    Raises:
+        ValueError: there is nothing, or a row is no question; names its line.
+    """
+    if (o.prompt is None) == (o.prompts is None):
+        given = "nothing to answer" if o.prompt is None else f"--prompt and --prompts {o.prompts}; expected one of them"
+        raise ValueError(f"{given}; fix: --prompt TEXT or --prompts FILE")
+    rows = [("--prompt", {"prompt": o.prompt})] if o.prompts is None else read_prompts(o.prompts, "--prompts")
+    found = []
+    for where, row in rows:
+        try:
+            messages, tools = data.to_question(row), data.to_tools(row)
+        except BadRow as error:
+            rule = "a prompt, or messages that end in a question"
+            raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
+        if not o.chat and (len(messages) > 1 or tools):
+            raise ValueError(f"{where}: a conversation with --no-chat; expected a text alone; fix: --chat")
+        found.append((where, messages, tools))
+    return found
 
 
 def prepare(o) -> None:

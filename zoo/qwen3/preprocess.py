@@ -5,7 +5,7 @@
 Formats (`--data`), a file or a folder of them, taken in the order of their names:
 
     .jsonl, .json, .csv     a document per line, item or row, under the key or column --field
-    .txt                    a document per block of lines; blank lines separate blocks
+    .txt                    a document per block of lines; blank lines separate blocks, and lines end at \\n or \\r\\n
     .parquet, .arrow        a document per row, in the column --field; these need the package pyarrow
 
 Each document is one sequence, tokenized without special tokens (their names in a text are ordinary text), and
@@ -19,7 +19,6 @@ Rows without text, and malformed lines, are dropped and counted by reason (OUT.d
 No torch here: options are checked before anything heavy is imported.
 """
 
-import csv
 import dataclasses
 import gc
 import hashlib
@@ -34,8 +33,18 @@ from typing import Any
 
 from common.cli import option
 from common.data import DropReport, partial_name
+from common.records import (
+    LONGEST_CELL,
+    BadRow,
+    import_pyarrow,
+    parse_json,
+    read_column,
+    read_csv,
+    read_json,
+    read_lines,
+)
 
-from .data import DOCUMENT_END, BadRow, in_order, list_files, read_json_list, read_lines, tokenizer_hash
+from .data import DOCUMENT_END, in_order, list_files, tokenizer_hash
 
 HERE = Path(__file__).parent
 DEMO_TEXT = HERE.parents[1] / "data" / f"{HERE.name}-demo" / "text"
@@ -43,6 +52,7 @@ DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
 SHARD = 4_000_000  # characters of the rows of a shard
 BATCH = 256  # documents given to the tokenizer at a time
+READING = 2  # raised when what is read of a file changes, so that no older result or shard is taken for it
 FEW = 10_000  # rows; of fewer, a share dropped says little about the rest
 
 
@@ -84,7 +94,7 @@ def checked(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
     if o.data.parent != DEMO_TEXT:  # which is made on first use
         for file in list_files(o.data, SUFFIXES):
             if file.suffix in (".parquet", ".arrow"):
-                _pyarrow(file)
+                import_pyarrow(file)
     _load(o, vocab_size)
     return o
 
@@ -116,22 +126,24 @@ def _load(o: PreprocessOptions, vocab_size: int) -> tuple[Any, int]:
 def read_records(path: Path, field: str) -> Iterator[tuple[int, Any]]:
     """(line or row number, what `text_of` makes a text of) of one file. ValueError: it is none of its kind."""
     if path.suffix == ".jsonl":
-        yield from read_lines(path)  # parsed by the workers
+        yield from ((number, line) for number, line in read_lines(path) if line.strip())  # parsed by the workers
     elif path.suffix == ".json":
-        yield from read_json_list(path)
+        yield from read_json(path)
     elif path.suffix == ".csv":
-        yield from _read_csv(path, field)
+        yield from read_csv(path, [[field]], LONGEST_CELL, fix="--field")
     elif path.suffix == ".txt":
         yield from ((line, {field: text}) for line, text in _read_blocks(path))
     else:
-        yield from _read_arrow(path, field)
+        yield from read_column(path, field, fix="--field")
 
 
 def text_of(record: Any, field: str) -> str:
     """The document of a record. BadRow: there is none."""
+    if isinstance(record, BadRow):
+        raise record
     if isinstance(record, str):
         try:
-            record = json.loads(record)
+            record = parse_json(record)
         except json.JSONDecodeError as error:
             raise BadRow("malformed JSON", error.msg) from error
     if not isinstance(record, dict):
@@ -146,63 +158,16 @@ def text_of(record: Any, field: str) -> str:
 
 
 def _read_blocks(path: Path) -> Iterator[tuple[int, str]]:
-    block, first, last = [], 0, 0
+    block, first = [], 0
     for number, line in read_lines(path):
-        if block and number != last + 1:
-            yield first, "".join(block).rstrip("\n")
+        if line.strip():
+            first = first if block else number
+            block.append(line)
+        elif block:
+            yield first, "\n".join(block)
             block = []
-        first, last = (first if block else number), number
-        block.append(line)
     if block:
-        yield first, "".join(block).rstrip("\n")
-
-
-def _read_csv(path: Path, field: str) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(1 << 30)  # a document is longer than the 128 KiB the module allows
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            if field not in header:
-                found = ", ".join(header) or "nothing"
-                raise ValueError(f"{path}:1: the header has {found}; expected {field!r}; fix: --field")
-            yield from ((reader.line_num, row) for row in reader)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"cannot read {path}: {error}; expected a UTF-8 .csv file; fix: {path}") from error
-
-
-def _pyarrow(path: Path):
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(f"{path} needs the package pyarrow, not installed; fix: pip install pyarrow") from None
-    return pyarrow
-
-
-def _read_arrow(path: Path, field: str) -> Iterator[tuple[int, dict]]:
-    pyarrow = _pyarrow(path)
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            file = ParquetFile(path)
-            names, batches = file.schema_arrow.names, lambda: file.iter_batches(1000, columns=[field])
-        else:
-            try:
-                file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-                names, batches = file.schema.names, lambda: map(file.get_batch, range(file.num_record_batches))
-            except pyarrow.ArrowInvalid:  # what the datasets library writes is a stream
-                file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-                names, batches = file.schema.names, lambda: file
-        if field not in names:
-            raise ValueError(f"{path} has the columns {', '.join(names)}; expected {field!r}; fix: --field")
-        number = 0
-        for batch in batches():
-            for value in batch.column(field):
-                number += 1
-                yield number, {field: value.as_py()}
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"cannot read {path}: {error}; expected a {path.suffix} file; fix: {path}") from error
+        yield first, "\n".join(block)
 
 
 def _shards(o: PreprocessOptions, size: int) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
@@ -237,7 +202,7 @@ def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(o.data, SUFFIXES)]
     about = {
         "files": files, "field": o.field, "tokenizer": tokenizer_hash(o.tokenizer), "vocabulary": vocab_size,
-        "end": end, "shard_size": shard_size,
+        "end": end, "shard_size": shard_size, "reading": READING,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     meta = _beside(o.out, ".meta.json")
@@ -260,6 +225,8 @@ def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
         if rows >= FEW:
             report.check(rows, o.max_drop)
     progress.close()
+    if not rows:
+        raise ValueError(f"{o.data} holds no document; expected one at least; fix: --data")
     report.check(rows, o.max_drop)
 
     found = {"key": key, "documents": documents, "tokens": tokens, "dropped": report.counts, "from": about}

@@ -110,8 +110,9 @@ def rows_of(path, o: TrainOptions, shuffle: bool = True):
         return data.TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
     kind = "dpo" if o.job == "dpo" else "sft"
     prepare = functools.partial(
-        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache, kind=kind, too_long=o.too_long, max_drop=o.max_drop
-    )
+        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache,
+        kind=kind, too_long=o.too_long, train_on=o.train_on, max_drop=o.max_drop,
+    )  # fmt: skip
     if dist.get_rank() == 0:
         prepare()
     dist.barrier()
