@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +23,21 @@ from transformers import AutoTokenizer
 
 from common import cli
 from common.data import DropReport, prefetch
-from zoo.qwen3 import data, preprocess
-from zoo.qwen3.data import IGNORE, BadRow, Chat, PackedRows, TextRows, pack, prepare_chats, to_chat, to_pair
+from zoo.qwen3 import data, infer, preprocess, train
+from zoo.qwen3 import options as jobs
+from zoo.qwen3.data import (
+    IGNORE,
+    BadRow,
+    Chat,
+    PackedRows,
+    TextRows,
+    pack,
+    prepare_chats,
+    to_chat,
+    to_pair,
+    to_question,
+    to_tools,
+)
 from zoo.qwen3.demo import make_data
 from zoo.qwen3.preprocess import DEMO_TOKENIZER, PreprocessOptions
 
@@ -31,6 +47,8 @@ ROOT = Path(__file__).parents[1]
 VOCABULARY = 2048
 END = 0  # <|endoftext|>
 CASES = ROOT / "tests" / "cases" / "qwen3"
+CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+WRONG = [CHAT[0], {"role": "assistant", "content": "3"}]
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -265,9 +283,257 @@ def test_template_that_cannot_be_masked_is_refused(tokenizer, template, message)
         )
 
 
-# ---- rows to messages ----
+# Conversations, thoughts and calls as the released template renders them: a newline before a call only after text, tool
+# results as a user's turn, thoughts only after the last question that is no tool result.
+RELEASED = (
+    "{%- set ns = namespace(last=messages | length - 1) -%}"
+    "{%- if tools %}{{ '<|im_start|>system\n# Tools\n<tools>' }}{% for tool in tools %}{{ '\n' ~ (tool | tojson) }}{% endfor %}"
+    "{{ '\n</tools><|im_end|>\n' }}{% endif -%}"
+    "{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' -%}"
+    "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif -%}"
+    "{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' -}}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif -%}"
+    "{%- elif m.role != 'assistant' -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}"
+    "{%- else -%}"
+    "{%- set ns.text = m.content -%}{%- set ns.thoughts = m.reasoning_content or '' -%}"
+    "{%- if not ns.thoughts and '</think>' in m.content -%}"
+    "{%- set ns.thoughts = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') -%}"
+    "{%- set ns.text = m.content.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- if loop.index0 > ns.last and (loop.last or ns.thoughts) -%}"
+    "{{- '<think>\n' + ns.thoughts + '\n</think>\n\n' -}}{%- endif -%}"
+    "{{- ns.text -}}"
+    "{%- for call in m.tool_calls or [] -%}"
+    "{%- if not loop.first or ns.text %}{{ '\n' }}{% endif -%}{%- set f = call.function or call -%}"
+    '{{- \'<tool_call>\n{"name": "\' + f.name + \'", "arguments": \' -}}'
+    "{{- f.arguments if f.arguments is string else f.arguments | tojson -}}{{- '}\n</tool_call>' -}}"
+    "{%- endfor -%}{{- '<|im_end|>\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif -%}"
+)
 
-CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+@pytest.fixture(scope="module")
+def released(tokenizer, tmp_path_factory) -> Path:
+    """The demo's tokenizer with that template, as a folder."""
+    folder = tmp_path_factory.mktemp("released")
+    with_template(tokenizer, RELEASED).save_pretrained(folder)
+    return folder
+
+
+load = functools.cache(AutoTokenizer.from_pretrained)
+
+
+def learnt(row: dict, folder: Path, train_on: str = "all") -> list[str]:
+    """What is learnt of a row, a text per answer."""
+    tokenizer = load(folder)
+    tokens, generated = Chat(tokenizer).encode(to_chat(row), to_tools(row), train_on)
+    runs = [list(run) for flag, run in itertools.groupby(range(len(tokens)), generated.__getitem__) if flag]
+    return [tokenizer.decode(tokens[run]) for run in runs]
+
+
+CALL = '<tool_call>\n{"name": "lookup", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("name", ["tc_empty", "tools_list", "tools_string", "tool_calls_string"])
+def test_calls_without_text_are_learnt_to_the_end_of_their_turn_however_they_are_written(name, released, tmp_path):
+    path = CASES / f"{name}.jsonl"
+    row = lines(path)[-1]
+    assert learnt(row, released) == [f"{CALL}<|im_end|>", "In Norway.<|im_end|>"]
+    assert "find a city" in Chat(load(released)).render(to_chat(row), to_tools(row))
+    folder = prepare_chats(path, released, 512, tmp_path)
+    assert lines(folder / "drops.jsonl") == [{"kind": "summary", "dropped": 0, "reasons": {}}]
+
+
+def test_calls_beside_text_and_thoughts_and_several_calls_are_learnt_whole(released):
+    call = {"name": "lookup", "arguments": {"city": "Oslo"}}
+    ask = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"type": "function", "function": call}, call]}
+    result = {"role": "tool", "content": "Norway"}
+    row = {"messages": [CHAT[0], ask | {"reasoning_content": "hm"}, result, result, CHAT[1]]}
+    assert learnt(row, released) == [
+        f"<think>\nhm\n</think>\n\nLet me see.\n{CALL}\n{CALL}<|im_end|>", "2<|im_end|>"
+    ]  # fmt: skip
+    row = {"messages": [CHAT[0], ask | {"content": ""}]}
+    assert learnt(row, released) == [f"{CALL}\n{CALL}<|im_end|>"]
+
+
+FUNCTION = {"name": "lookup", "description": "d"}
+
+
+@pytest.mark.parametrize(
+    ("tools", "wanted"),
+    [
+        (None, None), ("", None), ("[]", None), ([], None), ("null", None), ({}, None),
+        (FUNCTION, [FUNCTION]), ([FUNCTION], [FUNCTION]), (json.dumps(FUNCTION), [FUNCTION]),
+        ([json.dumps(FUNCTION), json.dumps({"name": "b"})], [FUNCTION, {"name": "b"}]),
+        ("[5]", r"tools\[0\] is int; expected an object"), (["lookup"], r"tools\[0\]: Expecting value"),
+        ("lookup", "tools: Expecting value"), (5, r"tools\[0\] is int"), (DEEP, "nested more than 100 deep"),
+    ],
+)  # fmt: skip
+def test_tools_are_objects_or_json_texts_of_them(tools, wanted, released):
+    row = {"messages": CHAT, "tools": tools}
+    if isinstance(wanted, str):
+        with pytest.raises(BadRow, match=wanted):
+            to_tools(row)
+    else:
+        assert to_tools(row) == wanted and learnt(row, released) == ["2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("calls", "wanted"),
+    [
+        ({"name": "f"}, [{"name": "f", "arguments": {}}]),
+        ([{"name": "f", "arguments": '{"a": 1}'}], [{"name": "f", "arguments": {"a": 1}}]),
+        (['{"name": "f", "arguments": null}'], [{"name": "f", "arguments": {}}]),
+        ([{"id": "1", "function": {"name": "f", "arguments": ""}}], [{"id": "1", "function": {"name": "f", "arguments": {}}}]),
+        ([{"function": None, "name": "f"}], [{"function": None, "name": "f", "arguments": {}}]),
+        ("[]", "empty turn"), (["f"], r"messages\[1\].tool_calls\[0\]: Expecting value"),
+        ([{"function": "f"}], r"tool_calls\[0\] names no function"), ([{"name": ["f"]}], "names no function"),
+        ([{"name": "f", "arguments": "{"}], r"tool_calls\[0\].arguments: "),
+        ([{"name": "f", "arguments": "[1]"}], r"tool_calls\[0\].arguments is list; expected an object"),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_objects_or_json_texts_of_them(calls, wanted):
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    if isinstance(wanted, str):
+        with pytest.raises(BadRow) as caught:
+            to_chat(row)
+        assert re.search(wanted, " ".join(caught.value.args))
+    else:
+        assert to_chat(row)[1]["tool_calls"] == wanted
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_whatever_a_row_or_the_template_raises_is_a_drop_by_file_and_line(tokenizer, tmp_path, kind):
+    """A filter that fails on a value, a role that is no text, a row nested as deep as Python allows."""
+    other = with_template(tokenizer, "{% for m in messages if m.content == 'three' %}{{ 1 / 0 }}{% endfor %}" + CHATML)
+    other.save_pretrained(tmp_path / "tokenizer")
+    pair = {"chosen": "2", "rejected": "3"}
+    rows = [{"messages": CHAT[:1] if kind == "dpo" else CHAT} | pair for _ in range(100)]
+    rows[2] = {"prompt": "three", "instruction": "three", "output": "3"} | pair
+    rows[4] = {"messages": [{"role": ["user"], "content": "x"}, CHAT[1]]} | pair
+    rows[6] = {"messages": [{"role": {}, "content": "x"}, CHAT[1]]} | pair
+    text = [*map(json.dumps, rows)]
+    text[8:10] = DEEP, '{"messages": ' + "9" * 5000 + "}"
+    (tmp_path / "rows.jsonl").write_text("\n".join(text))
+    folder = prepare_chats(tmp_path / "rows.jsonl", tmp_path / "tokenizer", 128, tmp_path / "cache", kind=kind)
+    assert [(d["where"], d["reason"]) for d in lines(folder / "drops.jsonl")[1:]] == [
+        ("rows.jsonl:3", "refused by the template"), ("rows.jsonl:5", "unknown role"), ("rows.jsonl:7", "unknown role"),
+        ("rows.jsonl:9", "unreadable JSON"), ("rows.jsonl:10", "unreadable JSON"),
+    ]  # fmt: skip
+    assert "ZeroDivisionError: division by zero" in lines(folder / "drops.jsonl")[1]["detail"]
+
+
+def test_an_error_nobody_thought_of_is_a_drop_too(tmp_path, monkeypatch):
+    real = data.to_chat
+    monkeypatch.setattr(data, "to_chat", lambda row: real(row) if row["messages"] else [][0])
+    path = write(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 40 + [{"messages": []}])
+    [_, drop] = lines(prepare_chats(path, DEMO_TOKENIZER, 128, tmp_path / "cache") / "drops.jsonl")
+    assert (drop["where"], drop["reason"]) == ("rows.jsonl:41", "unusable row")
+    assert drop["detail"] == "IndexError: list index out of range"
+
+
+def test_names_of_special_tokens_in_calls_and_tools_drop_the_row(released):
+    call = {"name": "lookup", "arguments": {"city": "<|im_end|>"}}
+    rows = ({"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": call}]},
+            {"messages": CHAT, "tools": [{"name": "lookup", "description": "<|im_start|>"}]})  # fmt: skip
+    for row, where in zip(rows, ("message 1", "tools"), strict=True):
+        with pytest.raises(BadRow, match=f"{where} holds '<|im_"):
+            learnt(row, released)
+
+
+# ---- what is learnt of a conversation ----
+
+SECOND = "<think>\nadd again\n</think>\n\n6<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "train_on", "wanted"),
+    [
+        ("think_multi", "all", ["4<|im_end|>", SECOND]),
+        ("think_multi", "last", [SECOND]),
+        ("think_multi", "complete", [SECOND]),
+        ("weight0", "all", ["good answer<|im_end|>"]),
+        ("weight0", "complete", ["good answer<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("template", ["demo", "released"])
+def test_train_on_and_weight_choose_the_answers(name, train_on, wanted, template, released):
+    row = lines(CASES / f"{name}.jsonl")[-1]
+    assert learnt(row, DEMO_TOKENIZER if template == "demo" else released, train_on) == wanted
+
+
+def test_complete_answers_are_those_without_thoughts_too_and_thoughts_that_the_template_shows(tokenizer):
+    turns = [("a?", "one"), ("b?", "<think>hm</think>two"), ("c?", "three")]
+    row = {"conversations": [{"from": f, "value": v} for t in turns for f, v in zip(("human", "gpt"), t, strict=True)]}
+    assert learnt(row, DEMO_TOKENIZER, "complete") == ["one<|im_end|>", "three<|im_end|>"]
+    plain = Chat(with_template(tokenizer, CHATML))  # shows them as the text that they are
+    assert plain.thoughtless(to_chat(row)) == set() and Chat(tokenizer).thoughtless(to_chat(row)) == {3}
+    # thoughts that are also the answer, or a part of it, and thoughts of nothing
+    for thoughts, answer, bare in (("4", "4", {1}), ("add", "to add", {1}), ("\n \n", "4", set())):
+        row = {"messages": [CHAT[0], {"role": "assistant", "content": answer, "reasoning_content": thoughts}, *CHAT]}
+        assert Chat(tokenizer).thoughtless(to_chat(row)) == bare
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"training": False}, {"weight": 1, "loss": 0}],
+)
+def test_an_answer_says_itself_that_it_is_not_learnt(flag):
+    messages = [
+        CHAT[0],
+        CHAT[1] | flag,
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "because"},
+    ]
+    assert learnt({"messages": messages}, DEMO_TOKENIZER) == ["because<|im_end|>"]
+    messages[1] = CHAT[1] | dict.fromkeys(flag, 1) | {"loss": None}
+    assert learnt({"messages": messages}, DEMO_TOKENIZER) == ["2<|im_end|>", "because<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason", "detail"),
+    [
+        ({"weight": 0}, "nothing to learn", "no answer is left of 1"),
+        ({"weight": 0.5}, "bad row", r"messages\[1\].weight is 0.5; expected 0 or 1"),
+        ({"loss": "false"}, "bad row", r"messages\[1\].loss is 'false'; expected 0 or 1, false or true"),
+        ({"train": [1]}, "bad row", r"messages\[1\].train is \[1\]"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "bad row", "train_detail"),
+    ],
+)
+def test_flags_that_leave_nothing_or_say_nothing_drop_the_row(flag, reason, detail):
+    with pytest.raises(BadRow, match=detail) as caught:
+        learnt({"messages": [CHAT[0], CHAT[1] | flag]}, DEMO_TOKENIZER)
+    assert caught.value.args[0] == reason
+
+
+def test_the_last_answer_is_not_replaced_by_an_earlier_one_where_it_is_not_learnt():
+    messages = [*CHAT, CHAT[0], {"role": "assistant", "content": "3", "weight": 0}]
+    with pytest.raises(BadRow, match="no answer is left of 2"):
+        learnt({"messages": messages}, DEMO_TOKENIZER, "last")
+
+
+def test_thoughts_left_out_are_counted_in_what_is_printed_and_the_choice_has_a_cache_of_its_own(tmp_path, capsys):
+    path, seen = CASES / "think_multi.jsonl", {}
+    for train_on, said in (
+        ("all", "learnt without them"),
+        ("complete", "train on: complete"),
+        ("last", "train on: last"),
+    ):
+        folder = prepare_chats(path, DEMO_TOKENIZER, 512, tmp_path, train_on=train_on)
+        assert f"; the template leaves out the thoughts of 1 answers ({said})" in capsys.readouterr().out
+        labels = PackedRows(folder).fetch(range(len(PackedRows(folder))))["labels"]
+        seen[folder.name] = int((labels != IGNORE).sum())
+    assert len(seen) == 3 and sorted(seen.values()) == [min(seen.values())] * 2 + [max(seen.values())]
+    prepare_chats(CASES / "weight0.jsonl", DEMO_TOKENIZER, 512, tmp_path)
+    assert "thoughts" not in capsys.readouterr().out
+
+
+# ---- rows to messages ----
 
 
 @pytest.mark.parametrize(
@@ -321,6 +587,18 @@ BAD_PAIRS = [
         {"chosen": CHAT, "rejected": [{"role": "user", "content": "2 + 2?"}, CHAT[1]]},
         "bad row", "different questions",
     ),
+    ({"prompt": "2 + 2?", "chosen": CHAT, "rejected": WRONG}, "another question", "chosen begins otherwise"),
+    ({"prompt": [{"role": "user", "content": "?"}], "chosen": CHAT, "rejected": WRONG}, "another question", "chosen begins"),
+    ({"prompt": CHAT[:1], "chosen": "2", "rejected": [{"role": "user", "content": "?"}, WRONG[1]]}, "another question", "rejected"),
+    ({"prompt": [CHAT[1], CHAT[0]], "chosen": CHAT, "rejected": WRONG}, "another question", "chosen begins"),
+    (
+        {"prompt": "1 + 1?", "system": "S", "chosen": [{"role": "system", "content": "T"}, *CHAT], "rejected": WRONG},
+        "another question", "chosen begins",
+    ),
+    ({"messages": CHAT, "chosen": "2", "rejected": "3"}, "answer before the answer", "message 1 of chosen"),
+    ({"prompt": CHAT, "chosen": "4", "rejected": [WRONG[1]]}, "answer before the answer", "message 1 of chosen"),
+    ({"prompt": "q", "chosen": "2", "rejected": [CHAT[1], WRONG[1]]}, "answer before the answer", "message 1 of rejected"),
+    ({"chosen": [*CHAT, CHAT[1]], "rejected": [*CHAT, WRONG[1]]}, "answer before the answer", "message 1 of chosen"),
 ]  # fmt: skip
 
 
@@ -345,10 +623,54 @@ def test_bad_row_names_reason_and_field(make, row, reason, detail):
             "chosen": {"from": "gpt", "value": "2"},
             "rejected": {"from": "gpt", "value": "3"},
         },
+        {"prompt": "1 + 1? ", "chosen": CHAT, "rejected": WRONG, "messages": CHAT},  # UltraFeedback's
+        {"prompt": CHAT[:1], "chosen": CHAT, "rejected": WRONG},
+        {"messages": CHAT, "chosen": CHAT, "rejected": WRONG},
+        {"messages": WRONG, "chosen": CHAT, "rejected": WRONG, "prompt": None},
+        {"instruction": "1 + 1?", "output": "2", "chosen": CHAT, "rejected": WRONG},
+        {"prompt": "", "chosen": CHAT, "rejected": WRONG},
+        {
+            "prompt": "1 + 1?",
+            "chosen": [CHAT[0], CHAT[1] | {"weight": 1}],
+            "rejected": [CHAT[0] | {"weight": 0}, WRONG[1]],
+        },
     ],
 )
 def test_every_format_of_a_pair_becomes_two_conversations(row):
-    assert to_pair(row) == (CHAT, [CHAT[0], {"role": "assistant", "content": "3"}])
+    assert to_pair(row) == (CHAT, WRONG)
+
+
+TURNS = [
+    {"role": "system", "content": "S"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, *CHAT
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TURNS[:4], "chosen": "2", "rejected": "3"},
+        {"prompt": TURNS[:4], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},
+        {"prompt": TURNS[1:4], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},
+        {"prompt": TURNS[:4], "chosen": TURNS[1:], "rejected": [*TURNS[1:4], WRONG[1]]},
+        {"prompt": TURNS[:3], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # up to an answer before
+        {"prompt": "q", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the first question
+        {"prompt": "1 + 1?", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the last one
+        {"prompt": "q", "system": "S", "chosen": TURNS[1:], "rejected": [*TURNS[1:4], WRONG[1]]},
+    ],
+)
+def test_the_common_beginning_of_a_prompt_and_whole_conversations_is_taken_once(row):
+    assert to_pair(row) == (TURNS, [*TURNS[:4], WRONG[1]])
+
+
+def test_pairs_of_the_commonest_public_layout_ask_once(tmp_path, tokenizer):
+    folder = prepare_chats(CASES / "dpo_ultra.jsonl", DEMO_TOKENIZER, 128, tmp_path, kind="dpo")
+    batch = PackedRows(folder).fetch([0])
+    first, second = (slice(*batch["cu_seqlens"][n : n + 2]) for n in (0, 1))
+    asked = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    for part, answer in ((first, "Red."), (second, "Seven.")):
+        assert tokenizer.decode(batch["tokens"][part]) == f"{asked}{answer}<|im_end|>\n"
+        labels = batch["labels"][part]
+        assert tokenizer.decode(labels[labels != IGNORE]) == f"{answer}<|im_end|>"
 
 
 # ---- reading files ----
@@ -368,6 +690,134 @@ def test_missing_unknown_and_empty_data_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list(data.read_rows(path))
+
+
+# ---- questions ----
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1 + 1?", "id": 7},
+        {"prompt": CHAT[:1]},
+        {"messages": CHAT[:1]},
+        {"conversations": [{"from": "human", "value": "1 + 1?"}], "prompt": None},
+        {"instruction": "1 + 1?"},
+        {"prompt": "1 + 1?", "messages": CHAT, "chosen": CHAT},
+    ],
+)
+def test_a_row_of_prompts_is_a_text_or_a_conversation_to_continue(row):
+    assert to_question(row) == CHAT[:1]
+    system = {"role": "system", "content": "S"}
+    assert to_question(row | {"system": "S"}) == [system, *CHAT[:1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ""}, "empty turn"), ({"prompt": " \n"}, "empty turn"), ({"text": "x"}, "unknown format"),
+        ({"messages": CHAT}, "ends in an answer"), ({"messages": []}, "there is no message"), ({"prompt": 5}, "messages is int"),
+    ],
+)  # fmt: skip
+def test_a_row_that_asks_nothing_is_a_bad_row(row, message):
+    with pytest.raises(BadRow) as caught:
+        to_question(row)
+    assert message in " ".join(caught.value.args)
+
+
+def asked(*argv) -> list:
+    return jobs.questions(jobs.parse("infer", list(map(str, argv))))
+
+
+def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tokenizer, tmp_path):
+    found = asked("--prompts", CASES / "prompts.jsonl")
+    question = [{"role": "user", "content": "Sort the digits: 52913"}]
+    assert found == [(f"{CASES / 'prompts.jsonl'}:{n}", question, None) for n in (1, 2)]
+    texts = [messages[0]["content"] for _, messages, _ in asked("--prompts", CASES / "prompts_bom_u2028.txt")]
+    assert texts == ["Sort the digits: 52913", "Sort the digits: 11111", "Sort the digits:\u202852913"]
+    assert asked("--prompt", texts[0])[0][1:] == (question, None) == asked()[0][1:]
+    path = write(tmp_path / "a.jsonl", [{"messages": [*CHAT, *question], "tools": [FUNCTION]}])
+    [(where, messages, tools)] = asked("--prompts", path)
+    assert messages == [*CHAT, *question] and tools == [FUNCTION]
+    [text] = infer.rendered_chats(tokenizer, [(where, messages, None)], thinking=False)
+    whole = Chat(tokenizer).render([*messages, {"role": "assistant", "content": "12359"}])
+    assert whole == text + "12359<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", ""], "--prompt: empty turn"),
+        (["--prompt", " "], "--prompt: empty turn"),
+        (["--prompt", "x", "--prompts", "FILE"], "--prompt and --prompts .*; expected one of them"),
+        (["--prompts", "FILE"], "a.jsonl:2: no question, the conversation ends in an answer; expected"),
+        (["--prompts", "TALK", "--no-chat"], "b.jsonl:1: a conversation with --no-chat; expected"),
+        (["--prompts", "TOOLS"], "c.jsonl:1: bad row, tools.0. is int; expected"),
+        (["--prompts", "LATIN"], "d.txt:2: the bytes e9"),
+    ],
+)
+def test_a_prompt_that_asks_nothing_is_refused_by_its_line(argv, message, tmp_path):
+    files = {
+        "FILE": write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"messages": CHAT}]),
+        "TALK": write(tmp_path / "b.jsonl", [{"messages": [*CHAT, CHAT[0]]}]),
+        "TOOLS": write(tmp_path / "c.jsonl", [{"prompt": "x", "tools": 5}]),
+        "LATIN": tmp_path / "d.txt",
+    }
+    files["LATIN"].write_bytes(b"one\ncaf\xe9")
+    with pytest.raises(ValueError, match=message + ".*; fix: ") as error:
+        asked(*[files.get(word, word) for word in argv])
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tokenizer):
+    messages = [*CHAT, {"role": "tool", "content": "x"}]
+    with pytest.raises(ValueError, match="a.jsonl:3: refused by the template, .*tool.*; expected .*; fix: "):
+        infer.rendered_chats(tokenizer, [("a.jsonl:3", messages, None)], thinking=False)
+
+
+def test_train_on_reaches_sft_and_lora_and_is_refused_elsewhere():
+    for job in ("sft", "lora"):
+        assert jobs.parse("train", ["--job", job, "--train-on", "complete"]).train_on == "complete"
+        assert jobs.parse("train", ["--job", job]).train_on == "all"
+    for job in ("pretrain", "dpo"):
+        with pytest.raises(ValueError, match="--train-on is of sft.sh and lora.sh.*; fix: "):
+            jobs.parse("train", ["--job", job, "--train-on", "last"])
+
+
+def test_train_on_of_the_options_decides_what_is_learnt(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    counts = []
+    for train_on in ("all", "complete"):
+        argv = ["--job", "sft", "--data", CASES / "think_multi.jsonl", "--cache", tmp_path, "--train-on", train_on]
+        o = jobs.parse("train", [*map(str, argv), "--seq-len", "512"])
+        rows = train.rows_of(o.data, o)
+        counts.append(int((rows.fetch(range(len(rows)))["labels"] != IGNORE).sum()))
+    assert counts[0] == counts[1] + 2  # "4" and the end of its turn
+
+
+@pytest.mark.parametrize("job", ["sft", "dpo"])
+def test_chats_that_are_empty_or_of_another_encoding_are_refused_with_the_options(job, tmp_path):
+    for content, message in ((b"", "a.jsonl holds no row"), (b'{"a": "\xe9"}', "a.jsonl:1: the bytes e9")):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        for flag in ("--data", "--validation"):
+            with pytest.raises(ValueError, match=message + ".*; expected .*; fix: "):
+                jobs.parse("train", ["--job", job, flag, str(tmp_path / "a.jsonl")])
+
+
+def test_help_and_readme_list_the_keys_a_row_may_have(capsys):
+    told = {}
+    for script in ("train", "infer"):
+        with pytest.raises(SystemExit):
+            jobs.parse(script, ["--help"])
+        told[script] = capsys.readouterr().out
+    keys = ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "prompt"]
+    readme = (ROOT / "zoo" / "qwen3" / "README.md").read_text()
+    for key in [*keys, "chosen", "rejected"]:
+        assert re.search(rf"\b{key}\b", told["train"].split("  --data PATH")[1].split("  --max-drop")[0]), key
+        assert f'"{key}":' in readme or f"`{key}`" in readme, key
+    for key in ("prompt", "messages", "tools"):
+        assert re.search(rf"\b{key}\b", told["infer"].split("  --prompts PATH")[1].split("  --out")[0]), key
 
 
 # ---- packing ----
