@@ -10,6 +10,7 @@ whose weight the loss reads. A recipe must not offer as target what its model do
 The base stays in the precision of the run, or after `quantize_` in 4 bits.
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -24,21 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common import checkpoint, parallel, weights
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Of every adapter of a model, by PEFT's names."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
-
+from common.adapters import Pair, Settings, matches
 
 # ---------------------------------------------------------------------------------------------------- adapted linears
 
@@ -133,24 +120,17 @@ def _union(mine: dict) -> dict:
     return {key: value for stage in stages for key, value in stage.items()}
 
 
-def _matches(name: str, targets: list[str] | str) -> bool:
-    """PEFT's rule: a list holds whole names or ends of names, a string is a regular expression."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def _attach(chunks: list[nn.Module], chosen: Callable[[str], bool], settings: Settings) -> None:
-    """Freeze the model and give the chosen linears adapters, memory allocated and not filled."""
+def _attach(chunks: list[nn.Module], settings: dict[str, Settings]) -> None:
+    """Freeze the model and give the linears named adapters, memory allocated and not filled."""
     for chunk in chunks:
         chunk.requires_grad_(False)
-    for module in [module for name, module in _modules(chunks, ADAPTED) if chosen(name)]:
+    for module, its in [(module, settings[name]) for name, module in _modules(chunks, ADAPTED) if name in settings]:
         weight = module.weight
         split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
-        module.__class__, module.lora = ADAPTED[type(module)], settings
-        module.lora_dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout else nn.Identity()
-        module.lora_A = nn.Parameter(weight.new_empty(settings.r, weight.shape[1]))
-        module.lora_B = nn.Parameter(weight.new_empty(weight.shape[0], settings.r))
+        module.__class__, module.lora = ADAPTED[type(module)], its
+        module.lora_dropout = nn.Dropout(its.lora_dropout) if its.lora_dropout else nn.Identity()
+        module.lora_A = nn.Parameter(weight.new_empty(its.r, weight.shape[1]))
+        module.lora_B = nn.Parameter(weight.new_empty(weight.shape[0], its.r))
         for parameter, dim in ((module.lora_A, 1), (module.lora_B, 0)):
             if dim == split:
                 parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
@@ -177,12 +157,12 @@ def add(
         ValueError: a target that no linear of the model is called; lists those that there are.
     """
     names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
-    unknown = [target for target in targets if not any(_matches(name, [target]) for name in names)]
+    unknown = [target for target in targets if not any(matches(name, [target]) for name in names)]
     if unknown:
         kinds = sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names})
         raise ValueError(f"no linear is called {', '.join(unknown)}; expected the end of one of: {', '.join(kinds)}")
     settings = Settings(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
-    _attach(chunks, lambda name: _matches(name, targets), settings)
+    _attach(chunks, {name: settings for name in names if matches(name, targets)})
     checkpoint.initialize(chunks, seed, _draw, lambda name: name.endswith((".lora_A", ".lora_B")))
 
 
@@ -213,13 +193,27 @@ def merged(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, sca
     return (weight.float() + lora_B.float() @ lora_A.float() * scale).to(weight.dtype)
 
 
-# ------------------------------------------------------------------------------------------------ PEFT's folder format
+def added(
+    weight: torch.Tensor,
+    pair: Pair | None,
+    difference: weights.Entry | None,
+    reader: weights.Reader,
+    cut: tuple[int | None, int, int] = (None, 0, 1),
+) -> torch.Tensor:
+    """A parameter, or the part that a cut (see `checkpoint.cuts`) leaves of it, with an adapter and a difference added
+    that lie in files: computed in fp32 and rounded once."""
+    dim, part, parts = cut
+    if difference:
+        weight, dtype = weight.float() + reader.read(difference, *cut).to(weight.device), weight.dtype
+        return added(weight, pair, None, reader, cut).to(dtype)
+    if pair is None:
+        return weight
+    lora_A = reader.read(pair.A, 1, part, parts if dim == 1 else 1).to(weight.device)
+    lora_B = reader.read(pair.B, 0, part, parts if dim == 0 else 1).to(weight.device)
+    return merged(weight, lora_A, lora_B, pair.settings.scale)
 
-# What a plain LoRA's adapter_config.json may say; in any other field only "no" is understood. Other ways to draw the
-# first weights change the base's too.
-UNDERSTOOD = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
-FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-        "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size"}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ PEFT's folder format
 
 
 def _released(linear: str, rename: Callable[[str], str]) -> str:
@@ -243,17 +237,17 @@ def save_adapter(
     rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
     "CAUSAL_LM" for one.
     """
-    linears = {
-        _released(name, rename): dataclasses.asdict(module.lora)
-        for name, module in _modules(chunks, (*PLAIN, LoraQuantized))
-    }
+    linears = {_released(name, rename): module.lora for name, module in _modules(chunks, (*PLAIN, LoraQuantized))}
     linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
     if dist.get_rank() != 0:
         return
     weights.save(folder, {key: tensor.nbytes for key, tensor in tensors.items()}, tensors.__getitem__, "adapter_model")
-    facts = next(iter(linears.values())) | {
+    usual, _ = collections.Counter(linears.values()).most_common(1)[0]
+    facts = dataclasses.asdict(usual) | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "target_modules": sorted(linears),
+        "rank_pattern": {name: its.r for name, its in sorted(linears.items()) if its.r != usual.r},
+        "alpha_pattern": {n: its.lora_alpha for n, its in sorted(linears.items()) if its.lora_alpha != usual.lora_alpha},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 
@@ -271,47 +265,15 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     return value.cpu()
 
 
-def _settings(folder: Path) -> tuple[Settings, list[str] | str]:
-    """The settings and target modules of a PEFT folder. ValueError: not a plain LoRA."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} has no adapter_config.json; expected a PEFT adapter's folder; fix: --adapter")
-    facts = weights.read_json(folder / "adapter_config.json")
-    odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
-    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
-    if odd:
-        raise ValueError(f"{folder} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
-    return Settings(**{f.name: facts.get(f.name, f.default) for f in dataclasses.fields(Settings)}), facts[
-        "target_modules"
-    ]
-
-
-def read_adapter(
-    folder: Path, linears: dict[str, tuple[int, int]]
-) -> tuple[float, dict[str, tuple[weights.Entry, weights.Entry]]]:
-    """(s, {released linear: (A, B)}) of a PEFT folder, for merging without a model. linears: (out, in) of the released
-    linears it may adapt, by their names without `.weight`.
+def load_adapter(pairs: dict[str, Pair], chunks: list[nn.Module]) -> None:
+    """Freeze the model and give it adapters from files (`adapters.read`), which train; each rank reads its slices.
 
     Raises:
-        ValueError: not a plain LoRA; missing, extra or misshaped tensors.
+        ValueError: of a linear that the model has not, or does not call.
     """
-    (settings, targets), entries = _settings(folder), weights.index(folder, weights.PEFT_FILES)
-    keys = {n: [f"base_model.model.{n}.lora_{part}.weight" for part in "AB"] for n in linears if _matches(n, targets)}
-    shapes = {keys[n][0]: (settings.r, linears[n][1]) for n in keys} | {
-        keys[n][1]: (linears[n][0], settings.r) for n in keys
-    }
-    weights.check(entries, shapes, folder)
-    return settings.scale, {name: (entries[a], entries[b]) for name, (a, b) in keys.items()}
-
-
-def load_adapter(folder: Path, chunks: list[nn.Module], rename: Callable[[str], str]) -> None:
-    """Freeze the model and give it the adapters of a PEFT folder, which train; each rank reads its slices.
-
-    Raises:
-        ValueError: not a plain LoRA; missing, extra or misshaped tensors.
-    """
-    settings, targets = _settings(folder)
-    _attach(chunks, lambda name: _matches(_released(name, rename), targets), settings)
-    adapters, entries = _adapters(chunks, rename), weights.index(folder, weights.PEFT_FILES)
-    shapes = {key: tuple(checkpoint.sharded(key, p, p.data).global_shape) for key, p in adapters.values()}
-    weights.check(entries, _union(shapes), folder)
-    checkpoint.load_released(chunks, entries, lambda name: adapters[name][0] if name in adapters else None)
+    called = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
+    if lost := sorted(pairs.keys() - called.keys()):
+        raise ValueError(f"adapters of {len(lost)} linears that the model does not call: {lost[:5]}; fix: --adapter")
+    _attach(chunks, {name: pair.settings for name, pair in pairs.items()})
+    entries = {f"{name}.lora_{part}": getattr(pair, part) for name, pair in pairs.items() for part in "AB"}
+    checkpoint.load_released(chunks, entries, lambda name: name if name in entries else None)

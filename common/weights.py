@@ -4,10 +4,12 @@ Headers are read without torch, so that a wrong folder is refused before anythin
 Only safetensors: `.bin`, `.pt`, `.pth` are pickles from outside and are refused.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 PEFT_FILES = "adapter_model*.safetensors"  # of an adapter's folder; other tools' files may lie beside them
 SHARD_BYTES = 5 * 2**30  # released checkpoints are cut into files of about this size
+NUMBERS = ("F64", "F32", "F16", "BF16")  # dtypes whose values are the weights themselves
+BUFFERS = ("I64", "BOOL")  # positions and masks, which some releases hold beside their weights
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q"}  # as struct unpacks them
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Entry:
 
 
 def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
-    """Every tensor of a folder's safetensors files (of those so named), from their headers alone.
+    """Every tensor of a folder's safetensors files (of those whose names match the pattern), from their headers alone.
 
     Raises:
         ValueError: no safetensors there (pickled weights are named and refused), a file that is cut short, a tensor
@@ -50,13 +55,13 @@ def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
         raise ValueError(f"{folder} holds no {names}; fix: --weights")
     entries: dict[str, Entry] = {}
     for file in files:
-        first, headers = _header(file)
+        first, headers, _ = _header(file)
         for key, header in headers.items():
             if key in entries:
                 raise ValueError(f"{key} is stored in both {entries[key].file.name} and {file.name}; fix: {folder}")
             start, end = header["data_offsets"]
             entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start, first + start)
-    for listing in folder.glob("*.safetensors.index.json"):
+    for listing in folder.glob(f"{names}.index.json"):
         promised = read_json(listing).get("weight_map", {})
         lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
         if lost:
@@ -66,8 +71,33 @@ def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
     return entries
 
 
-def _header(file: Path) -> tuple[int, dict]:
-    """Where a safetensors file's data begins, and its JSON header: 8 bytes of length, the header, the data."""
+def index_file(file: Path) -> dict[str, Entry]:
+    """Every tensor of one safetensors file, whatever lies beside it."""
+    return index(file.parent, glob.escape(file.name))
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself in its header."""
+    return _header(file)[2]
+
+
+def scalar(entry: Entry) -> float:
+    """The number that a tensor of one element holds. ValueError: it is none."""
+    if entry.shape not in ((), (1,)) or entry.dtype not in (*SCALARS, "BF16"):
+        raise ValueError(
+            f"{entry.file}: {entry.key} is {entry.dtype} {list(entry.shape)}; expected one number; fix: another file"
+        )
+    with open(entry.file, "rb") as f:
+        f.seek(entry.offset)
+        raw = f.read(entry.bytes)
+    if entry.dtype == "BF16":  # the upper half of an F32
+        return struct.unpack("<f", b"\0\0" + raw)[0]
+    return float(struct.unpack(SCALARS[entry.dtype], raw)[0])
+
+
+def _header(file: Path) -> tuple[int, dict, dict]:
+    """Where a safetensors file's data begins, its tensors, and what else it says: 8 bytes of length, a JSON header, the
+    data."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -77,19 +107,36 @@ def _header(file: Path) -> tuple[int, dict]:
             header = json.loads(f.read(length))
         except ValueError:
             raise ValueError(f"{file} has no readable safetensors header; fix: download it again") from None
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", None) or {}
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fix: download it again")
-    return 8 + length, header
+    return 8 + length, header, said
+
+
+def refuse_quantised(entries: dict[str, Entry], where: Path, fix: str = "--weights", expected=()) -> None:
+    """ValueError: tensors, of those expected or all but buffers, whose values are no weights without a scale."""
+    odd = {
+        key: entry.dtype
+        for key, entry in sorted(entries.items())
+        if entry.dtype not in NUMBERS and (key in expected or entry.dtype not in BUFFERS)
+    }
+    if odd:
+        key = next(iter(odd))
+        raise ValueError(
+            f"{where} holds {len(odd)} tensors as {', '.join(sorted(set(odd.values())))}, first {key} ({odd[key]}); "
+            f"expected {', '.join(NUMBERS)}: quantised releases (fp8, int8, 4 bits), with scales or without, are not read "
+            f"here; fix: {fix} with the release in bf16"
+        )
 
 
 def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where: Path) -> None:
-    """Strict: exactly the expected keys, each of the expected shape.
+    """Strict: exactly the expected keys, each of the expected shape, in a dtype that needs no scale.
 
     Raises:
-        ValueError: listing what is missing, extra and misshaped.
+        ValueError: listing what is missing, extra and misshaped, or naming quantised tensors.
     """
+    refuse_quantised(entries, where, expected=expected)
     missing = sorted(expected.keys() - entries.keys())
     extra = sorted(entries.keys() - expected.keys())
     shapes = [
@@ -117,11 +164,13 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def fingerprint(folder: Path) -> str:
-    """A short name for the content of a part of a released folder: its config, its files' sizes, and 64 samples of 64
-    KiB spread over each file (hashing 11 GB of text encoder whole would take as long as loading it)."""
+def fingerprint(path: Path) -> str:
+    """A short name for the content of a part of a released folder, or of an adapter's folder or file: its config, its
+    files' sizes, and 64 samples of 64 KiB spread over each file (hashing 11 GB of text encoder whole would take as long
+    as loading it)."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+    names = ("config.json", "adapter_config.json", "*.safetensors")
+    for file in [path] if path.is_file() else sorted(file for name in names for file in path.glob(name)):
         with open(file, "rb") as f:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())

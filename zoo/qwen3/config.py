@@ -267,7 +267,7 @@ def trained_parameters(o, config: Qwen3Config) -> int:
     if not getattr(o, "adapts", False):
         return config.parameters
     if o.adapter:
-        return sum(math.prod(entry.shape) for entry in weights.index(o.adapter).values())
+        return sum(pair.parameters for pair in convert.adapter(o.adapter, config).values())
     return sum(o.lora_rank * sum(shape) for shape in _adapted(o, config))
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, weights
+from common import adapters, cli, weights
 
 if TYPE_CHECKING:
     import torch
@@ -212,30 +212,25 @@ def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], C
     return lambda name: first[name].bytes // _count(first[name].shape), read
 
 
-def adapter(folder: Path, config: "Qwen3Config"):
-    """`lora.read_adapter` of a PEFT folder for this model: every matrix of the release but the experts'.
+def adapter(path: Path, config: "Qwen3Config") -> dict[str, adapters.Pair]:
+    """`adapters.read` of an adapter's folder or file for this model: of every matrix of the release but the experts'.
 
     Raises:
-        ValueError: not a plain LoRA, or tensors that do not fit this model.
+        ValueError: as there.
     """
-    from common import device  # noqa: F401  isort: skip  (before megatron)
+    ours = shapes(config)
+    linears = [name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2]
+    theirs = {linear: released(linear) for linear in linears}
+    form = adapters.Format(prefix="base_model.model.", linears=theirs, settings=True)
+    return adapters.read(path, {"PEFT's": form}, ours)[0]
+
+
+def merging(path: Path, config: "Qwen3Config", read: Callable) -> Callable[[str], "torch.Tensor"]:
+    """`read` with an adapter merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
     from common import lora
 
-    linears = {released(name).removesuffix(".weight"): shape for name, shape in shapes(config).items()}
-    return lora.read_adapter(folder, {name: shape for name, shape in linears.items() if len(shape) == 2})
-
-
-def merging(folder: Path, config: "Qwen3Config", read: Callable) -> Callable[[str], "torch.Tensor"]:
-    """`read` with a LoRA merged into each tensor as it passes."""
-    from common import lora
-
-    (scale, pairs), reader = adapter(folder, config), weights.Reader()
-
-    def merged(name: str) -> "torch.Tensor":
-        pair = pairs.get(released(name).removesuffix(".weight"))
-        return lora.merged(read(name), *map(reader.read, pair), scale) if pair else read(name)
-
-    return merged
+    pairs, reader = adapter(path, config), weights.Reader()
+    return lambda name: lora.added(read(name), pairs.get(name.removesuffix(".weight")), None, reader)
 
 
 def main() -> None:

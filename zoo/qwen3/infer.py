@@ -232,7 +232,7 @@ def load_model(o, config: Qwen3Config) -> Qwen3:
     chunks = build(o, config)
     convert.fill(chunks, o, config)
     if getattr(o, "adapter", None):
-        lora.load_adapter(o.adapter, chunks, convert.released)
+        lora.load_adapter(convert.adapter(o.adapter, config), chunks)
     return chunks[0].eval()
 
 

@@ -245,6 +245,7 @@ def _check(slices: dict, config: "Qwen3Config", folder: Path) -> None:
     expected = {f"decoder.layers.{i}.{key}": shape for i in layers for key, shape in (attention | mlp).items()}
     for name in TOP if not config.tie_word_embeddings else list(TOP)[:2]:
         expected[TOP[name]] = (D,) if name == "norm.weight" else (config.vocab_size, D)
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
     entries = {}
     for key, parts in slices.items():
         shape, dim = list(parts[0].shape), _split(key)
@@ -252,7 +253,8 @@ def _check(slices: dict, config: "Qwen3Config", folder: Path) -> None:
             shape[dim] = sum(part.shape[dim] for part in parts)
         if key in (TOP["embed_tokens.weight"], TOP["lm_head.weight"]):
             shape[0] = min(shape[0], config.vocab_size)
-        entries[key] = SimpleNamespace(shape=tuple(shape))
+        dtype = dtypes.get(parts[0].dtype, str(parts[0].dtype))
+        entries[key] = SimpleNamespace(shape=tuple(shape), dtype=dtype)
     weights.check(entries, expected, folder)
 
 

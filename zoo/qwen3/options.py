@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, resume, weights
+from common import adapters, cli, resume, weights
 from common.cli import option
 from common.records import BadRow, read_prompts
 
@@ -105,7 +105,7 @@ class TrainOptions(cli.TrainOptions):
     lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
     lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
     rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
-    adapter: Path | None = option("PEFT adapter folder to start from; its settings decide", group="adapters")
+    adapter: Path | None = option("PEFT adapter to start from, folder or file; its settings decide", group="adapters")
     quantize: Literal["none", "nf4"] = option(
         "how the frozen weights below adapters are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
     )
@@ -138,7 +138,7 @@ class TrainOptions(cli.TrainOptions):
 class InferOptions(cli.LayoutOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
-    adapter: Path | None = option("PEFT adapter's folder, as lora.sh writes it", group="model")
+    adapter: Path | None = option("PEFT adapter's folder or file, as lora.sh or peft write it", group="model")
     prompt: str = option("what to answer", group="job")
     prompts: Path | None = option(
         "text file, a prompt per line, or .jsonl of prompt, or of messages to continue; tools", group="job"
@@ -185,7 +185,7 @@ class EvaluateOptions(cli.LayoutOptions):
 class ConvertOptions(cli.LayoutOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
-    adapter: Path | None = option("PEFT folder of a LoRA, merged into what is written", group="job")
+    adapter: Path | None = option("PEFT adapter merged into what is written, folder or file", group="job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,10 +504,7 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
 def _check_adapters(o, config: Qwen3Config) -> None:
     """What gets adapters, or has them in the folder given, is a linear that the model has and calls."""
     if o.adapter:
-        settings = o.adapter / "adapter_config.json"
-        if not settings.is_file():
-            raise ValueError(f"{settings} does not exist; expected a PEFT adapter's folder; fix: --adapter")
-        found = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in weights.index(o.adapter)}
+        found = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
     else:
         found = set(o.targets(config))
     if bad := sorted(found - set(adaptable(config))):
@@ -525,8 +522,9 @@ def starting_point(o: TrainOptions) -> dict:
     if o.quantize != "none":
         start["base"] += f" as {o.quantize}"
     if o.adapter:
-        settings = weights.read_json(o.adapter / "adapter_config.json")
-        start |= {"adapter": content(o.adapter), "r": settings.get("r"), "alpha": settings.get("lora_alpha")}
+        settings = [pair.settings for pair in convert.adapter(o.adapter, model_config(o)).values()]
+        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
+        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
     elif o.adapts:
         start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.targets(model_config(o))}
     return start

@@ -74,7 +74,7 @@ def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]
 def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Qwen3Config) -> None:
     """Low-rank adapters, which train; nothing else does."""
     if o.adapter:
-        lora.load_adapter(o.adapter, chunks, convert.released)
+        lora.load_adapter(convert.adapter(o.adapter, config), chunks)
     else:
         kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
         lora.add(chunks, o.targets(config), **kind, seed=o.seed)

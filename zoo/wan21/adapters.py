@@ -1,4 +1,5 @@
-"""What the options of low-rank adapters are checked for, without torch: names of linears, an adapter folder's headers."""
+"""What the options of low-rank adapters are checked for, without torch: names of linears, what can be trained of an
+adapter's file."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import weights
+from common import adapters, weights
 
 from . import convert
+from .config import model_config
 
 if TYPE_CHECKING:
     from .config import WanConfig
@@ -27,23 +29,14 @@ def check_targets(o: TrainOptions, config: WanConfig) -> None:
         )
 
 
-def check_folder(folder: Path, config: WanConfig) -> None:
-    """An adapter folder fits this size, by its headers."""
-    settings = folder / "adapter_config.json"
-    if not settings.is_file():
-        raise ValueError(f"{settings} does not exist; expected an adapter's folder (PEFT's format); fix: --adapter")
-    rank = weights.read_json(settings).get("r")
-    linears = {convert.to_diffusers(n).removesuffix(".weight"): s for n, s in convert.shapes(config).items()}
-    for key, entry in weights.index(folder, weights.PEFT_FILES).items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if len(shape := linears.get(name, ())) != 2:
-            raise ValueError(f"{folder} has {key}, of which this model has no linear; fix: --adapter or --weights")
-        want = (rank, shape[1]) if part.startswith("A") else (shape[0], rank)
-        if entry.shape != want:
-            raise ValueError(
-                f"{folder}: {key} is {list(entry.shape)}; expected {list(want)} (rank {rank} of adapter_config.json, "
-                f"hidden size {config.dim} of the model); fix: --adapter, --size or --weights"
-            )
+def check_trained(o: TrainOptions, config: WanConfig) -> None:
+    """What --adapter brings is factors, which train, and nothing else."""
+    _, differences = convert.adapter(o.adapter, config)
+    if differences:
+        raise ValueError(
+            f"{o.adapter} also changes {len(differences)} whole parameters, first {next(iter(differences))}, which no "
+            "adapter holds; expected factors alone to train; fix: convert.sh --adapter with it, then --weights with that"
+        )
 
 
 # Adapted from zoo.qwen3.options.starting_point: no quantised base; the transformer alone is trained.
@@ -53,13 +46,9 @@ def starting_point(o: TrainOptions) -> dict:
     base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(folder)
     start = {"weights": str(o.weights.absolute()), "base": base}
     if o.adapter:
-        settings = weights.read_json(o.adapter / "adapter_config.json")
-        adapter = {
-            "adapter": weights.fingerprint(o.adapter),
-            "r": settings.get("r"),
-            "alpha": settings.get("lora_alpha"),
-        }
-        return start | adapter
+        settings = [pair.settings for pair in convert.adapter(o.adapter, model_config(o))[0].values()]
+        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
+        return start | {"adapter": weights.fingerprint(o.adapter), "r": r, "alpha": alpha}
     if not o.adapts:
         return start
     return start | {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.lora_targets}

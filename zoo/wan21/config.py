@@ -302,7 +302,7 @@ def trained_parameters(o, config: WanConfig) -> int:
     if not getattr(o, "adapts", False):
         return config.parameters
     if o.adapter:
-        return sum(math.prod(entry.shape) for entry in weights.index(o.adapter, weights.PEFT_FILES).values())
+        return sum(pair.parameters for pair in convert.adapter(o.adapter, config)[0].values())
     ends = tuple(f".{target}.weight" for target in o.lora_targets.split(","))
     return sum(
         o.lora_rank * sum(s) for n, s in convert.shapes(config).items() if len(s) == 2 and f".{n}".endswith(ends)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, weights
+from common import adapters, cli, weights
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,50 @@ def source(folder: Path, config: "WanConfig", ema: bool) -> tuple[dict[str, int]
 
 # ---- adapters ----
 
-PIPELINE_FILE = "pytorch_lora_weights.safetensors"
+
+def _in_diffusers(linear: str) -> str:
+    return to_diffusers(f"{linear}.weight").removesuffix(".weight")
+
+
+def _underscored(linear: str) -> str:
+    return linear.replace(".", "_")
+
+
+FORMATS = {  # who writes an adapter -> what stands before each name, how it calls our linears
+    "PEFT's over diffusers": ("base_model.model.", _in_diffusers),
+    "PEFT's over the original code": ("base_model.model.", str),
+    "diffusers'": ("transformer.", _in_diffusers),
+    "diffusers' of a transformer alone": ("", _in_diffusers),
+    "diffusion-pipe's, ComfyUI's or lightx2v's": ("diffusion_model.", str),
+    "musubi's or kohya's": ("lora_unet_", _underscored),
+    "kohya's of Wan-Fun": ("lora_unet__", _underscored),
+    "DiffSynth's": ("", str),
+    "DiffSynth's of a pipeline": ("pipe.dit.", str),
+}
+# What lightx2v's distilled adapters also change, whole: last part of our name -> behind the rest of it.
+DIFFERENCES = {"weight": ["diff"], "bias": ["diff_b"], "modulation": ["diff_m", "modulation.diff"]}
+
+
+def adapter(path: Path, config: "WanConfig") -> tuple[dict[str, adapters.Pair], dict[str, weights.Entry]]:
+    """`adapters.read` of an adapter's folder or file for this model.
+
+    Raises:
+        ValueError: as there.
+    """
+    ours = shapes(config)
+    linears = [name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2]
+    leaves = ((name, *name.rpartition(".")[::2]) for name in ours)  # (name, module, leaf)
+    differences = {f"{module}.{end}": name for name, module, leaf in leaves for end in DIFFERENCES.get(leaf, ())}
+    formats = {
+        kind: adapters.Format(
+            prefix=prefix,
+            linears={linear: rename(linear) for linear in linears},
+            differences=differences if prefix == "diffusion_model." else {},
+            settings=prefix == "base_model.model.",
+        )
+        for kind, (prefix, rename) in FORMATS.items()
+    }
+    return adapters.read(path, formats, ours)
 
 
 def write_pipeline_file(folder: Path) -> None:
@@ -185,60 +228,45 @@ def write_pipeline_file(folder: Path) -> None:
     names under `transformer.`, the settings in its header. Without those diffusers takes alpha to be the rank."""
     from safetensors.torch import save_file
 
-    reader = weights.Reader()
+    reader, file = weights.Reader(), folder / adapters.PIPELINE_FILE
     tensors = {
         key.replace("base_model.model.", "transformer.", 1): reader.read(entry)
         for key, entry in weights.index(folder, weights.PEFT_FILES).items()
     }
     facts = weights.read_json(folder / "adapter_config.json")
-    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules")
-    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": facts[key] for key in kept}), "format": "pt"}
-    save_file(tensors, folder / PIPELINE_FILE, metadata=header)
-    (folder / PIPELINE_FILE).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "rank_pattern", "alpha_pattern")
+    header = {adapters.HEADER: json.dumps({f"transformer.{key}": facts[key] for key in kept}), "format": "pt"}
+    save_file(tensors, file, metadata=header)
+    file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
 
 
-def adapter(folder: Path, config: "WanConfig"):
-    """`lora.read_adapter` of an adapter folder for this model, by our parameter names: (s, {weight: (A, B)}).
-
-    Raises:
-        ValueError: not a plain LoRA, or tensors that do not fit this model.
-    """
+# Adapted from zoo.qwen3.convert.merging: whole differences too.
+def merging(path: Path, config: "WanConfig", read: Callable) -> Callable[[str], "torch.Tensor"]:
+    """`read` with an adapter merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
     from common import lora
 
-    names = {to_diffusers(n).removesuffix(".weight"): n for n, shape in shapes(config).items() if len(shape) == 2}
-    scale, pairs = lora.read_adapter(folder, {name: shapes(config)[ours] for name, ours in names.items()})
-    return scale, {names[name]: pair for name, pair in pairs.items()}
-
-
-# Adapted from zoo.qwen3.convert.merging: adapters are known by our names.
-def merging(folder: Path, config: "WanConfig", read: Callable) -> Callable[[str], "torch.Tensor"]:
-    """`read` with a LoRA merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
-    from common import lora
-
-    (scale, pairs), reader = adapter(folder, config), weights.Reader()
+    (pairs, differences), reader = adapter(path, config), weights.Reader()
 
     def merged(name: str) -> "torch.Tensor":
-        pair = pairs.get(name)
-        return lora.merged(read(name), *map(reader.read, pair), scale) if pair else read(name)
+        return lora.added(read(name), pairs.get(name.removesuffix(".weight")), differences.get(name), reader)
 
     return merged
 
 
-def merge_into(chunks, folder: Path, config: "WanConfig") -> None:
-    """A LoRA added to a model's weights, W + s B A in fp32, rounded once: each rank reads the rows of B, or columns of A,
-    of the outputs, or inputs, it holds."""
+def merge_into(chunks, path: Path, config: "WanConfig") -> None:
+    """An adapter added to a model's weights: each rank reads the rows of B, or columns of A, of the outputs, or inputs,
+    it holds."""
     import torch
 
     from common import checkpoint, lora
 
-    (scale, pairs), reader = adapter(folder, config), weights.Reader()
+    (pairs, differences), reader = adapter(path, config), weights.Reader()
     with torch.no_grad():
-        for name, parameter in ((n, p) for n, p in checkpoint.parameters(chunks) if n in pairs):
-            dim, part, parts = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
-            lora_A, lora_B = pairs[name]
-            lora_A = reader.read(lora_A, 1, part, parts if dim == 1 else 1).to(parameter.device)
-            lora_B = reader.read(lora_B, 0, part, parts if dim == 0 else 1).to(parameter.device)
-            parameter.copy_(lora.merged(parameter, lora_A, lora_B, scale))
+        for name, parameter in checkpoint.parameters(chunks):
+            pair, difference = pairs.get(name.removesuffix(".weight")), differences.get(name)
+            if pair or difference:
+                cut = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
+                parameter.copy_(lora.added(parameter, pair, difference, reader, cut))
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ class TrainOptions(ClipOptions, cli.TrainOptions):
     lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
     lora_targets: str = option("linears to adapt, by the ends of their names", LORA_TARGETS, group="adapters")
     rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
-    adapter: Path | None = option("adapter folder to start from; its settings decide", group="adapters")
+    adapter: Path | None = option("adapter folder or file to start from; its settings decide", group="adapters")
     merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
     full: bool = option("train every parameter against a frozen copy, not adapters", False, group="preference")
     beta: float = option("weight of a pair's margin of errors", 2000.0, group="preference", within="(0, inf)")
@@ -171,7 +171,7 @@ class InferOptions(AccelerateOptions):
         "sharded checkpoint whose transformer replaces the one of --weights", group="model"
     )
     task: Literal["t2v", "i2v"] = option("what the launcher is for (default: what the size is)", None, group="job")
-    adapter: Path | None = option("adapter folder, as lora_*.sh write it, added to the weights", group="model")
+    adapter: Path | None = option("adapter added to the weights: folder or file, formats in the README", group="model")
     prompt: str = option("what to show", group="job")
     prompts: Path | None = option(
         "text file, a prompt per line (image-to-video: picture<TAB>prompt), or .jsonl of prompt, image, last_image",
@@ -244,7 +244,7 @@ class ConvertOptions(cli.LayoutOptions):
     )
     out: Path = option("folder to write", group="job")
     ema: bool = option("write a sharded checkpoint's averaged weights", False, group="job")
-    adapter: Path | None = option("adapter folder of a LoRA, merged into what is written", group="job")
+    adapter: Path | None = option("adapter merged into what is written: folder or file", group="job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     o = _with_buckets(o, config)
     _check_folder(o, config, encoders=not o.features)
     if o.adapter:
-        adapters.check_folder(o.adapter, config)
+        adapters.check_trained(o, config)
     if o.features:
         features.check(o, config)
     for path in (o.data, o.validation):
@@ -371,7 +371,7 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
     o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
     _check_folder(o, config, encoders=False)
     if o.adapter:
-        adapters.check_folder(o.adapter, config)
+        convert.adapter(o.adapter, config)
     if o.to is None:
         raise ValueError("nothing to convert to; fix: --to diffusers, original or sharded")
     weights.refuse_existing(o.out, "--out")
@@ -581,7 +581,7 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
     o = _laid_out(o, config, bucket, "video")
     _check_folder(o, config)
     if o.adapter:
-        adapters.check_folder(o.adapter, config)
+        convert.adapter(o.adapter, config)
     o = check_acceleration(o, config, latent_grid(bucket))
     if o.checkpoint is not None:
         _check_encoders_of_checkpoint(o, config)

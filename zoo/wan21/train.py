@@ -110,10 +110,10 @@ def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[tor
 # ---------------------------------------------------------------------------------------------------------- adapters
 
 
-def adapt(chunks: list[torch.nn.Module], o: TrainOptions) -> None:
+def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: WanConfig) -> None:
     """Low-rank adapters, which train; nothing else does."""
     if o.adapter:
-        lora.load_adapter(o.adapter, chunks, convert.to_diffusers)
+        lora.load_adapter(convert.adapter(o.adapter, config)[0], chunks)
     else:
         kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
         lora.add(chunks, o.lora_targets.split(","), **kind, seed=o.seed)
@@ -365,7 +365,7 @@ def main() -> None:
     chunks = build(o, config)
     convert.fill(chunks, o, config)
     if o.adapts:
-        adapt(chunks, o)
+        adapt(chunks, o, config)
     wrapped = parallel.wrap(chunks, o, WanBlock)
 
     def flops(grid: tuple[int, int, int]) -> int:  # the reference's forward is a third of a step
