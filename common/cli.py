@@ -471,6 +471,12 @@ def default_out(recipe: str, job: str) -> Path:
     return Path("runs") / f"{recipe}-{job}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def note(text: str) -> None:
+    """A line on stderr, from the launcher and not again from each of its processes."""
+    if "RANK" not in os.environ:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def exit_on_bad_input(function, *args):
     """Run `function(*args)`; a ValueError, or a missing file, becomes one line on stderr and exit code 2."""
     try:

@@ -18,7 +18,8 @@ from . import convert, megatron_import
 # What a released config.json must say, where it says anything, for this model to be its.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1,
-    "mlp_only_layers": [], "n_shared_experts": 0, "attention_dropout": 0.0,
+    "mlp_only_layers": [], "n_shared_experts": 0, "attention_dropout": 0.0, "qkv_bias": False, "use_qk_norm": True,
+    "shared_expert_intermediate_size": 0,
 }  # fmt: skip
 YARN = {"type", "rope_type", "factor", "original_max_position_embeddings", "rope_theta"}  # read from such an entry
 YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}  # what else it may say
@@ -99,7 +100,7 @@ class Qwen3Config:
         if kind not in ("qwen3", "qwen3_moe"):
             raise ValueError(f"{path} is of model_type {kind!r}; expected qwen3 or qwen3_moe; fix: --weights")
         for key, wanted in FIXED.items():
-            if (values.get(key) or wanted) != wanted:
+            if values.get(key) not in (None, wanted):
                 raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {wanted!r}; fix: --weights")
         values |= _rotary(values, path)
         values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers 5 writes it
@@ -210,11 +211,23 @@ def size_of(folder: Path) -> str:
 
 
 def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
-    """In what an architecture is not that of a size, whose releases (base, 2507, ...) differ in their positions."""
+    """In what an architecture is not that of a size. Its releases (base, 2507, Coder, ...) differ in their positions, in
+    a width of dense layers where there are none, and by their users' hands in the vocabulary."""
     pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Qwen3Config)}
     for name in ("rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"):
         del pairs[name]
+    del pairs["vocab_size"]
+    if found.num_experts and wanted.num_experts:
+        del pairs["intermediate_size"]
     return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def resized(o, config: Qwen3Config) -> str | None:
+    """In what the vocabulary of --weights is not the published one, in words."""
+    usual = SIZES[o.size].vocab_size
+    if o.weights is None or config.vocab_size == usual:
+        return None
+    return f"{o.weights} has a vocabulary of {config.vocab_size:,} tokens; the published {o.size} has {usual:,}"
 
 
 def is_sharded(folder: Path) -> bool:
@@ -249,11 +262,9 @@ def _own_config(o) -> Qwen3Config:
     if o.weights is None:
         changes = {"num_hidden_layers": getattr(o, "layers", None), "vocab_size": getattr(o, "vocabulary", None)}
         return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
-    if is_sharded(o.weights):
-        return _sharded_config(o.weights)
     if _architecture_unsaid(o.weights):
         return SIZES[o.size]
-    found = Qwen3Config.from_folder(o.weights)
+    found = _sharded_config(o.weights) if is_sharded(o.weights) else Qwen3Config.from_folder(o.weights)
     if not getattr(o, "from_scratch", False) and (differs := _differs(found, SIZES[o.size])):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return found

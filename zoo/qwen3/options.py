@@ -25,6 +25,7 @@ from .config import (
     is_sharded,
     memory_estimate,
     model_config,
+    resized,
     size_of,
     trained_parameters,
 )
@@ -260,6 +261,7 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
         )
     _check_weights(o, config)
+    _check_tokenizer(o, config)
     questions(o)
     if o.adapter:
         _check_adapters(o, config)
@@ -276,6 +278,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
     if (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
         raise ValueError("evaluation runs with --tp and data parallel; fix: --pp 1 --cp 1 --ep 1 --no-sp --no-fsdp")
     _check_weights(o, config)
+    _check_tokenizer(o, config)
     _check_tasks(o)
     return o
 
@@ -391,6 +394,8 @@ def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
 
 def _check_weights(o, config: Qwen3Config) -> None:
     """The tensors of --weights are exactly the model's."""
+    if (said := resized(o, config)) is not None:
+        cli.note(said)
     if o.weights is None or is_sharded(o.weights):
         return
     if megatron_import.is_checkpoint(o.weights):
@@ -475,7 +480,8 @@ def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:
         )
 
 
-def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
+def _check_tokenizer(o, config: Qwen3Config) -> None:
+    """The model has an embedding for each of its tokens."""
     tokenizer = o.tokenizer / "tokenizer.json"
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer} does not exist; expected a released tokenizer's folder; fix: --tokenizer")
@@ -485,6 +491,10 @@ def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
             f"{tokenizer} has token ids up to {largest}, the model (size {o.size}) a vocabulary of {config.vocab_size}; "
             "expected ids below it; fix: --tokenizer, --size or --weights"
         )
+
+
+def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
+    _check_tokenizer(o, config)
     for path, flag in ((o.data, "--data"), (o.validation, "--validation")):
         if path is None or _is_demo(path):
             continue

@@ -4,7 +4,6 @@ adapter's file."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import adapters, weights

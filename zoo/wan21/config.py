@@ -278,12 +278,10 @@ def model_config(o) -> WanConfig:
     Raises:
         ValueError: the folder is of another size, or of none.
     """
-    if is_sharded(o.weights):
-        return _sharded_config(o.weights)
-    found = WanConfig.from_folder(o.weights)
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
-    if getattr(o, "features", None):  # they decide, as the tokenizer may not be there
+    found = _sharded_config(o.weights) if is_sharded(o.weights) else WanConfig.from_folder(o.weights)
+    if getattr(o, "features", None) and not is_sharded(o.weights):  # they decide, as the tokenizer may not be there
         saved = weights.read_json(o.features / "settings.json")
         found = dataclasses.replace(found, text_len=saved["text_len"], image_tokens=saved["image_tokens"])
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)

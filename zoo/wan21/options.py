@@ -451,6 +451,9 @@ def _check_folder(o, config: WanConfig, encoders: bool = True) -> None:
     for part in features.parts(config) if encoders else ():
         if not (o.weights / part).is_dir():
             raise ValueError(f"{o.weights} has no {part}/; expected a released diffusers folder; fix: --weights")
+        for file in sorted((o.weights / part).glob("*.safetensors")):
+            if file.stem.split("-")[0].isidentifier():  # not a variant, like model.fp8, which nobody loads
+                weights.refuse_quantised(weights.index_file(file), file)
     if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
 
