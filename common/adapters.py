@@ -240,14 +240,15 @@ def _facts(path: Path, file: Path, form: Format) -> dict | None:
 
 
 def _chosen(name: str, facts: dict) -> bool:
-    """Whether PEFT gives the linear of this name an adapter."""
-    layers, pattern = facts.get("layers_to_transform"), facts.get("layers_pattern") or [r"[^.]*"]
-    if not matches(name, facts["target_modules"]) or matches(name, facts.get("exclude_modules") or []):
+    """Whether PEFT gives the linear of this name an adapter: layers narrow what the ends of names choose."""
+    targets, layers = facts["target_modules"], facts.get("layers_to_transform")
+    if not matches(name, targets) or matches(name, facts.get("exclude_modules") or []):
         return False
-    if layers in (None, []):
+    if isinstance(targets, str) or name in targets or layers in (None, []):
         return True
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    found = next((m for p in patterns if (m := re.match(rf"(?:.*?\.)??{p}\.(\d+)\.", name))), None)
+    patterns = facts.get("layers_pattern") or []
+    patterns = [rf"(?:^|.*?\.){p}" for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    found = next((m for p in patterns or [r".*?\.[^.]*"] if (m := re.match(rf"{p}\.(\d+)\.", name))), None)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import wan_case as case
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from common import checkpoint, lora, parallel
+from common import adapters, checkpoint, lora, parallel, weights
 from common import train as loop
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "mlp.down_proj", "lm_head"]
@@ -49,7 +50,8 @@ def qwen(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 def peft_qwen(**options):
     import peft
 
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    values = {"r": 3, "lora_alpha": 5, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options
+    config = peft.LoraConfig(**values)
     model = peft.get_peft_model(qwen(), config)
     randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
     return model.train()
@@ -60,6 +62,16 @@ def our_qwen(**options) -> torch.nn.Module:
     lora.add([model], TARGETS, rank=3, alpha=5, seed=7, **options)
     randomise(((n, p) for n, p in model.named_parameters() if p.requires_grad))
     return model.train()
+
+
+def found_in(path: Path) -> dict[str, adapters.Pair]:
+    """What is read of an adapter of `qwen`, whose names are the release's."""
+    shapes = {name: tuple(p.shape) for name, p in qwen().named_parameters()}
+    linears = [
+        name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name
+    ]
+    form = adapters.Format(prefix=PREFIX, linears={name: name for name in linears}, settings=True)
+    return adapters.read(path, {"PEFT's": form}, shapes)[0]
 
 
 def alone(function, *args):
@@ -105,7 +117,7 @@ def through_folders(folder: Path) -> dict[str, torch.Tensor]:
     ours, theirs, again = our_qwen(rslora=True), peft_qwen(lora_dropout=0.1).eval(), qwen()
     lora.save_adapter(folder / "ours", [ours], str, task="CAUSAL_LM")
     theirs.save_pretrained(folder / "peft", save_embedding_layers=False)  # else with a copy of the base's head
-    lora.load_adapter(folder / "peft", [again], str)
+    lora.load_adapter(found_in(folder / "peft"), [again])
     lora.save_adapter(folder / "again", [again], str, task="CAUSAL_LM")
     models = {"ours": ours, "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours"),
               "peft": theirs, "peft's here": again.eval()}  # fmt: skip
@@ -121,6 +133,62 @@ def test_folders_pass_to_peft_and_back(tmp_path):
     theirs, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert theirs.keys() == again.keys()
     assert all(torch.equal(theirs[key], again[key]) for key in theirs)
+
+
+UNSLOTH = (  # what its FastModel.get_peft_model makes of "attention and mlp of the language model"
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
+)
+CHOICES = {  # what decides the linears and their scales: (options of peft, linears that get an adapter)
+    "a regular expression": ({"target_modules": UNSLOTH}, 2 * 7),
+    "layers": ({"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}, 2),
+    "one layer by its pattern, and a linear by its whole name": (
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        5,
+    ),
+    "all but some": ({"exclude_modules": ["v_proj", "lm_head"]}, 6),
+    "ranks and alphas of their own": (
+        {
+            "rank_pattern": {"v_proj": 2, r"model.layers.\d+.mlp.down_proj": 7, "layers.1.self_attn.o_proj": 4},
+            "alpha_pattern": {"layers.0.self_attn.q_proj": 11, "self_attn.v_proj": 1.5},
+        },
+        9,
+    ),
+    "ranks of their own, stabilised": ({"rank_pattern": {"o_proj": 6}, "use_rslora": True}, 9),
+}
+
+
+def chosen(folder: Path, options: dict) -> tuple[int, dict[str, torch.Tensor], dict]:
+    """How many linears; logits of peft's model, of its folder here, and of the folder we then write in peft; settings."""
+    import peft
+
+    theirs, ours, merged = peft_qwen(**options).eval(), qwen(), qwen()
+    theirs.save_pretrained(folder / "peft", save_embedding_layers=False)
+    pairs, reader = found_in(folder / "peft"), weights.Reader()
+    lora.load_adapter(pairs, [ours])
+    lora.save_adapter(folder / "ours", [ours], str, task="CAUSAL_LM")
+    for name, p in merged.named_parameters():
+        p.data = lora.added(p.data, pairs.get(name.removesuffix(".weight")), None, reader)
+    models = {"theirs": theirs, "here": ours.eval(), "merged": merged,
+              "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours")}  # fmt: skip
+    same = {name: pair.settings for name, pair in found_in(folder / "ours").items()}
+    assert same == {name: pair.settings for name, pair in pairs.items()}
+    with torch.no_grad():
+        return len(pairs), {name: model(TOKENS).logits for name, model in models.items()}, same
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_linear_has_the_adapter_and_the_scale_that_peft_gives_it(choice, tmp_path):
+    options, linears = CHOICES[choice]
+    count, logits, _ = alone(chosen, tmp_path, options)
+    assert count == linears
+    with torch.no_grad():
+        assert relative(logits["theirs"], qwen()(TOKENS).logits) > 0.1
+    bad = {name: off for name in logits if (off := relative(logits[name], logits["theirs"])) > 1e-5}
+    assert not bad
 
 
 # ------------------------------------------------------------------------------------------------------ what add does
@@ -185,17 +253,19 @@ def test_merged_equals_unmerged(dtype):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def refused(spoil, folder: Path) -> str:
-    """What load_adapter says to a good folder after `spoil(folder)`."""
-    good = our_qwen()
-    lora.save_adapter(folder / "a", [good], str)
-    spoil(folder / "a")
-    with pytest.raises(ValueError) as error:
-        lora.load_adapter(folder / "a", [qwen()], str)
-    return str(error.value)
+def saved(folder: Path) -> None:
+    lora.save_adapter(folder, [our_qwen()], str)
 
 
-KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "a"
+    alone(saved, folder)
+    return folder
+
+
+NAME = "base_model.model.model.layers.1.self_attn.q_proj"
+KEY = f"{NAME}.lora_B.weight"
 
 
 def lose(folder: Path) -> None:
@@ -229,6 +299,33 @@ def pissa(folder: Path) -> None:
     edit_config(folder, init_lora_weights="pissa")
 
 
+def put(name: str, *shape: int, dtype: torch.dtype = torch.float32):
+    """A change that adds a tensor of ones."""
+
+    def change(folder: Path) -> None:
+        edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape).to(dtype)}))
+
+    return change
+
+
+def say(**facts):
+    """A change of the settings."""
+    return lambda folder: edit_config(folder, **facts)
+
+
+def without_settings(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def named_otherwise_twice(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "epoch-1.safetensors")
+    (folder / "epoch-2.safetensors").write_bytes((folder / "epoch-1.safetensors").read_bytes())
+
+
 def other(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"model_type": "qwen3"}')
 
@@ -241,17 +338,77 @@ def biases(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lose, f"1 missing: {KEY}"),
+        (lose, f"1 missing: B of {NAME}"),
         (cross, f"{KEY} is [3, 32], expected [32, 3]"),
         (stray, f"1 not of this model: {KEY.replace('.1.', '.2.')}"),
         (dora, "'use_dora': True"),
         (pissa, "'init_lora_weights': 'pissa'"),
         (biases, "'bias': 'all'"),
         (other, "'model_type': 'qwen3', 'peft_type': None"),
+        (say(peft_type="LOHA"), "'peft_type': 'LOHA'"),
+        (say(modules_to_save=["lm_head"]), "'modules_to_save': ['lm_head']"),
+        (say(target_parameters=["mlp.experts.gate_up_proj"]), "'target_parameters': ['mlp.experts.gate_up_proj']"),
+        (say(lora_bias=True), "'lora_bias': True"),
+        (say(target_modules=["q_proj"]), "7 not of its target_modules: base_model.model.lm_head, "),
+        (
+            say(target_modules=[*TARGETS, "up_proj"]),
+            "4 missing: A of base_model.model.model.layers.0.mlp.up_proj, B of ",
+        ),
+        (say(target_modules="(q_proj"), "no regular expression"),
+        (say(rank_pattern={"q_proj": 4}), "is [3, 24], expected [4, 24]"),
+        (put(f"{NAME}.lora_magnitude_vector.weight", 32), "more than an adapter, it has DoRA's magnitudes: " + NAME),
+        (
+            put("base_model.model.lm_head.weight", 50, 24),
+            "more than an adapter, it has whole weights (modules_to_save)",
+        ),
+        (put(f"{NAME}.bias", 32), "more than an adapter, it has trained biases: " + NAME),
+        (put(f"{NAME}.hada_w1_a", 32), "more than an adapter, it has LoHa's factors: " + NAME),
+        (put(f"{NAME}.lokr_w1", 32), "more than an adapter, it has LoKr's factors: " + NAME),
+        (put(f"{NAME}.lora_B.bias", 32), "more than an adapter, it has a bias of B (lora_bias): " + NAME),
+        (put(f"{NAME}.lora_C.weight", 32), f"1 not of this model: {NAME}.lora_C.weight"),
+        (put(f"{NAME}.lora_up.weight", 32, 3), f"1 not of this model: {NAME}.lora_up.weight"),  # B a second time
+        (put(f"{NAME}.alpha"), "says its scale twice"),
+        (put(KEY, 32, 3, dtype=torch.int8), f"1 tensors as I8, first {KEY}"),
+        (without_settings, "has no adapter_config.json, which says its scale"),
+        (pickled, "holds no .safetensors"),
+        (named_otherwise_twice, "holds 2 files: epoch-1.safetensors, epoch-2.safetensors; fix: --adapter with one"),
     ],
 )
-def test_folder_that_does_not_fit_is_refused(spoil, says, tmp_path):
-    assert says in alone(refused, spoil, tmp_path)
+def test_what_is_no_adapter_of_the_model_is_refused_by_name(spoil, says, good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "a")
+    assert len(found_in(folder)) == 9
+    spoil(folder)
+    with pytest.raises(ValueError) as error:
+        found_in(folder)
+    assert says in str(error.value) and "; fix: " in str(error.value)
+
+
+@pytest.mark.L2
+def test_an_adapter_is_a_folder_or_one_of_its_files_whatever_lies_beside_it(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "a[1]")  # a pattern, were names taken for one
+    want = {name: pair.settings for name, pair in found_in(good).items()}
+    put("stray", 3)(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "pytorch_lora_weights.safetensors")
+    shutil.copy2(good / "adapter_model.safetensors", folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert {name: pair.settings for name, pair in found_in(path).items()} == want
+    with pytest.raises(ValueError, match="1 not of this model: stray"):
+        found_in(folder / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="nowhere does not exist; expected an adapter's folder or .safetensors file"):
+        found_in(tmp_path / "nowhere")
+
+
+def uncalled() -> str:
+    pair = adapters.Pair(A=None, B=None, settings=adapters.Settings(r=1, lora_alpha=1))
+    with pytest.raises(ValueError) as error:
+        lora.load_adapter({"model.layers.7.mlp.up_proj": pair}, [qwen()])
+    return str(error.value)
+
+
+@pytest.mark.L2
+def test_an_adapter_of_what_the_model_does_not_call_is_refused():
+    assert "model.layers.7.mlp.up_proj" in alone(uncalled)
 
 
 def misnamed() -> str:
@@ -331,7 +488,7 @@ def read_back(layout: dict, folder: Path, copy: Path) -> None:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
-    lora.load_adapter(folder, chunks, case.convert.to_diffusers)
+    lora.load_adapter(case.convert.adapter(folder, case.CONFIG)[0], chunks)
     lora.save_adapter(copy, chunks, case.convert.to_diffusers)
 
 

@@ -100,10 +100,43 @@ def test_check_lists_missing_extra_and_misshaped_keys_together(folder):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int32, "I32"),
+        (torch.int64, "I64"),
+    ],
+)
+def test_weights_whose_numbers_need_a_scale_are_refused_by_dtype_and_key(tmp_path, dtype, name):
+    save_file({"w": torch.ones(4, 6).to(dtype), "a": TENSORS["a"]}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=rf"1 tensors as {name}, first w \({name}\); expected F64, .*; fix: --weights"):
+        weights.check(weights.index(tmp_path), {"a": (4, 6, 2), "w": (4, 6)}, tmp_path)
+
+
+def test_scales_beside_the_weights_do_not_make_them_readable_and_positions_of_a_buffer_are_no_weights(tmp_path):
+    save_file({"w": torch.ones(4).to(torch.float8_e5m2), "w_scale": torch.ones(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"w \(F8_E5M2\)"):
+        weights.check(weights.index(tmp_path), {"w": (4,)}, tmp_path)
+    save_file({"a": TENSORS["a"], "position_ids": TENSORS["c"]}, tmp_path / "m.safetensors")
+    weights.refuse_quantised(weights.index(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_number_is_read_from_its_file_in_every_dtype(tmp_path, dtype, shape):
+    value = -7 if dtype == torch.int64 else -2.75
+    save_file({"a": TENSORS["a"], "n": torch.full(shape, value, dtype=dtype)}, tmp_path / "m.safetensors")
+    assert weights.scalar(weights.index(tmp_path)["n"]) == value
+
+
 def test_headers_are_checked_without_torch(folder):
     code = (
         "import sys; from pathlib import Path; from common import weights\n"
-        "weights.check(weights.index(Path(sys.argv[1])), {'a': (4, 6, 2), 'b': (2, 6), 'c': (5,)}, Path())\n"
+        "entries = weights.index(Path(sys.argv[1]))\n"
+        "weights.check({k: entries[k] for k in 'ab'}, {'a': (4, 6, 2), 'b': (2, 6)}, Path())\n"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
@@ -165,6 +198,12 @@ def test_fingerprint_changes_with_the_weights(folder):
     before = weights.fingerprint(folder)
     save_file({"a": TENSORS["a"] + 1}, folder / "m-00001-of-00002.safetensors")
     assert weights.fingerprint(folder) != before
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 4}')  # of an adapter: its scale
+    scaled = weights.fingerprint(folder)
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    assert scaled != weights.fingerprint(folder) != before
+    one, other = (weights.fingerprint(folder / f"m-0000{i}-of-00002.safetensors") for i in (1, 2))
+    assert one != other
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])
