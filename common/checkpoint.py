@@ -344,9 +344,9 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
     named = ((rename(name), parameter) for name, parameter in parameters(chunks))
     targets = [(entries[key], parameter) for key, parameter in named if key is not None]
     with torch.no_grad():
-        for (entry, parameter), ahead in zip(targets, [*targets[READ_AHEAD:], *[None] * READ_AHEAD], strict=True):
-            if ahead:
-                reader.expect(ahead[0])
+        for i, (entry, parameter) in enumerate(targets):
+            for ahead, _ in targets[i + READ_AHEAD : i + READ_AHEAD + 1]:
+                reader.expect(ahead)
             parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))  # no stack of experts
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 import wan_case as case
 from PIL import Image, ImageSequence
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common import checkpoint, lora, parallel, weights
 
@@ -142,6 +145,270 @@ def test_adapters_merged_into_shards_equal_those_of_a_single_process(tmp_path):
     assert not torch.equal(want["blocks.0.ffn.2.weight"], case.random_state()["blocks.0.ffn.2.weight"])
 
 
+# --------------------------------------------------------------------------------------------------- other trainers'
+
+IN_DIFFUSERS = {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+                for a, b in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)} | {
+                "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}  # fmt: skip
+DOWN_UP, A_B, DEFAULT = ("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora_A.default", "lora_B.default")
+WRITERS = {  # trainer: (before each name, names of linears, names of the factors, where the scale is)
+    "peft": ("base_model.model.", "diffusers", A_B, "adapter_config.json"),
+    "peft over the original code": ("base_model.model.", "original", A_B, "adapter_config.json"),
+    "diffusers": ("transformer.", "diffusers", A_B, None),
+    "diffusers with its header": ("transformer.", "diffusers", A_B, "header"),
+    "diffusers with alphas": ("transformer.", "diffusers", A_B, "alpha"),
+    "diffusers of old": ("transformer.", "diffusers", ("lora.down", "lora.up"), "alpha"),
+    "diffusers, a transformer alone": ("", "diffusers", A_B, "header"),
+    "diffusion-pipe": ("diffusion_model.", "original", A_B, "adapter_config.json"),
+    "diffusion-pipe, its file for ComfyUI": ("diffusion_model.", "original", A_B, None),
+    "lightx2v": ("diffusion_model.", "original", DOWN_UP, "alpha"),
+    "musubi": ("lora_unet_", "underscored", DOWN_UP, "alpha"),
+    "Wan-Fun": ("lora_unet__", "underscored", DOWN_UP, "alpha"),
+    "DiffSynth": ("", "original", DEFAULT, None),
+    "DiffSynth, the whole pipeline": ("pipe.dit.", "original", DEFAULT, None),
+}
+
+
+def factors(config=case.CONFIG) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """{linear of a block: (A, B, alpha)}, with a rank and an alpha of its own in every block and kind."""
+    g, found = torch.Generator().manual_seed(5), {}
+    for i in range(config.num_layers):
+        for j, name in enumerate(IN_DIFFUSERS):
+            outputs, inputs = case.convert.shapes(config)[f"blocks.{i}.{name}.weight"]
+            r = 2 + (i + j) % 3
+            A, B = torch.randn(r, inputs, generator=g), torch.randn(outputs, r, generator=g)
+            found[f"blocks.{i}.{name}"] = (0.3 * A, 0.2 * B, 1.5 + i + 0.25 * j)
+    return found
+
+
+def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> None:
+    """Adapters as a trainer writes them; written by hand, not from the recipe's tables."""
+    prefix, kind, (a, b), scale = WRITERS[writer]
+    tensors, ranks, alphas = dict(extra or {}), {}, {}
+    for linear, (A, B, alpha) in found.items():
+        _, block, name = linear.split(".", 2)
+        theirs = {"original": linear, "diffusers": f"blocks.{block}.{IN_DIFFUSERS.get(name)}",
+                  "underscored": f"blocks_{block}_{name.replace('.', '_')}"}[kind]  # fmt: skip
+        tensors |= {f"{prefix}{theirs}.{a}.weight": A.clone(), f"{prefix}{theirs}.{b}.weight": B.clone()}
+        if scale == "alpha":
+            tensors[f"{prefix}{theirs}.alpha"] = torch.tensor(alpha)
+        ranks[theirs], alphas[theirs] = len(A), alpha
+    facts = {"r": 9, "lora_alpha": 99, "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": list(ranks)}
+    header = {"format": "pt"}
+    if scale == "header":
+        header["lora_adapter_metadata"] = json.dumps({prefix + key: value for key, value in facts.items()})
+    if scale == "adapter_config.json":
+        (path.parent / scale).write_text(json.dumps(facts | {"peft_type": "LORA"}))
+    save_file(tensors, path, metadata=header)
+
+
+def merged_from(path: Path, config=case.CONFIG, state=None) -> dict[str, torch.Tensor]:
+    state = state or case.random_state()
+    return {name: case.convert.merging(path, config, state.__getitem__)(name) for name in state}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_trainers_adapter_is_the_same_as_in_pefts_format(writer, tmp_path):
+    found, state, scale = factors(), case.random_state(), WRITERS[writer][3]
+    if scale is None:  # such a file does not say it: alpha is the rank
+        found = {name: (A, B, float(len(A))) for name, (A, B, _) in found.items()}
+    for folder, by in (("theirs", writer), ("peft", "peft")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "adapter_model.safetensors", by, found)
+    if scale != "adapter_config.json":  # any name will do
+        (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "my [v2].safetensors")
+    (file,) = (tmp_path / "theirs").glob("*.safetensors")
+    config = case.CONFIG
+    want, *got = (case.convert.merging(p, config, state.__getitem__) for p in (tmp_path / "peft", file.parent, file))
+    for name, weight in state.items():
+        A, B, alpha = found.get(name.removesuffix(".weight"), (None, None, 0))
+        exact = weight if A is None else (weight.double() + alpha / len(A) * (B.double() @ A.double()))
+        for read in got:
+            assert relative(read(name), want(name)) <= 1e-6 and relative(read(name).double(), exact.double()) <= 1e-6
+        assert A is None or relative(weight, want(name)) > 0.1
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("writer", ["diffusers", "musubi", "lightx2v", "diffusion-pipe, its file for ComfyUI"])
+def test_an_adapter_changes_the_weights_as_diffusers_reads_it(writer, tmp_path):
+    from diffusers import WanPipeline
+
+    write(tmp_path / "a.safetensors", writer, factors())
+    pairs, reader = case.convert.adapter(tmp_path, case.CONFIG)[0], weights.Reader()
+    theirs = WanPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))  # its alphas are in its factors
+    assert len(theirs) == 2 * len(pairs) == 2 * 4 * 10
+    for linear, pair in pairs.items():
+        _, block, name = linear.split(".", 2)
+        A, B = (theirs[f"transformer.blocks.{block}.{IN_DIFFUSERS[name]}.{part}.weight"] for part in A_B)
+        assert relative(pair.settings.scale * (reader.read(pair.B) @ reader.read(pair.A)), B @ A) <= 1e-6
+
+
+DIFFERENCES = {  # name in the file -> (our parameter, shape)
+    "blocks.1.self_attn.q.diff_b": ("blocks.1.self_attn.q.bias", (48,)),
+    "blocks.3.self_attn.norm_k.diff": ("blocks.3.self_attn.norm_k.weight", (48,)),
+    "blocks.2.ffn.2.diff": ("blocks.2.ffn.2.weight", (48, 80)),  # beside factors of the same weight
+    "blocks.2.ffn.0.diff_b": ("blocks.2.ffn.0.bias", (80,)),
+    "blocks.0.diff_m": ("blocks.0.modulation", (1, 6, 48)),
+    "head.modulation.diff": ("head.modulation", (1, 2, 48)),
+    "patch_embedding.diff": ("patch_embedding.weight", (48, 16, 1, 2, 2)),
+}
+
+
+def distilled(path: Path) -> dict[str, torch.Tensor]:
+    """A file as lightx2v's are, and the weights that `random_state` is with it."""
+    g, state, found = torch.Generator().manual_seed(6), case.random_state(), factors()
+    changes = {key: torch.randn(shape, generator=g) for key, (_, shape) in DIFFERENCES.items()}
+    write(path, "lightx2v", found, {f"diffusion_model.{key}": value for key, value in changes.items()})
+    for key, value in changes.items():
+        state[DIFFERENCES[key][0]] += value
+    for linear, (A, B, alpha) in found.items():
+        state[f"{linear}.weight"] += alpha / len(A) * B @ A
+    return state
+
+
+@pytest.mark.L3
+def test_whole_differences_of_a_distilled_adapter_are_added_in_every_layout(tmp_path):
+    want = distilled(tmp_path / "a.safetensors")
+    for got in (
+        merged_from(tmp_path / "a.safetensors"),
+        *(
+            run_ranks(world, merged, layout, tmp_path / "a.safetensors")[0]
+            for world, layout in ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}))
+        ),
+    ):
+        assert want.keys() == got.keys()
+        assert not {name: off for name in want if (off := relative(got[name], want[name])) > 1e-6}
+
+
+def continued(layout: dict, path: Path, copy: Path) -> None:
+    """The adapters of a file, in a model that could train them, written as ours."""
+    o = case.options(**layout)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    lora.load_adapter(case.convert.adapter(path, case.CONFIG)[0], chunks)
+    lora.save_adapter(copy, chunks, case.convert.to_diffusers)
+    if torch.distributed.get_rank() == 0:
+        case.convert.write_pipeline_file(copy)
+
+
+@pytest.mark.L3
+def test_each_linear_keeps_its_rank_and_scale_from_musubis_file_through_training_into_diffusers(tmp_path):
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    write(tmp_path / "a.safetensors", "musubi", factors())
+    want, reader = case.convert.adapter(tmp_path / "a.safetensors", case.CONFIG)[0], weights.Reader()
+    for world, layout in ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2})):
+        copy = tmp_path / f"{world}{len(layout)}"
+        run_ranks(world, continued, layout, tmp_path / "a.safetensors", copy)
+        for path in (copy, copy / "pytorch_lora_weights.safetensors"):
+            got = case.convert.adapter(path, case.CONFIG)[0]
+            assert got.keys() == want.keys()
+            for linear, pair in want.items():
+                assert got[linear].settings == pair.settings
+                for part in "AB":
+                    assert torch.equal(*(reader.read(getattr(p, part)) for p in (pair, got[linear])))
+    transformer = WanTransformer3DModel.from_config(case.CONFIG.to_diffusers())
+    tensors, header = WanPipeline.lora_state_dict(copy, return_lora_metadata=True)
+    transformer.load_lora_adapter(tensors, prefix="transformer", metadata=header)
+    for linear, pair in want.items():
+        module = transformer.get_submodule(case.convert.to_diffusers(f"{linear}.weight").removesuffix(".weight"))
+        assert (module.r["default_0"], module.scaling["default_0"]) == (pair.settings.r, pair.settings.scale)
+
+
+def of_the_demo(path: Path, *names: str, writer: str = "lightx2v", drop: str = "", dtype=torch.float32) -> Path:
+    """One linear's adapter for the tiny size, with further tensors so named, but for those whose name ends in `drop`."""
+    found = {"blocks.2.self_attn.v": (torch.ones(3, 128), torch.ones(128, 3), 2.0)}
+    write(path, writer, found, {name: torch.ones(128) for name in names})
+    tensors = {k: v.to(dtype) for k, v in load_file(path).items() if not drop or not k.endswith(drop)}
+    save_file(tensors, path)
+    return path
+
+
+NOT_ADAPTERS = {
+    "another model's blocks": (
+        {"writer": "musubi", "names": ["lora_unet_blocks_9_self_attn_q.lora_down.weight"]},
+        "read as musubi's or kohya's, has 1 not of this model: lora_unet_blocks_9_self_attn_q.lora_down.weight",
+    ),
+    "a text encoder's too": (
+        {"writer": "musubi", "names": ["lora_te_mlp.lora_up.weight", "lora_te_mlp.alpha"]},
+        "has 2 not of this model: lora_te_mlp.alpha, lora_te_mlp.lora_up.weight",
+    ),
+    "image-to-video's on text-to-video": (
+        {"names": ["diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight"]},
+        "has 1 not of this model: diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight",
+    ),
+    "DoRA": (
+        {"writer": "musubi", "names": ["lora_unet_blocks_2_self_attn_v.dora_scale"]},
+        "is more than an adapter, it has DoRA's magnitudes: lora_unet_blocks_2_self_attn_v.dora_scale",
+    ),
+    "LoHa": (
+        {"writer": "musubi", "names": ["lora_unet_blocks_1_self_attn_v.hada_w1_a"]},
+        "is more than an adapter, it has LoHa's factors: lora_unet_blocks_1_self_attn_v.hada_w1_a",
+    ),
+    "half of one": ({"drop": "lora_up.weight"}, "1 missing: B of diffusion_model.blocks.2.self_attn.v"),
+    "a difference of another size": (
+        {"names": ["diffusion_model.blocks.0.ffn.0.diff_b"]},
+        "diffusion_model.blocks.0.ffn.0.diff_b is [128], expected [512]",
+    ),
+    "integers": ({"dtype": torch.int8}, "as I8, first diffusion_model.blocks.2.self_attn.v.alpha (I8)"),
+}
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("name", NOT_ADAPTERS)
+def test_every_tensor_of_an_adapter_is_accounted_for(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    values, message = NOT_ADAPTERS[name]
+    file = of_the_demo(tmp_path / "a.safetensors", *values.pop("names", []), **values)
+    with pytest.raises(ValueError) as error:
+        case.jobs.parse("infer", ["--prompt", "a", "--adapter", str(file)])
+    assert message in str(error.value) and "; fix: " in str(error.value)
+
+
+@pytest.mark.L4
+def test_whole_differences_are_merged_but_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    file = str(of_the_demo(tmp_path / "a.safetensors", "diffusion_model.blocks.0.self_attn.q.diff_b"))
+    case.jobs.parse("infer", ["--prompt", "a", "--adapter", file])
+    with pytest.raises(ValueError, match="1 whole parameters, first blocks.0.self_attn.q.bias, .* fix: convert.sh"):
+        case.jobs.parse("train", ["--job", "lora", "--adapter", file])
+
+
+@pytest.mark.L4
+def test_a_run_from_a_file_counts_and_remembers_its_adapters(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    file = tmp_path / "a.safetensors"
+    write(file, "musubi", factors(case.config.SIZES["tiny"]))
+    o = case.jobs.parse("train", ["--job", "lora", "--adapter", str(file)])
+    count = sum(A.numel() + B.numel() for A, B, _ in factors(case.config.SIZES["tiny"]).values())
+    assert case.config.trained_parameters(o, case.config.model_config(o)) == count
+    start = case.jobs.adapters.starting_point(o)
+    assert start["r"] == [2, 3, 4] and start["alpha"][:2] == [1.5, 1.75] and len(start["alpha"]) == 22
+    write(
+        file, "musubi", {name: (A, B, 2 * alpha) for name, (A, B, alpha) in factors(case.config.SIZES["tiny"]).items()}
+    )
+    assert case.jobs.adapters.starting_point(o)["adapter"] != start["adapter"]
+
+
+@pytest.mark.L4
+def test_adapters_are_checked_without_torch(tmp_path):
+    for i, writer in enumerate(("diffusers with its header", "diffusion-pipe", "musubi")):
+        (tmp_path / str(i)).mkdir()
+        write(tmp_path / str(i) / "adapter_model.safetensors", writer, factors(case.config.SIZES["tiny"]))
+    code = (
+        "import importlib, sys\n"
+        "jobs = importlib.import_module(sys.argv[1])\n"
+        "for script, argv in (('infer', ['--prompt', 'a']), ('train', ['--job', 'lora']), "
+        "('convert', ['--to', 'diffusers', '--out', 'o'])):\n"
+        "    for folder in sys.argv[2:]:\n"
+        "        jobs.parse(script, [*argv, '--adapter', folder])\n"
+        "assert not {'torch', 'safetensors'} & set(sys.modules)\n"
+    )
+    run = [sys.executable, "-c", code, f"zoo.{case.RECIPE}.options", *(str(tmp_path / str(i)) for i in range(3))]
+    subprocess.run(run, check=True, env=os.environ | {"WORLD_SIZE": "1"})
+
+
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
@@ -215,8 +482,6 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it_as_conver
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """An adapter folder of rank 4 for the demo's size, for which the tensors are written by hand."""
-    from safetensors.torch import save_file
-
     where = tmp_path_factory.mktemp("adapter")
     (where / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["to_q"]})
@@ -232,8 +497,8 @@ def folder(tmp_path_factory) -> Path:
 WRONG = {
     "no linear": (["--lora-targets", "q,modulation"], "no linear is called 'modulation'; expected the ends of some of"),
     "an adapter's settings": (["--adapter", "a", "--lora-rank", "8"], "--lora-rank is of new adapters"),
-    "no adapter": (["--adapter", "nowhere"], "adapter_config.json does not exist"),
-    "another size's": (["--adapter", "FOLDER", "--size", "1.3B"], "is [4, 128]; expected [4, 1536] (rank 4"),
+    "no adapter": (["--adapter", "nowhere"], "nowhere does not exist; expected an adapter's folder or .safetensors"),
+    "another size's": (["--adapter", "FOLDER", "--size", "1.3B"], "is [4, 128], expected [4, 1536]"),
     "drawn weights": (["--from-scratch", "--merge", "m"], "--merge adds adapters to released weights"),
     "another job's": (["--job", "finetune", "--lora-rank", "8"], "--lora-rank is of lora_t2v.sh and lora_i2v.sh, and this is finetune"),
 }  # fmt: skip
@@ -258,7 +523,7 @@ def test_an_adapter_of_another_rank_than_its_config_says_is_refused_before_torch
     case.jobs.parse(script, [*options, "--adapter", str(folder)])
     (folder / "adapter_config.json").write_text(json.dumps(facts | {"r": 16}))
     try:
-        with pytest.raises(ValueError, match=r"is \[4, 128\]; expected \[16, 128\]"):
+        with pytest.raises(ValueError, match=r"is \[4, 128\], expected \[16, 128\]"):
             case.jobs.parse(script, [*options, "--adapter", str(folder)])
     finally:
         (folder / "adapter_config.json").write_text(json.dumps(facts))
