@@ -3,6 +3,7 @@ LoRA adapters against peft."""
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -352,8 +353,8 @@ def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
     save_file(state, folder / "base" / "model.safetensors", {"format": "pt"})
     (folder / "base" / "config.json").write_text(json.dumps(config.to_released()))
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", **options)
-    model = peft.get_peft_model(model, settings)
+    values = {"r": 3, "lora_alpha": 5, "target_modules": targets, "task_type": "CAUSAL_LM"} | options
+    model = peft.get_peft_model(model, peft.LoraConfig(**values))
     generator = torch.Generator().manual_seed(6)
     for p in model.parameters():
         if p.requires_grad:
@@ -382,6 +383,22 @@ def test_merged_adapter_equals_peft(which, rslora, tmp_path):
         assert (got[key] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), key
     changed = {key for key in before if not torch.equal(got[key], before[key])}
     assert len(changed) == config.num_hidden_layers * (4 if which == "dense" else 3) + (which == "dense")
+
+
+@pytest.mark.parametrize(("which", "linears"), [("dense", 7), ("moe", 4)])
+def test_an_adapter_of_unsloths_with_ranks_and_alphas_of_its_own_is_merged_as_peft_merges_it(which, linears, tmp_path):
+    options = {
+        "target_modules": r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj"
+        r"|up_proj|down_proj)))",
+        "rank_pattern": {r"layers.\d+.self_attn.q_proj": 2, "layers.3.self_attn.o_proj": 6},
+        "alpha_pattern": {"v_proj": 9, "layers.1.self_attn.q_proj": 0.5},
+    }
+    config, before, theirs = adapter_and_base(tmp_path, which, **options)
+    got, want = merged(tmp_path, config), {}
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert not [k for k, t in want.items() if (got[k] - t).abs().max() > 1e-6 * t.abs().max()]
+    assert sum(not torch.equal(got[key], before[key]) for key in before) == config.num_hidden_layers * linears
 
 
 def test_merged_adapter_keeps_the_dtype_and_is_rounded_once(tmp_path):
@@ -413,10 +430,11 @@ def edited(**facts):
     [
         (other_size, "layers.1.self_attn.q_proj.lora_A.weight is [3, 64], expected [3, 40]"),
         (edited(use_dora=True), "not a plain LoRA: it has {'use_dora': True}"),
-        (edited(target_modules=["q_proj"]), "not of this model: base_model.model.lm_head.lora_A.weight"),
+        (edited(target_modules=["q_proj"]), "not of its target_modules: base_model.model.lm_head, base_model"),
+        (edited(modules_to_save=["embed_tokens"]), "not a plain LoRA: it has {'modules_to_save': ['embed_tokens']}"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
     ],
-    ids=["of another size", "dora", "tensors beyond its targets", "no adapter"],
+    ids=["of another size", "dora", "tensors beyond its targets", "whole modules", "no adapter"],
 )
 def test_adapter_that_does_not_fit_is_refused(change, says, tmp_path):
     config, _, _ = adapter_and_base(tmp_path, "dense")
@@ -439,3 +457,92 @@ def test_adapter_of_experts_is_refused(tmp_path):
 def test_folder_without_an_adapter_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match="fix: --adapter"):
         case.jobs.parse("convert", ["--adapter", str(tmp_path), "--to", "released", "--out", str(tmp_path / "out")])
+
+
+# ------------------------------------------------------------------------------------------- releases unlike their size
+
+CODER = {  # Qwen3-Coder-30B-A3B-Instruct: experts in every layer, so nothing has its intermediate_size
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5472,
+    "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "qkv_bias": False, "rms_norm_eps": 1e-6, "rope_scaling": None,
+    "rope_theta": 10000000, "shared_expert_intermediate_size": 0, "tie_word_embeddings": False,
+    "use_qk_norm": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def a_release(folder, size: str, **facts):
+    """Of drawn weights, like `size` but for some facts, in its own layout."""
+    config = dataclasses.replace(case.config.SIZES[size], num_hidden_layers=4, **facts)
+    state = case.random_state(config)
+    case.convert.write_released(folder, config, dict.fromkeys(state, 4), state.__getitem__, None)
+    return config
+
+
+def options(folder, script="infer", *more):
+    argv = {"infer": ["--prompt", "a"], "convert": ["--to", "released", "--out", str(folder / "new")]}
+    tokenizer = ["--tokenizer", str(case.jobs.DEMO_TOKENIZER)] if script == "infer" else []
+    return case.jobs.parse(script, ["--weights", str(folder), *tokenizer, *argv.get(script, []), *map(str, more)])
+
+
+def test_a_width_that_no_layer_uses_does_not_make_another_size(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CODER))
+    assert case.config.size_of(tmp_path) == "30B-A3B"
+    found = case.config.Qwen3Config.from_folder(tmp_path)
+    o = argparse.Namespace(size="30B-A3B", weights=tmp_path)
+    assert case.config.model_config(o) == found and found.parameters == case.config.SIZES["30B-A3B"].parameters
+    written = found.to_released()
+    assert {k: written[k] for k in CODER if k in written} == {k: v for k, v in CODER.items() if k in written}
+    for facts, says in (
+        ({"moe_intermediate_size": 5472}, "moe_intermediate_size 5472 != 768"),
+        ({"use_qk_norm": False}, "use_qk_norm=False"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(CODER | facts))
+        with pytest.raises(ValueError, match=says):
+            case.config.size_of(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "facts"), [("tiny-moe", {"intermediate_size": 999}), ("tiny", {"vocab_size": 2053})])
+def test_a_release_unlike_its_size_where_no_layer_differs_loads_and_is_written_back_so(
+    size, facts, tmp_path, capsys, monkeypatch
+):
+    config, said = (
+        a_release(tmp_path / "r", size, **facts),
+        "a vocabulary of 2,053 tokens; the published tiny has 2,048",
+    )
+    o = options(tmp_path / "r")
+    assert o.size == size and case.config.model_config(o) == config
+    assert said not in capsys.readouterr().err  # by one of the processes, which the launcher started
+    monkeypatch.delenv("RANK")
+    options(tmp_path / "r")
+    assert capsys.readouterr().err.count(said) == (size == "tiny")
+    assert options(tmp_path / "r", "infer", "--size", size).size == size
+    element, read = case.convert.source(tmp_path / "r", config)
+    names = case.convert.shapes(config)
+    case.convert.write_released(tmp_path / "w", config, {n: element(n) for n in names}, read, None)
+    for key, value in facts.items():
+        assert json.loads((tmp_path / "w" / "config.json").read_text())[key] == value
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "rw")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_by_every_job_that_reads_tokens(tmp_path):
+    a_release(tmp_path / "r", "tiny", vocab_size=2040)
+    demo = ["--tokenizer", case.jobs.DEMO_TOKENIZER]
+    for script, more in (("infer", []), ("train", ["--job", "sft", *demo]), ("evaluate", ["--tasks", "gsm8k", *demo])):
+        with pytest.raises(ValueError, match="token ids up to 2047, .* a vocabulary of 2040; .* fix: --tokenizer"):
+            options(tmp_path / "r", script, *more)
+    options(tmp_path / "r", "convert")
+
+
+def test_a_checkpoint_in_shards_is_compared_with_the_size_asked_for(tmp_path):
+    step = tmp_path / "step-000002"
+    step.mkdir()
+    (step / "manifest.json").write_text("{}")
+    values = dataclasses.asdict(case.config.SIZES["tiny-moe"]) | {"vocab_size": 2053, "intermediate_size": 7}
+    (step / "state.json").write_text(json.dumps({"model": values}))
+    assert options(step).size == "tiny-moe" and case.config.model_config(options(step)).vocab_size == 2053
+    with pytest.raises(ValueError, match="is not of size tiny: .*num_experts 8 != 0"):
+        options(step, "infer", "--size", "tiny")

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ import test_qwen3 as oracle
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_qwen3_layouts import my_batches, whole_gradients
 
 from common import checkpoint, lora, parallel, weights
@@ -263,7 +265,7 @@ WRONG = {
     ),
     "experts": (["--size", "tiny-moe", "--from-scratch", "--lora-targets", "up_proj"], "k_proj, v_proj, o_proj (size"),
     "an adapter's settings": (["--adapter", "a", "--lora-rank", "8"], "--lora-rank is of new adapters"),
-    "no adapter": (["--adapter", "nowhere"], "adapter_config.json does not exist"),
+    "no adapter": (["--adapter", "nowhere"], "nowhere does not exist; expected an adapter's folder or .safetensors"),
     "drawn weights": (["--from-scratch", "--merge", "m"], "--merge adds adapters to released weights"),
     "another job's": (["--beta", "1"], "--beta is of dpo.sh, not of lora.sh"),
     "adapters of sft": (["--job", "sft", "--lora-rank", "8"], "--lora-rank is of lora.sh and dpo.sh, not of sft.sh"),
@@ -284,6 +286,72 @@ def test_what_cannot_be_meant_is_refused(name, monkeypatch):
     with pytest.raises(ValueError) as error:
         case.jobs.parse("train", ["--job", "lora", *options])
     assert message in str(error.value)
+
+
+def adapter_folder(folder, *linears: str, **facts):
+    """A PEFT adapter of the demo's model, one linear of layer 1 after another, its ranks 3, 4, …"""
+    shapes = case.convert.shapes(case.config.SIZES["tiny"])
+    tensors, ranks = {}, {name: 3 + i for i, name in enumerate(linears)}
+    for name, r in ranks.items():
+        outputs, inputs = shapes[f"layers.1.{name}.weight"]
+        for part, shape in (("A", (r, inputs)), ("B", (outputs, r))):
+            tensors[f"base_model.model.model.layers.1.{name}.lora_{part}.weight"] = torch.ones(shape)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 99, "lora_alpha": 7, "rank_pattern": ranks, "layers_to_transform": [1]}
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"target_modules": list(linears)} | facts))
+    return folder
+
+
+@pytest.mark.L4
+def test_a_run_from_an_adapter_counts_its_own_tensors_whatever_lies_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    folder = adapter_folder(tmp_path / "a", "self_attn.q_proj", "mlp.down_proj")
+    other = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(5, 8)}
+    save_file(other, folder / "pytorch_lora_weights.safetensors")  # what diffusers' pipelines look for
+    for path in (folder, folder / "adapter_model.safetensors"):
+        o = case.jobs.parse("train", ["--job", "lora", "--adapter", str(path)])
+        assert case.config.trained_parameters(o, case.config.model_config(o)) == 3 * (128 + 192) + 4 * (384 + 128)
+        start = case.jobs.starting_point(o)
+        assert (start["r"], start["alpha"]) == ([3, 4], 7)
+        case.jobs.parse("infer", ["--adapter", str(path)])
+
+
+MORE = {
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "not a plain LoRA: it has {'modules_to_save': ['lm_head']}"),
+    "DoRA": ({"use_dora": True}, "not a plain LoRA: it has {'use_dora': True}"),
+    "experts": ({"target_parameters": ["mlp.experts.down_proj"]}, "has {'target_parameters': ['mlp.experts.down"),
+    "biases": ({"bias": "lora_only"}, "not a plain LoRA: it has {'bias': 'lora_only'}"),
+    "other layers": ({"layers_to_transform": [2]}, "missing: A of base_model.model.model.layers.2.self_attn.q_proj, B"),
+}
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("name", MORE)
+def test_what_is_more_than_an_adapter_is_refused_by_name_in_every_job(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    facts, message = MORE[name]
+    folder = str(adapter_folder(tmp_path / "a", "self_attn.q_proj", **facts))
+    for script, argv in (("train", ["--job", "lora"]), ("train", ["--job", "dpo"]), ("infer", []),
+                         ("convert", ["--to", "released", "--out", str(tmp_path / "o")])):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            case.jobs.parse(script, [*argv, "--adapter", folder])
+        assert message in str(error.value)
+
+
+@pytest.mark.L4
+def test_an_adapter_is_checked_without_torch(tmp_path):
+    folder = adapter_folder(tmp_path / "a", "self_attn.v_proj")
+    code = (
+        "import importlib, sys\n"
+        "jobs = importlib.import_module(sys.argv[1])\n"
+        "for script, argv in (('infer', []), ('train', ['--job', 'lora']), "
+        "('convert', ['--to', 'released', '--out', 'o'])):\n"
+        "    jobs.parse(script, [*argv, '--adapter', sys.argv[2]])\n"
+        "assert not {'torch', 'safetensors'} & set(sys.modules)\n"
+    )
+    run = [sys.executable, "-c", code, f"zoo.{case.RECIPE}.options", str(folder)]
+    subprocess.run(run, check=True, env=os.environ | {"WORLD_SIZE": "1"})
 
 
 @pytest.mark.L4

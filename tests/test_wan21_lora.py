@@ -202,9 +202,9 @@ def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> No
     save_file(tensors, path, metadata=header)
 
 
-def merged_from(path: Path, config=case.CONFIG, state=None) -> dict[str, torch.Tensor]:
-    state = state or case.random_state()
-    return {name: case.convert.merging(path, config, state.__getitem__)(name) for name in state}
+def merged_from(path: Path, config, state: dict) -> dict[str, torch.Tensor]:
+    read = case.convert.merging(path, config, state.__getitem__)
+    return {name: read(name) for name in state}
 
 
 @pytest.mark.L2
@@ -271,7 +271,7 @@ def distilled(path: Path) -> dict[str, torch.Tensor]:
 def test_whole_differences_of_a_distilled_adapter_are_added_in_every_layout(tmp_path):
     want = distilled(tmp_path / "a.safetensors")
     for got in (
-        merged_from(tmp_path / "a.safetensors"),
+        merged_from(tmp_path / "a.safetensors", case.CONFIG, case.random_state()),
         *(
             run_ranks(world, merged, layout, tmp_path / "a.safetensors")[0]
             for world, layout in ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}))
