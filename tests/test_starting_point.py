@@ -233,7 +233,10 @@ def test_epochs_are_counted_and_may_stand_for_steps(epochs, steps, warmup, says,
     o = train.count_epochs(o, 16) if epochs is None else o
     assert (o.steps, o.warmup) == (steps, warmup)
     said = capsys.readouterr().out
-    assert "an epoch is 4.0 steps (16 samples, 4 a step)" in said and f"{steps} steps, {warmup} of them warm-up, are {says} epochs" in said
+    assert (
+        "an epoch is 4.0 steps (16 samples, 4 a step)" in said
+        and f"{steps} steps, {warmup} of them warm-up, are {says} epochs" in said
+    )
 
 
 def test_what_a_run_starts_from_is_said(tmp_path):
@@ -293,6 +296,23 @@ def test_latents_that_are_not_finite_are_an_error_and_no_black_video(monkeypatch
     monkeypatch.setattr(infer, "sample", lambda *a, **k: torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match="latents are not finite.*fix: --weights"):
         infer.latents_of(o, wan_case.config.SIZES["tiny"], parts, [SimpleNamespace(prompt="x")], [0])
+
+
+def test_a_prompt_too_long_for_the_model_is_refused_before_anything_starts(tmp_path):
+    rows = [{"prompt": "short"}, {"prompt": "a b " * 1200}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2 has \d+ tokens, and 256 of an answer .* 2048 positions"):
+        qwen3.parse("infer", ["--prompts", str(tmp_path / "prompts.jsonl")])
+    text = "word " * 400  # more bytes than positions are left, and fewer tokens
+    assert qwen3.parse("infer", ["--prompt", text]).prompt == text
+
+
+@pytest.mark.parametrize("targets", ["q_proj,", "q_proj,,v_proj"])
+def test_an_empty_name_of_a_linear_is_called_one(targets):
+    with pytest.raises(ValueError, match="adapters on an empty name; expected some of q_proj"):
+        qwen3.parse("train", ["--job", "lora", "--lora-targets", targets])
+    with pytest.raises(ValueError, match="no linear is called ''; expected"):
+        wan21.parse("train", ["--job", "lora", "--lora-targets", targets.replace("_proj", "")])
 
 
 def test_own_weights_are_evaluated_on_the_local_tasks(tmp_path):

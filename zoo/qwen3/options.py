@@ -262,7 +262,7 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
         )
     _check_weights(o, config)
     _check_tokenizer(o, config)
-    questions(o)
+    _check_lengths(o, config)
     if o.adapter:
         _check_adapters(o, config)
     return o
@@ -519,7 +519,8 @@ def _check_adapters(o, config: Qwen3Config) -> None:
         found = set(o.targets(config))
     if bad := sorted(found - set(adaptable(config))):
         flag, good = f"--adapter {o.adapter}" if o.adapter else "--lora-targets", ", ".join(adaptable(config))
-        raise ValueError(f"adapters on {', '.join(bad)}; expected some of {good} (size {o.size}); fix: {flag}")
+        named = ", ".join(name or "an empty name" for name in bad)
+        raise ValueError(f"adapters on {named}; expected some of {good} (size {o.size}); fix: {flag}")
 
 
 def starting_point(o: TrainOptions) -> dict:
@@ -623,6 +624,26 @@ def questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]
             raise ValueError(f"{where}: a conversation with --no-chat; expected a text alone; fix: --chat")
         found.append((where, messages, tools))
     return found
+
+
+def _check_lengths(o: InferOptions, config: Qwen3Config) -> None:
+    """Every question and its answer have positions in the model, the template's few tokens not counted. Only what has
+    more bytes than that, so may have more tokens, is tokenized."""
+    room = config.positions - o.max_new_tokens
+    texts = {where: "".join(m["content"] for m in messages) for where, messages, _ in questions(o)}
+    longer = {where: text for where, text in texts.items() if len(text.encode()) > room}
+    if not longer:
+        return
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(o.tokenizer / "tokenizer.json"))
+    tokenizer.no_truncation()
+    for where, text in longer.items():
+        if (length := len(tokenizer.encode(text, add_special_tokens=False))) > room:
+            raise ValueError(
+                f"{where} has {length} tokens, and {o.max_new_tokens} of an answer make more than the model's "
+                f"{config.positions} positions; fix: --max-new-tokens, --yarn, or a shorter prompt"
+            )
 
 
 def prepare(o) -> None:
