@@ -174,9 +174,12 @@ def save(
     target = folder / f"step-{step:06d}"
     _write(target, shards, state, beside)
     if dist.get_rank() == 0:
-        _write_atomically(folder / "latest", target.name)
         for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it is torn, and goes with the next one
+        try:
+            _write_atomically(folder / "latest", target.name)
+        except OSError as error:  # it is saved all the same, on every rank
+            print(f"warning: {folder / 'latest'} still names an older one: {error}", file=sys.stderr, flush=True)
     return target
 
 
@@ -224,19 +227,17 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def problem_with(checkpoint: Path) -> str | None:
     """Why this folder is not a whole checkpoint, or None."""
-    manifest = checkpoint / "manifest.json"
-    if not manifest.is_file():
-        return "manifest.json is missing"
+    name = "manifest.json"
     try:
-        sizes = json.loads(manifest.read_text())
+        sizes = json.loads((checkpoint / name).read_text())
+        for name, size in sizes.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
     except ValueError:
         return "manifest.json is cut short"
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
     return None
 
 
@@ -268,6 +269,66 @@ def find(folder: Path, resume: str) -> Path | None:
     return None
 
 
+def load_found(
+    folder: Path, resume: str, chunks, optimizer, *, ema=None, fsdp: bool = False
+) -> tuple[Path | None, dict]:
+    """(checkpoint, its state.json) of `find`, read into this layout: rank 0 looks for all. One that vanishes before it is
+    read is passed over like a torn one, by all ranks alike.
+
+    Raises:
+        ValueError: as `find`; or what is there cannot be read, or nothing is left to take the place of what vanished.
+    """
+    vanished = None
+    while found := _on_rank_0(find, folder, resume):
+        problem = _gathered(_unreadable(found))  # of any rank: one that fails alone in `load` leaves the others waiting
+        if not problem:
+            try:
+                return found, load(found, chunks, optimizer, ema=ema, fsdp=fsdp)
+            except CheckpointException as error:  # raised on every rank
+                problem = " ".join(str(error).split())
+        if _on_rank_0(problem_with, found) is None:
+            raise ValueError(
+                f"{found} cannot be read: {problem}; expected it whole on every node; fix: --resume, or --out"
+            )
+        vanished = found
+    if vanished:
+        raise ValueError(
+            f"{vanished} vanished while it was read, and no other is in {folder}; fix: --resume never to start again"
+        )
+    return None, {"step": 0, "optimizer_steps": 0}
+
+
+def _on_rank_0(function: Callable, *args):
+    """What `function(*args)` returns there, on every rank; a ValueError, too."""
+    said = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            said[0] = function(*args)
+        except ValueError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1] is not None:
+        raise ValueError(said[1])
+    return said[0]
+
+
+def _gathered(problem: str | None) -> str | None:
+    """A problem that some rank has, or None."""
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), None)
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """Why this rank cannot read a checkpoint, or None: its files are there, those that every rank reads whole too."""
+    try:
+        for name in ("state.json", "metadata.json", "common.pt", ".metadata"):
+            (checkpoint / name).read_bytes()
+        return problem_with(checkpoint)
+    except OSError as error:
+        return str(error)
+
+
 def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = False) -> dict:
     """Read model, and optimizer unless None, into this layout; returns the saved state.json."""
     model = _model_state(chunks, ema)
@@ -280,8 +341,8 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
             request["optimizer"] = _optimizer_state(optimizer, model, is_loading=True)
     targets = {name: s.data for name, s in model.items()}
     moments = {key: s.data for key, s in request["optimizer"].items()} if optimizer is not None and fsdp else {}
-    loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     state = json.loads((checkpoint / "state.json").read_text())
+    loaded = dist_checkpointing.load(request, str(checkpoint), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(loaded["model"][name])

@@ -3,7 +3,7 @@
     python -m common.cli zoo.wan21 train --size tiny --steps 10
 
 checks the options in one light process (no torch: `--help` and every refusal take well under two seconds and come
-before any process group), then starts `torchrun -m zoo.wan21.train` with the same options on every device.
+before any process group), then has torchrun start `common.worker zoo.wan21.train` with the same options on every device.
 
 A recipe's `options.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
 from, in this order: the command line, the named layout of `parallel.toml`, the dataclass default. Bad input is
@@ -13,6 +13,7 @@ from, in this order: the command line, the named layout of `parallel.toml`, the 
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+from common import processes
 
 FROM_LAYOUT = "from_layout"
 
@@ -500,12 +503,28 @@ def main() -> None:
     if getattr(options, "dry_run", False):
         print(job.dry_run(options))
         return
+    if "ZOO_LAUNCHER" in os.environ:  # a benchmark's worker starts launchers of its own
+        processes.die_with(os.getppid())
     where = exit_on_bad_input(_rendezvous)
+    writes = _writes(options)
+    if os.environ.get("NODE_RANK", "0") == "0":
+        for out, doing, wait in writes:
+            exit_on_bad_input(processes.hold, out, doing, wait, "launcher.")
+            if exit_on_bad_input(processes.hold, out, doing, wait):  # nor has a rank 0 outlived its launcher
+                processes.release(out)
     exit_on_bad_input(job.prepare, options)
     if getattr(options, "out", None) is not None:
         argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
-    sys.exit(_torchrun(where, f"{recipe}.{script}", argv))
+    sys.exit(_torchrun(where, f"{recipe}.{script}", argv, writes))
+
+
+def _writes(options: Any) -> list[tuple[Path, str, bool]]:
+    """What a job writes, as `processes.hold` wants to know it: where, what is made, and whether another process that makes
+    the same is waited for. Of two trainings the second is refused: it would only go on where the first has ended."""
+    places = (getattr(options, name, None) for name in ("out", "export", "merge"))
+    doing = hashlib.sha256(to_toml(options).encode()).hexdigest()
+    return [(place, doing, not isinstance(options, TrainOptions)) for place in places if place is not None]
 
 
 def _rendezvous() -> list[str]:
@@ -522,14 +541,19 @@ def _rendezvous() -> list[str]:
     ]
 
 
-def _torchrun(where: list[str], module: str, argv: list[str]) -> int:
-    """Start one process per device; return the exit code of the first rank that failed, 128+N if by signal N."""
+def _torchrun(where: list[str], module: str, argv: list[str], writes: list[tuple] = ()) -> int:
+    """Start one process per device; return the exit code of the first rank that failed, 128+N if by signal N.
+
+    writes: see `_writes`. The processes end with this one, see worker.py.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    processes = os.environ.get("NPROC", "1")
-    args = get_args_parser().parse_args([*where, "--nproc-per-node", processes, "-m", module, *argv])
+    count = os.environ.get("NPROC", "1")
+    os.environ["ZOO_LAUNCHER"], os.environ["ZOO_WRITES"] = str(os.getpid()), json.dumps(writes, default=str)
+    worker = ["-m", "common.worker", module]
+    args = get_args_parser().parse_args([*where, "--nproc-per-node", count, *worker, *argv])
     try:
         run(args)
     except ChildFailedError as error:

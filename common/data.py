@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import uuid
 from collections import Counter
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from common import processes
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -338,8 +341,10 @@ class _MicroBatches:
             raise RuntimeError(f"reading rows {rows} ({files}) failed: {type(error).__name__}: {error}") from error
 
 
-def _own_group(worker: int) -> None:
-    """torchrun signals a rank's whole process group; a decoding worker that died of it would take the checkpoint along."""
+def _start(worker: int) -> None:
+    """What a decoding process does first. It ends with its rank. torchrun signals a rank's whole process group, though, and
+    a decoding process that died of it would take the checkpoint along: so it has a group of its own."""
+    processes.die_with(multiprocessing.parent_process().pid)
     os.setpgrp()
 
 
@@ -374,7 +379,7 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             timeout=timeout if workers else 0,
-            worker_init_fn=_own_group,
+            worker_init_fn=_start,
             generator=Generator(),  # else it draws its base seed from the training's random state
         )
     )

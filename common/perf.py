@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import jsonl
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -126,9 +128,9 @@ def steady_line(found: dict | None) -> str:
 
 def read_metrics(path: Path) -> tuple[dict, list[dict]]:
     """(header, step rows) of a metrics.jsonl; after a resume the later row of a step counts."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = jsonl.read(path)
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
-    return next(row for row in rows if row["kind"] == "run"), [steps[k] for k in sorted(steps)]
+    return next((row for row in rows if row["kind"] == "run"), {}), [steps[k] for k in sorted(steps)]
 
 
 def plot_loss(metrics: Path, target: Path) -> None:
@@ -169,13 +171,15 @@ def append(record: Path, row: dict) -> None:
     """
     if row["commit"] == "unknown" or row["commit"].endswith("-dirty"):
         raise ValueError(f"commit {row['commit']}: a row must be reproducible; fix: commit your changes, then --record")
+    if record.exists():
+        jsonl.mend(record)
     with open(record, "a") as f:
         f.write(json.dumps(row) + "\n")
 
 
 def read(record: Path) -> list[dict]:
     """The rows of a perf.jsonl."""
-    return [json.loads(line) for line in record.read_text().splitlines()]
+    return jsonl.read(record)
 
 
 def compare(row: dict, record: Path) -> list[str]:

@@ -28,11 +28,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, ops, perf, profiling, resume
+from common import checkpoint, device, jsonl, ops, perf, profiling, resume
 from common.cli import TrainOptions, to_toml
 from common.profiling import part
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
+NOT_SAVED_EXIT = 4  # of one that was to export its last step and could not save it
 
 
 def final_lr(o: TrainOptions) -> float:
@@ -259,8 +260,9 @@ def train(
     files that each checkpoint holds a copy of. measure, called on every rank after each backward: what else belongs into
     the step's row; reading it waits for the device.
 
-    Returns {"steps", "reason", "checkpoint", "ema"}; exits the process with code 3 after o.max_bad_steps consecutive
-    non-finite steps, having saved the batch that caused the last one.
+    Returns {"steps", "reason", "checkpoint", "ema"}, the checkpoint being the one of the last step, None if it could not
+    be written; exits the process with code 3 after o.max_bad_steps consecutive non-finite steps, having saved the batch
+    that caused the last one.
     """
     if o.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -272,10 +274,10 @@ def train(
     if ema_decay:
         ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)}
 
-    found = checkpoint.find(folder, o.resume)
-    saved = (
-        checkpoint.load(found, chunks, optimizer, ema=ema, fsdp=o.fsdp) if found else {"step": 0, "optimizer_steps": 0}
-    )
+    if dist.get_rank() == 0:  # before the ranks meet, and any of their processes adds a line
+        for lines in filter(Path.is_file, (o.out / "metrics.jsonl", o.out / "drops.jsonl")):
+            jsonl.mend(lines)
+    found, saved = checkpoint.load_found(folder, o.resume, chunks, optimizer, ema=ema, fsdp=o.fsdp)
     start, applied = saved["step"], saved["optimizer_steps"]
     scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
 
@@ -290,7 +292,8 @@ def train(
             log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
     stop = _StopFlag()
     forward_backward = get_forward_backward_func()
-    bad, skipped, last_save, reason, rows = 0, 0, None, "finished", deque(maxlen=10_000)
+    bad, skipped, reason, rows = 0, 0, "finished", deque(maxlen=10_000)
+    saves = [found]  # the checkpoints of this run and what it goes on from, None for one that could not be written
     first_profiled, last_profiled = _profile_range(o)
     profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
@@ -398,11 +401,11 @@ def train(
             reason = "SIGTERM"
             break
         if o.save_every and step % o.save_every == 0 and step < o.steps:
-            last_save = save(step)
+            saves.append(save(step))
             began = time.perf_counter()
     bar.close()
     if bad < o.max_bad_steps and step > start:
-        last_save = save(step)
+        saves.append(save(step))
     steady = perf.steady(list(rows))
     log.say(perf.steady_line(steady))
     log.record({"kind": "end", "steps": step, "reason": reason, "steady": steady})
@@ -411,7 +414,21 @@ def train(
     if bad >= o.max_bad_steps:
         log.say(f"stopped: {reason}; fix: lower --lr, or look at the batch")
         sys.exit(BAD_STEPS_EXIT)
-    return {"steps": step, "reason": reason, "checkpoint": last_save or found, "ema": ema}
+    if step and not saves[-1]:
+        older = next(filter(None, reversed(saves)), "no checkpoint of this run")
+        log.say(f"the weights of step {step} are not on disk, their checkpoint could not be written; there is {older}")
+    return {"steps": step, "reason": reason, "checkpoint": saves[-1], "ema": ema}
+
+
+def last_checkpoint(o: TrainOptions, result: dict) -> Path:
+    """The checkpoint of a run's last step, to export from: no older one stands in for it. Where it could not be written,
+    every rank exits with code 4; `train` has said what there is."""
+    if result["checkpoint"] is None:
+        if dist.get_rank() == 0:
+            lost = f"error: step {result['steps']} is not on disk, so {o.export} is not written"
+            print(f"{lost}; fix: free space and run the same again", file=sys.stderr, flush=True)
+        sys.exit(NOT_SAVED_EXIT)
+    return result["checkpoint"]
 
 
 class _StopFlag:

@@ -44,7 +44,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +53,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from common import processes
 from common.data import BucketSampler, DropReport, partial_name
 from common.records import BadRow, parse_json, read_json
 
@@ -837,10 +837,10 @@ _function: Callable | None = None
 
 
 def _start(function: Callable) -> None:
-    """What a worker does first: keep the function, and watch its parent, for a killed one ends no worker."""
+    """What a worker does first: keep the function, and see to it that it ends with its parent."""
     global _function
     _function = function
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    processes.die_with(multiprocessing.parent_process().pid)
 
 
 def _call(task: Any) -> Any:

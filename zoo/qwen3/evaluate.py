@@ -38,7 +38,7 @@ from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from common import cli, parallel
+from common import cli, jsonl, parallel
 from common import train as loop
 
 from .config import Qwen3Config, model_config
@@ -104,18 +104,17 @@ class Answers:
     """What the model has answered, by request, in a file that an interrupted run goes on from."""
 
     def __init__(self, path: Path, about: dict):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        begun = json.loads(lines[0]) if lines else about
-        if begun != about:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        jsonl.mend(path)  # a run was killed
+        begun, *answers = jsonl.read(path) or [None]
+        if begun not in (None, about):
+            begun = begun if isinstance(begun, dict) else {}  # its first line is lost
             other = ", ".join(f"{k} {begun.get(k)!r}, not {v!r}" for k, v in about.items() if begun.get(k) != v)
             raise ValueError(f"{path} has the answers of another run: {other}; expected the same; fix: --out")
-        self.known = {}
-        for line in lines[1:]:
-            with contextlib.suppress(json.JSONDecodeError):  # half a line, of a run that was killed
-                self.known.update([json.loads(line)])
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.known = dict(answers)
         self.file = open(path, "a")
-        self.file.write("\n" if lines else json.dumps(about) + "\n")
+        self.file.write(json.dumps(about) + "\n" if begun is None else "")
 
     def get(self, requests: list, ask: Callable[[list], list], together: int, what: str) -> list:
         """The answer to each request, asked `together` at a time, the longest first; what is known is not asked."""

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import processes
 from common.cli import option
 from common.data import DropReport, partial_name
 from common.records import (
@@ -188,16 +189,13 @@ def _shards(o: PreprocessOptions, size: int) -> Iterator[tuple[int, list[tuple[s
 
 
 def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
-    """Preprocess `checked` options; returns what OUT.meta.json holds: documents, tokens, drops, and where from.
+    """Preprocess `checked` options; returns what OUT.meta.json holds: documents, tokens, drops, and where from. Of two
+    runs with the same data and tokenizer one makes it, the other waits.
 
     Raises:
-        ValueError: more than --max-drop of the rows were dropped (said after the first FEW rows, or at the end), or a
-            file cannot be read.
+        ValueError: more than --max-drop of the rows were dropped (said after the first FEW rows, or at the end), a file
+            cannot be read, or another process makes something else of OUT.
     """
-    from common import device  # noqa: F401  isort: skip  (before the first import of megatron)
-    from megatron.core.datasets.indexed_dataset import DType
-    from tqdm import tqdm
-
     tokenizer, end = _load(o, vocab_size)
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(o.data, SUFFIXES)]
     about = {
@@ -205,9 +203,25 @@ def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
         "end": end, "shard_size": shard_size, "reading": READING,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    meta = _beside(o.out, ".meta.json")
+    if found := _made(o.out, key):
+        return found
+    with processes.alone(o.out, key):
+        return _made(o.out, key) or _make(o, key, about, tokenizer, shard_size)
+
+
+def _made(out: Path, key: str) -> dict | None:
+    meta = _beside(out, ".meta.json")
     if meta.is_file() and (found := json.loads(meta.read_text()))["key"] == key:
         return found
+    return None
+
+
+def _make(o: PreprocessOptions, key: str, about: dict, tokenizer, shard_size: int) -> dict:
+    from common import device  # noqa: F401  isort: skip  (before the first import of megatron)
+    from megatron.core.datasets.indexed_dataset import DType
+    from tqdm import tqdm
+
+    end, vocab_size = about["end"], about["vocabulary"]
     folder, dtype = _open_parts(o.out, key), DType.optimal_dtype(vocab_size)
 
     def tokenize(task: tuple[int, list[tuple[str, Any]]]) -> dict:

@@ -310,10 +310,10 @@ def main() -> None:
             finish(o, config, result["steps"], loss, count, pairs, answers)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
-    elif finished and o.export and dist.get_rank() == 0:
-        tensors = checkpoint.tensor_sizes(result["checkpoint"])
+    elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
+        tensors = checkpoint.tensor_sizes(saved)
         element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
-        read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
+        read = functools.partial(checkpoint.read_tensor, saved)
         convert.write_released(o.export, config, element, read, o.tokenizer)
         print(f"exported {o.export}", flush=True)
     if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere

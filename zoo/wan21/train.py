@@ -425,10 +425,10 @@ def main() -> None:
             print(preference.in_words(found), flush=True)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
-    elif o.export and dist.get_rank() == 0:
-        tensors, prefix = checkpoint.tensor_sizes(result["checkpoint"]), "ema." if o.ema else ""
+    elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
+        tensors, prefix = checkpoint.tensor_sizes(saved), "ema." if o.ema else ""
         sizes = {name: tensors[prefix + name] for name in convert.shapes(config)}
-        read = functools.partial(checkpoint.read_tensor, result["checkpoint"])
+        read = functools.partial(checkpoint.read_tensor, saved)
         convert.write_released(o.export, "diffusers", config, sizes, lambda name: read(prefix + name), o.weights)
         print(f"exported {o.export}", flush=True)
     if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere

@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
+from common import processes
+
 SHORTEST = 100  # characters of a document
 HELD_OUT = 20  # every 20th document, by hash, is validation
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -113,10 +115,23 @@ def write_tasks(folder: Path, count: int, seed: int) -> None:
 
 def _make(out: Path, settings: dict, write) -> Path:
     """Runs write(folder) aside and renames, so that a killed run leaves nothing half done; a folder made with the same
-    settings is reused, any other folder that is no demo data is refused."""
+    settings is reused, any other folder that is no demo data is refused. Of two runs one makes it, the other waits."""
     out, marker = Path(out), json.dumps(settings)
-    if (out / "demo.json").is_file() and (out / "demo.json").read_text() == marker:
-        return out
+    if not _made(out, marker):
+        with processes.alone(out, marker):
+            if not _made(out, marker):
+                _build(out, marker, write)
+    return out
+
+
+def _made(out: Path, marker: str) -> bool:
+    try:
+        return (out / "demo.json").read_text() == marker
+    except FileNotFoundError:
+        return False
+
+
+def _build(out: Path, marker: str, write) -> None:
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").is_file():
         raise ValueError(f"{out} holds other files; expected a new or a demo data folder; fix: --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +144,6 @@ def _make(out: Path, settings: dict, write) -> Path:
         os.replace(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return out
 
 
 def make(out: Path) -> Path:

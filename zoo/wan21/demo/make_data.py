@@ -24,6 +24,9 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_digits
 
+from common import processes
+from common.data import partial_name
+
 FRAMES, SIZE, FPS = (
     13,
     48,
@@ -32,6 +35,7 @@ FRAMES, SIZE, FPS = (
 DIGIT = 20.0  # side in pixels of the 8x8 scan in the clip
 TRAVEL = 18.0  # pixels between the digit's places in the first and the last frame
 JITTER = 2.0  # pixels, on each axis, of the middle of the path
+FILES = {"clips", "train.jsonl", "test.jsonl", "demo.json"}
 HIDDEN = slice(5, 9)  # frames without ink in a blinking clip: one latent frame
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -128,16 +132,28 @@ def write_pictures(folder: Path) -> None:
 def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking: bool = False) -> Path:
     """Write the clips under `out` and return it; blinking: the digits go out for a moment halfway, which no caption
     says (a style to be learnt by lora_t2v.sh). A complete folder of the same settings is reused, any other folder
-    that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done."""
+    that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done. Of
+    two runs one makes it, the other waits."""
     out = Path(out)
     facts = {"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE}
     settings = json.dumps(facts | ({"blinking": True} if blinking else {}))
-    files = {"clips", "train.jsonl", "test.jsonl", "demo.json"}
-    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if found == files and (out / "demo.json").read_text() == settings:
-        return out
-    if found - files:
-        raise ValueError(f"{out} holds {sorted(found - files)[0]}; expected a new or a demo data folder; fix: --out")
+    if not _made(out, settings):
+        with processes.alone(out, settings):
+            if not _made(out, settings):
+                _build(out, settings, train, test, seed, blinking)
+    return out
+
+
+def _made(out: Path, settings: str) -> bool:
+    try:
+        return {entry.name for entry in out.iterdir()} == FILES and (out / "demo.json").read_text() == settings
+    except FileNotFoundError:
+        return False
+
+
+def _build(out: Path, settings: str, train: int, test: int, seed: int, blinking: bool) -> None:
+    if others := {entry.name for entry in out.iterdir()} - FILES if out.exists() else set():
+        raise ValueError(f"{out} holds {sorted(others)[0]}; expected a new or a demo data folder; fix: --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -150,7 +166,6 @@ def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking:
         os.replace(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return out
 
 
 def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:
@@ -165,7 +180,7 @@ def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:
         for one, other in zip(*sides, strict=False):
             files = [os.path.relpath(folder / row["path"], out) for folder, row in ((chosen, one), (rejected, other))]
             lines.append(json.dumps({"chosen": files[0], "rejected": files[1], "caption": one["caption"]}) + "\n")
-        partial = out / f".{split}-{os.getpid()}"
+        partial = partial_name(out / f"{split}.jsonl")
         partial.write_text("".join(lines))
         os.replace(partial, out / f"{split}.jsonl")
 

@@ -1,0 +1,40 @@
+"""Our own JSON-lines files, which grow by a line at a time: a kill or a full disk may leave half of the last one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+BLOCK = 1 << 16  # bytes read at a time from the end of a file
+
+
+def read(path: Path) -> list[Any]:
+    """The values of the lines. One that is no JSON is passed over: without a word the last, which may just be written."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError:
+                if line.endswith(b"\n"):
+                    print(f"warning: {path}:{number} is torn and passed over", file=sys.stderr, flush=True)
+    return rows
+
+
+def mend(path: Path) -> None:
+    """Cut off the torn line at the end of a file, before lines are added to it; one that only lacks its newline gets it."""
+    with open(path, "r+b") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - BLOCK)
+            file.seek(start)
+            tail = file.read(end - start)
+        last = tail[tail.rfind(b"\n") + 1 :]
+        try:
+            if last:
+                json.loads(last)
+                file.write(b"\n")
+        except ValueError:
+            file.truncate(end - len(last))
