@@ -653,6 +653,9 @@ def prepare(o) -> None:
     if getattr(o, "data", None) is not None and _is_demo(o.data):
         from .demo import make_data
 
+        if isinstance(o, preprocess.PreprocessOptions):  # which tokenizes it itself
+            make_data.make(DEMO_DATA / "text")
+            return
         if o.job != "pretrain":
             make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs}
             make[o.job](DEMO_DATA / o.job)

@@ -1,0 +1,467 @@
+"""Processes that end together, folders that one run at a time writes to, and files of ours that a kill has torn."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import wan_case as case
+from ranks import run_ranks
+
+from common import checkpoint, jsonl, parallel, perf, processes
+from common import train as loop
+
+pytestmark = pytest.mark.L4
+
+ROOT = Path(__file__).parents[1]
+FORK = multiprocessing.get_context("fork")
+
+
+# ---- ending together ----
+
+# Starts two ranks as torchrun does, in sessions of their own.
+LAUNCHER = """
+import json, os, subprocess, sys
+os.environ |= {"ZOO_LAUNCHER": str(os.getpid()), "ZOO_WRITES": json.dumps([[sys.argv[1] + "/run", "", False]])}
+command = [sys.executable, "-m", "common.worker", "busy_job", sys.argv[1]]
+ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(r)}, start_new_session=True) for r in range(2)]
+for rank in ranks:
+    rank.wait()
+"""
+# Rank 0 waits for a pool, rank 1 for a DataLoader; each has also forked what stands for megatron-core's writers.
+JOB = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+
+def busy(name):
+    (Path(sys.argv[1]) / f"{name}-{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(600)
+
+class Data:
+    def fetch(self, rows, epoch):
+        busy("loader")
+
+if os.environ["MODE"] == "importing":
+    busy("import")
+if __name__ == "__main__":
+    multiprocessing.get_context("fork").Process(target=busy, args=("writer",)).start()
+    if os.environ["RANK"] == "0":
+        from zoo.qwen3.data import in_order
+        next(in_order(lambda task: busy("pool"), [0, 1], 1))
+    from common.data import BucketSampler, prefetch
+    next(prefetch(Data(), BucketSampler([0], 1, 1, 0, 1, 0), 0, 2, workers=1))
+"""
+READY = {"importing": ["import-0", "import-1"], "training": ["writer-0", "pool-0", "writer-1", "loader-1"]}
+
+
+def running(mark: str) -> dict[int, str]:
+    """The processes that have `mark` in their environment, and what they are."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():  # a zombie has none
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            pass
+    return found
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("mode", "victim"), [("importing", "launcher"), ("training", "launcher"), ("training", "worker")]
+)
+def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tmp_path):
+    (tmp_path / "busy_job.py").write_text(JOB)
+    mark = f"ZOO_MARK={tmp_path}"
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    env = os.environ | {"MODE": mode, "ZOO_MARK": str(tmp_path), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path], env=env, start_new_session=True)
+    try:
+        wait_until(lambda: all((tmp_path / name).is_file() for name in READY[mode]), 120)
+        before = running(mark)
+        assert len(before) == (3 if mode == "importing" else 7), before
+        assert "in use by process" in str(pytest.raises(ValueError, processes.hold, tmp_path / "run").value)
+        if victim == "worker":
+            rank = next(pid for pid in before if os.getsid(pid) == pid and pid != launcher.pid)
+            gone = [pid for pid in before if os.getsid(pid) == rank]
+            os.kill(rank, signal.SIGKILL)
+            wait_until(lambda: not set(gone) & set(running(mark)), processes.GRACE)
+            assert len(gone) == 3 and launcher.poll() is None
+        launcher.kill()
+        wait_until(lambda: not running(mark), processes.GRACE)
+        assert processes.hold(tmp_path / "run")
+        processes.release(tmp_path / "run")
+    finally:
+        for pid in running(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_whose_launcher_died_before_it_could_ask_ends_itself():
+    call = "from common import processes; processes.die_with(2**22); print('alive')"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+
+
+def test_where_the_system_has_no_signal_for_it_a_thread_watches_the_parent():
+    watcher = "import os, sys, time; sys.platform = 'other'; from common import processes\n"
+    watcher += "processes.die_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {watcher!r}])"
+    started = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(started.stdout.readline())
+    started.kill()
+    started.wait()
+    wait_until(lambda: not alive(pid), processes.GRACE)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.is_file() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+# ---- one at a time ----
+
+# Holds a lock and has a child that outlives it.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from common import processes
+processes.hold(Path(sys.argv[1]), "this", kind=sys.argv[2])
+if child := os.fork():
+    print(os.getpid(), child, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(request, tmp_path):
+    """(process, its child's pid) that holds tmp_path/run."""
+    kind = getattr(request, "param", "")
+    started = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run", kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    pid, child = map(int, started.stdout.readline().split())
+    assert pid == started.pid
+    yield started, child
+    started.kill()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_dies_with_its_process_and_no_fork_keeps_it(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.3)
+    started, child = holder
+    with pytest.raises(ValueError, match=f"process {started.pid} on {socket.gethostname()};.*fix:"):
+        processes.hold(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use"):  # something else is made there
+        processes.hold(tmp_path / "run", "that", wait=True)
+    started.kill()
+    started.wait()
+    assert alive(child) and processes.hold(tmp_path / "run")
+    assert not processes.hold(tmp_path / "run")  # it is ours already
+    processes.release(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_holder_has_a_moment_to_disappear_and_who_does_the_same_is_waited_for(holder, tmp_path, capfd):
+    started, _ = holder
+    killer = FORK.Process(target=lambda: (time.sleep(0.5), os.kill(started.pid, signal.SIGKILL)))
+    killer.start()
+    assert processes.hold(tmp_path / "run", "this", wait=True)
+    killer.join()
+    assert f"waiting for process {started.pid} on {socket.gethostname()}" in capfd.readouterr().err
+    processes.release(tmp_path / "run")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capfd):
+    def lockf(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert not processes.hold(tmp_path / "run")
+    assert "cannot be locked ([Errno 37] No locks available): a second run" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("holder", ["launcher.", ""], ids=["its launcher", "its rank 0"], indirect=True)
+def test_a_second_run_is_refused_before_any_process_group(holder, tmp_path):
+    command = [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", "--out", str(tmp_path / "run")]
+    trace = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=trace, capture_output=True, text=True, timeout=60)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert f"in use by process {holder[0].pid} on {socket.gethostname()}" in said[0]
+    assert "torch\n" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def together(function) -> list[int]:
+    """Exit codes of two processes that call it at the same time."""
+    both = [FORK.Process(target=function) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    return [process.exitcode for process in both]
+
+
+def note(file: Path) -> None:
+    """Adds a character to a file, slowly enough for another process to come along."""
+    with open(file, "a") as f:
+        f.write("x")
+    time.sleep(0.5)
+
+
+def test_two_runs_in_a_fresh_checkout_make_the_demo_data_once(tmp_path, monkeypatch, capfd):
+    clips, chats = (import_module(f"zoo.{recipe}.demo.make_data") for recipe in ("wan21", "qwen3"))
+
+    def write_split(folder: Path, split: str, *_):
+        note(tmp_path / f"clips-{split}")
+        (folder / f"{split}.jsonl").touch()
+
+    monkeypatch.setattr(clips, "write_split", write_split)
+    assert together(lambda: clips.make(tmp_path / "demo", 3, 2)) == [0, 0]
+    assert [(tmp_path / f"clips-{split}").read_text() for split in ("train", "test")] == ["x", "x"]
+    assert together(lambda: chats._make(tmp_path / "chats", {}, lambda _: note(tmp_path / "chats-log"))) == [0, 0]
+    assert (tmp_path / "chats-log").read_text() == "x"
+    assert capfd.readouterr().err.count("which makes the same") == 2
+
+
+def test_two_preprocessings_into_one_prefix_make_it_once_and_another_is_refused(tmp_path, monkeypatch):
+    preprocess = import_module("zoo.qwen3.preprocess")
+    monkeypatch.setattr(processes, "GRACE", 0.3)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"words {i}"}) + "\n" for i in range(6)))
+    defaults = {f.name: f.default for f in dataclasses.fields(preprocess.PreprocessOptions)}
+    o = preprocess.PreprocessOptions(**defaults | {"data": tmp_path / "text.jsonl", "workers": 0})
+    o, write_shard = preprocess.checked(o, 2048), preprocess._write_shard
+
+    def slowly(base, *rest):
+        note(tmp_path / "log")
+        return write_shard(base, *rest)
+
+    monkeypatch.setattr(preprocess, "_write_shard", slowly)
+    first = FORK.Process(target=preprocess.run, args=(o, 2048))
+    first.start()
+    wait_until((tmp_path / "log").is_file, 60)
+    with pytest.raises(ValueError, match=f"{o.out} is in use by process {first.pid}"):
+        preprocess.run(o, 1024 * 4)
+    assert preprocess.run(o, 2048)["documents"] == 6  # waits
+    first.join()
+    assert first.exitcode == 0 and (tmp_path / "log").read_text() == "x"
+
+
+# ---- torn lines ----
+
+
+def test_a_line_torn_at_any_byte_is_cut_off_before_another_follows(tmp_path):
+    file, line = tmp_path / "rows.jsonl", json.dumps({"step": 17, "text": "é\u2028"}, ensure_ascii=False).encode()
+    for size in range(len(line) + 1):
+        file.write_bytes(b'{"step": 16}\n' + line[:size])
+        jsonl.mend(file)
+        with open(file, "a") as f:
+            f.write('{"step": 18}\n')
+        assert [row["step"] for row in jsonl.read(file)] == ([16, 18] if size < len(line) else [16, 17, 18])
+    file.write_bytes(line[:9])
+    jsonl.mend(file)
+    assert file.read_bytes() == b""
+    file.write_bytes(b'{"step": 16}\n' + b"[" + b"1, " * jsonl.BLOCK)
+    jsonl.mend(file)
+    assert file.read_bytes() == b'{"step": 16}\n'
+
+
+def test_a_torn_line_ends_no_reader_and_is_named_unless_it_is_the_last(tmp_path, capfd):
+    file, row = tmp_path / "metrics.jsonl", {"kind": "step", "step": 1, "loss": 5.0}
+    lines = [json.dumps({"kind": "run", "job": "sft"}), json.dumps(row), '{"kind": "st', json.dumps(row | {"step": 3})]
+    file.write_text("\n".join([*lines, '{"kind": "step", "step"']))
+    head, rows = perf.read_metrics(file)
+    assert head["job"] == "sft" and [r["step"] for r in rows] == [1, 3]
+    assert capfd.readouterr().err == f"warning: {file}:3 is torn and passed over\n"
+    perf.plot_loss(file, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").is_file()
+    file.write_text(lines[1] + "\n")  # its first line is lost
+    assert perf.read_metrics(file) == ({}, [row])
+    record = tmp_path / "perf.jsonl"
+    record.write_text('{"commit": "a", "value": 1}\n{"comm')
+    perf.append(record, {"commit": "0123456789ab", "value": 2})
+    assert [r["value"] for r in perf.read(record)] == [1, 2]
+
+
+def test_answers_torn_at_any_byte_are_asked_again(tmp_path, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api.model", "lm_eval.models.utils", "lm_eval.tasks", "lm_eval.utils"):
+        monkeypatch.setitem(sys.modules, name, stub := types.ModuleType(name))
+        for member in ("normalize_gen_kwargs", "TaskManager", "get_rolling_token_windows", "make_disjoint_window"):
+            setattr(stub, member, None)
+        stub.TemplateLM = object
+    monkeypatch.delitem(sys.modules, "zoo.qwen3.evaluate", raising=False)
+    evaluate, file, about = import_module("zoo.qwen3.evaluate"), tmp_path / "answers.jsonl", {"weights": "w"}
+    sys.modules.pop("zoo.qwen3.evaluate")
+    ask = lambda requests: [len(r[0]) for r in requests]  # noqa: E731
+    requests = [["a" * n] for n in (3, 2, 1)]
+    answers = evaluate.Answers(file, about)
+    assert answers.get(requests, ask, 1, "") == [3, 2, 1]
+    answers.file.close()
+    whole = file.read_bytes()
+    for size in range(len(whole) + 1):
+        file.write_bytes(whole[:size])
+        answers = evaluate.Answers(file, about)
+        assert len(answers.known) == whole[:size].count(b"]") and answers.get(requests, ask, 1, "") == [3, 2, 1]
+        answers.file.close()
+        assert file.read_bytes() == whole
+    file.write_bytes(whole.partition(b"\n")[2])
+    with pytest.raises(ValueError, match="answers of another run: weights None, not 'w'"):
+        evaluate.Answers(file, about)
+
+
+# ---- checkpoints that vanish, and that cannot be written ----
+
+STEPS = 6
+
+
+def trained(out: Path, fault: str = "") -> tuple[str, dict[str, torch.Tensor]]:
+    """Six steps of the tiny case on these ranks, or what is left of them: the path of the last checkpoint and the
+    weights in memory. fault: what happens to the newest checkpoint, and when."""
+    o = case.options(out=out, steps=STEPS, resume="auto", save_every=2, keep=9)
+    parallel.initialize(o)
+    chunks = case.model.build(o, case.CONFIG)
+    case.load(chunks, case.random_state())
+    newest, first = out / "checkpoints" / "step-000004", torch.distributed.get_rank() == 0
+    real = {"find": checkpoint.find, "load": checkpoint.dist_checkpointing.load, "_write": checkpoint._write}
+
+    def find(*args):
+        found = real["find"](*args)
+        if found == newest:
+            shutil.rmtree(newest)
+        return found
+
+    def load(shards, folder, **kwargs):
+        torch.distributed.barrier()
+        if first and Path(folder) == newest:
+            for shard in newest.glob("*.distcp"):
+                shard.unlink()
+        torch.distributed.barrier()
+        return real["load"](shards, folder, **kwargs)
+
+    def _write(target, *args):
+        if target.name == f"step-{STEPS:06d}":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real["_write"](target, *args)
+
+    patches = {
+        "found": (checkpoint, find),
+        "read": (checkpoint.dist_checkpointing, load),
+        "saved": (checkpoint, _write),
+    }
+    place, function = patches.get(fault, (None, None))
+    if place:
+        setattr(place, function.__name__, function)
+    try:
+        wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+        result = loop.train(
+            o, wrapped, case.train.forward_step, lambda start: iter(range(start, o.steps)),
+            lambda step: case.my_batches(o, step), sequence_length=lambda batch: case.sequence_length(o),
+            samples=lambda batch: (1, 1), header={"hardware": "cpu"}, state={},
+        )  # fmt: skip
+    finally:
+        if place:
+            setattr(place, function.__name__, real[function.__name__])
+    return str(result["checkpoint"]), {name: p.detach().clone() for name, p in checkpoint.parameters(wrapped)}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, list]:
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    return out, run_ranks(2, trained, out)
+
+
+def killed_after_four_steps(unbroken: Path, out: Path) -> Path:
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:06d}")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "ste')  # and within a line
+    return out
+
+
+@pytest.mark.parametrize("when", ["found", "read"])
+def test_a_checkpoint_that_vanishes_once_found_is_passed_over_by_all_ranks(when, unbroken, tmp_path):
+    out = killed_after_four_steps(unbroken[0], tmp_path / "run")
+    ranks = run_ranks(2, trained, out, when)
+    assert f"resumed from {out / 'checkpoints' / 'step-000002'} at step 2" in (out / "log.txt").read_text()
+    for (_, got), (_, want) in zip(ranks, unbroken[1], strict=True):
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # each line is whole
+    assert rows[-1]["reason"] == "finished" and (out / "loss.png").is_file()
+
+
+def test_a_last_step_that_is_not_on_disk_has_no_checkpoint_and_what_there_is_is_named(unbroken, tmp_path):
+    out = killed_after_four_steps(unbroken[0], tmp_path / "run")
+    assert [path for path, _ in run_ranks(2, trained, out, "saved")] == ["None", "None"]
+    last = (out / "log.txt").read_text().splitlines()[-1]
+    assert last.startswith("the weights of step 6 are not on disk") and last.endswith(f"{out}/checkpoints/step-000004")
+    again = [path for path, _ in run_ranks(2, trained, out)]  # it goes on from there and has room now
+    assert again == [str(out / "checkpoints" / "step-000006")] * 2
+    assert [path for path, _ in run_ranks(2, trained, out)] == again  # nothing is left to train: found is the last
+
+
+def exported(recipe: str, argv: list, lost: str) -> int:
+    """The exit code of a training in this process whose checkpoint `lost` cannot be written."""
+    write = checkpoint._write
+
+    def _write(target, *args):
+        if target.name == lost:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(target, *args)
+
+    sys.argv, checkpoint._write = ["train", *map(str, argv)], _write
+    try:
+        import_module(f"zoo.{recipe}.train").main()
+    except SystemExit as end:
+        return end.code
+    finally:
+        checkpoint._write = write
+    return 0
+
+
+@pytest.mark.parametrize("recipe", ["wan21", "qwen3"])
+def test_no_older_step_is_exported_in_place_of_a_last_one_that_could_not_be_saved(recipe, tmp_path, capfd):
+    fixed = ["--size", "tiny", "--from-scratch", "--steps", "2", "--save-every", "1", "--out", tmp_path / "run"]
+    fixed += ["--global-batch", "2", "--micro-batch", "1", "--workers", "0", "--cache", tmp_path / "cache"]
+    if recipe == "wan21":
+        import_module("zoo.wan21.demo.make_data").make(tmp_path / "demo", train=4, test=0)
+        fixed += ["--data", tmp_path / "demo" / "train.jsonl", "--sample-steps", "1"]
+    else:
+        chats = [{"instruction": f"Say {i}", "output": str(i)} for i in range(40)]
+        (tmp_path / "chats.json").write_text(json.dumps(chats))
+        fixed += ["--job", "sft", "--data", tmp_path / "chats.json", "--seq-len", "64"]
+    argv = [*fixed, "--export", tmp_path / "export"]
+    assert run_ranks(1, exported, recipe, argv, "step-000002") == [loop.NOT_SAVED_EXIT]
+    assert not (tmp_path / "export").exists()
+    assert "step 2 are not on disk" in (tmp_path / "run" / "log.txt").read_text()
+    assert run_ranks(1, exported, recipe, argv, "none") == [0]
+    assert (tmp_path / "export").is_dir()
+
+
+def test_without_another_checkpoint_one_that_vanishes_while_it_is_read_is_an_error(unbroken, tmp_path):
+    out = killed_after_four_steps(unbroken[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "step-000002")
+    with pytest.raises(AssertionError, match="step-000004 vanished while it was read, and no other is in"):
+        run_ranks(2, trained, out, "found")
