@@ -23,7 +23,10 @@ def read(path: Path) -> list[Any]:
 
 
 def mend(path: Path) -> None:
-    """Cut off the torn line at the end of a file, before lines are added to it; one that only lacks its newline gets it."""
+    """Cut off the torn line at the end of a file, if there is one, before lines are added to it; a line that only lacks its
+    newline gets it."""
+    if not path.is_file():
+        return
     with open(path, "r+b") as file:
         start = end = file.seek(0, os.SEEK_END)
         tail = b""

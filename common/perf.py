@@ -171,8 +171,7 @@ def append(record: Path, row: dict) -> None:
     """
     if row["commit"] == "unknown" or row["commit"].endswith("-dirty"):
         raise ValueError(f"commit {row['commit']}: a row must be reproducible; fix: commit your changes, then --record")
-    if record.exists():
-        jsonl.mend(record)
+    jsonl.mend(record)
     with open(record, "a") as f:
         f.write(json.dumps(row) + "\n")
 

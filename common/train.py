@@ -275,8 +275,8 @@ def train(
         ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)}
 
     if dist.get_rank() == 0:  # before the ranks meet, and any of their processes adds a line
-        for lines in filter(Path.is_file, (o.out / "metrics.jsonl", o.out / "drops.jsonl")):
-            jsonl.mend(lines)
+        for name in ("metrics.jsonl", "drops.jsonl"):
+            jsonl.mend(o.out / name)
     found, saved = checkpoint.load_found(folder, o.resume, chunks, optimizer, ema=ema, fsdp=o.fsdp)
     start, applied = saved["step"], saved["optimizer_steps"]
     scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0

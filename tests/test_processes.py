@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import wan_case as case
+from kills import kill, ranks, running, start, wait_until
 from ranks import run_ranks
 
 from common import checkpoint, jsonl, parallel, perf, processes
@@ -67,59 +68,68 @@ if __name__ == "__main__":
 READY = {"importing": ["import-0", "import-1"], "training": ["writer-0", "pool-0", "writer-1", "loader-1"]}
 
 
-def running(mark: str) -> dict[int, str]:
-    """The processes that have `mark` in their environment, and what they are."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():  # a zombie has none
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            pass
-    return found
-
-
-def wait_until(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(
     ("mode", "victim"), [("importing", "launcher"), ("training", "launcher"), ("training", "worker")]
 )
 def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tmp_path):
     (tmp_path / "busy_job.py").write_text(JOB)
-    mark = f"ZOO_MARK={tmp_path}"
-    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
-    env = os.environ | {"MODE": mode, "ZOO_MARK": str(tmp_path), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path], env=env, start_new_session=True)
+    mark, paths = str(tmp_path), os.pathsep.join([str(ROOT), str(tmp_path)])
+    launcher = start([sys.executable, "-c", LAUNCHER, str(tmp_path)], mark, MODE=mode, PYTHONPATH=paths)
     try:
         wait_until(lambda: all((tmp_path / name).is_file() for name in READY[mode]), 120)
         before = running(mark)
         assert len(before) == (3 if mode == "importing" else 7), before
-        assert "in use by process" in str(pytest.raises(ValueError, processes.hold, tmp_path / "run").value)
+        with pytest.raises(ValueError, match="in use by process"):
+            processes.hold(tmp_path / "run")
         if victim == "worker":
-            rank = next(pid for pid in before if os.getsid(pid) == pid and pid != launcher.pid)
-            gone = [pid for pid in before if os.getsid(pid) == rank]
-            os.kill(rank, signal.SIGKILL)
-            wait_until(lambda: not set(gone) & set(running(mark)), processes.GRACE)
+            rank = ranks(mark, launcher.pid)[0]
+            gone = {pid for pid in before if pid == rank or os.getsid(pid) == rank}
+            kill("worker", launcher, mark)
+            wait_until(lambda: not gone & set(running(mark)), processes.GRACE)
             assert len(gone) == 3 and launcher.poll() is None
-        launcher.kill()
+        kill("launcher", launcher, mark)
         wait_until(lambda: not running(mark), processes.GRACE)
         assert processes.hold(tmp_path / "run")
         processes.release(tmp_path / "run")
     finally:
-        for pid in running(mark):
-            os.kill(pid, signal.SIGKILL)
+        kill("everything", launcher, mark)
 
 
 def test_a_worker_whose_launcher_died_before_it_could_ask_ends_itself():
     call = "from common import processes; processes.die_with(2**22); print('alive')"
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+
+
+# A recipe whose data take long to make.
+OPTIONS = """
+import dataclasses, os, time
+Options = dataclasses.make_dataclass("Options", [])
+parse = lambda script, argv: Options()
+prepare = lambda options: (print(os.getpid(), flush=True), time.sleep(600))
+"""
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_launcher_that_a_worker_has_started_ends_with_it_and_another_with_nobody(within, tmp_path):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "options.py").write_text(OPTIONS)
+    env = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+        | ({"ZOO_LAUNCHER": "1"} if within else {})
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'common.cli', 'stub', 'train'])"
+    started = subprocess.Popen([sys.executable, "-c", parent], env=env, stdout=subprocess.PIPE, text=True)
+    pid = int(started.stdout.readline())
+    started.kill()
+    started.wait()
+    if within:
+        wait_until(lambda: not alive(pid), processes.GRACE)
+    else:
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_where_the_system_has_no_signal_for_it_a_thread_watches_the_parent():
@@ -202,6 +212,20 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(fcntl, "lockf", lockf)
     assert not processes.hold(tmp_path / "run")
     assert "cannot be locked ([Errno 37] No locks available): a second run" in capfd.readouterr().err
+
+
+def test_a_lock_on_a_file_that_its_holder_has_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    path, lockf, opened = processes.lock_file(tmp_path / "run"), fcntl.lockf, []
+
+    def after_the_holder_has_gone(descriptor, how):
+        opened.append(descriptor)
+        if len(opened) == 1:
+            path.unlink()
+        lockf(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "lockf", after_the_holder_has_gone)
+    assert processes.hold(tmp_path / "run") and len(opened) == 2 and path.is_file()
+    processes.release(tmp_path / "run")
 
 
 @pytest.mark.parametrize("holder", ["launcher.", ""], ids=["its launcher", "its rank 0"], indirect=True)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import cli, parallel, weights
+from common import cli, jsonl, parallel, weights
 from common.data import DropReport, VideoError
 
 from . import data, features
@@ -101,6 +101,7 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         o.out.mkdir(parents=True, exist_ok=True)
+        jsonl.mend(o.out / "drops.jsonl")
         features.write_json(o.out / "settings.json", features.settings(o, model_config(o)))
     index = indexed(o, o.data)
     shards = missing_shards(o, len(index.rows))
