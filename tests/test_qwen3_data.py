@@ -472,11 +472,11 @@ def test_complete_answers_are_those_without_thoughts_too_and_thoughts_that_the_t
     row = {"conversations": [{"from": f, "value": v} for t in turns for f, v in zip(("human", "gpt"), t, strict=True)]}
     assert learnt(row, DEMO_TOKENIZER, "complete") == ["one<|im_end|>", "three<|im_end|>"]
     plain = Chat(with_template(tokenizer, CHATML))  # shows them as the text that they are
-    assert plain.thoughtless(to_chat(row)) == set() and Chat(tokenizer).thoughtless(to_chat(row)) == {3}
+    assert plain.find_bare_answers(to_chat(row)) == set() and Chat(tokenizer).find_bare_answers(to_chat(row)) == {3}
     # thoughts that are also the answer, or a part of it, and thoughts of nothing
     for thoughts, answer, bare in (("4", "4", {1}), ("add", "to add", {1}), ("\n \n", "4", set())):
         row = {"messages": [CHAT[0], {"role": "assistant", "content": answer, "reasoning_content": thoughts}, *CHAT]}
-        assert Chat(tokenizer).thoughtless(to_chat(row)) == bare
+        assert Chat(tokenizer).find_bare_answers(to_chat(row)) == bare
 
 
 @pytest.mark.parametrize(
@@ -726,7 +726,7 @@ def test_a_row_that_asks_nothing_is_a_bad_row(row, message):
 
 
 def asked(*argv) -> list:
-    return jobs.questions(jobs.parse("infer", list(map(str, argv))))
+    return jobs.read_questions(jobs.parse("infer", list(map(str, argv))))
 
 
 def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tokenizer, tmp_path):
@@ -739,7 +739,7 @@ def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tok
     path = write(tmp_path / "a.jsonl", [{"messages": [*CHAT, *question], "tools": [FUNCTION]}])
     [(where, messages, tools)] = asked("--prompts", path)
     assert messages == [*CHAT, *question] and tools == [FUNCTION]
-    [text] = infer.rendered_chats(tokenizer, [(where, messages, None)], thinking=False)
+    [text] = infer.render_questions(tokenizer, [(where, messages, None)], thinking=False)
     whole = Chat(tokenizer).render([*messages, {"role": "assistant", "content": "12359"}])
     assert whole == text + "12359<|im_end|>\n"
 
@@ -772,7 +772,7 @@ def test_a_prompt_that_asks_nothing_is_refused_by_its_line(argv, message, tmp_pa
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tokenizer):
     messages = [*CHAT, {"role": "tool", "content": "x"}]
     with pytest.raises(ValueError, match="a.jsonl:3: refused by the template, .*tool.*; expected .*; fix: "):
-        infer.rendered_chats(tokenizer, [("a.jsonl:3", messages, None)], thinking=False)
+        infer.render_questions(tokenizer, [("a.jsonl:3", messages, None)], thinking=False)
 
 
 def test_train_on_reaches_sft_and_lora_and_is_refused_elsewhere():

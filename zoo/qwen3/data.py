@@ -117,6 +117,7 @@ def to_messages(row: Any) -> list[dict]:
     """
     if not isinstance(row, dict):
         raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
+    row = {key: value for key, value in row.items() if value is not None}  # parquet has every key in every row
     field = next((f for f in ("messages", "conversations") if f in row), None)
     if field:
         if not isinstance(row[field], list):
@@ -152,11 +153,11 @@ def _message(turn: Any, field: str) -> dict:
     answer that is not to be learnt."""
     if not isinstance(turn, dict):
         raise BadRow("bad row", f"{field} is {type(turn).__name__}; expected an object")
-    turn = {key: value for key, value in turn.items() if value is not None}  # parquet has every key in every turn
+    turn = {key: value for key, value in turn.items() if value is not None}
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow("unknown role", f"{field} has role {role!r}; expected {', '.join(ROLES)}")
-    calls = _tool_calls(turn.get("tool_calls"), f"{field}.tool_calls")
+    calls = _read_calls(turn.get("tool_calls"), f"{field}.tool_calls")
     content = turn.get("content", turn.get("value", "" if calls else None))
     message = {"role": ROLES[role], "content": _text(content, f"{field}.content")}
     if turn.get("reasoning_content"):
@@ -188,7 +189,7 @@ def _from_json(value: Any, field: str) -> Any:
         raise BadRow("malformed JSON", f"{field}: {error.msg}") from error
 
 
-def _objects(value: Any, field: str) -> list[dict]:
+def _read_objects(value: Any, field: str) -> list[dict]:
     """The objects of a list, of one object, or of JSON texts of either."""
     value = _from_json(value, field)
     items = value if isinstance(value, list) else [value] if value else []
@@ -199,10 +200,10 @@ def _objects(value: Any, field: str) -> list[dict]:
     return items
 
 
-def _tool_calls(value: Any, field: str) -> list[dict]:
+def _read_calls(value: Any, field: str) -> list[dict]:
     """Calls whose arguments are an object each, which templates print as they like; empty if there are none."""
     calls = []
-    for i, call in enumerate(_objects(value, field)):
+    for i, call in enumerate(_read_objects(value, field)):
         function = call.get("function") or call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("bad row", f"{field}[{i}] names no function")
@@ -217,7 +218,7 @@ def _tool_calls(value: Any, field: str) -> list[dict]:
 
 def to_tools(row: dict) -> list[dict] | None:
     """The functions that the assistant may call. BadRow: they are no objects."""
-    return _objects(row.get("tools"), "tools") or None
+    return _read_objects(row.get("tools"), "tools") or None
 
 
 def to_chat(row: Any) -> list[dict]:
@@ -239,7 +240,7 @@ def to_chat(row: Any) -> list[dict]:
 
 def to_question(row: Any) -> list[dict]:
     """The messages of a conversation to continue; a text or messages under `prompt`, or any format. BadRow: what is wrong."""
-    messages = _asked(row)
+    messages = _prompt_messages(row)
     if not messages or messages[-1]["role"] == "assistant":
         raise BadRow("no question", "the conversation ends in an answer" if messages else "there is no message")
     if not messages[-1]["content"].strip():
@@ -247,7 +248,7 @@ def to_question(row: Any) -> list[dict]:
     return messages
 
 
-def _asked(row: Any) -> list[dict]:
+def _prompt_messages(row: Any) -> list[dict]:
     """The messages under `prompt`, or of any format."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if prompt is None:
@@ -264,35 +265,36 @@ def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
         raise BadRow("unknown format", f"keys: {', '.join(row)}; expected chosen and rejected, lacks {lacking[0]}")
     given = {key: value for key, value in row.items() if value and key != "output"}
     prompts = {"prompt", "messages", "conversations", "instruction"} & set(given)
-    asked = _asked(given) if prompts else []  # without one chosen and rejected are whole conversations
-    sides, asked = {}, _said(asked)
+    # without one chosen and rejected are whole conversations
+    asked = _without_flags(_prompt_messages(given)) if prompts else []
+    sides = {}
     for side in ("chosen", "rejected"):
         answer = row[side] if isinstance(row[side], list) else [row[side]]
         turns = [{"role": "assistant", "content": a} if isinstance(a, str) else a for a in answer]
         sides[side] = [_message(turn, f"{side}[{i}]") for i, turn in enumerate(turns)]
         if not turns or sides[side][-1]["role"] != "assistant":
             raise BadRow("no assistant turn", f"{side} does not end in one")
-    if asked in map(_said, sides.values()):
+    if asked in map(_without_flags, sides.values()):
         asked = asked[:-1]  # the messages beside the pair are one of its conversations
     pair = []
     for side, turns in sides.items():
-        chat = to_chat({"messages": _joined(asked, turns, side, isinstance(row.get("prompt"), str))})
+        chat = to_chat({"messages": _join(asked, turns, side, isinstance(given.get("prompt"), str))})
         if len(chat) > 1 and chat[-2]["role"] == "assistant":
             raise BadRow("answer before the answer", f"message {len(chat) - 2} of {side} is the assistant's")
         pair.append(chat)
-    if _said(pair[0][:-1]) != _said(pair[1][:-1]):
+    if _without_flags(pair[0][:-1]) != _without_flags(pair[1][:-1]):
         raise BadRow("bad row", "chosen and rejected answer different questions")
-    if _said(pair[0]) == _said(pair[1]):
+    if _without_flags(pair[0]) == _without_flags(pair[1]):
         raise BadRow("equal answers", "chosen is rejected")
     return pair[0], pair[1]
 
 
-def _said(messages: list[dict]) -> list[dict]:
-    """The messages alone, without what is learnt of them."""
+def _without_flags(messages: list[dict]) -> list[dict]:
+    """The messages alone, without what says whether they are learnt."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
-def _joined(asked: list[dict], turns: list[dict], side: str, by_text: bool) -> list[dict]:
+def _join(asked: list[dict], turns: list[dict], side: str, by_text: bool) -> list[dict]:
     """What was asked and the turns of a side, an answer or a whole conversation; their common beginning once.
 
     Args:
@@ -304,10 +306,10 @@ def _joined(asked: list[dict], turns: list[dict], side: str, by_text: bool) -> l
     if all(turn["role"] != "user" for turn in turns):
         return asked + turns
     (system, asked), (own, turns) = (_split_system(messages) for messages in (asked, turns))
-    begins = _said(turns[: len(asked)]) == asked
+    begins = _without_flags(turns[: len(asked)]) == asked
     if by_text:
         begins = any(m["role"] == "user" and m["content"].strip() == asked[0]["content"].strip() for m in turns)
-    if not begins or (system and own and _said(own) != system):
+    if not begins or (system and own and _without_flags(own) != system):
         raise BadRow("another question", f"{side} begins otherwise than the prompt")
     return (own or system) + turns
 
@@ -338,22 +340,18 @@ class Chat:
             raise ValueError(
                 f"{name} has no chat template or no tokenizer.json; expected both; fix: --tokenizer of a chat model"
             )
-        question = {"role": "user", "content": "question"}
+        question, marked = {"role": "user", "content": "question"}, {"role": "assistant", "content": self.MARK}
         try:
-            self.render([question, {"role": "assistant", "content": self.MARK}, question], add_generation_prompt=True)
+            asked, answered, turns = map(self.render, ([question], [question, marked], [question, marked, question]))
+            prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
         except BadRow as error:
             raise ValueError(f"the chat template of {name} fails: {error.args[1]}; fix: --tokenizer") from error
-        asked = self.render([question])
-        turns = self.render([question, {"role": "assistant", "content": self.MARK}, question])
         before, mark, _ = turns.partition(self.MARK)
         if not mark or not before.startswith(asked):
             raise ValueError(f"the chat template of {name} does not show answers in order; fix: --tokenizer")
         self.opening = before[len(asked) :]
-        self.closing = (
-            self.render([question, {"role": "assistant", "content": self.MARK}]).partition(self.MARK)[2].rstrip()
-        )
+        self.closing = answered.partition(self.MARK)[2].rstrip()
         # what a prompt for a generation holds beyond the opening, with and without thinking; the longest first
-        prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
         begin = len(asked + self.opening)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.reserved = [text for text in (*special, self.closing, self.MARK) if text]
@@ -393,7 +391,7 @@ class Chat:
             spans.append((start, end))
         return text, spans
 
-    def thoughtless(self, messages: list[dict], tools: list | None = None) -> set[int]:
+    def find_bare_answers(self, messages: list[dict], tools: list | None = None) -> set[int]:
         """The numbers of the answers whose thoughts the template leaves out."""
         found = set()
         for i, message in enumerate(messages):
@@ -430,7 +428,7 @@ class Chat:
             if found := [reserved for reserved in self.reserved if reserved in text]:
                 raise BadRow("special token in the text", f"{where} holds {found[0]!r}")
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        bare = self.thoughtless(messages, tools) if train_on == "complete" else set()
+        bare = self.find_bare_answers(messages, tools) if train_on == "complete" else set()
         learnt = answers[-1:] if train_on == "last" else [i for i in answers if i not in bare]
         text, spans = self.spans(messages, tools)
         inside = np.zeros(len(text) + 2, np.int64)  # of the characters before i, how many are in a span
@@ -448,12 +446,12 @@ class Chat:
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | None = None, **options) -> str:
     """What the tokenizer's chat template makes of messages. BadRow: anything that it fails with."""
     try:
-        return tokenizer.apply_chat_template(_said(messages), tools=tools, tokenize=False, **options)
+        return tokenizer.apply_chat_template(_without_flags(messages), tools=tools, tokenize=False, **options)
     except Exception as error:  # its own refusals, and whatever a template or its filters raise on odd values
-        raise BadRow("refused by the template", _one_line(error)) from error
+        raise BadRow("refused by the template", _say(error)) from error
 
 
-def _one_line(error: Exception) -> str:
+def _say(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -672,12 +670,12 @@ def prepare_chats(
                     raise row
                 unit, tools = [to_chat(row)] if kind == "sft" else to_pair(row), to_tools(row)
                 found = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
-                bare = len(chat.thoughtless(unit[0], tools)) if kind == "sft" else 0
+                bare = len(chat.find_bare_answers(unit[0], tools)) if kind == "sft" else 0
                 result = _fit(found, seq_len, too_long)
             except BadRow as error:
                 result = error.args
             except Exception as error:  # no row ends a run, whatever it holds; --max-drop limits how many are lost
-                result = "unusable row", _one_line(error)
+                result = "unusable row", _say(error)
             done.append((where, result, bare))
         return done
 

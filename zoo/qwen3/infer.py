@@ -25,7 +25,7 @@ from common.records import BadRow
 from . import convert, data
 from .config import Qwen3Config, model_config
 from .model import Qwen3, build
-from .options import InferOptions, parse, questions
+from .options import InferOptions, parse, read_questions
 
 NOT_FINITE = (
     "the model's logits are not finite: damaged weights, or too large for this precision; fix: --weights or --precision"
@@ -242,8 +242,8 @@ def end_tokens(tokenizer) -> set[int]:
     return {i for i in found if i is not None and i != tokenizer.unk_token_id}
 
 
-def rendered_chats(tokenizer, asked: list[tuple], thinking: bool) -> list[str]:
-    """What the chat template makes of `questions`. ValueError: it refuses one; names its line."""
+def render_questions(tokenizer, asked: list[tuple], thinking: bool) -> list[str]:
+    """What the chat template makes of `read_questions`. ValueError: it refuses one; names its line."""
     found = []
     for where, messages, tools in asked:
         try:
@@ -262,9 +262,9 @@ def main() -> None:
     config = model_config(o)
     model = load_model(o, config)
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    asked = questions(o)
+    asked = read_questions(o)
     texts = [messages[-1]["content"] for _, messages, _ in asked]
-    rendered = rendered_chats(tokenizer, asked, o.thinking) if o.chat else texts
+    rendered = render_questions(tokenizer, asked, o.thinking) if o.chat else texts
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
     longest = max(map(len, prompts)) + o.max_new_tokens
     if longest > config.positions:

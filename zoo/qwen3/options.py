@@ -603,7 +603,7 @@ def _is_demo(path: Path) -> bool:
     return DEMO_DATA in path.parents
 
 
-def questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]]:
+def read_questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]]:
     """(file:line, messages, tools) of everything to answer.
 
     Raises:
@@ -630,7 +630,7 @@ def _check_lengths(o: InferOptions, config: Qwen3Config) -> None:
     """Every question and its answer have positions in the model, the template's few tokens not counted. Only what has
     more bytes than that, so may have more tokens, is tokenized."""
     room = config.positions - o.max_new_tokens
-    texts = {where: "".join(m["content"] for m in messages) for where, messages, _ in questions(o)}
+    texts = {where: "".join(m["content"] for m in messages) for where, messages, _ in read_questions(o)}
     longer = {where: text for where, text in texts.items() if len(text.encode()) > room}
     if not longer:
         return
