@@ -7,34 +7,50 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import wan_case as case
 from ranks import run_ranks
 from test_resume import tensors
+from test_wan21_layouts import whole
 
 from common import checkpoint, parallel
 from common import train as loop
 
 pytestmark = pytest.mark.L4
 
-TOKENS, FLOPS = 24, 7e9  # of a sample, as the recipe states them
-SETTINGS = {"lr": 1e-2, "lr_schedule": "linear", "weight_decay": 0.1, "workers": 0, "deterministic": True}
-LAYOUTS = {"one": (1, {}), "dp2": (2, {}), "fsdp2": (2, {"fsdp": True}), "tp2 sp": (2, {"tp": 2, "sp": True})}
+TOKENS, FLOPS, DECAY = 24, 7e9, 0.75  # of a sample, as the recipe states them; of averaged weights
+FAULTS = {  # what is wrong with a step -> (added to its loss, factor of the gradient)
+    "loss": (float("nan"), float("nan")),
+    "loss alone": (float("inf"), 1.0),
+    "gradient alone": (0.0, float("inf")),
+    "gradient alone, not a number": (0.0, float("nan")),
+    "the gradient's norm alone": (0.0, 1e30),  # its squares are more than fp32 holds
+}
 
 
-def run(out: Path, values: dict, ema: float = 0.0, faults: dict[int, str] | None = None) -> None:
-    """On every rank: the loop over the tiny case, a batch of which may have one of FAULTS."""
-    o = case.options(**SETTINGS | {"out": out} | values)
+def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]] | None = None) -> list[dict]:
+    """On every rank: the loop over `loaded`, by default the tiny case's own batches in order: (number of a batch, fault or
+    ""). Returns rank 0's whole weights as each step finds them."""
+    settings = {"lr": 1e-2, "lr_schedule": "linear", "weight_decay": 0.1, "deterministic": True, "keep": 9, "out": out}
+    o = case.options(**settings | values)
     parallel.initialize(o)
-    chunks = case.model.build(o, case.CONFIG)
+    chunks, seen = case.model.build(o, case.CONFIG), []
     case.load(chunks, case.random_state())
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
+    loaded = loaded or [(step, "") for step in range(o.steps)]
+
+    def prepare(what: tuple[int, str]) -> list[dict]:
+        number, fault = what
+        seen.append(whole(o, wrapped, gradient=False))
+        return [batch | {"fault": fault} for batch in case.my_batches(o, number)]
+
     try:
         loop.train(
             o,
             wrapped,
             forward_step,
-            lambda start: iter(range(start, o.steps)),
-            lambda step: [batch | {"fault": (faults or {}).get(step + 1)} for batch in case.my_batches(o, step)],
+            lambda start: iter(loaded[start:]),
+            prepare,
             sequence_length=lambda batches: case.sequence_length(o),
             samples=lambda batches: (TOKENS, FLOPS),
             header={"hardware": "NVIDIA H200"},
@@ -43,28 +59,18 @@ def run(out: Path, values: dict, ema: float = 0.0, faults: dict[int, str] | None
         )
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-FAULTS = {  # what is wrong with -> (loss, the gradient of the output)
-    "loss": (float("nan"), 1.0),
-    "loss alone": (float("inf"), 1.0),
-    "gradient alone": (0.0, float("inf")),
-    "gradient alone, not a number": (0.0, float("nan")),
-    "only the sum of the gradient's squares": (0.0, 1e30),
-}
+    return seen if dist.get_rank() == 0 else []
 
 
 def forward_step(iterator, model):
     batch = next(iterator)
     output, loss = case.train.forward_step(iter([batch]), model)
-    if batch["fault"] is None:
-        return output, loss
-    offset, factor = FAULTS[batch["fault"]]
+    offset, factor = FAULTS.get(batch["fault"], (0.0, 1.0))
 
     def spoilt(output):
         output.register_hook(lambda gradient: gradient * factor)
         value, report = loss(output)
-        return value + offset, {"loss": report["loss"] + offset}
+        return value, {"loss": report["loss"] + offset}
 
     return output, spoilt
 
@@ -81,7 +87,7 @@ def saved(out: Path, step: int) -> Path:
 
 def cut(out: Path, last: int) -> Path:
     """The run as it would be had it died after checkpoint `last`."""
-    other = shutil.copytree(out, out.with_name(f"{out.name}-cut"))
+    other = shutil.copytree(out, out.with_name(f"{out.name} cut"))
     for later in other.glob("checkpoints/step-*"):
         if int(later.name.removeprefix("step-")) > last:
             shutil.rmtree(later)
@@ -91,84 +97,86 @@ def cut(out: Path, last: int) -> Path:
 # ------------------------------------------------------------------------------------------------------- skipped steps
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_step_that_is_not_finite_changes_nothing_and_a_resumed_run_knows_that_it_was_skipped(fault, tmp_path):
-    whole, values = tmp_path / "run", {"steps": 6, "save_every": 1, "keep": 9}
-    run_ranks(1, run, whole, values, 0.75, {3: fault})
-    rows = rows_of(whole)
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
-    before, after = (tensors(saved(whole, step)) for step in (2, 3))
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    facts = [json.loads((saved(whole, step) / "state.json").read_text()) for step in range(1, 7)]
-    assert [(f["step"], f["optimizer_steps"]) for f in facts] == [(1, 1), (2, 2), (3, 2), (4, 3), (5, 4), (6, 5)]
-    rates = [row["lr"] for row in rows]
-    assert rates[2] == rates[3] and len(set(rates)) == 5  # the schedule waits
-    for last in (3, 5):
-        parts = cut(whole, last)
-        run_ranks(1, run, parts, values, 0.75, {3: fault})
-        for key in ("lr", "loss", "grad_norm"):
-            assert [row[key] for row in rows_of(parts)[3:]] == [row[key] for row in rows[3:]], key
-        want, got = (tensors(saved(out, 6)) for out in (whole, parts))
-        assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
-        shutil.rmtree(parts)
+def test_steps_that_are_not_finite_leave_the_run_as_if_they_had_never_been_and_a_resumed_one_too(tmp_path):
+    """Weights, averaged weights, moments and their corrections, learning rates."""
+    plain, marred, n = tmp_path / "plain", tmp_path / "marred", len(FAULTS)
+    run_ranks(1, run, plain, {"steps": 2 * n + 2, "save_every": n}, DECAY)
+    loaded = [(number, fault) for number, what in enumerate(FAULTS) for fault in ("", what)]
+    loaded += [(n, ""), (n + 1, "")]
+    seen = run_ranks(1, run, marred, {"steps": 2 * n + 2, "save_every": 2 * n}, DECAY, loaded)[0]
+    still = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(seen, seen[1:], strict=False)]
+    assert still == [fault != "" for _, fault in loaded[:-1]], dict(zip(FAULTS, still[1::2], strict=False))
+    rows = rows_of(marred)
+    assert [row["skipped"] for row in rows] == [*((i + 1) // 2 for i in range(2 * n)), n, n]
+    want, got = tensors(saved(plain, n)), tensors(saved(marred, 2 * n))
+    assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
+    rates, applied = [row["lr"] for row in rows_of(plain)], [row["lr"] for row in rows]
+    assert applied[0::2][:n] + applied[-2:] == rates[: n + 2] and len(set(rates)) > n
+    facts = [json.loads((saved(marred, step) / "state.json").read_text()) for step in (2 * n, 2 * n + 2)]
+    assert [(f["step"], f["optimizer_steps"]) for f in facts] == [(2 * n, n), (2 * n + 2, n + 2)]
+
+    parts = cut(marred, 2 * n)
+    run_ranks(1, run, parts, {"steps": 2 * n + 2}, DECAY, loaded)
+    for key in ("lr", "loss", "grad_norm"):
+        assert [row[key] for row in rows_of(parts)[-2:]] == [row[key] for row in rows[-2:]], key
+    want, got = (tensors(saved(out, 2 * n + 2)) for out in (marred, parts))
+    assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 
-# ----------------------------------------------------------------------------------------------------- averaged weights
+# --------------------------------------------------------------------------------------------- averaged weights, rates
+
+LAYOUTS = {"one": (1, {}), "fsdp2": (2, {"fsdp": True}), "tp2 sp": (2, {"tp": 2, "sp": True})}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_averaged_weights_follow_their_decay_from_the_first_weights_on_and_through_a_resume(name, tmp_path):
-    world, layout = LAYOUTS[name]
-    whole, values = tmp_path / "run", layout | {"steps": 4, "save_every": 1, "keep": 9}
-    run_ranks(world, run, whole, values, 0.75)
-    average = case.random_state()
-    for step in range(1, 5):
-        found = tensors(saved(whole, step))
-        assert {key for key in found if key.startswith("ema.")} == {f"ema.{key}" for key in average}
-        for key, value in average.items():
-            average[key] = 0.75 * value + 0.25 * found[key]
-            assert (found[f"ema.{key}"] - average[key]).abs().max() <= 1e-6 * average[key].abs().max(), (step, key)
-    assert max((found[f"ema.{key}"] - found[key]).abs().max().item() for key in average) > 1e-3
-    parts = cut(whole, 2)
-    run_ranks(1, run, parts, {"steps": 4}, 0.75)  # on one process, whatever wrote the checkpoint
-    again = tensors(saved(parts, 4))
-    assert again.keys() == found.keys()
-    for key in average:
-        for kind in (key, f"ema.{key}"):
-            assert (again[kind] - found[kind]).abs().max() <= 1e-5 * found[kind].abs().max(), kind
+@pytest.fixture(scope="module", params=LAYOUTS)
+def averaging(request, tmp_path_factory) -> tuple[Path, int, list[dict]]:
+    """A run's folder, its processes, and the weights before each step."""
+    (world, layout), out = LAYOUTS[request.param], tmp_path_factory.mktemp("run") / "run"
+    return out, world, run_ranks(world, run, out, layout | {"steps": 4, "save_every": 2}, DECAY)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- rows, files
+def test_averaged_weights_follow_their_decay_from_the_first_weights_on_and_through_a_resume(averaging):
+    out, _, seen = averaging
+    parts = cut(out, 2)
+    run_ranks(1, run, parts, {"steps": 4}, DECAY)  # on one process, whatever wrote the checkpoint
+    half, whole, resumed = tensors(saved(out, 2)), tensors(saved(out, 4)), tensors(saved(parts, 4))
+    for key, average in case.random_state().items():
+        for step, weight in enumerate([seen[1][key], seen[2][key], seen[3][key], whole[key]], 1):
+            average = DECAY * average + (1 - DECAY) * weight
+            for found in {2: [half], 4: [whole, resumed]}.get(step, []):
+                assert (found[f"ema.{key}"] - average).abs().max() <= 1e-5 * average.abs().max(), (step, key)
+    assert {key for key in whole if key.startswith("ema.")} == {f"ema.{key}" for key in seen[0]}
+    assert max((whole[f"ema.{key}"] - whole[key]).abs().max().item() for key in seen[0]) > 1e-3
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_rates_are_of_the_cluster_by_the_sample_and_of_one_device_by_the_token_and_operation(name, tmp_path):
-    world, layout = LAYOUTS[name]
-    run_ranks(world, run, tmp_path, layout | {"steps": 2, "save_every": 0})
-    for row in rows_of(tmp_path):
+def test_rates_are_of_the_cluster_by_the_sample_and_of_a_device_by_the_token_and_the_operation(averaging):
+    out, world, _ = averaging
+    for row in rows_of(out):
         seconds, batch = row["step_time_ms"] / 1e3, case.GLOBAL_BATCH
         assert row["samples"] == row["step"] * batch and row["tokens"] == batch * TOKENS
         assert row["samples_per_second"] == pytest.approx(batch / seconds)
         assert row["tokens_per_second_per_device"] == pytest.approx(batch * TOKENS / seconds / world)
-        # a step is a forward and a backward of twice its operations
+        # A backward takes twice a forward's operations. 67 TFLOP/s: an H200's in fp32.
         assert row["tflops_per_device"] == pytest.approx(3 * batch * FLOPS / seconds / world / 1e12)
-        assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 67.0)  # an H200's in fp32
+        assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 67.0)
 
 
-def save_some(folder: Path, keep: int, steps: tuple[int, ...]) -> list[list[str]]:
-    """The checkpoints after each save."""
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_some(folder: Path, keep: int, steps: list[int]) -> list[list[str]]:
+    """The checkpoints that are there after each save."""
     parallel.initialize(case.options())
-    weight, found = torch.nn.Module(), []
-    weight.weight = torch.nn.Parameter(torch.zeros(3))
+    module, found = torch.nn.Linear(2, 1), []
     for step in steps:
-        checkpoint.save(folder, step, [weight], None, {"step": step}, keep=keep)
+        checkpoint.save(folder, step, [module], None, {"step": step}, keep=keep)
         found.append(sorted(path.name for path in folder.glob("step-*")))
     return found
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 3])
 def test_as_many_checkpoints_stay_as_asked_the_newest(keep, tmp_path):
-    steps = (5, 10, 15, 20, 21)
+    steps = [5, 10, 15, 20, 21][: keep + 2]
     names = [f"step-{step:06d}" for step in steps]
     found = run_ranks(1, save_some, tmp_path, keep, steps)[0]
     assert found == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
