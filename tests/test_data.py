@@ -639,6 +639,22 @@ def test_every_row_is_seen_once_per_epoch(shuffle):
     assert (epochs[0] == list(range(40))) is not shuffle
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_has_an_order_of_its_own_of_buckets_and_of_each_buckets_rows(shuffle):
+    """Two buckets of one size: neither takes the other's order."""
+    one = sampler([0] * 32 + [1] * 32 + [2] * 16, global_batch=8, shuffle=shuffle)
+    epochs = [[one.batch(step) for step in range(10 * e, 10 * e + 10)] for e in range(6)]
+    orders = {tuple(bucket for bucket, _ in epoch) for epoch in epochs}
+    rows = [
+        [tuple(row - 32 * b for bucket, part in epoch if bucket == b for row in part) for epoch in epochs]
+        for b in (0, 1)
+    ]
+    assert all(len(set(of_bucket)) == (6 if shuffle else 1) for of_bucket in rows)
+    assert len(orders) == (6 if shuffle else 1) and (rows[0] == rows[1]) is not shuffle
+    other = sampler([0] * 32 + [1] * 32 + [2] * 16, global_batch=8, seed=4, shuffle=shuffle)
+    assert ([other.batch(step)[0] for step in range(10)] == [bucket for bucket, _ in epochs[0]]) is not shuffle
+
+
 def test_remainders_are_carried_over_and_no_row_is_lost():
     one = sampler()
     steps = 8 * 56 // 8  # after 8 epochs of 56 rows all remainders are used up

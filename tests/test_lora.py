@@ -576,6 +576,32 @@ def test_dropout_keeps_copies_equal_over_tp():
     assert not bad
 
 
+def masks(layout: dict) -> dict:
+    """Where this rank stands in each direction, and the masks it draws at one step, another, and the first again."""
+    o = case.options(**layout)
+    parallel.initialize(o)
+    drawn = []
+    for seed, step in ((3, 5), (3, 6), (4, 5), (3, 5)):
+        lora.seed_dropout(seed, step)
+        drawn.append(torch.nn.functional.dropout(torch.ones(64), 0.5))
+    mpu = parallel.mpu
+    ranks = mpu.get_data_parallel_rank(), mpu.get_context_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+    return {"place": ranks, "masks": drawn}
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize("layout", [{}, {"cp": 2}, {"pp": 2}, {"tp": 2}], ids=lambda layout: " ".join(layout) or "dp")
+def test_dropout_masks_differ_where_tokens_or_layers_do_and_by_step_and_seed(layout):
+    """Under tp alone both ranks hold copies of the same."""
+    first, second = run_ranks(2, masks, layout)
+    assert (first["place"] == second["place"]) == ("tp" in layout)
+    for one, other in zip(first["masks"], second["masks"], strict=True):
+        assert torch.equal(one, other) == ("tp" in layout)
+    for drawn in (first["masks"], second["masks"]):
+        step, next_step, seed, again = drawn
+        assert torch.equal(step, again) and not torch.equal(step, next_step) and not torch.equal(step, seed)
+
+
 def interrupted(folder: Path, layout: dict) -> float:
     """Train, save the adapters, load them into a fresh model and optimizer; the largest difference of any parameter."""
     o = case.options(**layout)
