@@ -16,7 +16,7 @@ if [ "$ZOO_PYTHON" = "$ZOO_ROOT/.venv/bin/python" ] && ! "$ZOO_PYTHON" -c 'impor
 sys.exit(not all(map(u.find_spec, ("lm_eval", "bitsandbytes", "pyarrow"))))'; then
     echo "installing tests/requirements.txt into .venv (once, about a minute)" >&2
     "$ZOO_PYTHON" -m pip list --format=freeze >.venv/.kept
-    "$ZOO_PYTHON" -m pip install --quiet --no-compile -r tests/requirements.txt -c .venv/.kept ||
+    "$ZOO_PYTHON" -m pip install --quiet -r tests/requirements.txt -c .venv/.kept ||
         echo "tests/requirements.txt could not be installed: tests of lm-eval, NF4 and parquet will be skipped" >&2
 fi
 # Two files at a time, as a test waits for its processes a third of the time; those that take longest first.

@@ -413,20 +413,37 @@ def test_reading_cost_of_one_forward(recipe, capsys):
     assert total <= READING_COST, f"one forward of {recipe} takes {total} lines to read; move out what it does not need"
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(RECIPES, 2)))
-def test_report_files_that_two_recipes_could_share(one, other, capsys):
-    for path in sources(f"zoo/{one}"):
-        twin = ROOT / "zoo" / other / path.relative_to(ROOT / "zoo" / one)
+def alike(root: Path, one: str, other: str) -> list[str]:
+    """Files of two recipes that say nearly the same and do not say that they took it from each other."""
+    found = []
+    for path in sorted((root / "zoo" / one).rglob("*.py")):
+        twin = root / "zoo" / other / path.relative_to(root / "zoo" / one)
         if not twin.is_file():
             continue
         a, b = path.read_text().splitlines(), twin.read_text().splitlines()
-        alike = difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
-        if min(len(a), len(b)) > ALIKE_LINES and alike > ALIKE:
-            with capsys.disabled():
-                print(
-                    f"\n{path.relative_to(ROOT)} and {other}'s are {alike:.2f} alike: does it belong in common/?",
-                    end="",
-                )
+        ratio = difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+        marked = any(re.match(rf"\s*# (Copied|Adapted) from zoo\.({one}|{other})\b", line) for line in a + b)
+        if min(len(a), len(b)) > ALIKE_LINES and ratio > ALIKE and not marked:
+            found.append(f"{path.relative_to(root)} and {other}'s are {ratio:.2f} alike")
+    return found
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(RECIPES, 2)))
+def test_no_file_is_in_two_recipes_unmarked(one, other):
+    found = alike(ROOT, one, other)
+    assert not found, f"{found}: move what both need to common/, or mark what one took ('# Copied from zoo.…')"
+
+
+@pytest.mark.parametrize(
+    ("changed", "mark", "found"),
+    [(0, "", True), (10, "", True), (60, "", False), (0, "# Copied from zoo.alpha.data.f", False)],
+)
+def test_planted_twin_is_found_unless_it_differs_or_says_where_it_is_from(changed, mark, found, tmp_path):
+    lines = [f"a{i} = {i}" for i in range(ALIKE_LINES + 50)]
+    for recipe, text in (("alpha", lines), ("beta", [mark, *("x = 1" for _ in range(changed)), *lines[changed:]])):
+        (tmp_path / "zoo" / recipe).mkdir(parents=True)
+        (tmp_path / "zoo" / recipe / "data.py").write_text("\n".join(text))
+    assert bool(alike(tmp_path, "alpha", "beta")) == found
 
 
 COPIED = r"# Copied from (zoo(?:\.\w+)+)(?: with (\w+->\w+(?:, \w+->\w+)*))?"

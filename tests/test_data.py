@@ -642,16 +642,16 @@ def test_every_row_is_seen_once_per_epoch(shuffle):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_epoch_has_an_order_of_its_own_of_buckets_and_of_each_buckets_rows(shuffle):
     """Two buckets of one size: neither takes the other's order."""
-    one = sampler([0] * 32 + [1] * 32 + [2] * 16, global_batch=8, shuffle=shuffle)
+    buckets = [0] * 32 + [1] * 32 + [2] * 16
+    one, other = sampler(buckets, shuffle=shuffle), sampler(buckets, seed=4, shuffle=shuffle)
     epochs = [[one.batch(step) for step in range(10 * e, 10 * e + 10)] for e in range(6)]
     orders = {tuple(bucket for bucket, _ in epoch) for epoch in epochs}
-    rows = [
-        [tuple(row - 32 * b for bucket, part in epoch if bucket == b for row in part) for epoch in epochs]
-        for b in (0, 1)
-    ]
-    assert all(len(set(of_bucket)) == (6 if shuffle else 1) for of_bucket in rows)
-    assert len(orders) == (6 if shuffle else 1) and (rows[0] == rows[1]) is not shuffle
-    other = sampler([0] * 32 + [1] * 32 + [2] * 16, global_batch=8, seed=4, shuffle=shuffle)
+    first, second = (  # the batches of each epoch, by places in the bucket
+        [{tuple(row - 32 * bucket for row in rows) for found, rows in epoch if found == bucket} for epoch in epochs]
+        for bucket in (0, 1)
+    )
+    assert len(orders) == len(set(map(frozenset, first))) == len(set(map(frozenset, second))) == (6 if shuffle else 1)
+    assert not any(a == b for a, b in zip(first, second, strict=True)) if shuffle else first == second
     assert ([other.batch(step)[0] for step in range(10)] == [bucket for bucket, _ in epochs[0]]) is not shuffle
 
 

@@ -13,6 +13,8 @@ from common import train as loop
 pytestmark = pytest.mark.L3
 
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
+# Of twenty steps, measured: losses 2.2e-7; weights 1.8e-5 at most (of keys, whose gradients cancel), most under 2e-7.
+TRAJECTORY, WEIGHTS = 1e-6, 1e-4
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -173,5 +175,12 @@ def compare(got: dict, single: dict, layout: dict) -> None:
     }
     bad = {k: v for k, v in worst.items() if v > TOLERANCE}
     assert not bad, f"{layout}: gradients off by {bad}"
-    # A trajectory amplifies rounding: Adam divides small gradients by their own size.
-    assert got["losses"] == pytest.approx(single["losses"], rel=1e-4), layout
+    # Adam divides small gradients by their own size, so rounding grows from step to step.
+    assert got["losses"] == pytest.approx(single["losses"], rel=TRAJECTORY), layout
+    assert got["weights"].keys() == single["weights"].keys()
+    worst = {
+        key: ((got["weights"][key] - want).abs().max() / want.abs().max()).item()
+        for key, want in single["weights"].items()
+    }
+    bad = {k: v for k, v in worst.items() if not v <= WEIGHTS}
+    assert not bad, f"{layout}: weights off by {bad}"
