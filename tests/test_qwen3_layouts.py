@@ -15,6 +15,7 @@ from common import train as loop
 pytestmark = pytest.mark.L3
 
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
+TRAJECTORY, NORMS = 1e-6, 3e-6  # of ten steps; measured: losses 2e-7, gradient norms 6e-7
 STEPS = 10
 
 LAYOUTS = {
@@ -172,9 +173,8 @@ def compare(got: dict, want: dict, layout: dict, steps: int = STEPS) -> None:
     assert got["gradients"].keys() == want["gradients"].keys()
     worst = {k: ((got["gradients"][k] - g).abs().max() / g.abs().max()).item() for k, g in want["gradients"].items()}
     assert not {k: v for k, v in worst.items() if not v <= TOLERANCE}, layout
-    assert got["norms"][0] == pytest.approx(want["norms"][0], rel=TOLERANCE), layout
-    # A trajectory amplifies rounding: Adam divides small gradients by their own size.
-    assert got["losses"][:steps] == pytest.approx(want["losses"][:steps], rel=1e-4), layout
+    assert got["norms"][:steps] == pytest.approx(want["norms"][:steps], rel=NORMS), layout
+    assert got["losses"][:steps] == pytest.approx(want["losses"][:steps], rel=TRAJECTORY), layout
 
 
 @pytest.mark.parametrize(("which", "name", "packed"), CASES)
@@ -198,7 +198,7 @@ def test_a_run_continued_on_other_layouts_is_the_unbroken_one(which, names, tmp_
     for i, name in enumerate(names):
         world, layout = LAYOUTS.get(name, (1, {}))
         losses += run_ranks(world, run_layout, which, layout, True, "cpu", 3 * i, 3 * i + 3, tmp_path)[0]["losses"]
-    assert losses == pytest.approx(single(which, True)["losses"][:9], rel=1e-4)
+    assert losses == pytest.approx(single(which, True)["losses"][:9], rel=TRAJECTORY)
     assert checkpoint.tensor_sizes(tmp_path / "step-000003") == checkpoint.tensor_sizes(tmp_path / "step-000006")
 
 
