@@ -71,8 +71,10 @@ def _attention_packed(q, k, v, window, cu_seqlens):
         return _attention_npu(q, k, v, window, cu_seqlens)
     if _takes_varlen(q):
         return _attention_varlen(q, k, v, window or (-1, -1), cu_seqlens)
-    spans = zip(cu_seqlens, cu_seqlens[1:], strict=False)
-    return torch.cat([_attention_plain(q[a:b], k[a:b], v[a:b], window) for a, b in spans])
+    lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
+    # Split, not sliced: the backward of a slice fills a gradient of all L tokens, and there are as many as sequences.
+    sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([_attention_plain(*each, window) for each in sequences])
 
 
 def _takes_varlen(q: torch.Tensor) -> bool:

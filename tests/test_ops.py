@@ -153,6 +153,23 @@ def test_selected_blocks_have_the_largest_pooled_softmax(keep, kept):
     assert torch.equal(blocks, probabilities.argsort(-1, descending=True).argsort(-1) < kept)
 
 
+def test_packed_attention_fills_no_whole_gradient_for_each_sequence():
+    """The backward of a slice fills one of all tokens; of the pieces of a split there is one, put together."""
+    from torch.profiler import profile
+
+    q, k, v = (torch.randn(24, 1, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = ops.attention(q, k, v, causal=True, cu_seqlens=[0, 5, 11, 24])
+    with profile() as profiled:
+        out.sum().backward()
+    called = {event.key for event in profiled.key_averages()}
+    assert "aten::slice_backward" not in called and "SplitWithSizesBackward0" in " ".join(called)
+    whole = [x.grad for x in (q, k, v)]
+    for a, b in ((0, 5), (5, 11), (11, 24)):
+        parts = [x[a:b].detach().requires_grad_() for x in (q, k, v)]
+        ops.attention(*parts, causal=True).sum().backward()
+        assert all(torch.equal(x.grad, grad[a:b]) for x, grad in zip(parts, whole, strict=True))
+
+
 def test_selected_blocks_hold_those_always_kept():
     q, k = torch.randn(70, 1, 2, 16), torch.randn(90, 1, 1, 16)
     free = ops.select_blocks(q, k, 0.3, 16)
