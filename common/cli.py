@@ -480,6 +480,11 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
+def say(line: str) -> None:
+    """What is being done where seconds pass before the next output: on stderr, as bars are."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def exit_on_bad_input(function, *args):
     """Run `function(*args)`; a ValueError, or a missing file, becomes one line on stderr and exit code 2."""
     try:
@@ -516,6 +521,8 @@ def main() -> None:
     if getattr(options, "out", None) is not None:
         argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
+    where_it_runs = f"NPROC={_count('NPROC')} on {os.environ.get('ZOO_DEVICE', 'cpu')}"
+    say(f"starting {where_it_runs}; importing torch takes seconds, up to a minute on busy cores")
     sys.exit(_torchrun(where, f"{recipe}.{script}", argv, writes))
 
 

@@ -34,7 +34,7 @@ setup() {
     local venv="$ZOO_ROOT/.venv" stamp
     stamp="$ZOO_DEVICE $(cksum <"$ZOO_ROOT/requirements.txt")"
     if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
-        echo "setting up $venv (once, about a minute)" >&2
+        echo "setting up $venv (once, about a minute; more where cores are busy)" >&2
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: python3 is missing or too old; expected Python 3.11 or newer" >&2; exit 2; }
         # An image's own torch of the right version (CANN containers have one) is kept.

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import pytest
 
+from common import cli
 from zoo.new import MEASURED
 
 pytestmark = pytest.mark.L0
@@ -260,6 +261,37 @@ def test_launcher_dry_runs(launcher):
 def test_every_job_saves_and_resumes_by_default(launcher):
     values = tomllib.loads(run_launcher(launcher, "--print-config")[0].stdout)
     assert values["resume"] == "auto" and values["keep"] >= 1
+
+
+class Begun(Exception):
+    """Raised in place of slow work."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_making_the_demo_data_is_said_before_it_begins(recipe, monkeypatch, capsys):
+    jobs = importlib.import_module(f"zoo.{recipe}.options")
+
+    def make(*args, **kwargs):
+        raise Begun
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(importlib.import_module(f"zoo.{recipe}.demo.make_data"), "make", make)
+    with pytest.raises(Begun):
+        jobs.prepare(jobs.parse("train", []))
+    assert str(jobs.DEMO_DATA) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_starting_the_processes_is_said_before_torch_is_imported(recipe, tmp_path, monkeypatch, capsys):
+    said, jobs = [], importlib.import_module(f"zoo.{recipe}.options")
+    monkeypatch.setattr(jobs, "prepare", lambda o: None)
+    monkeypatch.setattr(cli, "_torchrun", lambda *args: said.append(capsys.readouterr().err) or 0)
+    monkeypatch.setattr(sys, "argv", ["cli", f"zoo.{recipe}", "train", "--out", str(tmp_path / "run")])
+    for name, value in {"NPROC": "2", "ZOO_DEVICE": "cpu", "ZOO_COMMAND": "test"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0 and "NPROC=2 on cpu" in said[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts

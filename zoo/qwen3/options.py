@@ -651,6 +651,7 @@ def prepare(o) -> None:
     if isinstance(o, EvaluateOptions) and importlib.util.find_spec("lm_eval") is None:
         _install(HERE / "requirements-evaluate.txt")
     if getattr(o, "data", None) is not None and _is_demo(o.data):
+        cli.say(f"looking for the demo data in {DEMO_DATA}, or making them")
         from .demo import make_data
 
         if isinstance(o, preprocess.PreprocessOptions):  # which tokenizes it itself

@@ -788,6 +788,7 @@ def requests(o: InferOptions, config: WanConfig) -> list[images.Request]:
 def prepare(o) -> None:
     """Before any process starts: make the demo data if this job uses it."""
     if is_demo(getattr(o, "data", None)):
+        cli.say(f"looking for the demo clips of {o.data}, or making them")
         from .demo import make_data
 
         few = {"train": 320, "test": 80, "blinking": True}

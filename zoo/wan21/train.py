@@ -309,6 +309,8 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
     """Sample the trained model and, on the demo data, let the judge score it. before: the demo's samples without
     adapters, if those were trained."""
     asked = to_sample(o, config, batches.index)
+    if dist.get_rank() == 0:
+        cli.say(f"sampling {len(asked)} videos")
     videos, captions = sampled(o, config, chunks, batches, asked), [request.prompt for request in asked]
     if dist.get_rank() > 0:
         return
@@ -395,6 +397,8 @@ def main() -> None:
             micro_batches = batches.prepare(loaded)
             return preference.with_reference(o, reference, micro_batches, sequence_length(micro_batches))
 
+    if dist.get_rank() == 0:
+        cli.say("first step: loads the encoders and encodes its videos, which takes longer than the steps after it")
     result = loop.train(
         o,
         wrapped,

@@ -23,6 +23,7 @@ import av
 import cv2
 import numpy as np
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from common import processes
 from common.data import partial_name
@@ -106,7 +107,7 @@ def write_split(folder: Path, split: str, count: int, seed: int, blinking: bool)
     rng = np.random.default_rng([seed, split == "train"])
     pools = {d: rng.permutation(np.flatnonzero(labels == d)) for d in range(10)}
     with open(folder / f"{split}.jsonl", "w") as rows:
-        for i in range(count):
+        for i in tqdm(range(count), desc=f"making {split} clips", unit=" clips", mininterval=1):
             digit, direction = i % 10, list(DIRECTIONS)[i // 10 % 8]
             image = images[pools[digit][i // 10 % len(pools[digit])]]
             name = f"clips/{split}-{i:05d}.mp4"
