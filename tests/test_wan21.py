@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -331,3 +332,39 @@ def test_weights_survive_a_layout_bit_exactly(layout, released, tmp_path):
     reader, saved = weights.Reader(), tmp_path / "step-000001"
     for name in case.convert.shapes(case.CONFIG):
         assert torch.equal(checkpoint.read_tensor(saved, name), reader.read(entries[rename(name)])), name
+
+
+def restored_as(folder, part: str, dtype: torch.dtype, name: str = "") -> None:
+    """A part of a release with its matrices in another dtype, in their file or in one beside it."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = {key: t.to(dtype) if t.ndim > 1 else t for key, t in load_file(file).items()}
+    save_file(tensors, file.with_name(name or file.name), {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "name"),
+    [("transformer", torch.int8, "I8"), ("text_encoder", torch.float8_e4m3fn, "F8_E4M3"), ("vae", torch.uint8, "U8")],
+)
+def test_a_part_whose_numbers_need_a_scale_is_refused_by_dtype(part, dtype, name, tmp_path):
+    folder = shutil.copytree(case.jobs.DEMO_WEIGHTS, tmp_path / "w")
+    restored_as(folder, part, dtype, "weights.fp8.safetensors" if part != "transformer" else "")
+    if part != "transformer":  # a variant beside the weights that are loaded
+        case.jobs.parse("infer", ["--weights", str(folder), "--prompt", "a"])
+        (folder / part / "weights.fp8.safetensors").unlink()
+        restored_as(folder, part, dtype)
+    with pytest.raises(
+        ValueError, match=rf"{part}.* tensors as {name}, first .* \({name}\); expected F64.* release in bf16"
+    ):
+        case.jobs.parse("infer", ["--weights", str(folder), "--prompt", "a"])
+
+
+def test_a_checkpoint_in_shards_is_compared_with_the_size_asked_for(tmp_path):
+    tiny = case.config.SIZES["tiny"]
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"model": dataclasses.asdict(tiny)}))
+    convert = ["--weights", str(tmp_path), "--to", "original", "--out", str(tmp_path / "o")]
+    assert case.jobs.parse("convert", convert).size == "tiny"
+    with pytest.raises(ValueError, match="is not of size 1.3B: dim 128 != 1536"):
+        case.jobs.parse("convert", [*convert, "--size", "1.3B"])
