@@ -219,15 +219,18 @@ def _facts(path: Path, file: Path, form: Format) -> dict | None:
     said, beside = weights.metadata(file).get(HEADER), file.parent / "adapter_config.json"
     its_own = path.is_dir() or fnmatch.fnmatch(path.name, weights.PEFT_FILES)  # not another file's, for which one lies
     if said is not None:
-        facts = json.loads(said)
-        facts = {k.removeprefix(form.prefix): v for k, v in facts.items() if k.startswith(form.prefix)}
+        try:
+            facts = {k.removeprefix(form.prefix): v for k, v in json.loads(said).items() if k.startswith(form.prefix)}
+        except (ValueError, AttributeError):
+            raise ValueError(f"{file}: {HEADER} in its header is no JSON object; fix: download it again") from None
         facts.setdefault("peft_type", "LORA")
     elif its_own and beside.is_file():
         facts = weights.read_json(beside)
     else:
         return None
     odd = {k: v for k, v in facts.items() if v and k not in FREE and v not in UNDERSTOOD.get(k, ())}
-    odd |= {k: None for k in ("peft_type", "target_modules", "r", "lora_alpha") if not facts.get(k)}
+    odd |= {k: None for k in ("peft_type", "target_modules") if not facts.get(k)}
+    odd |= {k: facts.get(k) for k in ("r", "lora_alpha") if not isinstance(v := facts.get(k), int | float) or v <= 0}
     if odd:
         raise ValueError(f"{path} is not a plain LoRA: it has {odd}; fix: merge it into its base with peft")
     patterns = [facts["target_modules"], facts.get("exclude_modules"), *(facts.get("rank_pattern") or {})]

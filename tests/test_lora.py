@@ -356,6 +356,8 @@ def biases(folder: Path) -> None:
         ),
         (say(target_modules="(q_proj"), "no regular expression"),
         (say(rank_pattern={"q_proj": 4}), "is [3, 24], expected [4, 24]"),
+        (say(lora_alpha="16"), "not a plain LoRA: it has {'lora_alpha': '16'}"),
+        (say(r=None), "not a plain LoRA: it has {'r': None}"),
         (put(f"{NAME}.lora_magnitude_vector.weight", 32), "more than an adapter, it has DoRA's magnitudes: " + NAME),
         (
             put("base_model.model.lm_head.weight", 50, 24),
