@@ -123,15 +123,16 @@ def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
     chunks = _read_chunks(path)
     text, at, line, wanted = next(chunks, ""), 0, 1, "["
     while True:
-        match = separator.match(text, at)
+        match, expected = separator.match(text, at), wanted
         try:
             if match[1] == "]" and wanted != "[":
-                return
+                break
             if match[1] not in wanted or not match[1]:
                 raise json.JSONDecodeError(f"expected {' or '.join(wanted)}", text, match.start(1))
             start, wanted = match.end(), ",]"
             if match[1] == "[" and text[start : start + 1] == "]":
-                return
+                match = separator.match(text, start)
+                break
             try:
                 item, end = decoder.raw_decode(text, start)
                 item = _shallow(item, text[start:end])
@@ -139,11 +140,10 @@ def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
                 raise
             except (RecursionError, ValueError, BadRow) as error:
                 item, end = error if isinstance(error, BadRow) else _unreadable(error), _end_of(text, start)
-            if end == len(text):  # a number may go on, and what follows is not seen
+            if NUMBER.match(text, end):  # which may go on
                 raise json.JSONDecodeError("the list is not closed", text, end)
         except json.JSONDecodeError as error:
-            wanted = "[" if match[1] == "[" else wanted
-            more, size = [], 0
+            more, size, wanted = [], 0, expected
             while size < max(1, len(text) - at) and (piece := next(chunks, "")):  # at least twice as much as before
                 more.append(piece)
                 size += len(piece)
@@ -156,8 +156,14 @@ def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
         line += text.count("\n", at, start)
         yield line, item
         line, at = line + text.count("\n", start, end), end
+    line += text.count("\n", at, match.end())
+    if any(piece.strip() for piece in (text[match.end() :], *chunks)):
+        raise ValueError(
+            f"{path}:{line}: malformed JSON, more after the end of the list; expected one list; fix: {path}"
+        )
 
 
+NUMBER = re.compile(r"[-+.\deE]*\Z")  # what may belong to a number at the end of a text
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]|[^\s,:"\[\]{}]+', re.DOTALL)
 
 

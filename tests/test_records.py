@@ -70,13 +70,13 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 def test_json_list_is_read_in_pieces_with_the_line_of_each_item(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(records, "CHUNK", chunk)
-    rows = [{"a": "[1, 2],"}, {"b": {"c": ["}", '"']}}, 12345, "x\n", [], {"é": "你好 🙂"}]
+    rows = [{"a": "[1, 2],"}, {"b": {"c": ["}", '"']}}, -12.5e20, "x\n", [], {"é": "你好 🙂"}]
     path = write(tmp_path / "rows.json", "\ufeff\n" + json.dumps(rows, indent=1, ensure_ascii=False))
     assert list(read_json(path)) == list(zip([3, 6, 14, 15, 16, 17], rows, strict=True))
     assert list(read_json(write(tmp_path / "none.json", " [ ] "))) == []
 
 
-@pytest.mark.parametrize("chunk", [1000, 1 << 20])
+@pytest.mark.parametrize("chunk", [70_000, 1 << 20])
 def test_rows_that_cannot_be_read_are_bad_rows_and_the_others_stay(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(records, "CHUNK", chunk)
     rows = ['{"a": 1}', DEEP, f'{{"n": [{LONG}]}}', '{"s": "]]\\"]"}', f'{{"d": "[{{", "e": {DEEP}}}', '{"b": 2}']
@@ -105,6 +105,9 @@ def test_json_is_read_to_a_depth_of_100_whatever_python_could(tmp_path):
         ("a.json", '[\n{"a": 1},\n{"b": }]', "a.json:3: malformed JSON, Expecting value"),
         ("a.json", '[\n{"a": 1},\n', "a.json:3: malformed JSON"),
         ("a.json", "", "a.json:1: malformed JSON"),
+        ("a.json", '[{"a": 1}[{"b": 2}]', "a.json:1: malformed JSON, expected , or \\]"),
+        ("a.json", "[]]", "a.json:1: malformed JSON, more after the end of the list"),
+        ("a.json", '[\n{"a": 1}]\n[{"b": 2}]', "a.json:3: malformed JSON, more after the end of the list"),
         ("a.jsonl", '{"a": 1}\n\n{"b": \n', "a.jsonl:3: malformed JSON, Expecting value"),
     ],
 )
