@@ -185,6 +185,7 @@ class DropReport:
 
     def add(self, reason: str, where: str, detail: str = "") -> None:
         """`where` finds the row again: `data.jsonl:17` or a path."""
+        detail = detail.encode(errors="replace").decode()  # a lone surrogate cannot be printed
         self.drops.append({"reason": reason, "where": where, "detail": detail})
 
     @property

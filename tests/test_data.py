@@ -371,6 +371,8 @@ def test_every_dropped_row_is_counted_with_its_reason_and_place(clips, tmp_path)
 def test_lone_surrogates_of_a_caption_are_replaced(clips):
     rows, _ = read_rows(write_list(clips / "surrogate.jsonl", [{"path": "a.mp4", "cap": "caf\u00e9 \ud83d"}]))
     assert rows[0].caption == "caf\u00e9 ?"
+    _, report = read_rows(write_list(clips / "surrogate.jsonl", [{"path": "\ud83d.mp4", "cap": "x", "\ud83d": 1}]))
+    assert report.counts == {"missing file": 1} and str(report).encode()
 
 
 def test_csv_row_with_too_many_fields_is_a_bad_row(clips):
