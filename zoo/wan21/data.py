@@ -173,6 +173,8 @@ def _read_list(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """(line number, row) of a .jsonl, .json or .csv list. ValueError: it is malformed; names file and line."""
     if path.suffix not in (".jsonl", ".json", ".csv"):
         raise ValueError(f"unknown kind of list: {path}; expected .jsonl, .json, .csv or data.txt; fix: --data")
+    if not path.is_file():
+        raise ValueError(f"cannot read {path}: no such file; expected a list of clips; fix: --data")
     for line, item in read_csv(path, (PATH_KEYS, CAPTION_KEYS)) if path.suffix == ".csv" else read_json(path):
         if not isinstance(item, (dict, BadRow)):
             raise ValueError(f"{path}:{line}: the row is {str(item)[:40]!r}; expected an object; fix: {path}")
