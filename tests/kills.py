@@ -51,7 +51,7 @@ def kill(victim: str, launcher: subprocess.Popen, mark: str) -> None:
         os.killpg(launcher.pid, signal.SIGKILL)
         return
     chosen = {"launcher": lambda: [launcher.pid], "everything": lambda: list(running(mark)),
-              "worker": lambda: ranks(mark, launcher.pid)[:1]}[victim]()  # fmt: skip
+              "worker": lambda: ranks(mark, launcher.pid)[:1] or [launcher.pid]}[victim]()  # fmt: skip
     for pid in chosen:
         os.kill(pid, signal.SIGKILL)
 
@@ -97,7 +97,7 @@ def main() -> None:
             victim = draw.choice(VICTIMS)
             if launcher.poll() is None:
                 kill(victim, launcher, mark)
-            left = wait_until(lambda mark=mark: not running(mark), 30)
+            left = wait_until(lambda mark=mark: not running(mark), 60)
             kills.append(f"{victim} {at if at == 'saving' else f'{at:.1f} s'} (gone in {left:.1f} s)")
         print(f"run {number}: {', '.join(kills)}", flush=True)
         done = case.run(clips, out, check=False)

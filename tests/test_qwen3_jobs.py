@@ -1,5 +1,6 @@
 """The jobs of Qwen3 as a user starts them: bad input, resume, and what a run leaves behind."""
 
+import importlib
 import json
 import os
 import shutil
@@ -145,3 +146,10 @@ def test_an_exported_run_is_what_transformers_loads(tmp_path):
     ids = tokenizer("Return the", return_tensors="pt").input_ids
     want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
     assert said.stdout.strip() == tokenizer.decode(want).strip()
+
+
+def test_preprocessing_without_options_makes_the_demos_text_first(monkeypatch):
+    made = []
+    monkeypatch.setattr(importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data"), "make", made.append)
+    case.jobs.prepare(case.jobs.parse("preprocess", []))
+    assert made == [case.jobs.DEMO_DATA / "text"]
