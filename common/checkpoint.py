@@ -174,7 +174,9 @@ def save(
     target = folder / f"step-{step:06d}"
     _write(target, shards, state, beside)
     if dist.get_rank() == 0:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        # Never the one just written, which a run that began anew numbers below those that it found here.
+        others = [path for path in sorted(folder.glob("step-*")) if path != target]
+        for old in others[: max(0, len(others) - keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)  # what is left of it is torn, and goes with the next one
         try:
             _write_atomically(folder / "latest", target.name)

@@ -181,3 +181,9 @@ def test_as_many_checkpoints_stay_as_asked_the_newest(keep, tmp_path):
     found = run_ranks(1, save_some, tmp_path, keep, steps)[0]
     assert found == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
     assert (tmp_path / "latest").read_text() == names[-1]
+
+
+def test_the_checkpoint_just_written_stays_though_an_earlier_run_left_later_ones(tmp_path):
+    found = run_ranks(1, save_some, tmp_path, 2, [20, 30, 5, 10])[0]
+    assert found[2:] == [["step-000005", "step-000030"], ["step-000010", "step-000030"]]
+    assert (tmp_path / "latest").read_text() == "step-000010"
