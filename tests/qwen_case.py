@@ -26,7 +26,7 @@ train = importlib.import_module(f"zoo.{RECIPE}.train")
 _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
-    rope_factor=1.0, original_max_position_embeddings=64,
+    rope_factor=1.0, original_max_position_embeddings=64, initializer_range=0.02,
 )  # fmt: skip
 _NO_EXPERTS = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
 CONFIGS = {

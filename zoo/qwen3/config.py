@@ -43,6 +43,7 @@ class Qwen3Config:
     max_position_embeddings: int
     original_max_position_embeddings: int
     tie_word_embeddings: bool
+    initializer_range: float  # standard deviation of drawn weights
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
@@ -103,6 +104,7 @@ class Qwen3Config:
             if values.get(key) not in (None, wanted):
                 raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {wanted!r}; fix: --weights")
         values |= _rotary(values, path)
+        values.setdefault("initializer_range", 0.02)  # transformers' default
         values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers 5 writes it
         if kind == "qwen3":
             values |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False}
@@ -124,7 +126,7 @@ class Qwen3Config:
                 del values[key]
         return values | {
             "architectures": [name], "model_type": kind, "hidden_act": "silu", "attention_bias": False,
-            "attention_dropout": 0.0, "use_sliding_window": False, "initializer_range": 0.02,
+            "attention_dropout": 0.0, "use_sliding_window": False,
             "rope_scaling": None if factor == 1 else yarn,
         }  # fmt: skip
 
@@ -150,7 +152,7 @@ def _rotary(values: dict, path: Path) -> dict:
 
 _RELEASED = dict(
     vocab_size=151936, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, rope_factor=1.0, max_position_embeddings=40960,
-    original_max_position_embeddings=32768,
+    original_max_position_embeddings=32768, initializer_range=0.02,
 )  # fmt: skip
 _DENSE = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
 _SPARSE = dict(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_key_value_heads=4)
@@ -158,6 +160,7 @@ _TINY = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=48, rms_norm_eps=1e-6, rope_theta=1e4, rope_factor=1.0,
     max_position_embeddings=2048, original_max_position_embeddings=2048, tie_word_embeddings=True,
+    initializer_range=0.08,
 )  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
     pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Qwen3Config)}
     for name in ("rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"):
         del pairs[name]
-    del pairs["vocab_size"]
+    del pairs["vocab_size"], pairs["initializer_range"]
     if found.num_experts and wanted.num_experts:
         del pairs["intermediate_size"]
     return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]

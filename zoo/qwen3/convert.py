@@ -109,7 +109,7 @@ def fill(chunks, o, config: "Qwen3Config") -> None:
     from .model import draw
 
     if getattr(o, "from_scratch", False):
-        checkpoint.initialize(chunks, o.seed, draw)
+        checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
     elif is_sharded(o.weights):
         checkpoint.load(o.weights, chunks)
     else:

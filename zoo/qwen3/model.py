@@ -449,9 +449,12 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
     return chunks
 
 
-def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Initial values: N(0, 0.02), unit norms (`initializer_range` of the released configs)."""
+def draw(config: Qwen3Config, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
+    """Initial values: unit norms, N(0, initializer_range), and of what a layer adds to its input (o_proj, down)
+    N(0, initializer_range / sqrt(2 layers)): GPT-2's rule and Megatron-LM's (`scaled_init_method_normal`)."""
     if name.endswith("norm.weight"):
         whole.fill_(1.0)
-    else:
-        whole.normal_(std=0.02, generator=generator)
+        return
+    adds = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down"))
+    share = (2 * config.num_hidden_layers) ** -0.5 if adds else 1.0
+    whole.normal_(std=config.initializer_range * share, generator=generator)

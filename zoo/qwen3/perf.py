@@ -134,7 +134,7 @@ def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dic
     """One training step of this recipe: everything `common.train` does between preparing a batch and logging. Returns
     what the schedule does: this rank's losses, still on the device."""
     chunks = build(o, config)
-    checkpoint.initialize(chunks, o.seed, draw)
+    checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -170,7 +170,7 @@ def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torc
     parameters = dict(model.named_parameters())
     for name, shape in convert.shapes(config).items():
         whole = torch.empty(shape)
-        draw(name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
+        draw(config, name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
         key = convert.released(name)
         if key.endswith("mlp.gate_up"):  # the experts are stacked there too, [G, 2F, D] and [G, D, F]
             key, whole = key.replace("mlp.gate_up", "mlp.experts.gate_up_proj"), whole.permute(0, 2, 3, 1).flatten(1, 2)
@@ -397,7 +397,7 @@ def generate(o: PerfOptions) -> list[dict]:
     config = model_config(o)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     chunks = build(o, config)
-    checkpoint.initialize(chunks, o.seed, draw)
+    checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
     mine, theirs, rows = chunks[0].eval(), their_model(o, config, dtype).eval(), []
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(batch)
