@@ -565,7 +565,7 @@ def run_facts(o: TrainOptions) -> dict:
         facts |= {"separate_documents": o.separate_documents}
     else:
         files = list_files(o.data, (".jsonl", ".json")) if o.data.exists() else [o.data]
-        facts |= {"too_long": o.too_long}
+        facts |= {"too_long": o.too_long, "train_on": o.train_on}
     made = all(file.is_file() for file in files)  # the demo's are made after this was asked for the first time
     return starting_point(o) | facts | {
         "data": {"path": str(o.data), "content": resume.content(files) if made else None},
