@@ -5,6 +5,7 @@ its data and their order) and under `options` every option of the call that wrot
 change, and is printed. No torch here.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable
@@ -36,7 +37,10 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
     """(checkpoint, its state.json) of a checkpoint or the newest of a folder of them, wholeness not looked at; None: there
     is none."""
     states = [folder / "state.json"] if (folder / "state.json").is_file() else sorted(folder.glob("step-*/state.json"))
-    return (states[-1].parent, weights.read_json(states[-1])) if states else None
+    for path in reversed(states):
+        with contextlib.suppress(FileNotFoundError):  # removed since: a newer one is written
+            return path.parent, weights.read_json(path)
+    return None
 
 
 def check(o, start: dict[str, Any]) -> None:
