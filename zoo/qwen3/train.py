@@ -316,7 +316,8 @@ def main() -> None:
         read = functools.partial(checkpoint.read_tensor, saved)
         convert.write_released(o.export, config, element, read, o.tokenizer)
         print(f"exported {o.export}", flush=True)
-    if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere
+    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
+    if finished and usable and dist.get_rank() == 0:
         print(f"try it      {command_that_generates(o, result['checkpoint'])}", flush=True)
     dist.barrier()
     parallel.shutdown()

@@ -435,7 +435,8 @@ def main() -> None:
         read = functools.partial(checkpoint.read_tensor, saved)
         convert.write_released(o.export, "diffusers", config, sizes, lambda name: read(prefix + name), o.weights)
         print(f"exported {o.export}", flush=True)
-    if finished and dist.get_rank() == 0 and not (o.adapts and o.from_scratch):  # whose base is kept nowhere
+    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
+    if finished and usable and dist.get_rank() == 0:
         print(f"try it      {command_that_samples(o, config, result['checkpoint'])}", flush=True)
     elif not finished and dist.get_rank() == 0:
         print(
