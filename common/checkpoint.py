@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 from torch.distributed.tensor import DTensor
 
 from common import weights
+from common.resume import checkpoints
 
 FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -175,8 +176,8 @@ def save(
     _write(target, shards, state, beside)
     if dist.get_rank() == 0:
         # Never the one just written, which a run that began anew numbers below those that it found here.
-        others = [path for path in sorted(folder.glob("step-*")) if path != target]
-        for old in others[: max(0, len(others) - keep + 1)]:
+        others = [path for path in checkpoints(folder) if path != target]
+        for old in others[keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)  # what is left of it is torn, and goes with the next one
         try:
             _write_atomically(folder / "latest", target.name)
@@ -259,7 +260,7 @@ def find(folder: Path, resume: str) -> Path | None:
         if problem:
             raise ValueError(f"--resume {named}: {problem}; expected a checkpoint folder; fix: --resume")
         return named
-    candidates = sorted(folder.glob("step-*"), reverse=True)
+    candidates = checkpoints(folder)
     for candidate in candidates:
         problem = problem_with(candidate)
         if problem is None:

@@ -33,11 +33,31 @@ def content(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, those of the most steps first; but last those of an earlier run, which has gone further
+    than the one that began anew here: numbered above what `latest` names and older than it."""
+
+    def steps(name: str) -> tuple[int, str]:
+        return len(name), name
+
+    found = sorted(folder.glob("step-*"), key=lambda path: steps(path.name), reverse=True)
+    try:
+        named, written = (folder / "latest").read_text(), (folder / "latest").stat().st_mtime_ns
+    except FileNotFoundError:
+        return found
+
+    def is_of_earlier_run(path: Path) -> bool:
+        manifest = path / "manifest.json"
+        return steps(path.name) > steps(named) and (not manifest.is_file() or manifest.stat().st_mtime_ns < written)
+
+    return sorted(found, key=is_of_earlier_run)  # which keeps the order of equals
+
+
 def newest_state(folder: Path) -> tuple[Path, dict] | None:
     """(checkpoint, its state.json) of a checkpoint or the newest of a folder of them, wholeness not looked at; None: there
     is none."""
-    states = [folder / "state.json"] if (folder / "state.json").is_file() else sorted(folder.glob("step-*/state.json"))
-    for path in reversed(states):
+    states = [path / "state.json" for path in checkpoints(folder)]
+    for path in [folder / "state.json"] if (folder / "state.json").is_file() else states:
         with contextlib.suppress(FileNotFoundError):  # removed since: a newer one is written
             return path.parent, weights.read_json(path)
     return None

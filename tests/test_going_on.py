@@ -2,6 +2,7 @@
 said. Checkpoints here are their state.json alone."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,21 @@ def test_content_tells_files_apart_by_size_and_by_bytes_anywhere(tmp_path):
     (tmp_path / "b").write_bytes(whole + b"\1")
     assert resume.content([tmp_path / "a"]) != resume.content([tmp_path / "b"])
     assert resume.content([tmp_path / "a", tmp_path / "b"]) != resume.content([tmp_path / "b", tmp_path / "a"])
+
+
+def test_checkpoints_of_an_earlier_run_that_went_further_come_last(tmp_path):
+    """And a million steps come after fewer; one that is newer than `latest`, as a kill between the two leaves it, counts."""
+    for step in (3, 8, 999_999, 1_000_000):
+        (tmp_path / f"step-{step:06d}").mkdir()
+        (tmp_path / f"step-{step:06d}" / "manifest.json").write_text("{}")
+        os.utime(tmp_path / f"step-{step:06d}" / "manifest.json", (50, 50))
+
+    def order() -> list[int]:
+        return [int(path.name[5:]) for path in resume.checkpoints(tmp_path)]
+
+    assert order() == [1_000_000, 999_999, 8, 3]
+    (tmp_path / "latest").write_text("step-000008")
+    os.utime(tmp_path / "latest", (90, 90))
+    assert order() == [8, 3, 1_000_000, 999_999]
+    os.utime(tmp_path / "step-999999" / "manifest.json", (91, 91))
+    assert order() == [999_999, 8, 3, 1_000_000]
