@@ -1,5 +1,5 @@
-"""What every data loader needs: reading videos and images, resize and crop, the drop report, seeded resumable sampling
-by bucket, and worker processes that hand over one training step at a time.
+"""What every data loader needs: the drop report, seeded resumable sampling by bucket, and worker processes that hand over
+one training step at a time.
 
     sampler = BucketSampler(bucket_of_row, global_batch=8, micro_batch=1, dp_rank=0, dp_size=4, seed=0)
     for step in prefetch(dataset, sampler, start_step=100, end_step=200, workers=4):
@@ -10,13 +10,15 @@ Importing this module does not import torch: data files and options are checked 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,163 +27,14 @@ import numpy as np
 
 from common import processes
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-# ---- reading videos ----
-
-
-class VideoError(Exception):
-    """A file that cannot be decoded in full: missing, corrupt, truncated, or without a video stream."""
-
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(str(path), reason)  # both in args, so that it survives pickling between processes
-        self.path, self.reason = str(path), reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """`frames` that a decoder will show, mean `fps` (0 for a still), height and width after the metadata's rotation."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-
-
-def probe_video(path: str | Path) -> VideoInfo:
-    """Geometry and exact frame count from the container's index and one decoded frame; a still image has 1 frame.
-
-    mp4, mov and avi carry an index, so the file is not read through; others (mkv, webm) are demuxed, not decoded.
-
-    Raises:
-        VideoError: missing, not a video, or truncated. Damage inside later frames shows only when they are read.
-    """
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        height, width, _ = _read_image(path).shape
-        return VideoInfo(1, 0.0, height, width)
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("no video stream")
-            entries = list(stream.index_entries)
-            if stream.frames and len(entries) == stream.frames:
-                end, size = max(e.pos + e.size for e in entries), os.path.getsize(path)
-                if end > size:
-                    raise ValueError(f"truncated: {size} bytes, its index needs {end}")
-                frames = sum(not e.is_discard for e in entries)
-            else:
-                frames = _count_packets(str(path), stream.index)
-            stream.codec_context.thread_count = 1
-            first, rate = next(container.decode(stream)), stream.average_rate or stream.guessed_rate
-            if not frames or not rate or first.pts is None:
-                raise ValueError(f"{frames} frames at {rate} fps, the first at time {first.pts}")
-            height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
-            return VideoInfo(frames, float(rate), height, width)
-    except Exception as error:  # PyAV raises its own errors, OSError, IndexError, StopIteration
-        raise VideoError(path, f"{type(error).__name__}: {error}") from error
-
-
-def _count_packets(path: str, index: int) -> int:
-    import av
-
-    frames, end = 0, 0.0
-    with av.open(path) as container:
-        for packet in container.demux():
-            if packet.size:
-                frames += packet.stream_index == index and not packet.is_discard
-                if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        declared = (container.duration or 0) / 1e6
-    if end < declared - max(1.0, 0.05 * declared):
-        raise ValueError(f"truncated: {end:.1f} s of the declared {declared:.1f} s")
-    return frames
-
-
-def read_frames(
-    path: str | Path, indices: Sequence[int], transform: Callable[[np.ndarray], np.ndarray] | None = None
-) -> np.ndarray:
-    """Frames `indices` (any order, repeats allowed) as RGB uint8 [T, H, W, 3], upright.
-
-    `transform` maps each [H, W, 3] frame as it is decoded, so that 81 frames of 4K (2 GB) never stand in memory.
-
-    PyAV alone decodes, on every host the same pixels. decord, after a seek into an open group of pictures (x265's
-    default), returns other frames than asked for; OpenCV skips damaged frames; neither says so.
-
-    Raises:
-        VideoError: not every frame asked for can be decoded.
-    """
-    info = probe_video(path)
-    wanted, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
-    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= info.frames:
-        raise VideoError(path, f"frames {list(indices)[:3]}… asked for, the file has {info.frames}")
-    try:
-        still = Path(path).suffix.lower() in IMAGE_SUFFIXES
-        source = [_read_image(path)] if still else _decode(str(path), info.frames, wanted.tolist())
-        return np.stack([transform(frame) if transform else frame for frame in source])[places]
-    except Exception as error:
-        raise VideoError(path, f"{type(error).__name__}: {error}") from error
-
-
-def _decode(path: str, count: int, indices: list[int]) -> Iterator[np.ndarray]:
-    """The frames of a sorted list of indices. One thread: DataLoader workers are the parallelism."""
-    import av
-
-    with av.open(path) as container:
-        stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1
-        shown = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard)  # index -> timestamp
-        if len(shown) != count:
-            raise ValueError(f"{len(shown)} of {count} frames")
-        # 16 frames early (the most that codecs reorder): frames leading the keyframe of an open GOP are lost by a seek
-        container.seek(shown[max(0, indices[0] - 16)], stream=stream)
-        frames = container.decode(stream)
-        for index in indices:
-            frame = next((f for f in frames if f.pts >= shown[index]), None)
-            if frame is None or frame.is_corrupt or frame.pts != shown[index]:
-                raise ValueError(f"frame {index} is damaged or missing")
-            # the display matrix is left to us; its angle is counter-clockwise
-            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-
-
-def _read_image(path: str | Path) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:
-        raise VideoError(path, f"{type(error).__name__}: {error}") from error
-
-
-def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, height, width, 3]: scaled to cover (area down, bicubic up), then centre-cropped."""
-    import cv2
-
-    cv2.setNumThreads(0)  # its thread pool does not survive the fork of a DataLoader worker
-    old_height, old_width = frames.shape[1:3]
-    scale = max(height / old_height, width / old_width)
-    new_height, new_width = max(height, round(old_height * scale)), max(width, round(old_width * scale))
-    top, left = (new_height - height) // 2, (new_width - width) // 2
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    scaled = (cv2.resize(frame, (new_width, new_height), interpolation=how) for frame in frames)
-    return np.stack([frame[top : top + height, left : left + width] for frame in scaled])
-
-
 # ---- the drop report ----
 
 
 class DropReport:
     """Rows left out, each with a reason. Nothing is dropped without being counted, named and written down."""
 
-    def __init__(self) -> None:
-        self.drops: list[dict[str, str]] = []
+    def __init__(self, drops: Sequence[dict[str, str]] = ()) -> None:
+        self.drops = list(drops)
 
     def add(self, reason: str, where: str, detail: str = "") -> None:
         """`where` finds the row again: `data.jsonl:17` or a path."""
@@ -193,13 +46,17 @@ class DropReport:
         """Drops per reason, the most frequent first."""
         return dict(Counter(drop["reason"] for drop in self.drops).most_common())
 
-    def __str__(self) -> str:
+    @property
+    def reasons(self) -> str:
+        """Each with its count and its first row."""
         first = {drop["reason"]: drop for drop in reversed(self.drops)}
-        parts = [
+        return ", ".join(
             f"{count} {reason} (first: {' '.join(filter(None, (first[reason]['where'], first[reason]['detail'])))})"
             for reason, count in self.counts.items()
-        ]
-        return f"dropped {len(self.drops)} rows" + (": " + ", ".join(parts) if parts else "")
+        )
+
+    def __str__(self) -> str:
+        return f"dropped {len(self.drops)} rows" + (f": {self.reasons}" if self.drops else "")
 
     def check(self, total: int, max_drop: float = 0.05) -> None:
         """Raises ValueError when more than the fraction `max_drop` of `total` rows was dropped, or no row is left."""
@@ -209,17 +66,50 @@ class DropReport:
                 f"{self}, of {total}; expected at most {max_drop:.1%} and one row left; fix: these rows, or --max-drop"
             )
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `drops.jsonl`: a summary line, then a line a drop."""
+    def save(self, folder: str | Path, name: str = "drops.jsonl") -> None:
+        """Writes a file of a summary line, then a line a drop."""
         summary = {"kind": "summary", "dropped": len(self.drops), "reasons": self.counts}
-        write_lines(Path(folder) / "drops.jsonl", [summary, *({"kind": "drop", **drop} for drop in self.drops)])
+        write_lines(Path(folder) / name, [summary, *({"kind": "drop", **drop} for drop in self.drops)])
 
-    @staticmethod
-    def append(folder: str | Path, reason: str, where: str, detail: str = "") -> None:
-        """Adds one drop found while training; one short write, so that workers of many ranks may share the file."""
-        line = json.dumps({"kind": "drop", "reason": reason, "where": where, "detail": detail})
-        with open(Path(folder) / "drops.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    @classmethod
+    def load(cls, path: str | Path) -> DropReport:
+        """Of a file by `save` and `note_drops`; none, if there is no file. A line that a killed process left unfinished is
+        passed over."""
+        drops = []
+        for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).is_file() else ():
+            try:
+                drop = json.loads(line)
+            except ValueError:
+                continue
+            if drop.pop("kind") == "drop":
+                drops.append(drop)
+        return cls(drops)
+
+
+def note_drops(path: Path, found: Sequence[dict], rows: int, max_drop: float) -> None:
+    """Adds drops that decoding found, as `DropReport` has them and with their `file`, to the file of a run's drops: each
+    once, however many epochs, processes and nodes that share the folder come upon it, and prints those that are new.
+
+    Raises:
+        ValueError: as `check_drops`.
+    """
+    known = {(drop["where"], drop.get("file")) for drop in DropReport.load(path).drops}
+    new = [drop for drop in found if (drop["where"], drop["file"]) not in known]
+    if new:
+        whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+        lines = "".join(json.dumps({"kind": "drop", **drop}) + "\n" for drop in new)
+        with open(path, "a", encoding="utf-8") as file:  # one short write, so that the ranks' lines do not mix
+            file.write(lines if whole else "\n" + lines)
+    for drop in new:
+        print(f"dropped {drop['where']}: {drop['reason']}: {drop['detail']}", flush=True)
+    check_drops(path, rows, max_drop)
+
+
+def check_drops(path: Path, rows: int, max_drop: float) -> DropReport:
+    """The drops of a run, before it went over `rows` and on its way. ValueError: more than the fraction `max_drop`."""
+    report = DropReport.load(path)
+    report.check(rows + sum("file" not in drop for drop in report.drops), max_drop)
+    return report
 
 
 def partial_name(path: Path) -> Path:
@@ -342,11 +232,22 @@ class _MicroBatches:
             raise RuntimeError(f"reading rows {rows} ({files}) failed: {type(error).__name__}: {error}") from error
 
 
-def _start(worker: int) -> None:
+def start_decoding(worker: int) -> None:
     """What a decoding process does first. It ends with its rank. torchrun signals a rank's whole process group, though, and
     a decoding process that died of it would take the checkpoint along: so it has a group of its own."""
     processes.die_with(multiprocessing.parent_process().pid)
     os.setpgrp()
+
+
+@contextlib.contextmanager
+def inheritance_kept() -> Iterator[None]:
+    """Processes that are forked inside never collect the garbage they inherit: the end of a scaler or codec would wait for
+    its threads, which did not come along."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def prefetch(
@@ -372,17 +273,17 @@ def prefetch(
     steps = range(start_step, end_step)
     shares = ((step, sampler.micro_batches(step)[share[0] :: share[1]]) for step in steps)
     tasks = ((rows, sampler.epoch(step)) for step, micro_batches in shares for rows in micro_batches)
-    loader = iter(
-        DataLoader(
-            _MicroBatches(dataset),
-            batch_size=None,
-            sampler=tasks,
-            num_workers=workers,
-            prefetch_factor=ahead if workers else None,
-            timeout=timeout if workers else 0,
-            worker_init_fn=_start,
-            generator=Generator(),  # else it draws its base seed from the training's random state
-        )
+    loader = DataLoader(
+        _MicroBatches(dataset),
+        batch_size=None,
+        sampler=tasks,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        timeout=timeout if workers else 0,
+        worker_init_fn=start_decoding,
+        generator=Generator(),  # else it draws its base seed from the training's random state
     )
+    with inheritance_kept():
+        loader = iter(loader)
     for step in steps:
         yield Step(step, sampler.batch(step)[0], taken, [next(loader) for _ in taken])

@@ -38,6 +38,19 @@ def one_rank(request, tmp_path_factory):
         parallel.shutdown()
 
 
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of whole videos whose frames show their numbers."""
+    from video_case import clip
+
+    folder = tmp_path_factory.mktemp("clips")
+    clip(folder / "fast.mp4", frames=120, faststart=True)
+    clip(folder / "a.mp4", frames=60)
+    clip(folder / "b.mp4", frames=40)
+    clip(folder / "c.mp4", frames=50, fps=16)
+    return folder
+
+
 def pytest_sessionfinish():
     import ranks
 

@@ -13,7 +13,7 @@ import wan_case as case
 from ranks import run_ranks
 from scipy.linalg import sqrtm
 
-from common.data import probe_video, read_frames
+from common.video import probe_video, read_frames
 
 scores = importlib.import_module(f"zoo.{case.RECIPE}.scores")
 evaluate = importlib.import_module(f"zoo.{case.RECIPE}.evaluate")

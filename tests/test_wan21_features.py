@@ -64,6 +64,8 @@ def test_features_train_as_online_does_without_the_encoders(clips, folder, tmp_p
     bare = tmp_path / "bare"
     shutil.copytree(DEMO, bare, ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
     online = trained(tmp_path / "online", "--data", clips, *SHAPES)
+    drops = [json.loads(line) for line in (tmp_path / "online" / "drops.jsonl").read_text().splitlines()]
+    assert [(d["reason"], d["where"]) for d in drops[1:]] == [("corrupt video (decode)", "train.jsonl:6")]
     for name, weights in (("features", DEMO), ("bare", bare)):
         got = trained(tmp_path / name, "--features", folder, "--weights", weights)
         assert got.keys() == online.keys()
@@ -123,6 +125,16 @@ def test_a_damaged_shard_is_named(folder, tmp_path):
     dataset.fetch([0])
     with pytest.raises(ValueError, match="00001.safetensors is damaged .*; fix: delete it and run extract_features.sh"):
         dataset.fetch([3])
+
+
+@pytest.mark.parametrize("script", ["train", "extract"])
+def test_drops_while_decoding_count_against_max_drop(clips, tmp_path, script):
+    options = ["--data", clips, *SHAPES, "--out", tmp_path, "--workers", "0", "--max-drop", "0.05"]
+    options += ["--global-batch", "4", "--steps", "5"] if script == "train" else []
+    with pytest.raises(
+        AssertionError, match=r"ValueError: dropped 1 rows: 1 corrupt video \(decode\) .*, of 13; .*--max-drop"
+    ):
+        run_ranks(1, case.job, script, *options)
 
 
 WRONG = {

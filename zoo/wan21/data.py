@@ -8,12 +8,13 @@ Formats (`--data`), paths relative to the list's own folder:
     data.txt       folder,videos.json      a line per data set, paths relative to the folder      (MindSpeed-MM)
 
 The path may also be called "video", "file_path" or "file_name", the caption "caption", "text" or "prompt"; of several of
-these the first counts. Other keys are ignored; size, rate and length are measured, not believed. A still image is a video of one frame.
+these the first counts. Other keys are ignored; size, times and length are measured, not believed. A still image is a video
+of one frame, an animated one (WebP, PNG, GIF) a video.
 
 Bucket rule: a video goes to the nearest aspect ratio (5 % further counts as equal) among the buckets it has enough
-frames for, of those to the longest; it is resampled to the training rate by the nearest earlier frame (a lower rate
-repeats frames), and the centre window is scaled to cover and centre-cropped. A global batch holds one bucket, so its
-shapes are equal on every rank.
+frames for, of those to the longest; it is resampled to the training rate by the last frame shown at or before each
+moment (a lower rate repeats frames, a variable one is followed), and the centre window is scaled to cover and
+centre-cropped. A global batch holds one bucket, so its shapes are equal on every rank.
 `--buckets auto:81x480x832` makes the buckets: of each usual aspect ratio the shape with sides in multiples of 16 that
 loses least of 480*832 pixels, in lengths of 81 frames and 16 (1 s) fewer each, down to stills.
 The cost: 81 frames at 16 fps show 5.06 s, and the rest of a longer video is never seen; a 16:9 video in 832x480 loses
@@ -27,6 +28,7 @@ Reading the lists and choosing buckets works without torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -41,17 +43,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data import (
-    DropReport,
+from common.data import DropReport, partial_name, write_lines
+from common.records import BadRow, read_csv, read_json, read_lines
+from common.video import (
     VideoError,
     VideoInfo,
-    partial_name,
     probe_video,
     read_frames,
+    resampled_length,
     resize_crop,
-    write_lines,
 )
-from common.records import BadRow, read_csv, read_json, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,19 +239,9 @@ def auto_buckets(text: str, split: int = 1) -> list[Bucket]:
     return [Bucket(frames, *shape) for shape in best for frames in lengths]
 
 
-def frame_step(fps: float, train_fps: float | None) -> float:
-    """Source frames per training frame; 1 for a still (fps 0), and for 23.976 and 24, lest a frame be shown twice."""
-    return 1.0 if not fps or train_fps is None or abs(fps - train_fps) < 0.1 else fps / train_fps
-
-
-def resampled_length(frames: int, step: float) -> int:
-    """Training frames in `frames` source frames; a rate below the training rate repeats frames."""
-    return math.ceil(frames / step - 1e-6)
-
-
 def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket], fps: float | None) -> int | str:
     """Number of the bucket, or the reason why none fits."""
-    frames = resampled_length(info.frames, frame_step(info.fps, fps))
+    frames = resampled_length(info, fps)
     long_enough = [i for i, bucket in enumerate(buckets) if bucket.frames <= frames]
     aspect = {i: abs(math.log(info.width / info.height * buckets[i].height / buckets[i].width)) for i in long_enough}
     if not aspect:
@@ -266,7 +257,8 @@ def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket], fps: float | None)
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A video that passed the scan; `size` (bytes) and `mtime_ns` as they were then."""
+    """A video that passed the scan; `size` (bytes) and `mtime_ns` as they were then, `frames`, `fps` and `duration` as in
+    `VideoInfo`."""
 
     path: str
     caption: str
@@ -276,6 +268,7 @@ class IndexRow:
     fps: float
     size: int
     mtime_ns: int
+    duration: float | None = None
 
 
 @dataclass(frozen=True)
@@ -301,15 +294,19 @@ class Index:
 
 
 def scan(
-    rows: Sequence[Row], buckets: Sequence[Bucket], fps: float | None, report: DropReport, workers: int = 8
+    rows: Sequence[Row],
+    buckets: Sequence[Bucket],
+    fps: float | None,
+    report: DropReport,
+    workers: int = 8,
 ) -> Index:
     """Measures every file in `workers` threads and gives it a bucket; the order of `rows` is kept."""
     from tqdm import tqdm
 
-    def probe(row: Row) -> tuple[VideoInfo, int, int] | Exception:
+    def probe(row: Row) -> tuple[VideoInfo, os.stat_result] | Exception:
         try:
             stat = os.stat(row.path)
-            return probe_video(row.path), stat.st_size, stat.st_mtime_ns
+            return probe_video(row.path), stat
         except (VideoError, OSError) as error:  # OSError: gone since the list was read
             return error
 
@@ -320,15 +317,17 @@ def scan(
             if isinstance(result, Exception):
                 report.add("corrupt video", row.where, str(result))
                 continue
-            info, size, mtime = result
+            info, stat = result
             bucket = choose_bucket(info, buckets, fps)
             if isinstance(bucket, str):
-                shape = f"{info.frames} frames at {info.fps:.2f} fps of {info.height}x{info.width}"
-                report.add(bucket, row.where, f"{row.path}: {shape}")
+                rate = f"{info.fps:.2f} fps" if info.duration is None else f"a variable rate in {info.duration:.2f} s"
+                report.add(
+                    bucket, row.where, f"{row.path}: {info.frames} frames at {rate} of {info.height}x{info.width}"
+                )
                 continue
-            kept.append(
-                IndexRow(**asdict(row), bucket=bucket, frames=info.frames, fps=info.fps, size=size, mtime_ns=mtime)
-            )
+            measured = {"frames": info.frames, "fps": info.fps, "duration": info.duration}
+            facts = {"bucket": bucket, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            kept.append(IndexRow(**asdict(row), **facts, **measured))
     return Index(kept, list(buckets), fps)
 
 
@@ -338,7 +337,7 @@ def fill(index: Index, global_batch: int) -> str:
     for number, bucket in enumerate(index.buckets):
         rows = [row for row in index.rows if row.bucket == number]
         if rows:
-            there = sum(resampled_length(row.frames, frame_step(row.fps, index.fps)) for row in rows)
+            there = sum(resampled_length(row, index.fps) for row in rows)
             used, given = used + len(rows) * bucket.frames, given + there
             few = f"; fewer than a batch of {global_batch}, which repeats some" if len(rows) < global_batch else ""
             lines.append(f"  {bucket}: {len(rows)} videos, {len(rows) * bucket.frames} of {there} frames{few}")
@@ -346,7 +345,11 @@ def fill(index: Index, global_batch: int) -> str:
 
 
 def scan_pairs(
-    rows: Sequence[Row], buckets: Sequence[Bucket], fps: float | None, report: DropReport, workers: int = 8
+    rows: Sequence[Row],
+    buckets: Sequence[Bucket],
+    fps: float | None,
+    report: DropReport,
+    workers: int = 8,
 ) -> Index:
     """`scan` of the rows of `read_pairs`: the pairs both of whose videos go to one bucket, two rows after another."""
     found = scan(rows, buckets, fps, report, workers)
@@ -378,13 +381,11 @@ class VideoTextDataset:
         *,
         cache_dir: str | Path | None = None,
         encoder: str = "",
-        run_dir: str | Path | None = None,
         random_start: int | None = None,
     ):
         """
         Args:
             encoder: names whatever decides the cached tensors besides the data (VAE, text encoder, precision).
-            run_dir: where videos that fail while decoding are added to drops.jsonl.
             random_start: a seed; the window then starts at random by (seed, epoch, row), not in the centre.
         """
         if cache_dir is not None and random_start is not None:
@@ -392,11 +393,10 @@ class VideoTextDataset:
                 "a cache and random starts; expected one of them, a cached video has one window; fix: --cache"
             )
         self.index, self.encoder, self.random_start = index, encoder, random_start
-        self.cache_dir, self.run_dir = cache_dir and Path(cache_dir), run_dir
+        self.cache_dir = cache_dir and Path(cache_dir)
         self._bucket_rows: dict[int, list[int]] = {}
         for row, entry in enumerate(index.rows):
             self._bucket_rows.setdefault(entry.bucket, []).append(row)
-        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.index.rows)
@@ -413,34 +413,37 @@ class VideoTextDataset:
         except OSError:
             state = (entry.size, entry.mtime_ns)
         bucket = str(self.index.buckets[entry.bucket])
-        parts = [entry.path, *state, entry.caption, bucket, self.index.fps, self.encoder]
+        parts = [entry.path, *state, entry.caption, bucket, self.index.fps, self.encoder, "frames by time"]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
         """A micro-batch of rows of one bucket.
 
-        Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache), and either
-        `latents` fp32 [B, 16, f, h, w], `text` [B, longest n, D] and whatever else was stored with them (what
-        image-to-video is conditioned on) or `pixels` uint8 [B, 3, F, H, W]; the others are None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever
-        encodes them always encodes the same batch, and a resumed run gets the same bits.
+        Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache), `dropped` (rows
+        that could not be decoded: why), and either `latents` fp32 [B, 16, f, h, w], `text` [B, longest n, D] and whatever
+        else was stored with them (what image-to-video is conditioned on) or `pixels` uint8 [B, 3, F, H, W]; the others are
+        None. Cached tensors are returned only if every row has them: else all rows are decoded, so that whoever encodes
+        them always encodes the same batch, and a resumed run gets the same bits.
         """
         from torch import from_numpy, stack
         from torch.nn.utils.rnn import pad_sequence
 
         keys = [self.key(row) for row in rows] if self.cache_dir else None
         cached = load_cached(self.cache_dir, keys) if keys else None
-        batch = {"rows": list(rows), "keys": keys, "pixels": None, "latents": None, "text": None}
+        batch = {"rows": list(rows), "keys": keys, "dropped": {}, "pixels": None, "latents": None, "text": None}
         if cached is not None:
             batch |= {name: stack([c[name] for c in cached]) for name in cached[0] if name != "text"}
             batch["text"] = pad_sequence([c["text"] for c in cached], batch_first=True)
         else:
-            batch["rows"], pixels = map(list, zip(*(self._read_or_next(row, epoch) for row in rows), strict=True))
+            read = [self._read_or_next(row, epoch, batch["dropped"]) for row in rows]
+            batch["rows"], pixels = map(list, zip(*read, strict=True))
             batch["pixels"] = from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).contiguous()  # -> B 3 F H W
             batch["keys"] = keys and [self.key(row) for row in batch["rows"]]
         return batch | {"captions": [self.index.rows[row].caption for row in batch["rows"]]}
 
-    def _read_or_next(self, row: int, epoch: int) -> tuple[int, np.ndarray]:
-        """The row, or the next of its bucket that can be decoded, and its pixels uint8 [F, H, W, 3]."""
+    def _read_or_next(self, row: int, epoch: int, dropped: dict[int, str]) -> tuple[int, np.ndarray]:
+        """The row, or the next of its bucket that can be decoded, and its pixels uint8 [F, H, W, 3]; `dropped` gets those
+        that cannot."""
         same = self._bucket_rows[self.index.rows[row].bucket]
         start = bisect_left(same, row)
         for turn in range(min(len(same), MAX_REPLACED)):
@@ -448,29 +451,31 @@ class VideoTextDataset:
             try:
                 return candidate, self.read(candidate, epoch)
             except VideoError as error:
-                self.report(candidate, error)
-                last = error
+                dropped[candidate] = last = str(error)
         raise ValueError(
             f"{turn + 1} of the {len(same)} videos of bucket {self.index.buckets[self.index.rows[row].bucket]} fail one "
             f"after another, the last is {last}; expected readable files; fix: these files, then delete the run's index"
         )
 
-    def report(self, row: int, error: VideoError) -> None:
-        """Adds a row that cannot be decoded to the run's drops, once."""
-        if row not in self._reported and self.run_dir is not None:
-            DropReport.append(self.run_dir, "corrupt video (decode)", self.index.rows[row].where, str(error))
-        self._reported.add(row)
-
     def read(self, row: int, epoch: int = 0) -> np.ndarray:
         """Pixels uint8 [F, H, W, 3] of a row's window. VideoError: it cannot be decoded."""
         entry = self.index.rows[row]
-        bucket, step = self.index.buckets[entry.bucket], frame_step(entry.fps, self.index.fps)
-        spare = resampled_length(entry.frames, step) - bucket.frames
+        bucket, fps = self.index.buckets[entry.bucket], self.index.fps
+        spare = resampled_length(entry, fps) - bucket.frames
         start = spare // 2
         if self.random_start is not None:
             start = int(np.random.default_rng([self.random_start, epoch, row]).integers(spare + 1))
-        indices = [int((start + i) * step + 1e-6) for i in range(bucket.frames)]
-        return read_frames(entry.path, indices, lambda f: resize_crop(f[None], bucket.height, bucket.width)[0])
+        window = range(start, start + bucket.frames)
+        fitted = functools.partial(resize_crop, height=bucket.height, width=bucket.width)
+        return read_frames(entry.path, window, lambda frame: fitted(frame[None])[0], fps)
+
+    def drops(self, dropped: dict[int, str]) -> list[dict]:
+        """For `note_drops`: rows that could not be decoded, and why."""
+        return [self._drop(row, "corrupt video (decode)", why) for row, why in dropped.items()]
+
+    def _drop(self, row: int, reason: str, detail: str) -> dict:
+        entry = self.index.rows[row]
+        return {"reason": reason, "where": entry.where, "detail": detail, "file": entry.path}
 
 
 class PairDataset(VideoTextDataset):
@@ -485,14 +490,22 @@ class PairDataset(VideoTextDataset):
     def fetch(self, pairs: Sequence[int], epoch: int = 0) -> dict[str, Any]:
         """As `VideoTextDataset.fetch`: the chosen videos of all pairs, then the rejected ones. For a pair that cannot be
         decoded the next of its bucket stands in."""
+        dropped = {}
         for _ in range(MAX_REPLACED):
             wanted = [2 * pair for pair in pairs] + [2 * pair + 1 for pair in pairs]
             batch = super().fetch(wanted, epoch)
+            dropped |= batch["dropped"]
             damaged = {row // 2 for row, read in zip(wanted, batch["rows"], strict=True) if row != read}
             if not damaged:
-                return batch
+                return batch | {"dropped": dropped}
             pairs = [self._next(pair) if pair in damaged else pair for pair in pairs]
         raise ValueError(f"{MAX_REPLACED} pairs of {self.where(pairs[0])} on cannot be decoded; fix: these files")
+
+    def drops(self, dropped: dict[int, str]) -> list[dict]:
+        """As `VideoTextDataset.drops`, each with the other video of its pair."""
+        others = [row ^ 1 for row in dropped if row ^ 1 not in dropped]
+        lost = [self._drop(row, "other of a pair dropped", self.index.rows[row].path) for row in others]
+        return super().drops(dropped) + lost
 
     def _next(self, pair: int) -> int:
         same = self._bucket_rows[self.index.rows[2 * pair].bucket]

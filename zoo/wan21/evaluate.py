@@ -84,7 +84,7 @@ def clip(clips: data.Index, place: int) -> np.ndarray:
     """uint8 [F, H, W, 3]. ValueError: it cannot be decoded."""
     batch = data.VideoTextDataset(clips).fetch([place])
     if batch["rows"] != [place]:  # training would go on with the next one
-        raise ValueError(f"{clips.rows[place].path} cannot be decoded in full; fix: take it out of --data or --videos")
+        raise ValueError(f"cannot decode {batch['dropped'][place]}; fix: take it out of --data or --videos")
     return batch["pixels"][0].permute(1, 2, 3, 0).numpy()
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import cli, jsonl, parallel, weights
-from common.data import DropReport, VideoError
+from common.data import check_drops, inheritance_kept, note_drops, start_decoding
+from common.video import VideoError
 
 from . import data, features
 from .config import model_config
@@ -28,17 +29,16 @@ from .train import indexed
 
 
 class Decoded:
-    """What worker processes do: pixels uint8 [1, 3, F, H, W] of a row, or None where it cannot be decoded."""
+    """What worker processes do: pixels uint8 [1, 3, F, H, W] of a row, or why it cannot be decoded."""
 
     def __init__(self, dataset: data.VideoTextDataset):
         self.dataset = dataset
 
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None]:
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | str]:
         try:
             pixels = torch.from_numpy(self.dataset.read(row))  # [F, H, W, 3]
         except VideoError as error:
-            self.dataset.report(row, error)
-            return row, None
+            return row, str(error)
         return row, pixels.permute(3, 0, 1, 2).unsqueeze(0).contiguous()
 
 
@@ -56,17 +56,24 @@ def missing_shards(o: ExtractOptions, rows: int) -> list[range]:
 
 
 def extract(o: ExtractOptions, index: data.Index, shards: list[range]) -> Iterator[int]:
-    """Makes and writes these shards; yields each row when it is done."""
+    """Makes and writes these shards; yields each row when it is done. ValueError: too many cannot be decoded."""
     frozen = Encoders(o.weights, model_config(o), o.precision, o.vae_tiling)
     if dist.get_rank() == 0:
         empty = data.without_padding(frozen.text.encode([""])[0])
         features.write_tensors(o.out / "empty.safetensors", {"text": empty})
-    dataset = Decoded(data.VideoTextDataset(index, run_dir=o.out))
+    dataset = data.VideoTextDataset(index)
     last = {shard[-1] for shard in shards}
     tensors: dict[str, torch.Tensor] = {}
-    loader = DataLoader(dataset, batch_size=None, sampler=[r for s in shards for r in s], num_workers=o.workers)
+    order = [row for shard in shards for row in shard]
+    loader = DataLoader(
+        Decoded(dataset), batch_size=None, sampler=order, num_workers=o.workers, worker_init_fn=start_decoding
+    )
+    with inheritance_kept():
+        loader = iter(loader)
     for row, pixels in loader:
-        if pixels is not None:
+        if isinstance(pixels, str):
+            note_drops(o.out / "drops.jsonl", dataset.drops({row: pixels}), len(index.rows), o.max_drop)
+        else:
             latents, text, condition = frozen.encode(pixels, [index.rows[row].caption])
             tensors[f"{row}.text"] = data.without_padding(text[0])
             for name, value in ({"latents": latents} | condition).items():
@@ -77,8 +84,8 @@ def extract(o: ExtractOptions, index: data.Index, shards: list[range]) -> Iterat
         yield row
 
 
-def write_manifest(o: ExtractOptions, index: data.Index) -> DropReport:
-    """Lists the shards and counts, from what they really hold, the rows that have no features."""
+def write_manifest(o: ExtractOptions, index: data.Index) -> list[int]:
+    """Lists the shards and, from what they really hold, the rows that have no features, which it returns."""
     paths, present = sorted((o.out / "shards").glob("*.safetensors")), set()
     names: set[str] = set()
     for path in paths:
@@ -86,13 +93,10 @@ def write_manifest(o: ExtractOptions, index: data.Index) -> DropReport:
             keys = [key.partition(".") for key in file.keys()]  # noqa: SIM118  (it is no dict)
         present |= {int(row) for row, _, _ in keys}
         names |= {name for _, _, name in keys}
-    missing, report = sorted(set(range(len(index.rows))) - present), DropReport()
-    for row in missing:
-        report.add("corrupt video (decode)", index.rows[row].where, index.rows[row].path)
-    report.check(len(index.rows), o.max_drop)
+    missing = sorted(set(range(len(index.rows))) - present)
     values = {"rows_of_shard": o.rows_of_shard, "rows": len(index.rows), "missing": missing, "tensors": sorted(names)}
     features.write_json(o.out / "manifest.json", values | {"shards": {p.name: p.stat().st_size for p in paths}})
-    return report
+    return missing
 
 
 def main() -> None:
@@ -115,8 +119,9 @@ def main() -> None:
         pass
     dist.barrier()
     if rank == 0:
-        report = write_manifest(o, index)
-        print(f"{report}\nfeatures    {o.out}: {len(index.rows) - len(report.drops)} videos", flush=True)
+        report = check_drops(o.out / "drops.jsonl", len(index.rows), o.max_drop)
+        there = len(index.rows) - len(write_manifest(o, index))
+        print(f"{report}\nfeatures    {o.out}: {there} videos", flush=True)
     dist.barrier()
     parallel.shutdown()
 

@@ -179,6 +179,7 @@ class FeatureDataset:
                 ) from error
         return {
             "rows": found, "captions": [self.index.rows[row].caption for row in found], "keys": None, "pixels": None,
+            "dropped": {},  # those were counted when the features were made
         } | {name: stack(tensors) for name, tensors in read.items() if name != "text"} | {
             "text": pad_sequence(read["text"], batch_first=True)
         }  # fmt: skip

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import VideoError, VideoInfo, probe_video, read_frames, resize_crop
 from common.records import read_prompts
+from common.video import VideoError, VideoInfo, probe_video, read_frames, resampled_length, resize_crop
 
-from .data import Bucket, frame_step, resampled_length
+from .data import Bucket
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check(requests: list[Request], bucket: Bucket, fit: str) -> None:
 def check_clip(path: Path, bucket: Bucket, fps: float, fit: str) -> None:
     """A video to start from is there, can be shown in the shape, and at `fps` is long enough. ValueError: it is not."""
     info = _shape(path, bucket, fit, "--video-in")
-    length = resampled_length(info.frames, frame_step(info.fps, fps or None))
+    length = resampled_length(info, fps or None)
     if length < bucket.frames:
         raise ValueError(
             f"--video-in {path}: {length} frames at {fps or info.fps:g} fps ({info.frames} at {info.fps:g}); expected "
@@ -95,9 +95,7 @@ def _shape(path: Path, bucket: Bucket, fit: str, flags: str) -> VideoInfo:
 
 def clip(path: Path, bucket: Bucket, fps: float, fit: str) -> np.ndarray:
     """The first frames of a video, at `fps` (0: its own), as uint8 [F, H, W, 3] of the bucket."""
-    step = frame_step(probe_video(path).fps, fps or None)
-    indices = [int(i * step + 1e-6) for i in range(bucket.frames)]
-    return read_frames(path, indices, lambda image: fitted(image, bucket, fit))
+    return read_frames(path, range(bucket.frames), lambda image: fitted(image, bucket, fit), fps or None)
 
 
 def frame(path: Path, index: int, bucket: Bucket, fit: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from common import cli, resume, weights
 from common.cli import option
-from common.data import VideoError, probe_video
+from common.video import VideoError, probe_video, resampled_length
 
 from . import adapters, convert, data, features, images
 from .config import (
@@ -743,7 +743,7 @@ def _check_scores(o: EvaluateOptions) -> EvaluateOptions:
         first = probe_video(files[0])
     except VideoError as error:
         raise ValueError(f"{error}; expected a video; fix: --videos") from None
-    frames = data.resampled_length(first.frames, data.frame_step(first.fps, o.fps or None))
+    frames = resampled_length(first, o.fps or None)
     return o if o.video else dataclasses.replace(o, video=f"{frames}x{first.height}x{first.width}")
 
 

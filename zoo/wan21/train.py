@@ -27,7 +27,8 @@ from megatron.core import parallel_state as mpu
 
 from common import checkpoint, cli, lora, parallel, resume
 from common import train as loop
-from common.data import BucketSampler, Step, prefetch, probe_video, read_frames
+from common.data import BucketSampler, Step, check_drops, note_drops, prefetch
+from common.video import probe_video, read_frames
 
 from . import convert, data, features, images, preference
 from .config import WanConfig, latent_grid, model_config
@@ -39,6 +40,7 @@ from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse, run_fact
 from .videos import write
 
 SAMPLE_BATCH = 16
+HELD_OUT = ("held-out.jsonl", "held-out-drops.jsonl")  # the index of --validation, and what it leaves out
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -141,8 +143,8 @@ def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Mod
 class Batches:
     """Steps of encoded micro-batches for this rank, from the user's videos."""
 
-    def __init__(self, o: TrainOptions, config: WanConfig, index: data.Index):
-        self.o, self.config, self.index = o, config, index
+    def __init__(self, o: TrainOptions, config: WanConfig, index: data.Index, drops: str = "drops.jsonl"):
+        self.o, self.config, self.index, self.drops = o, config, index, o.out / drops
         self.device = device.current()
         self.videos = 2 if o.job == "dpo" else 1  # of a unit of the data, which a pair is
         self.sampler = BucketSampler(
@@ -161,7 +163,7 @@ class Batches:
         else:
             encoder = " ".join(features.encoders(o, config).values())
             kind = data.PairDataset if o.job == "dpo" else data.VideoTextDataset
-            self.dataset = kind(index, cache_dir=o.cache, encoder=encoder, run_dir=o.out)
+            self.dataset = kind(index, cache_dir=o.cache, encoder=encoder)
             self.empty = self.encoders.text.encode([""])[0]
 
     def __call__(self, start: int, end: int | None = None) -> Iterator[Step]:
@@ -177,6 +179,9 @@ class Batches:
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
         mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
+        for batch in mine.values():
+            if batch["dropped"]:
+                note_drops(self.drops, self.dataset.drops(batch["dropped"]), len(self.index.rows), self.o.max_drop)
         shape = (self.o.micro_batch, self.config.out_dim, *latent_grid(self.index.buckets[loaded.bucket]))
         batches = []
         for i in range(self.o.micro_batches):
@@ -216,9 +221,10 @@ class Batches:
         return F.pad(text.to(self.device), (0, 0, 0, self.config.text_len - text.shape[-2]))
 
 
-def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.Index:
+def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl", drops: str = "drops.jsonl") -> data.Index:
     """The run's index of a list of videos: made by rank 0 once, then read by all, also after a resume. One that is kept
-    of another list, other buckets or another rate, and that no checkpoint was trained on, is made again."""
+    of another list, other buckets or another rate, and that no checkpoint was trained on, is made again. drops: where the
+    rows left out are listed."""
     path = o.out / name
     if getattr(o, "features", None):
         index = o.features / "index.jsonl"
@@ -228,6 +234,7 @@ def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.In
         if dist.get_rank() == 0:
             o.out.mkdir(parents=True, exist_ok=True)
             shutil.copy(index, path)
+            print(check_drops(o.features / drops, len(data.Index.load(index).rows), o.max_drop), flush=True)
         return data.Index.load(index)
     if dist.get_rank() == 0 and not _still_holds(path, source, o):
         read, scan = (
@@ -236,7 +243,7 @@ def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl") -> data.In
         rows, report = read(source)
         index = scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
         o.out.mkdir(parents=True, exist_ok=True)
-        report.save(o.out)
+        report.save(o.out, drops)
         print(report, flush=True)
         report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
         print(data.fill(index, o.global_batch), flush=True)
@@ -422,7 +429,7 @@ def main() -> None:
     elif finished and dist.get_rank() == 0:
         print(f"note: no samples: {o.weights} has no VAE and text encoder; see infer_t2v.sh", flush=True)
     if finished and o.job == "dpo" and o.validation:
-        pairs = Batches(o, config, indexed(o, o.validation, "held-out.jsonl"))
+        pairs = Batches(o, config, indexed(o, o.validation, *HELD_OUT), HELD_OUT[1])
         found = preference.held_out(o, pairs, wrapped, reference, sequence_length)
         if dist.get_rank() == 0:
             (o.out / "held-out.json").write_text(json.dumps(found, indent=2))

@@ -107,7 +107,7 @@ def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float | in
 def read_mp4(path: Path) -> np.ndarray:
     """(T, H, W, 3) uint8."""
     with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
 
 
 def read_clips(data: Path, split: str) -> tuple[list[np.ndarray], list[str]]:
