@@ -5,7 +5,7 @@
 
 Frame number n at a rate is the last one whose timestamp is at or before n / rate, counted from the first frame shown.
 PyAV decodes, on every host the same pixels: OpenCV skips damaged frames, and decord returns wrong ones after a seek into
-an open group of pictures; neither says so.
+an open group of pictures; neither says so. decord is therefore only let to files that `decord_refusal` passes.
 
 Importing this module imports neither torch nor a decoder.
 """
@@ -139,13 +139,15 @@ def _time(packet: Any) -> int | None:
 class _Shown:
     """The frames of a stream: number k is shown from `times[k]` (ticks, sorted) on, the last one for `last` (0: unknown).
 
-    `labelled`: a decoded frame says which it is; else they only come in this order.
+    `labelled`: a decoded frame says which it is; else they only come in this order. `open_groups`: some that are shown
+    before a keyframe stand behind it, so that a seek to it loses them.
     """
 
     times: list[int]
     last: int
     tick: float  # seconds
     labelled: bool
+    open_groups: bool
 
 
 def _shown(packets: Iterable[Any], tick: float) -> _Shown:
@@ -155,14 +157,17 @@ def _shown(packets: Iterable[Any], tick: float) -> _Shown:
     Raises:
         ValueError: there is no frame, or one has no timestamp.
     """
-    found, first, labelled = [], None, True
+    found, first, key, labelled, open_groups = [], None, None, True, False
     for packet in packets:
-        if not packet.size or packet.is_discard or (first is None and not packet.is_keyframe):
+        if not packet.size or packet.is_discard or (key is None and not packet.is_keyframe):
             continue
         time = _time(packet)
         if time is None:
             raise ValueError("frames without timestamps")
-        first = time if first is None else first
+        if packet.is_keyframe:
+            key = time
+            first = time if first is None else first
+        open_groups |= time < key
         if time >= first:
             found.append((time, packet.duration or 0))
             labelled &= packet.pts is not None
@@ -170,7 +175,7 @@ def _shown(packets: Iterable[Any], tick: float) -> _Shown:
         raise ValueError("no frames")
     found.sort()
     times = [time for time, _ in found]
-    return _Shown(times, found[-1][1], tick, labelled and len(set(times)) == len(times))
+    return _Shown(times, found[-1][1], tick, labelled and len(set(times)) == len(times), open_groups)
 
 
 def _whole(container: Any, stream: Any) -> Iterator[Any]:
@@ -249,11 +254,13 @@ def read_frames(
     indices: Sequence[int],
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
     fps: float | None = None,
+    decoder: str = "pyav",
 ) -> np.ndarray:
     """Frames `indices` (any order, repeats allowed), counted at the rate `fps` (None: the file's own), as RGB uint8
     [T, H, W, 3], upright.
 
     `transform` maps each [H, W, 3] frame as it is decoded, so that 81 frames of 4K (2 GB) never stand in memory.
+    decoder: pyav, or decord for a file that `decord_refusal` passes.
 
     Raises:
         VideoError: not every frame asked for can be decoded.
@@ -265,7 +272,12 @@ def read_frames(
         else:
             shown, timeline = _demuxed(path, lambda container, stream: container.demux(stream))
         numbers, places = np.unique(timeline.numbers(asked, fps), return_inverse=True)
-        source = _decode_picture(path, numbers.tolist()) if shown is None else _decode(path, shown, numbers.tolist())
+        if shown is None:
+            source = _decode_picture(path, numbers.tolist())
+        elif decoder == "decord":
+            source = _decode_by_decord(path, numbers.tolist())
+        else:
+            source = _decode(path, shown, numbers.tolist())
         return np.stack([transform(frame) if transform else frame for frame in source])[places]
     except Exception as error:
         raise VideoError(path, f"{type(error).__name__}: {error}") from error
@@ -383,6 +395,59 @@ def _probe_picture(path: str | Path) -> VideoInfo:
 
 def _decode_picture(path: str | Path, numbers: list[int]) -> Iterator[np.ndarray]:
     yield from (_rgb(image) for number, (image, _) in enumerate(_pictures(path)) if number in set(numbers))
+
+
+# ---- decord ----
+
+
+def decord_refusal(path: str | Path) -> str | None:
+    """Why decord is not to read a file; None if it has the frames, timestamps, first and last picture that PyAV has. After
+    a seek it returns wrong frames of open groups of pictures and of containers without an index, which are refused.
+
+    Raises:
+        VideoError: PyAV cannot read it either.
+    """
+    if _is_picture(path):
+        return "a picture"
+    try:
+        with _open(path) as container:
+            if container.format.name.split(",")[0] not in ("mov", "matroska"):
+                return "another container than mp4, mov, mkv, webm"
+        shown = _demuxed(path, lambda container, stream: container.demux(stream))[0]
+    except Exception as error:
+        raise VideoError(path, f"{type(error).__name__}: {error}") from error
+    if shown.open_groups:
+        return "open groups of pictures"
+    if not shown.labelled:
+        return "no presentation times"
+    ends = [len(shown.times) - 1, 0]
+    try:
+        reader = _decord_reader(path)
+        times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+        pictures = [reader[i].asnumpy() for i in ends] if len(reader) == len(shown.times) else []
+    except Exception as error:
+        return f"not opened ({str(error).splitlines()[0][:60]})"
+    if not pictures:
+        return "another number of frames"
+    if np.abs(times - (np.array(shown.times) - shown.times[0]) * shown.tick).max() > ROUNDED:
+        return "other timestamps"
+    for picture, end in zip(pictures, ends, strict=True):
+        true = read_frames(path, [end])[0]
+        if picture.shape != true.shape or np.abs(picture.astype(int) - true).max() > 2:
+            return "another first or last picture"
+    return None
+
+
+def _decord_reader(path: str | Path) -> Any:
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+
+
+def _decode_by_decord(path: str | Path, numbers: list[int]) -> Iterator[np.ndarray]:
+    reader = _decord_reader(path)
+    yield from (reader[number].asnumpy() for number in numbers)
 
 
 # ---- shape ----

@@ -397,6 +397,22 @@ def test_animated_picture_of_a_list_is_a_video(tmp_path):
     assert len(dataset) == 1 and shown(dataset.fetch([0])) == [list(range(1, 14))]
 
 
+def test_what_decord_does_not_read_is_said_once_and_read_by_pyav(tmp_path, capsys):
+    pytest.importorskip("decord")
+    clip(tmp_path / "open.mp4", frames=70, codec="libx265")
+    clip(tmp_path / "a.mp4", frames=60)
+    rows = [wan.Row(str(tmp_path / name), "x", f"list:{i}") for i, name in enumerate(["a.mp4", "open.mp4"])]
+    index = scan(rows, [Bucket(17, 64, 96)], None, DropReport(), decoder="decord")
+    assert capsys.readouterr().out == (
+        "decord reads 1 of 2 videos, PyAV the others: 1 open groups of pictures (first: list:1 "
+        f"{tmp_path / 'open.mp4'})\n"
+    )
+    index.save(tmp_path / "index.jsonl")
+    assert [row.decoder for row in Index.load(tmp_path / "index.jsonl").rows] == ["decord", "pyav"]
+    assert index.decoder == Index.load(tmp_path / "index.jsonl").decoder == "decord"
+    assert shown(VideoTextDataset(index).fetch([0, 1])) == [list(range(21, 38)), list(range(26, 43))]
+
+
 def test_random_start_depends_on_seed_epoch_and_row_alone(clips):
     dataset = make_dataset(clips, ["a.mp4", "a.mp4"], Bucket(5, 64, 96), random_start=7)
     starts = [[video[0] for video in shown(dataset.fetch([0, 1], epoch))] for epoch in range(4)]

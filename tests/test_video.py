@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from video_case import CASES, DAMAGES, HEIGHT, WIDTH, clip, damage, draw, numbers, timed
 
-from common.video import VideoError, VideoInfo, probe_video, read_frames, resampled_length, resize_crop
+from common.video import VideoError, VideoInfo, decord_refusal, probe_video, read_frames, resampled_length, resize_crop
 
 pytestmark = pytest.mark.L2
 
@@ -247,3 +247,23 @@ def test_resize_crop_keeps_the_centre_and_the_aspect(height, width):
     side = 8 * max(height / 64, width / 96)
     assert abs(np.ptp(rows) + 1 - side) <= 1 and abs(np.ptp(columns) + 1 - side) <= 1
     assert abs(rows.mean() - (height - 1) / 2) <= 1 and abs(columns.mean() - (width - 1) / 2) <= 1
+
+
+# ---- decord ----
+
+
+def test_decord_reads_what_it_reads_right_and_no_open_groups(tmp_path):
+    pytest.importorskip("decord")
+    for name in ("long.mp4", "long.mkv", "vfr.mp4"):
+        assert decord_refusal(CASES / name) is None
+        for window in (range(3, 40, 2), [25], [0, 69]):
+            by_decord = read_frames(CASES / name, window, fps=16 if len(window) > 2 else None, decoder="decord")
+            by_pyav = read_frames(CASES / name, window, fps=16 if len(window) > 2 else None)
+            assert np.array_equal(by_decord, by_pyav)
+    refused = {"h264.ts": "another container", "h264.avi": "another container", "gray16.png": "a picture"}
+    for name, why in refused.items():
+        assert why in decord_refusal(CASES / name)
+    assert "open groups" in decord_refusal(clip(tmp_path / "open.mp4", frames=70, codec="libx265"))
+    assert "first or last picture" in decord_refusal(clip(tmp_path / "turned.mp4", frames=30, mirrored=True))
+    with pytest.raises(VideoError, match="gone.mp4"):
+        decord_refusal(tmp_path / "gone.mp4")

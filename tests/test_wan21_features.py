@@ -171,3 +171,15 @@ def test_an_extraction_goes_on_only_as_it_was_begun(clips, folder, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             case.jobs.parse("extract", [*argv, *options])
+
+
+def test_decord_is_refused_where_it_is_missing_and_beside_worker_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for found, message in (
+        (None, "it is not installed; fix: pip install decord"),
+        (True, "with workers=2: it hangs in forked processes; fix: --workers 0"),
+    ):
+        monkeypatch.setattr(case.jobs, "find_spec", lambda name, found=found: found)
+        with pytest.raises(ValueError, match=message):
+            case.jobs.parse("train", ["--decoder", "decord", "--workers", "2"])
+    assert case.jobs.parse("train", ["--decoder", "decord", "--workers", "0"]).decoder == "decord"

@@ -48,6 +48,7 @@ from common.records import BadRow, read_csv, read_json, read_lines
 from common.video import (
     VideoError,
     VideoInfo,
+    decord_refusal,
     probe_video,
     read_frames,
     resampled_length,
@@ -258,7 +259,7 @@ def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket], fps: float | None)
 @dataclass(frozen=True)
 class IndexRow:
     """A video that passed the scan; `size` (bytes) and `mtime_ns` as they were then, `frames`, `fps` and `duration` as in
-    `VideoInfo`."""
+    `VideoInfo`. `decoder`: which reads it."""
 
     path: str
     caption: str
@@ -269,6 +270,7 @@ class IndexRow:
     size: int
     mtime_ns: int
     duration: float | None = None
+    decoder: str = "pyav"
 
 
 @dataclass(frozen=True)
@@ -279,18 +281,20 @@ class Index:
     rows: list[IndexRow]
     buckets: list[Bucket]
     fps: float | None
+    decoder: str = "pyav"
     list_content: str = ""  # of the list that was scanned
 
     def save(self, path: str | Path) -> None:
         head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
-        head |= {"list_content": self.list_content}
+        head |= {"decoder": self.decoder, "list_content": self.list_content}
         write_lines(Path(path), [head, *map(asdict, self.rows)])
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
         head, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1])
         buckets = parse_buckets(",".join(head["buckets"]), 1)
-        return cls([IndexRow(**row) for row in rows], buckets, head["fps"], head.get("list_content", ""))
+        decoder, content = head.get("decoder", "pyav"), head.get("list_content", "")
+        return cls([IndexRow(**row) for row in rows], buckets, head["fps"], decoder, content)
 
 
 def scan(
@@ -299,25 +303,27 @@ def scan(
     fps: float | None,
     report: DropReport,
     workers: int = 8,
+    decoder: str = "pyav",
 ) -> Index:
-    """Measures every file in `workers` threads and gives it a bucket; the order of `rows` is kept."""
+    """Measures every file in `workers` threads and gives it a bucket; the order of `rows` is kept. decoder: decord is to
+    read what it reads right; of the other files it prints how many there are, and why."""
     from tqdm import tqdm
 
-    def probe(row: Row) -> tuple[VideoInfo, os.stat_result] | Exception:
+    def probe(row: Row) -> tuple[VideoInfo, os.stat_result, str | None] | Exception:
         try:
             stat = os.stat(row.path)
-            return probe_video(row.path), stat
+            return probe_video(row.path), stat, decord_refusal(row.path) if decoder == "decord" else None
         except (VideoError, OSError) as error:  # OSError: gone since the list was read
             return error
 
-    kept = []
+    kept, refused = [], DropReport()
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(probe, rows), total=len(rows), desc="scanning videos", mininterval=1)
         for row, result in zip(rows, found, strict=True):
             if isinstance(result, Exception):
                 report.add("corrupt video", row.where, str(result))
                 continue
-            info, stat = result
+            info, stat, refusal = result
             bucket = choose_bucket(info, buckets, fps)
             if isinstance(bucket, str):
                 rate = f"{info.fps:.2f} fps" if info.duration is None else f"a variable rate in {info.duration:.2f} s"
@@ -325,10 +331,15 @@ def scan(
                     bucket, row.where, f"{row.path}: {info.frames} frames at {rate} of {info.height}x{info.width}"
                 )
                 continue
+            if refusal:
+                refused.add(refusal, row.where, row.path)
             measured = {"frames": info.frames, "fps": info.fps, "duration": info.duration}
             facts = {"bucket": bucket, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            kept.append(IndexRow(**asdict(row), **facts, **measured))
-    return Index(kept, list(buckets), fps)
+            kept.append(IndexRow(**asdict(row), **facts, **measured, decoder="pyav" if refusal else decoder))
+    if decoder == "decord":
+        others = f", PyAV the others: {refused.reasons}" if refused.drops else ""
+        print(f"decord reads {len(kept) - len(refused.drops)} of {len(kept)} videos{others}", flush=True)
+    return Index(kept, list(buckets), fps, decoder)
 
 
 def fill(index: Index, global_batch: int) -> str:
@@ -350,9 +361,10 @@ def scan_pairs(
     fps: float | None,
     report: DropReport,
     workers: int = 8,
+    decoder: str = "pyav",
 ) -> Index:
     """`scan` of the rows of `read_pairs`: the pairs both of whose videos go to one bucket, two rows after another."""
-    found = scan(rows, buckets, fps, report, workers)
+    found = scan(rows, buckets, fps, report, workers, decoder)
     places: dict[str, list[IndexRow]] = {}
     for row in found.rows:
         places.setdefault(row.where, []).append(row)
@@ -366,7 +378,7 @@ def scan_pairs(
                 report.add("pair of two buckets", where, f"{row.path}: {shapes}")
         else:
             kept += pair
-    return Index(kept, found.buckets, fps)
+    return Index(kept, found.buckets, fps, decoder)
 
 
 # ---- micro-batches ----
@@ -414,6 +426,7 @@ class VideoTextDataset:
             state = (entry.size, entry.mtime_ns)
         bucket = str(self.index.buckets[entry.bucket])
         parts = [entry.path, *state, entry.caption, bucket, self.index.fps, self.encoder, "frames by time"]
+        parts += [entry.decoder] if entry.decoder != "pyav" else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
@@ -467,7 +480,7 @@ class VideoTextDataset:
             start = int(np.random.default_rng([self.random_start, epoch, row]).integers(spare + 1))
         window = range(start, start + bucket.frames)
         fitted = functools.partial(resize_crop, height=bucket.height, width=bucket.width)
-        return read_frames(entry.path, window, lambda frame: fitted(frame[None])[0], fps)
+        return read_frames(entry.path, window, lambda frame: fitted(frame[None])[0], fps, entry.decoder)
 
     def drops(self, dropped: dict[int, str]) -> list[dict]:
         """For `note_drops`: rows that could not be decoded, and why."""

@@ -72,7 +72,7 @@ def readable(o: EvaluateOptions, rows: list[data.Row], fps: float | None) -> dat
     held = [None]
     if dist.get_rank() == 0:
         report = DropReport()
-        held = [data.scan(rows, data.parse_buckets(o.video, 1), fps, report)]
+        held = [data.scan(rows, data.parse_buckets(o.video, 1), fps, report, decoder=o.decoder)]
         if report.drops:
             print(report, file=sys.stderr, flush=True)
         report.check(len(rows), o.max_drop)

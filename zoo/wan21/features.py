@@ -102,7 +102,7 @@ def applied(o: TrainOptions, asked: set[str]) -> TrainOptions:
     """A features folder brings its buckets and its frame rate."""
     if o.features is None:
         return o
-    if both := {"--data", "--cache"} & asked:
+    if both := {"--data", "--cache", "--decoder"} & asked:
         raise ValueError(f"{both.pop()} beside --features, which are of their own data; fix: leave one of them out")
     found = made(o.features)
     for flag, key in (("--buckets", "buckets"), ("--fps", "fps")):

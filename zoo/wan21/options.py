@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["bucke
 DPO = {"weighting": "none", "caption_dropout": 0.0}  # of dpo_*.sh, as in the paper
 DEMO_DPO = {"steps": 150, "lr": 1e-3, "save_every": 150, "sft_weight": 100.0}
 RATES = {"lora": 1e-4, "dpo": 1e-5}  # of adapters on a published size, whose layout has the rate of all parameters
+DECODER = "decord reads the videos on which it agrees with PyAV, and PyAV the others; it has to be installed"
 LORA_RANK = 16  # of lora_*.sh, where nothing else is asked
 LORA_TARGETS = "q,k,v,o,ffn.0,ffn.2"  # of every block: self- and cross-attention, MLP
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
@@ -67,6 +69,7 @@ class ClipOptions(cli.LayoutOptions):
         "frame rate videos are resampled to (0: their own)", 16.0, group="data", layout=True, within="[0, inf)"
     )
     vae_tiling: bool = option("the VAE sees large pictures in tiles: less memory", False, group="data", layout=True)
+    decoder: Literal["pyav", "decord"] = option(DECODER, "pyav", group="data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +216,7 @@ class EvaluateOptions(InferOptions):
     max_drop: float = option(
         "share of clips that may be unreadable or of another shape", 0.05, group="scores", within="[0, 1]"
     )
+    decoder: Literal["pyav", "decord"] = option(DECODER, "pyav", group="scores")
     feature_model: Path | None = option(
         "transformers folder of a vision model (CLIP, DINOv2, VideoMAE…): a Fréchet distance", group="scores"
     )
@@ -249,7 +253,7 @@ class ConvertOptions(cli.LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PerfOptions(TrainOptions):
-    only: Literal["all", "step", "generation", "run", "load"] = option("which benchmark", "all", group="job")
+    only: Literal["all", "step", "generation", "run", "load", "decode"] = option("which benchmark", "all", group="job")
     repeats: int = option("timed training steps", 60, group="job", within="[1, inf)")
     compiled_peer: bool = option("let the peer also run under torch.compile", True, group="job")
     record: bool = option("add the rows to perf.jsonl", False, group="job")
@@ -266,6 +270,10 @@ def parse(script: str, argv: list[str]):
     """
     cls, description, completed = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda folder: _default_size(folder, argv))
+    if getattr(o, "decoder", "pyav") == "decord" and find_spec("decord") is None:
+        raise ValueError("--decoder decord: it is not installed; fix: pip install decord, or --decoder pyav")
+    if getattr(o, "decoder", "pyav") == "decord" and getattr(o, "workers", 0):
+        raise ValueError(f"--decoder decord with workers={o.workers}: it hangs in forked processes; fix: --workers 0")
     if getattr(o, "out", "") is None:
         o = dataclasses.replace(o, out=cli.default_out(HERE.name, getattr(o, "job", script)))
     return completed(o, {word.split("=")[0] for word in argv})

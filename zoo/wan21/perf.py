@@ -14,6 +14,7 @@ run    the launcher as a user starts it: seconds to the first step and for --hel
 generation
        sampling with each of its accelerations against a named baseline, seconds beside quality: perf_generation.py
 load   a released folder of 1.3B random weights from disk: rate against reading the same files, memory beyond the model
+decode frames per second of PyAV, and of decord where it is installed, at random places of a video
 
 Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
@@ -29,16 +30,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import device  # isort: skip  (before megatron)
 import diffusers
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import checkpoint, cli, parallel, perf
 from common import train as loop
+from common.video import decord_refusal, read_frames
 
 from . import convert, data
 from .config import SIZES, WanConfig, latent_grid, model_config
@@ -46,6 +51,7 @@ from .model import WanBlock, build, draw
 from .options import HERE, PerfOptions, parse
 from .perf_generation import generation
 from .train import FlowMatching, forward_step
+from .videos import write
 
 CLIP = 1.0
 
@@ -58,7 +64,13 @@ def main() -> None:
     o: PerfOptions = parse("perf", sys.argv[1:])
     parallel.initialize(o)
     rows = []
-    for name, benchmark in (("step", step), ("generation", generation), ("run", run), ("load", load)):
+    for name, benchmark in (
+        ("step", step),
+        ("generation", generation),
+        ("run", run),
+        ("load", load),
+        ("decode", decode),
+    ):
         if o.only in (name, "all") and (name in ("step", "generation") or dist.get_rank() == 0):
             rows += [facts(o) | row for row in benchmark(o)]
         dist.barrier()
@@ -448,6 +460,28 @@ def load(o: PerfOptions) -> list[dict]:
          "unit": "x disk read rate", "raw": {"GB/s": rounded(perf.spread(rates)), "disk GB/s": rounded(perf.spread(disk_rates))}},
         {"task": "released weights, memory", "size": "1.3B", "layout": None, "precision": "bf16", "value": round(max(extras), 3),
          "unit": "x largest tensor", "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
+    ]  # fmt: skip
+
+
+def decode(o: PerfOptions) -> list[dict]:
+    """Frames per second of each decoder at windows of 17 frames, at random places of a clip of 10 s and 480x832."""
+    bucket, frames = data.Bucket(17, 480, 832), 300
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0).integers(0, 256, (frames // 10, 30, 52, 3), dtype=np.uint8)
+        clip = np.stack([np.kron(noise[i // 10], np.ones((16, 16, 1), np.uint8)) for i in range(frames)])
+        [path] = write(clip, Path(folder) / "clip", 30, "mp4")
+        decoders = ["pyav"] + (["decord"] if find_spec("decord") and decord_refusal(path) is None else [])
+        rates: dict[str, list[float]] = {name: [] for name in decoders}
+        for start in np.random.default_rng(1).integers(0, 10 * 16 - bucket.frames, 20).tolist():
+            for name, seen in rates.items():  # turn by turn
+                began = time.perf_counter()
+                read_frames(path, range(start, start + bucket.frames), fps=16.0, decoder=name)
+                seen.append(bucket.frames / (time.perf_counter() - began))
+    return [
+        {"task": "decoding, random windows", "size": None, "layout": None, "precision": None, "shape": str(bucket),
+         "system": f"{OURS}, {name} {version(name if name == 'decord' else 'av')}",
+         "value": round(statistics.median(seen), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(seen))}}
+        for name, seen in rates.items()
     ]  # fmt: skip
 
 

@@ -241,7 +241,7 @@ def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl", drops: str
             (data.read_pairs, data.scan_pairs) if getattr(o, "job", "") == "dpo" else (data.read_rows, data.scan)
         )
         rows, report = read(source)
-        index = scan(rows, data.parse_buckets(o.buckets), o.fps or None, report)
+        index = scan(rows, data.parse_buckets(o.buckets), o.fps or None, report, decoder=o.decoder)
         o.out.mkdir(parents=True, exist_ok=True)
         report.save(o.out, drops)
         print(report, flush=True)
@@ -258,10 +258,10 @@ def _still_holds(path: Path, source: Path, o: TrainOptions) -> bool:
     if not path.is_file():
         return False
     kept = data.Index.load(path)
-    now = (resume.content([source]), data.parse_buckets(o.buckets), o.fps or None)
-    if now == (kept.list_content, kept.buckets, kept.fps):
+    now = (resume.content([source]), data.parse_buckets(o.buckets), o.fps or None, o.decoder)
+    if now == (kept.list_content, kept.buckets, kept.fps, kept.decoder):
         return True
-    print(f"{path} is of another list, other --buckets or another --fps: scanning again", flush=True)
+    print(f"{path} is of another list, --buckets, --fps or --decoder: scanning again", flush=True)
     return False
 
 
