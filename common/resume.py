@@ -77,9 +77,10 @@ def check(o, start: dict[str, Any]) -> None:
         return
     folder, state = found
     saved = state.get("start", {})
+    names = {**saved, **start} if "job" in saved else saved  # older checkpoints do not say all of it
     differs = [
         f"{name} {_shown(saved.get(name))} and not {_shown(start.get(name))}"
-        for name in {**saved, **start}
+        for name in names
         if name != "weights" and not _equal(saved.get(name), start.get(name))
     ]
     if differs:

@@ -13,11 +13,11 @@ cd "$ZOO_ROOT"
     echo "triton 3.7.1 could not be installed: the kernels' tests will be skipped" >&2
 # So are packages that a job asks for only when it is used, if this is our own .venv; none of its pins may change.
 if [ "$ZOO_PYTHON" = "$ZOO_ROOT/.venv/bin/python" ] && ! "$ZOO_PYTHON" -c 'import importlib.util as u, sys
-sys.exit(not all(map(u.find_spec, ("lm_eval", "bitsandbytes", "pyarrow"))))'; then
+sys.exit(not all(map(u.find_spec, ("lm_eval", "pyarrow"))))'; then
     echo "installing tests/requirements.txt into .venv (once, about a minute)" >&2
     "$ZOO_PYTHON" -m pip list --format=freeze >.venv/.kept
     "$ZOO_PYTHON" -m pip install --quiet -r tests/requirements.txt -c .venv/.kept ||
-        echo "tests/requirements.txt could not be installed: tests of lm-eval, NF4 and parquet will be skipped" >&2
+        echo "tests/requirements.txt could not be installed: tests of lm-eval and parquet will be skipped" >&2
 fi
 # Two files at a time, as a test waits for its processes a third of the time; those that take longest first.
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_npu_library.py tests/test_wan21_layouts.py tests

@@ -406,7 +406,7 @@ def trained(out: Path, fault: str = "") -> tuple[str, dict[str, torch.Tensor]]:
         result = loop.train(
             o, wrapped, case.train.forward_step, lambda start: iter(range(start, o.steps)),
             lambda step: case.my_batches(o, step), sequence_length=lambda batch: case.sequence_length(o),
-            samples=lambda batch: (1, 1), header={"hardware": "cpu"}, state={},
+            samples=lambda batch: (1, 1), header={"hardware": "cpu", "starts_from": "drawn weights"}, state={},
         )  # fmt: skip
     finally:
         if place:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import qwen_case as case
@@ -224,6 +225,7 @@ def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path
     """... and is of the size; named layouts are for training, and leave generation alone."""
     monkeypatch.setattr(case.convert, "released_entries", lambda folder, config: {})
     monkeypatch.setenv("WORLD_SIZE", "2")
+    shutil.copy(case.jobs.DEMO_TOKENIZER / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(case.config.SIZES["8B"].to_released() | change))
     o = case.jobs.parse("infer", ["--weights", str(tmp_path), "--prompt", "?", "--pp", "2"])
     assert (o.size, o.tp, o.sp, o.pp) == ("8B", 1, False, 2)

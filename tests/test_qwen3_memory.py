@@ -53,7 +53,7 @@ def trained(which: str, out: Path, options: dict) -> dict:
     result = loop.train(
         o, wrapped, case.train.forward_step, lambda start: map(rows, range(start, o.steps)), prepare,
         sequence_length=lambda batch: case.LENGTH, samples=lambda batch: (case.LENGTH, 1),
-        header={"hardware": "cpu"}, state={},
+        header={"hardware": "cpu", "starts_from": "drawn weights"}, state={},
     )  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     read = {

@@ -53,7 +53,7 @@ def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]]
             prepare,
             sequence_length=lambda batches: case.sequence_length(o),
             samples=lambda batches: (TOKENS, FLOPS),
-            header={"hardware": "NVIDIA H200"},
+            header={"hardware": "NVIDIA H200", "starts_from": "drawn weights"},
             state={},
             ema_decay=ema,
         )

@@ -342,8 +342,10 @@ def _with_tokenizer(o):
     demo's weights, and for drawn ones of its size or on its data.
 
     Raises:
-        ValueError: none of these is there.
+        ValueError: none of these is there, or the weights are still to be converted.
     """
+    if o.weights is not None and megatron_import.is_checkpoint(o.weights):
+        raise ValueError(f"{o.weights} is a Megatron-LM checkpoint; fix: convert.sh --to sharded or released, first")
     if o.tokenizer is not None:
         return o
     if o.weights is not None and o.weights.resolve() != DEMO_WEIGHTS.resolve():
@@ -398,8 +400,6 @@ def _check_weights(o, config: Qwen3Config) -> None:
         cli.note(said)
     if o.weights is None or is_sharded(o.weights):
         return
-    if megatron_import.is_checkpoint(o.weights):
-        raise ValueError(f"{o.weights} is a Megatron-LM checkpoint; fix: convert.sh --to sharded or released, first")
     if not getattr(o, "from_scratch", False):
         convert.released_entries(o.weights, config)
 
