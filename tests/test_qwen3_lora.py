@@ -358,17 +358,18 @@ def test_an_adapter_is_checked_without_torch(tmp_path):
 def test_checkpoints_of_adapters_go_with_the_weights_they_were_trained_on(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     mine = ["--job", "lora", "--out", str(tmp_path / "run")]
-    start = case.jobs.starting_point(case.jobs.parse("train", [*mine]))
+    start = case.jobs.run_facts(case.jobs.parse("train", [*mine]))
     step = tmp_path / "run" / "checkpoints" / "step-000002"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    values = {"model": case.config.Qwen3Config.from_folder(case.jobs.DEMO_WEIGHTS).__dict__, "start": start}
+    values = {"model": case.config.Qwen3Config.from_folder(case.jobs.DEMO_WEIGHTS).__dict__}
+    values |= {"step": 2, "start": start}
     (step / "state.json").write_text(json.dumps(values))
     case.jobs.parse("train", mine)
     for other, named in (
         (["--lora-rank", "8"], "r 16 and not 8"),
         (["--from-scratch"], "and not 'drawn with seed 0'"),
-        (["--job", "sft"], f"fix: --weights {start['weights']}"),
+        (["--job", "sft"], f"(--weights {start['weights']})"),
     ):
         with pytest.raises(ValueError, match="was trained from") as error:
             case.jobs.parse("train", [*mine, *other])
