@@ -216,12 +216,14 @@ def test_a_pair_that_cannot_be_decoded_gives_way_to_the_next_one_whole(monkeypat
 
     def fetch(self, wanted, epoch=0):
         read.append(list(wanted))
-        return {"rows": [row + 1 if row in damaged else row for row in wanted]}
+        lost = {row: "torn" for row in wanted if row in damaged}
+        return {"rows": [row + 1 if row in damaged else row for row in wanted], "dropped": lost}
 
     monkeypatch.setattr(data.VideoTextDataset, "fetch", fetch)
     dataset = data.PairDataset(data.Index(rows, data.parse_buckets("13x48x48"), 16.0))
     assert len(dataset) == 3
-    assert dataset.fetch([0, 1])["rows"] == [0, 4, 1, 5] and read[0] == [0, 2, 1, 3]
+    batch = dataset.fetch([0, 1])
+    assert batch["rows"] == [0, 4, 1, 5] and batch["dropped"] == {3: "torn"} and read[0] == [0, 2, 1, 3]
     damaged.update(range(6))
     with pytest.raises(ValueError, match="cannot be decoded; fix"):
         dataset.fetch([0])
@@ -247,7 +249,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_starts_at_no_margin(task,
     o = case.jobs.parse("train", ["--job", "dpo"])
     case.jobs.prepare(o)
     settings = ["--job", "dpo", "--task", task, *how, "--micro-batch", 4, "--global-batch", 8, "--deterministic",
-                "--lr-schedule", "constant", "--warmup", 1, "--save-every", 1, "--workers", 0, "--sample-steps", 1,
+                "--lr-schedule", "constant", "--warmup", 0, "--save-every", 1, "--workers", 0, "--sample-steps", 1,
                 "--data", few(o.data, tmp_path), "--beta", 100, "--lr", 1e-3]  # fmt: skip
     for out, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
         run_ranks(1, job, *settings, "--out", tmp_path / out, "--steps", steps)
