@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from common import processes
+from common import jsonl, processes
 
 # ---- the drop report ----
 
@@ -75,15 +75,8 @@ class DropReport:
     def load(cls, path: str | Path) -> DropReport:
         """Of a file by `save` and `note_drops`; none, if there is no file. A line that a killed process left unfinished is
         passed over."""
-        drops = []
-        for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).is_file() else ():
-            try:
-                drop = json.loads(line)
-            except ValueError:
-                continue
-            if drop.pop("kind") == "drop":
-                drops.append(drop)
-        return cls(drops)
+        rows = jsonl.read(Path(path)) if Path(path).is_file() else []
+        return cls([row for row in rows if row.pop("kind") == "drop"])
 
 
 def note_drops(path: Path, found: Sequence[dict], rows: int, max_drop: float) -> None:

@@ -556,7 +556,7 @@ def run_facts(o: TrainOptions, config: WanConfig) -> dict:
         o.features / "index.jsonl" if o.features else o.data
     )  # the demo's list is made after this was first asked for
     made = resume.content([listed]) if listed.is_file() else None
-    facts |= {"data": {"path": str(o.features or o.data), "content": made}}
+    facts |= {"data": {"path": str(o.features or o.data), "content": made}, "decoder": o.decoder}
     tokenizer = sorted(p for p in (o.weights / "tokenizer").glob("*") if p.is_file())
     facts |= {"tokenizer": {"path": str(o.weights / "tokenizer"), "content": resume.content(tokenizer)}}
     return adapters.starting_point(o) | facts | features.frozen_parts(o.weights, config)
