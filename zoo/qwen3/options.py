@@ -29,7 +29,6 @@ from .config import (
     size_of,
     trained_parameters,
 )
-from .data import list_files, tokenizer_hash
 
 HERE = Path(__file__).parent
 
@@ -52,11 +51,8 @@ YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained 
 ONE_DEVICE = {
     "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
 }  # fmt: skip
-RATES = {
-    "sft": 1e-5,
-    "lora": 1e-4,
-    "dpo": 5e-7,
-}  # of a published size, whose layout has pretraining's; dpo of adapters: x 10
+# Learning rates by job on a published size, whose layout has pretraining's. dpo: of all parameters, of adapters x 10.
+RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
 LORA_RANK = 16  # of lora.sh, where nothing else is asked
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
@@ -355,12 +351,8 @@ def _with_tokenizer(o):
                 "tokenizer these weights were trained with"
             )
         return dataclasses.replace(o, tokenizer=o.weights)
-    if (
-        o.weights is None
-        and not o.size.startswith("tiny")
-        and (data := getattr(o, "data", None))
-        and not _is_demo(data)
-    ):
+    own_data = getattr(o, "data", None) is not None and not _is_demo(o.data)
+    if o.weights is None and own_data and not o.size.startswith("tiny"):
         raise ValueError(f"size {o.size} has drawn weights and no tokenizer; fix: --tokenizer")
     return dataclasses.replace(o, tokenizer=DEMO_TOKENIZER)
 
@@ -564,12 +556,12 @@ def run_facts(o: TrainOptions) -> dict:
         files = [Path(f"{o.data}{suffix}") for suffix in (".bin", ".idx")]
         facts |= {"separate_documents": o.separate_documents}
     else:
-        files = list_files(o.data, (".jsonl", ".json")) if o.data.exists() else [o.data]
+        files = data.list_files(o.data, (".jsonl", ".json")) if o.data.exists() else [o.data]
         facts |= {"too_long": o.too_long, "train_on": o.train_on}
     made = all(file.is_file() for file in files)  # the demo's are made after this was asked for the first time
     return starting_point(o) | facts | {
         "data": {"path": str(o.data), "content": resume.content(files) if made else None},
-        "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
+        "tokenizer": {"path": str(o.tokenizer), "content": data.tokenizer_hash(o.tokenizer)},
     }  # fmt: skip
 
 
