@@ -14,6 +14,7 @@ whatever the input dtype; results come back in the input's dtype.
 """
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -139,8 +140,14 @@ def _on_device(bounds: tuple[int, ...], where: torch.device) -> torch.Tensor:
     return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(where, non_blocking=True)
 
 
+@functools.lru_cache
+def _arguments(function) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 def _attention_varlen(q, k, v, window, cu_seqlens):
-    """torch's variable-length flash attention."""
+    """torch's variable-length flash attention. torch 2.13 wants to be told of shared key heads, 2.11 takes them as they
+    are and has no such argument."""
     from torch.nn.attention.varlen import varlen_attn
 
     (L, B, H), S, K = q.shape[:3], k.shape[0], k.shape[2]
@@ -149,7 +156,8 @@ def _attention_varlen(q, k, v, window, cu_seqlens):
     longest_q, longest_k = (max(b - a for a, b in zip(c, c[1:], strict=False)) for c in (bounds_q, bounds_k))
     bounds_q, bounds_k = (_on_device(tuple(c), q.device) for c in (bounds_q, bounds_k))
     q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
-    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, enable_gqa=H != K)
+    shared = {"enable_gqa": H != K} if "enable_gqa" in _arguments(varlen_attn) else {}
+    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, **shared)
     return out.unflatten(0, (B, L)).transpose(0, 1).contiguous()
 
 

@@ -73,6 +73,27 @@ def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypat
     assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
 
 
+@pytest.mark.parametrize("torch_version", ["2.11", "2.13"])
+def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version, monkeypatch):
+    """2.13's varlen_attn refuses fewer key heads unless it is told; 2.11's has no such argument."""
+    from torch.nn.attention import varlen
+
+    def as_2_11(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
+        return ops.attention(*(t.unsqueeze(1) for t in (q, k, v)), causal=True, cu_seqlens=bounds_q.tolist()).squeeze(1)
+
+    def as_2_13(*inputs, enable_gqa=False, **options):
+        assert enable_gqa
+        return as_2_11(*inputs, **options)
+
+    case = CASES["attention, packed"]
+    inputs = case.make(Draw(SMALL | case.fixed, torch.float32, CPU))
+    want = case.op(**inputs)
+    monkeypatch.setattr(varlen, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version])
+    monkeypatch.setattr(ops, "_on_device", lambda bounds, where: torch.tensor(bounds))
+    got = ops._attention_varlen(inputs["q"], inputs["k"], inputs["v"], (-1, 0), inputs["cu_seqlens"])
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.comparable])
 def test_plain_version_takes_the_inputs_of_the_speed_table(name):
     """Whose dtype is bf16 on an accelerator, beside what is fp32 by contract."""
