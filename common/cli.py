@@ -3,7 +3,8 @@
     python -m common.cli zoo.wan21 train --size tiny --steps 10
 
 checks the options in one light process (no torch: `--help` and every refusal take well under two seconds and come
-before any process group), then has torchrun start `common.worker zoo.wan21.train` with the same options on every device.
+before any process group), then has torchrun start `common.worker zoo.wan21 train` on every device, which reads the resolved
+options from the environment.
 
 A recipe's `options.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
 from, in this order: the command line, the named layout of `parallel.toml`, the dataclass default. Bad input is
@@ -470,6 +471,19 @@ def to_toml(options: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_json(options: Any) -> dict[str, Any]:
+    """Every option, as JSON can hold it."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def from_json(cls: type, text: str) -> Any:
+    """The options whose `as_json` was written as this text."""
+    values = json.loads(text)
+    paths = {f.name for f in dataclasses.fields(cls) if _kind(f) is Path}
+    return cls(**{n: Path(v) if n in paths and v is not None else v for n, v in values.items()})
+
+
 def default_out(recipe: str, job: str) -> Path:
     return Path("runs") / f"{recipe}-{job}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -518,12 +532,10 @@ def main() -> None:
             if exit_on_bad_input(processes.hold, out, doing, wait):  # nor has a rank 0 outlived its launcher
                 processes.release(out)
     exit_on_bad_input(job.prepare, options)
-    if getattr(options, "out", None) is not None:
-        argv += ["--out", str(options.out)]  # its default holds the time: every rank must get the same
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
     where_it_runs = f"NPROC={_count('NPROC')} on {os.environ.get('ZOO_DEVICE', 'cpu')}"
     say(f"starting {where_it_runs}; importing torch takes seconds, up to a minute on busy cores")
-    sys.exit(_torchrun(where, f"{recipe}.{script}", argv, writes))
+    sys.exit(_torchrun(where, recipe, script, options, writes))
 
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
@@ -548,8 +560,9 @@ def _rendezvous() -> list[str]:
     ]
 
 
-def _torchrun(where: list[str], module: str, argv: list[str], writes: list[tuple] = ()) -> int:
-    """Start one process per device; return the exit code of the first rank that failed, 128+N if by signal N.
+def _torchrun(where: list[str], recipe: str, script: str, options: Any, writes: list[tuple]) -> int:
+    """Start one process per device, which runs the job with these options; return the exit code of the first rank that
+    failed, 128+N if by signal N.
 
     writes: see `_writes`. The processes end with this one, see worker.py.
     """
@@ -559,8 +572,9 @@ def _torchrun(where: list[str], module: str, argv: list[str], writes: list[tuple
 
     count = os.environ.get("NPROC", "1")
     os.environ["ZOO_LAUNCHER"], os.environ["ZOO_WRITES"] = str(os.getpid()), json.dumps(writes, default=str)
-    worker = ["-m", "common.worker", module]
-    args = get_args_parser().parse_args([*where, "--nproc-per-node", count, *worker, *argv])
+    os.environ["ZOO_OPTIONS"] = json.dumps(as_json(options))
+    worker = ["-m", "common.worker", recipe, script]
+    args = get_args_parser().parse_args([*where, "--nproc-per-node", count, *worker])
     try:
         run(args)
     except ChildFailedError as error:

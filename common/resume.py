@@ -6,13 +6,12 @@ change, and is printed. No torch here.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import weights
+from common import cli, weights
 
 SAMPLES, SAMPLE_BYTES = 256, 2**16  # read of all files together, if they are not more files than that
 UNSAID = {"out", "resume", "export", "merge", "dry_run", "print_config"}  # options that change nothing of a run
@@ -106,13 +105,7 @@ def _shown(fact: Any) -> str:
     return f"{fact['path']} (content {fact['content']})" if isinstance(fact, dict) else repr(fact)
 
 
-def options(o) -> dict[str, Any]:
-    """Every option, as JSON can hold it."""
-    values = {f.name: getattr(o, f.name) for f in dataclasses.fields(o)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
 def changes(saved: dict[str, Any], o) -> list[str]:
     """`name then -> now` of the options that are not what they were when the checkpoint was written."""
-    now = options(o)
+    now = cli.as_json(o)
     return [f"{n} {saved[n]} -> {now[n]}" for n in now if n not in UNSAID and n in saved and saved[n] != now[n]]

@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from common import checkpoint, device, jsonl, ops, perf, profiling, resume
-from common.cli import TrainOptions, to_toml
+from common.cli import TrainOptions, as_json, to_toml
 from common.profiling import part
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
@@ -65,6 +65,53 @@ def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
     return optimizer
+
+
+def forward(
+    chunks: list[torch.nn.Module],
+    forward_step: Callable,
+    micro_batches: list,
+    *,
+    micro_batch: int,
+    sequence_length: int,
+    backward: bool = True,
+) -> list[dict]:
+    """Micro-batches through this rank's model chunks, and unless told otherwise back, by megatron-core's schedule.
+
+    forward_step: as that schedule calls it. micro_batch: samples of each; sequence_length: of one, as the pipeline tensor
+    has it times what megatron-core divides it by. Returns what the loss function reports of each micro-batch: nothing on
+    the earlier pipeline stages.
+    """
+    several = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks] if several else iter(micro_batches),
+        model=chunks if several else chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch,
+        forward_only=not backward,
+    )
+
+
+def zero_gradients(chunks: list[torch.nn.Module], optimizer) -> None:
+    """To be called before each `forward` with a backward."""
+    for chunk in chunks:
+        if hasattr(chunk, "zero_grad_buffer"):  # FSDP2 has no buffer of its own
+            chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def reduce_gradients(optimizer) -> float:
+    """Hands the gradients of a backward to the optimizer; returns their norm over all parameters of the model."""
+    optimizer.prepare_grads()
+    return optimizer.get_grad_norm()
+
+
+def update(optimizer, limit: float, norm: float) -> None:
+    """One step of the optimizer, its gradients scaled so that their norm, which is `norm`, is at most `limit` (0: any)."""
+    clip_gradients(optimizer, limit, norm)
+    optimizer.step_with_ready_grads()
 
 
 class SmallMoments(torch.optim.AdamW):
@@ -291,14 +338,13 @@ def train(
         if start >= o.steps:
             log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
     stop = _StopFlag()
-    forward_backward = get_forward_backward_func()
     bad, skipped, reason, rows = 0, 0, "finished", deque(maxlen=10_000)
     saves = [found]  # the checkpoints of this run and what it goes on from, None for one that could not be written
     first_profiled, last_profiled = _profile_range(o)
     profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
 
     def save(step: int) -> Path | None:
-        facts = {**state, "step": step, "optimizer_steps": applied, "options": resume.options(o)}
+        facts = {**state, "step": step, "optimizer_steps": applied, "options": as_json(o)}
         try:
             path = checkpoint.save(
                 folder, step, chunks, optimizer, facts, beside=beside, ema=ema, keep=o.keep, fsdp=o.fsdp
@@ -326,21 +372,12 @@ def train(
             batch = prepare(loaded)
         preparing = time.perf_counter() - computing
         with part("optimizer"):
-            for chunk in chunks:
-                if hasattr(chunk, "zero_grad_buffer"):
-                    chunk.zero_grad_buffer()
-            optimizer.zero_grad()
-        results = forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(batch),
-            seq_length=sequence_length(batch),
-            micro_batch_size=o.micro_batch,
+            zero_gradients(chunks, optimizer)
+        results = forward(
+            chunks, forward_step, batch, micro_batch=o.micro_batch, sequence_length=sequence_length(batch)
         )
         with part("optimizer"):
-            optimizer.prepare_grads()
-            grad_norm = optimizer.get_grad_norm()
+            grad_norm = reduce_gradients(optimizer)
         loss, stopping = global_loss(o, results, stop.asked)
         measured = measure() if measure else {}  # here, where the host has just waited and the update is not begun
 
@@ -348,8 +385,7 @@ def train(
         if finite:
             lr = optimizer.param_groups[0]["lr"]
             with part("optimizer"):
-                clip_gradients(optimizer, o.clip, grad_norm)
-                optimizer.step_with_ready_grads()
+                update(optimizer, o.clip, grad_norm)
                 scheduler.step(1)
                 if ema:
                     values = [p.detach().float() for _, p in checkpoint.trained(chunks)]

@@ -4,14 +4,13 @@ import dataclasses
 import importlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from common import cli
+from common import cli, worker
 
 RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
@@ -96,9 +95,8 @@ def save_oracle(folder, config, seed=0):
 
 def job(*argv) -> None:
     """A training run of the recipe in this process; to be called through `run_ranks`."""
-    sys.argv = ["train", *map(str, argv)]
     try:
-        train.main()
+        worker.run(f"zoo.{RECIPE}", "train", jobs.parse("train", [*map(str, argv)]))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -511,9 +511,7 @@ def test_copied_recipe_works_at_once_and_exit_codes_reach_the_shell(recipe_copy,
     assert Path(values["weights"]).is_relative_to(recipe_copy) and recipe_copy.name in values["data"]
     data = tmp_path / "videos.jsonl"
     data.write_text(json.dumps({"path": "videos.jsonl", "cap": "never opened"}) + "\n")
-    (recipe_copy / "train.py").write_text(
-        "import os, sys; print(os.environ['ZOO_COMMAND']); print(*sys.argv[1:]); sys.exit(7)"
-    )
+    (recipe_copy / "train.py").write_text("import os, sys; print(os.environ['ZOO_COMMAND']); sys.exit(7)")
     argv = ["--data", data, "--out", tmp_path / "run", "--layout", "tiny"]
     done = shell("bash", launcher, *argv, check=7)
     said = f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}"
@@ -526,9 +524,11 @@ def test_copied_recipe_works_at_once_and_exit_codes_reach_the_shell(recipe_copy,
     ("death", "code"), [("sys.exit(9)", 9), (f"os.kill(os.getpid(), {signal.SIGKILL})", 128 + signal.SIGKILL)]
 )
 def test_exit_code_is_that_of_the_rank_that_failed_first(death, code, tmp_path):
-    (tmp_path / "stub.py").write_text(
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "options.py").write_text(
         f"import os, sys, time\nif os.environ['RANK'] == '1': {death}\ntime.sleep(60)  # ended by torchrun"
     )
-    call = "import sys; from common import cli; sys.exit(cli._torchrun(['--standalone'], 'stub', []))"
+    started = "cli._torchrun(['--standalone'], 'stub', 'job', cli.LayoutOptions(), [])"
+    call = f"import sys; from common import cli; sys.exit({started})"
     done = shell(sys.executable, "-c", call, check=code, NPROC="2", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert "rank 1 failed first" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import qwen_case
 import wan_case
 
-from common import resume
+from common import cli, resume
 
 pytestmark = pytest.mark.L4
 
@@ -24,7 +24,7 @@ def begin(case, folder: Path, argv: list[str]) -> list[str]:
     facts = case.jobs.run_facts(o) if case is qwen_case else case.jobs.run_facts(o, case.jobs.model_config(o))
     checkpoint = folder / "run" / "checkpoints" / f"step-{STEP:06d}"
     checkpoint.mkdir(parents=True)
-    state = {"step": STEP, "start": facts, "options": resume.options(o)}
+    state = {"step": STEP, "start": facts, "options": cli.as_json(o)}
     (checkpoint / "state.json").write_text(json.dumps(state))
     return argv
 

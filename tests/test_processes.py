@@ -23,7 +23,7 @@ import wan_case as case
 from kills import kill, ranks, running, start, wait_until
 from ranks import run_ranks
 
-from common import checkpoint, jsonl, parallel, perf, processes
+from common import checkpoint, jsonl, parallel, perf, processes, worker
 from common import train as loop
 
 pytestmark = pytest.mark.L4
@@ -38,33 +38,41 @@ FORK = multiprocessing.get_context("fork")
 LAUNCHER = """
 import json, os, subprocess, sys
 os.environ |= {"ZOO_LAUNCHER": str(os.getpid()), "ZOO_WRITES": json.dumps([[sys.argv[1] + "/run", "", False]])}
-command = [sys.executable, "-m", "common.worker", "busy_job", sys.argv[1]]
+os.environ["ZOO_OPTIONS"] = "{}"
+command = [sys.executable, "-m", "common.worker", "busy", "job"]
 ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(r)}, start_new_session=True) for r in range(2)]
 for rank in ranks:
     rank.wait()
 """
-# Rank 0 waits for a pool, rank 1 for a DataLoader; each has also forked what stands for megatron-core's writers.
-JOB = """
-import multiprocessing, os, sys, time
+BUSY = """
+import os, time
 from pathlib import Path
+from common import cli
+
+JOBS = {"job": (cli.LayoutOptions,)}
 
 def busy(name):
-    (Path(sys.argv[1]) / f"{name}-{os.environ['RANK']}").write_text(str(os.getpid()))
+    (Path(os.environ["FOLDER"]) / f"{name}-{os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(600)
+
+if os.environ["MODE"] == "importing":
+    busy("import")
+"""
+# Rank 0 waits for a pool, rank 1 for a DataLoader; each has also forked what stands for megatron-core's writers.
+JOB = """
+import multiprocessing, os
+from busy.options import busy
+from common.data import BucketSampler, prefetch
+from zoo.qwen3.data import in_order
 
 class Data:
     def fetch(self, rows, epoch):
         busy("loader")
 
-if os.environ["MODE"] == "importing":
-    busy("import")
-if __name__ == "__main__":
-    multiprocessing.get_context("fork").Process(target=busy, args=("writer",)).start()
-    if os.environ["RANK"] == "0":
-        from zoo.qwen3.data import in_order
-        next(in_order(lambda task: busy("pool"), [0, 1], 1))
-    from common.data import BucketSampler, prefetch
-    next(prefetch(Data(), BucketSampler([0], 1, 1, 0, 1, 0), 0, 2, workers=1))
+multiprocessing.get_context("fork").Process(target=busy, args=("writer",)).start()
+if os.environ["RANK"] == "0":
+    next(in_order(lambda task: busy("pool"), [0, 1], 1))
+next(prefetch(Data(), BucketSampler([0], 1, 1, 0, 1, 0), 0, 2, workers=1))
 """
 READY = {"importing": ["import-0", "import-1"], "training": ["writer-0", "pool-0", "writer-1", "loader-1"]}
 
@@ -74,9 +82,11 @@ READY = {"importing": ["import-0", "import-1"], "training": ["writer-0", "pool-0
     ("mode", "victim"), [("importing", "launcher"), ("training", "launcher"), ("training", "worker")]
 )
 def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tmp_path):
-    (tmp_path / "busy_job.py").write_text(JOB)
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "options.py").write_text(BUSY)
+    (tmp_path / "busy" / "job.py").write_text(JOB)
     mark, paths = str(tmp_path), os.pathsep.join([str(ROOT), str(tmp_path)])
-    launcher = start([sys.executable, "-c", LAUNCHER, str(tmp_path)], mark, MODE=mode, PYTHONPATH=paths)
+    launcher = start([sys.executable, "-c", LAUNCHER, str(tmp_path)], mark, MODE=mode, FOLDER=mark, PYTHONPATH=paths)
     try:
         wait_until(lambda: all((tmp_path / name).is_file() for name in READY[mode]), 120)
         before = running(mark)
@@ -458,9 +468,9 @@ def exported(recipe: str, argv: list, lost: str) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(target, *args)
 
-    sys.argv, checkpoint._write = ["train", *map(str, argv)], _write
+    checkpoint._write = _write
     try:
-        import_module(f"zoo.{recipe}.train").main()
+        worker.run(f"zoo.{recipe}", "train", import_module(f"zoo.{recipe}.options").parse("train", [*map(str, argv)]))
     except SystemExit as end:
         return end.code
     finally:

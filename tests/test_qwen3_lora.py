@@ -15,7 +15,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_qwen3_layouts import my_batches, whole_gradients
 
-from common import checkpoint, lora, parallel, weights
+from common import checkpoint, lora, parallel, weights, worker
 from common import train as loop
 
 TOLERANCE = 1e-5
@@ -199,8 +199,7 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
 
 
 def generated(*argv) -> None:
-    sys.argv = ["infer", "--max-new-tokens", "12", *map(str, argv)]
-    case.infer.main()
+    worker.run(f"zoo.{case.RECIPE}", "infer", case.jobs.parse("infer", ["--max-new-tokens", "12", *map(str, argv)]))
 
 
 def beside_unpacked(folder) -> dict:
@@ -311,7 +310,7 @@ def test_a_run_from_an_adapter_counts_its_own_tensors_whatever_lies_beside_them(
     save_file(other, folder / "pytorch_lora_weights.safetensors")  # what diffusers' pipelines look for
     for path in (folder, folder / "adapter_model.safetensors"):
         o = case.jobs.parse("train", ["--job", "lora", "--adapter", str(path)])
-        assert case.config.trained_parameters(o, case.config.model_config(o)) == 3 * (128 + 192) + 4 * (384 + 128)
+        assert case.jobs.trained_parameters(o, case.config.model_config(o)) == 3 * (128 + 192) + 4 * (384 + 128)
         start = case.jobs.starting_point(o)
         assert (start["r"], start["alpha"]) == ([3, 4], 7)
         case.jobs.parse("infer", ["--adapter", str(path)])

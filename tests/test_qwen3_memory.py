@@ -342,7 +342,9 @@ def measured(name: str, size: str, length: int, fake: bool = True) -> tuple[int,
     o, counted = memory.options(name, size, length, "fp32"), memory.counted
     memory.counted = counted if fake else lambda fake: counted(False)
     try:
-        return *memory.measure(o), memory.memory_estimate(o, case.config.SIZES[size], length)
+        return *memory.measure(o), memory.memory_estimate(
+            o, case.config.SIZES[size], length, case.jobs.trained_parameters(o, case.config.SIZES[size])
+        )
     finally:
         memory.counted = counted
 

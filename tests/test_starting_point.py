@@ -12,7 +12,7 @@ import wan_case
 from safetensors.torch import save_file
 from test_cli import released
 
-from common import resume, train
+from common import cli, train
 
 pytestmark = pytest.mark.L4
 
@@ -213,7 +213,7 @@ def test_a_run_says_what_it_goes_on_with(tmp_path):
         assert (last / name).read_bytes() == (qwen3.DEMO_TOKENIZER / name).read_bytes()
     state = json.loads((last / "state.json").read_text())
     o = qwen3.parse("train", [*map(str, run), "--steps", "2", "--lr", "1e-3"])
-    assert state["start"] == json.loads(json.dumps(qwen3.run_facts(o))) and state["options"] == resume.options(o)
+    assert state["start"] == json.loads(json.dumps(qwen3.run_facts(o))) and state["options"] == cli.as_json(o)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "changed since then: " in log and "steps 1 -> 2" in log and "lr 0.005 -> 0.001" in log
     assert "steps = 1" in (tmp_path / "run" / "config.1.toml").read_text()

@@ -13,6 +13,7 @@ import wan_case as case
 from ranks import run_ranks
 from scipy.linalg import sqrtm
 
+from common import worker
 from common.video import probe_video, read_frames
 
 scores = importlib.import_module(f"zoo.{case.RECIPE}.scores")
@@ -120,8 +121,7 @@ class VBench:  # the signatures of vbench 0.1.5
 
 
 def job(*argv) -> None:
-    sys.argv = ["evaluate", *map(str, argv)]
-    evaluate.main()
+    worker.run(f"zoo.{case.RECIPE}", "evaluate", case.jobs.parse("evaluate", [*map(str, argv)]))
 
 
 def refused(*argv) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import sys
 from importlib import import_module
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image, ImageSequence
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli, parallel
+from common import cli, parallel, worker
 
 accelerate, infer, quality, vae, videos = (
     import_module(f"zoo.{case.RECIPE}.{name}") for name in ("accelerate", "infer", "quality", "vae", "videos")
@@ -323,9 +322,8 @@ def test_decoding_in_strips_equals_decoding_at_once(world):
 
 def generate(argv: list[str]) -> str:
     """What the job prints on this rank."""
-    sys.argv = ["infer", *argv]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        infer.main()
+        worker.run(f"zoo.{case.RECIPE}", "infer", case.jobs.parse("infer", argv))
     return printed.getvalue()
 
 

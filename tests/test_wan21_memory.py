@@ -19,7 +19,9 @@ def measured(layouts: list[tuple[str, int, dict]], fake: bool = True) -> dict[st
     try:
         for name, ranks, layout in layouts:
             o = memory.options(ranks, {"size": "tiny", "precision": "fp32"} | layout, config, BUCKET)
-            estimate = memory.memory_estimate(o, config, config.tokens(case.config.latent_grid(BUCKET)))
+            estimate = memory.memory_estimate(
+                o, config, config.tokens(case.config.latent_grid(BUCKET)), memory.trained_parameters(o, config)
+            )
             found[name] = *memory.measure(o, config, BUCKET), estimate
     finally:
         memory.counted = counted

@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from ranks import run_ranks
 from test_wan21 import oracle
 from test_wan21_layouts import whole
 
-from common import lora, parallel
+from common import lora, parallel, worker
 from common import train as loop
 
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
@@ -230,9 +229,8 @@ def test_a_pair_that_cannot_be_decoded_gives_way_to_the_next_one_whole(monkeypat
 
 
 def job(*argv) -> None:
-    sys.argv = ["train", *map(str, argv)]
     try:
-        case.train.main()
+        worker.run(f"zoo.{case.RECIPE}", "train", case.jobs.parse("train", [*map(str, argv)]))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -4,13 +4,12 @@ import dataclasses
 import importlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from common import cli, parallel
+from common import cli, parallel, worker
 
 RECIPE = os.environ.get("ZOO_RECIPE", "wan21")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
@@ -94,9 +93,9 @@ def sequence_length(o, config=CONFIG) -> int:
 
 def job(script: str, *argv) -> None:
     """train, infer or convert in this process, as its launcher starts it; to be called through `run_ranks`."""
-    sys.argv = [script, *map(str, argv)]
+    recipe = f"zoo.{RECIPE}"
     try:
-        importlib.import_module(f"zoo.{RECIPE}.{script}").main()
+        worker.run(recipe, script, importlib.import_module(f"{recipe}.options").parse(script, [*map(str, argv)]))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import weights
 
-from . import convert, megatron_import
+from . import megatron_import
 
 # What a released config.json must say, where it says anything, for this model to be its.
 FIXED = {
@@ -185,6 +185,30 @@ SIZES = {
 }
 
 
+def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model, by our name."""
+    D, E, V = config.hidden_size, config.head_dim, config.vocab_size
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    out = {"embed_tokens.weight": (V, D)}
+    for i in range(config.num_hidden_layers):
+        layer = {
+            "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (queries, D), "self_attn.k_proj.weight": (keys, D),
+            "self_attn.v_proj.weight": (keys, D), "self_attn.o_proj.weight": (D, queries),
+            "self_attn.q_norm.weight": (E,), "self_attn.k_norm.weight": (E,),
+        }  # fmt: skip
+        if config.num_experts:
+            G, width = config.num_experts, config.moe_intermediate_size
+            layer |= {"mlp.gate.weight": (G, D), "mlp.gate_up": (G, D, 2, width), "mlp.down": (G, width, D)}
+        else:
+            width = config.intermediate_size
+            layer |= {f"mlp.{part}_proj.weight": (width, D) for part in ("gate", "up")}
+            layer |= {"mlp.down_proj.weight": (D, width)}
+        out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    out["norm.weight"] = (D,)
+    return out if config.tie_word_embeddings else out | {"lm_head.weight": (V, D)}
+
+
 # ----------------------------------------------------------------------------------------------------------- options
 
 
@@ -276,23 +300,15 @@ def _own_config(o) -> Qwen3Config:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def trained_parameters(o, config: Qwen3Config) -> int:
-    """All, or those of the adapters."""
-    if not getattr(o, "adapts", False):
-        return config.parameters
-    if o.adapter:
-        return sum(pair.parameters for pair in convert.adapter(o.adapter, config).values())
-    return sum(o.lora_rank * sum(shape) for shape in _adapted(o, config))
-
-
-def _adapted(o, config: Qwen3Config) -> list[tuple[int, int]]:
+def adapted_shapes(o, config: Qwen3Config) -> list[tuple[int, int]]:
     """[out, in] of the linears with adapters; those of an adapter's folder taken to be all."""
     ends = tuple(f"{target}.weight" for target in o.targets(config))
-    return [shape for name, shape in convert.shapes(config).items() if name.endswith(ends)]
+    return [shape for name, shape in shapes(config).items() if name.endswith(ends)]
 
 
-def memory_estimate(o, config: Qwen3Config, length: int) -> float:
+def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     """Bytes per rank of weights, gradients, optimizer, saved activations and loss; kernels' workspace not counted.
+    trained: number of parameters that train.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
     what the backward reads of each block (recompute none: all of it; full: the block's input alone), for as many
@@ -302,17 +318,17 @@ def memory_estimate(o, config: Qwen3Config, length: int) -> float:
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
-    trained = trained_parameters(o, config) / config.parameters
+    share_trained = trained / config.parameters
     moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
     kept_weights = gradients = master = 0.0
     if getattr(o, "quantize", "none") == "nf4":
-        kept_weights -= sum(map(math.prod, _adapted(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
+        kept_weights -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         kept_weights += share * dtype / (shards if o.fsdp else 1)
-        gradients += trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
+        gradients += share_trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
         # fp32 weights are their own master
-        master += trained * share * (moments if dtype == 4 else 4 + moments) / shards
+        master += share_trained * share * (moments if dtype == 4 else 4 + moments) / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
     attention = E * (config.num_attention_heads + config.num_key_value_heads) / o.tp

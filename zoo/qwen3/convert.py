@@ -19,45 +19,23 @@ import functools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, cli, weights
+from common import adapters, weights
+
+from . import megatron_import
+from .config import Qwen3Config, is_sharded, model_config, shapes
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import Qwen3Config
+    from .options import ConvertOptions
 
 STEM = "model"  # the release names its files so
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
-
-
-def shapes(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model, by our name."""
-    D, E, V = config.hidden_size, config.head_dim, config.vocab_size
-    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
-    out = {"embed_tokens.weight": (V, D)}
-    for i in range(config.num_hidden_layers):
-        layer = {
-            "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
-            "self_attn.q_proj.weight": (queries, D), "self_attn.k_proj.weight": (keys, D),
-            "self_attn.v_proj.weight": (keys, D), "self_attn.o_proj.weight": (D, queries),
-            "self_attn.q_norm.weight": (E,), "self_attn.k_norm.weight": (E,),
-        }  # fmt: skip
-        if config.num_experts:
-            G, width = config.num_experts, config.moe_intermediate_size
-            layer |= {"mlp.gate.weight": (G, D), "mlp.gate_up": (G, D, 2, width), "mlp.down": (G, width, D)}
-        else:
-            width = config.intermediate_size
-            layer |= {f"mlp.{part}_proj.weight": (width, D) for part in ("gate", "up")}
-            layer |= {"mlp.down_proj.weight": (D, width)}
-        out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    out["norm.weight"] = (D,)
-    return out if config.tie_word_embeddings else out | {"lm_head.weight": (V, D)}
 
 
 def released(name: str) -> str:
@@ -65,7 +43,7 @@ def released(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def expert_pieces(name: str, config: "Qwen3Config") -> dict[str, tuple]:
+def expert_pieces(name: str, config: Qwen3Config) -> dict[str, tuple]:
     """Released key -> the index of its transpose in our stacked tensor; empty for a tensor that is not stacked."""
     found = re.fullmatch(r"layers\.(\d+)\.mlp\.(gate_up|down)", name)
     if not found:
@@ -77,7 +55,7 @@ def expert_pieces(name: str, config: "Qwen3Config") -> dict[str, tuple]:
     return {f"{stem}.{g}.{part}_proj.weight": (g, every, i) for g, i, part in parts}
 
 
-def released_shapes(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
+def released_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the release, by its key."""
     D, width = config.hidden_size, config.moe_intermediate_size
     out = {}
@@ -87,7 +65,7 @@ def released_shapes(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
     return out
 
 
-def released_entries(folder: Path, config: "Qwen3Config") -> dict[str, weights.Entry]:
+def released_entries(folder: Path, config: Qwen3Config) -> dict[str, weights.Entry]:
     """The tensors of a released folder, strictly checked.
 
     Raises:
@@ -101,11 +79,10 @@ def released_entries(folder: Path, config: "Qwen3Config") -> dict[str, weights.E
     return entries
 
 
-def fill(chunks, o, config: "Qwen3Config") -> None:
+def fill(chunks, o, config: Qwen3Config) -> None:
     """A model's memory: released weights or a checkpoint's, each rank its slice; or, with --from-scratch, drawn ones."""
     from common import checkpoint
 
-    from .config import is_sharded
     from .model import draw
 
     if getattr(o, "from_scratch", False):
@@ -116,7 +93,7 @@ def fill(chunks, o, config: "Qwen3Config") -> None:
         load(chunks, released_entries(o.weights, config), config)
 
 
-def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> None:
+def load(chunks, entries: dict[str, weights.Entry], config: Qwen3Config) -> None:
     """Copy released tensors into this rank's parameters: each rank reads only its slice.
 
     Raises:
@@ -148,7 +125,7 @@ def load(chunks, entries: dict[str, weights.Entry], config: "Qwen3Config") -> No
 
 
 def write_released(
-    out: Path, config: "Qwen3Config", dtypes: dict[str, int], read: Callable[[str], "torch.Tensor"], source: Path | None
+    out: Path, config: Qwen3Config, dtypes: dict[str, int], read: Callable[[str], "torch.Tensor"], source: Path | None
 ) -> None:
     """Write the released layout, with the tokenizer of `source` if it has one.
 
@@ -182,17 +159,14 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], Callable[[str], "torch.Tensor"]]:
+def source(folder: Path, config: Qwen3Config) -> tuple[Callable[[str], int], Callable[[str], "torch.Tensor"]]:
     """(bytes of an element, the tensor) of a parameter by our name; folder: sharded, released, or of Megatron-LM."""
     import torch
 
     from common import checkpoint
 
-    from . import config as recipe
-    from . import megatron_import
-
     wanted = shapes(config)
-    if recipe.is_sharded(folder):
+    if is_sharded(folder):
         sizes = checkpoint.tensor_sizes(folder)
         return lambda name: sizes[name] // _count(wanted[name]), functools.partial(checkpoint.read_tensor, folder)
     if megatron_import.is_checkpoint(folder):
@@ -212,7 +186,7 @@ def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], C
     return lambda name: first[name].bytes // _count(first[name].shape), read
 
 
-def adapter(path: Path, config: "Qwen3Config") -> dict[str, adapters.Pair]:
+def adapter(path: Path, config: Qwen3Config) -> dict[str, adapters.Pair]:
     """`adapters.read` of an adapter's folder or file for this model: of every matrix of the release but the experts'.
 
     Raises:
@@ -225,7 +199,7 @@ def adapter(path: Path, config: "Qwen3Config") -> dict[str, adapters.Pair]:
     return adapters.read(path, {"PEFT's": form}, ours)[0]
 
 
-def merging(path: Path, config: "Qwen3Config", read: Callable) -> Callable[[str], "torch.Tensor"]:
+def merging(path: Path, config: Qwen3Config, read: Callable) -> Callable[[str], "torch.Tensor"]:
     """`read` with an adapter merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
     from common import lora
 
@@ -233,17 +207,11 @@ def merging(path: Path, config: "Qwen3Config", read: Callable) -> Callable[[str]
     return lambda name: lora.added(read(name), pairs.get(name.removesuffix(".weight")), None, reader)
 
 
-def main() -> None:
-    from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
+def main(o: "ConvertOptions") -> None:
     import torch.distributed as dist
 
-    from common import checkpoint, parallel
+    from common import checkpoint
 
-    from .config import model_config
-    from .options import parse
-
-    o = parse("convert", sys.argv[1:])
-    parallel.initialize(o)
     config, wanted = model_config(o), shapes(model_config(o))
     element, read = source(o.weights, config)
     if o.adapter:
@@ -261,8 +229,3 @@ def main() -> None:
         print(f"{o.out}: {config.parameters:,} parameters, {len(wanted)} tensors", flush=True)
         if not (o.out / "tokenizer.json").is_file():
             print(f"note: {o.weights} has no tokenizer.json to copy; add the tokenizer's files to {o.out}", flush=True)
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

@@ -27,7 +27,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from common import device  # isort: skip  (before megatron)
 import lm_eval
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
@@ -38,13 +37,13 @@ from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from common import cli, jsonl, parallel
+from common import device, jsonl
 from common import train as loop
 
 from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate, load_model, score
 from .model import Qwen3
-from .options import EvaluateOptions, InferOptions, content, parse, task_names
+from .options import EvaluateOptions, InferOptions, content, task_names
 
 THOUGHT_END = "</think>"
 # Settings of a task's generation that mean nothing beyond these values.
@@ -367,9 +366,7 @@ def identity(o: EvaluateOptions) -> dict:
     return {"weights": str(o.weights.absolute()), "content": held, "precision": o.precision, "seed": o.seed}
 
 
-def main() -> None:
-    o: EvaluateOptions = parse("evaluate", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: EvaluateOptions) -> None:
     config = model_config(o)
     model, tokenizer = load_model(o, config), AutoTokenizer.from_pretrained(o.tokenizer)
     if dist.get_rank() == 0:
@@ -386,8 +383,3 @@ def main() -> None:
         while (job := broadcast(None)) is not None:
             answer(job, model, tokenizer, o)
     dist.barrier()
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

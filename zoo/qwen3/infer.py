@@ -11,21 +11,21 @@ the longer ones is read a token a step. Tensor parallelism works as in training;
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from transformers import AutoTokenizer
 
-from common import checkpoint, cli, lora, ops, parallel
+from common import checkpoint, lora, ops
 from common.records import BadRow
 
 from . import convert, data
 from .config import Qwen3Config, model_config
 from .model import Qwen3, build
-from .options import InferOptions, parse, read_questions
+from .options import InferOptions, read_questions
 
 NOT_FINITE = (
     "the model's logits are not finite: damaged weights, or too large for this precision; fix: --weights or --precision"
@@ -254,11 +254,7 @@ def render_questions(tokenizer, asked: list[tuple], thinking: bool) -> list[str]
     return found
 
 
-def main() -> None:
-    from transformers import AutoTokenizer
-
-    o: InferOptions = parse("infer", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: InferOptions) -> None:
     config = model_config(o)
     model = load_model(o, config)
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
@@ -293,8 +289,3 @@ def main() -> None:
     elif main_rank and len(texts) > 1:
         for text, answer in zip(texts, answers, strict=True):
             print(f"> {text}\n{tokenizer.decode(answer)}\n")
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

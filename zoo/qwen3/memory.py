@@ -34,7 +34,7 @@ from common import train as loop
 
 from .config import SIZES, memory_estimate
 from .model import Qwen3Block, build
-from .options import HERE, TrainOptions
+from .options import HERE, TrainOptions, trained_parameters
 from .train import forward_step, weighted
 
 FEATURES = {  # name -> (ranks, options)
@@ -159,7 +159,11 @@ def table(size: str, length: int, precision: str) -> Iterator[dict]:
         o = options(name, size, length, precision)
         with mock.patch.object(ops, "CHUNK", 2**62 if name.startswith("logits") else ops.CHUNK):
             peak, stays = measure(o)
-        found = {"peak": peak, "between steps": stays, "estimate": memory_estimate(o, SIZES[size], length)}
+        found = {
+            "peak": peak,
+            "between steps": stays,
+            "estimate": memory_estimate(o, SIZES[size], length, trained_parameters(o, SIZES[size])),
+        }
         gib = {key: round(value / 2**30, 2) for key, value in found.items()}
         yield {
             "source": "measured", "system": "this zoo", "model": "Qwen3", "task": "memory of a training step",

@@ -22,12 +22,12 @@ from . import convert, data, megatron_import, preprocess
 from .config import (
     Qwen3Config,
     adaptable,
+    adapted_shapes,
     is_sharded,
     memory_estimate,
     model_config,
     resized,
     size_of,
-    trained_parameters,
 )
 
 HERE = Path(__file__).parent
@@ -684,6 +684,15 @@ def _defaults(cls) -> dict:
     return {f.name: f.default for f in dataclasses.fields(cls)}
 
 
+def trained_parameters(o, config: Qwen3Config) -> int:
+    """All, or those of the adapters."""
+    if not getattr(o, "adapts", False):
+        return config.parameters
+    if o.adapter:
+        return sum(pair.parameters for pair in convert.adapter(o.adapter, config).values())
+    return sum(o.lora_rank * sum(shape) for shape in adapted_shapes(o, config))
+
+
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
     if isinstance(o, preprocess.PreprocessOptions):
@@ -701,5 +710,5 @@ def dry_run(o) -> str:
         cli.rank_map(o),
         f"{flops / 1e12:.3f} TFLOP per row of {length} tokens forward, "
         f"{step / 1e12:.3f} TFLOP per training step",
-        f"memory per rank, estimated: {memory_estimate(o, config, length) / 2**30:.2f} GiB",
+        f"memory per rank, estimated: {memory_estimate(o, config, length, trained_parameters(o, config)) / 2**30:.2f} GiB",
     ])  # fmt: skip

@@ -29,20 +29,18 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common import checkpoint, cli, parallel, perf
+from common import checkpoint, device, parallel, perf
 from common import train as loop
 
 from . import convert, data, infer, preprocess
@@ -58,9 +56,7 @@ PROMPT, ANSWER = 128, 64  # tokens
 TEXT = 30_000_000  # characters to tokenize
 
 
-def main() -> None:
-    o: PerfOptions = parse("perf", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: PerfOptions) -> None:
     rows = []
     for benchmark in (step, sft, generate, tokenize, load):
         name = "preprocess" if benchmark is tokenize else benchmark.__name__
@@ -69,7 +65,6 @@ def main() -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         report(rows, o.record)
-    parallel.shutdown()
 
 
 # Copied from zoo.wan21.perf.report
@@ -582,7 +577,3 @@ def load(o: PerfOptions) -> list[dict]:
                     "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
         ]  # fmt: skip
     return rows
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,20 +312,10 @@ def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropRep
     shutil.rmtree(folder.parent)
 
 
-def main() -> None:
+def main(o: PreprocessOptions) -> None:
     from .config import model_config
     from .demo import make_data
-    from .options import parse
 
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # the launcher starts a process a device; the work is divided among --workers
-        return
-    o = parse("preprocess", sys.argv[1:])
     if o.data.parent == DEMO_TEXT:
         make_data.make(DEMO_TEXT)
     run(o, model_config(o).vocab_size)
-
-
-if __name__ == "__main__":
-    main()

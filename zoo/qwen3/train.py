@@ -12,17 +12,14 @@ import functools
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoTokenizer
 
-from common import checkpoint, cli, lora, parallel
+from common import checkpoint, device, lora, parallel
 from common import train as loop
 from common.data import Step, prefetch
 
@@ -30,7 +27,7 @@ from . import convert, data, preference
 from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate
 from .model import Qwen3Block, build, load_balancing_loss, router_metrics
-from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, parse, run_facts, starts_from
+from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, run_facts, starts_from
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -167,14 +164,8 @@ def forwards(o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batche
     layout: nothing on the earlier pipeline stages."""
     for chunk in wrapped:
         chunk.eval()
-    results = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(micro_batches) for _ in wrapped] if len(wrapped) > 1 else iter(micro_batches),
-        model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(micro_batches),
-        seq_length=o.seq_len,
-        micro_batch_size=o.micro_batch,
-        forward_only=True,
+    results = loop.forward(
+        wrapped, step, micro_batches, micro_batch=o.micro_batch, sequence_length=o.seq_len, backward=False
     )
     for chunk in wrapped:
         chunk.train()
@@ -266,9 +257,7 @@ def command_that_generates(o: TrainOptions, checkpoint) -> str:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def main() -> None:
-    o = parse("train", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: TrainOptions) -> None:
     config = model_config(o)
     o = loop.count_epochs(o, len(rows_of(o.data, o)))
     chunks = build(o, config)
@@ -320,8 +309,3 @@ def main() -> None:
     if finished and usable and dist.get_rank() == 0:
         print(f"try it      {command_that_generates(o, result['checkpoint'])}", flush=True)
     dist.barrier()
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

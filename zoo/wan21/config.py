@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import weights
 
-from . import convert, data
+from . import data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +227,40 @@ SIZES = {
 TASKS = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "video from a first and a last frame"}
 
 
+def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model, by its original name."""
+    D, Fd, T = config.dim, config.ffn_dim, config.text_dim
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    out = {"patch_embedding.weight": (D, config.in_dim, *config.patch_size), "patch_embedding.bias": (D,)}
+    out |= linear("text_embedding.0", T, D) | linear("text_embedding.2", D, D)
+    out |= linear("time_embedding.0", config.freq_dim, D) | linear("time_embedding.2", D, D)
+    out |= linear("time_projection.1", D, 6 * D)
+    if config.image_dim is not None:
+        Im = config.image_dim
+        out |= {f"img_emb.proj.0.{leaf}": (Im,) for leaf in ("weight", "bias")}
+        out |= linear("img_emb.proj.1", Im, Im) | linear("img_emb.proj.3", Im, D)
+        out |= {f"img_emb.proj.4.{leaf}": (D,) for leaf in ("weight", "bias")}
+    if config.first_last:
+        out["img_emb.emb_pos"] = (1, config.image_rows, Im)
+    for i in range(config.num_layers):
+        block = f"blocks.{i}"
+        out[f"{block}.modulation"] = (1, 6, D)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                out |= linear(f"{block}.{attention}.{part}", D, D)
+            out |= {f"{block}.{attention}.norm_{part}.weight": (D,) for part in "qk"}
+        if config.image_dim is not None:
+            out |= linear(f"{block}.cross_attn.k_img", D, D) | linear(f"{block}.cross_attn.v_img", D, D)
+            out[f"{block}.cross_attn.norm_k_img.weight"] = (D,)
+        out |= {f"{block}.norm3.weight": (D,), f"{block}.norm3.bias": (D,)}
+        out |= linear(f"{block}.ffn.0", D, Fd) | linear(f"{block}.ffn.2", Fd, D)
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    return out | {"head.modulation": (1, 2, D)} | linear("head.head", D, config.out_dim * patch)
+
+
 def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
     """Frames, rows, columns of the latents; the VAE's strides are 4, 8, 8 and the first frame stands alone."""
     return (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8
@@ -295,21 +329,9 @@ def model_config(o) -> WanConfig:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def trained_parameters(o, config: WanConfig) -> int:
-    """All, or those of the adapters."""
-    if not getattr(o, "adapts", False):
-        return config.parameters
-    if o.adapter:
-        return sum(pair.parameters for pair in convert.adapter(o.adapter, config)[0].values())
-    ends = tuple(f".{target}.weight" for target in o.lora_targets.split(","))
-    return sum(
-        o.lora_rank * sum(s) for n, s in convert.shapes(config).items() if len(s) == 2 and f".{n}".endswith(ends)
-    )
-
-
-def memory_estimate(o, config: WanConfig, tokens: int) -> float:
+def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
     """Bytes per rank of weights, gradients, optimizer and saved activations; kernels' workspace and the frozen encoders
-    not counted. memory.py measures it.
+    not counted. trained: number of parameters that train. memory.py measures it.
 
     Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
     what the backward reads of each block, for as many micro-batches as 1F1B holds (stage s: pp - s; the fullest counts).
@@ -317,7 +339,7 @@ def memory_estimate(o, config: WanConfig, tokens: int) -> float:
     """
     dtype, stages, layers = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_layers), config.num_layers
     share = config.parameters / o.tp * max(stages) / sum(stages)
-    trained = share * trained_parameters(o, config) / config.parameters
+    trained = share * trained / config.parameters
     shards = o.dp * o.cp
     kept_weights = share * dtype / (shards if o.fsdp else 1)
     kept_weights *= 2 if getattr(o, "full", False) else 1  # dpo's frozen copy

@@ -12,17 +12,18 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, cli, weights
+from common import adapters, weights
+
+from .config import WanConfig, is_sharded, model_config, shapes
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import WanConfig
+    from .options import ConvertOptions
 
 STEM = "diffusion_pytorch_model"  # both releases name their files so
 
@@ -67,41 +68,7 @@ def to_diffusers(name: str) -> str:
     return f"{new}.{leaf}" if leaf else new
 
 
-def shapes(config: "WanConfig") -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model, by its original name."""
-    D, Fd, T = config.dim, config.ffn_dim, config.text_dim
-
-    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    out = {"patch_embedding.weight": (D, config.in_dim, *config.patch_size), "patch_embedding.bias": (D,)}
-    out |= linear("text_embedding.0", T, D) | linear("text_embedding.2", D, D)
-    out |= linear("time_embedding.0", config.freq_dim, D) | linear("time_embedding.2", D, D)
-    out |= linear("time_projection.1", D, 6 * D)
-    if config.image_dim is not None:
-        Im = config.image_dim
-        out |= {f"img_emb.proj.0.{leaf}": (Im,) for leaf in ("weight", "bias")}
-        out |= linear("img_emb.proj.1", Im, Im) | linear("img_emb.proj.3", Im, D)
-        out |= {f"img_emb.proj.4.{leaf}": (D,) for leaf in ("weight", "bias")}
-    if config.first_last:
-        out["img_emb.emb_pos"] = (1, config.image_rows, Im)
-    for i in range(config.num_layers):
-        block = f"blocks.{i}"
-        out[f"{block}.modulation"] = (1, 6, D)
-        for attention in ("self_attn", "cross_attn"):
-            for part in "qkvo":
-                out |= linear(f"{block}.{attention}.{part}", D, D)
-            out |= {f"{block}.{attention}.norm_{part}.weight": (D,) for part in "qk"}
-        if config.image_dim is not None:
-            out |= linear(f"{block}.cross_attn.k_img", D, D) | linear(f"{block}.cross_attn.v_img", D, D)
-            out[f"{block}.cross_attn.norm_k_img.weight"] = (D,)
-        out |= {f"{block}.norm3.weight": (D,), f"{block}.norm3.bias": (D,)}
-        out |= linear(f"{block}.ffn.0", D, Fd) | linear(f"{block}.ffn.2", Fd, D)
-    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    return out | {"head.modulation": (1, 2, D)} | linear("head.head", D, config.out_dim * patch)
-
-
-def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weights.Entry], Callable[[str], str]]:
+def released_entries(folder: Path, config: WanConfig) -> tuple[dict[str, weights.Entry], Callable[[str], str]]:
     """The transformer of a released folder, strictly checked, and how our parameter names read there.
 
     Raises:
@@ -118,7 +85,7 @@ def released_entries(folder: Path, config: "WanConfig") -> tuple[dict[str, weigh
     return entries, rename
 
 
-def fill(chunks, o, config: "WanConfig") -> None:
+def fill(chunks, o, config: WanConfig) -> None:
     """A model's memory: released weights, each rank its slice; or, with --from-scratch, the original code's initial
     values."""
     from common import checkpoint
@@ -135,7 +102,7 @@ def fill(chunks, o, config: "WanConfig") -> None:
 def write_released(
     out: Path,
     to: str,
-    config: "WanConfig",
+    config: WanConfig,
     sizes: dict[str, int],
     read: Callable[[str], "torch.Tensor"],
     source: Path | None,
@@ -161,11 +128,9 @@ def write_released(
         print(f"note: {out} holds the transformer only; take the VAE and text encoder from the diffusers release")
 
 
-def source(folder: Path, config: "WanConfig", ema: bool) -> tuple[dict[str, int], Callable[[str], "torch.Tensor"]]:
+def source(folder: Path, config: WanConfig, ema: bool) -> tuple[dict[str, int], Callable[[str], "torch.Tensor"]]:
     """(bytes of every tensor, the tensor) by our parameter name; folder: sharded (ema: its averaged weights), or released."""
     from common import checkpoint
-
-    from .config import is_sharded
 
     if is_sharded(folder):
         tensors, prefix = checkpoint.tensor_sizes(folder), "ema." if ema else ""
@@ -201,7 +166,7 @@ FORMATS = {  # who writes an adapter -> what stands before each name, how it cal
 DIFFERENCES = {"weight": ["diff"], "bias": ["diff_b"], "modulation": ["diff_m", "modulation.diff"]}
 
 
-def adapter(path: Path, config: "WanConfig") -> tuple[dict[str, adapters.Pair], dict[str, weights.Entry]]:
+def adapter(path: Path, config: WanConfig) -> tuple[dict[str, adapters.Pair], dict[str, weights.Entry]]:
     """`adapters.read` of an adapter's folder or file for this model.
 
     Raises:
@@ -241,7 +206,7 @@ def write_pipeline_file(folder: Path) -> None:
 
 
 # Adapted from zoo.qwen3.convert.merging: whole differences too.
-def merging(path: Path, config: "WanConfig", read: Callable) -> Callable[[str], "torch.Tensor"]:
+def merging(path: Path, config: WanConfig, read: Callable) -> Callable[[str], "torch.Tensor"]:
     """`read` with an adapter merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
     from common import lora
 
@@ -253,7 +218,7 @@ def merging(path: Path, config: "WanConfig", read: Callable) -> Callable[[str], 
     return merged
 
 
-def merge_into(chunks, path: Path, config: "WanConfig") -> None:
+def merge_into(chunks, path: Path, config: WanConfig) -> None:
     """An adapter added to a model's weights: each rank reads the rows of B, or columns of A, of the outputs, or inputs,
     it holds."""
     import torch
@@ -269,17 +234,11 @@ def merge_into(chunks, path: Path, config: "WanConfig") -> None:
                 parameter.copy_(lora.added(parameter, pair, difference, reader, cut))
 
 
-def main() -> None:
-    from common import device  # noqa: F401  isort: skip  (before megatron; here because config.py imports us without torch)
+def main(o: "ConvertOptions") -> None:
     import torch.distributed as dist
 
-    from common import checkpoint, parallel
+    from common import checkpoint
 
-    from .config import is_sharded, model_config
-    from .options import parse
-
-    o = parse("convert", sys.argv[1:])
-    parallel.initialize(o)
     config = model_config(o)
     sizes, read = source(o.weights, config, o.ema)
     if o.adapter:
@@ -296,8 +255,3 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{o.out}: {config.parameters:,} parameters, {len(sizes)} tensors", flush=True)
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

@@ -16,19 +16,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common import device  # isort: skip  (before megatron)
 import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import cli, parallel
+from common import device, parallel
 from common import train as loop
 from common.data import DropReport
 
 from . import data, images, scores
 from .config import model_config
 from .infer import lane_of, latents_of, load, pixels_of
-from .options import EvaluateOptions, demo_list, parse, requests, videos_of
+from .options import EvaluateOptions, demo_list, requests, videos_of
 from .videos import settings, write
 
 SHOWN = 8  # clips in the GIF
@@ -227,9 +226,7 @@ def report(o: EvaluateOptions, rows: list[dict]) -> None:
     print(f"{table(rows)}\nresults     {o.out / 'results.json'}", flush=True)
 
 
-def main() -> None:
-    o: EvaluateOptions = parse("evaluate", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: EvaluateOptions) -> None:
     o.out.mkdir(parents=True, exist_ok=True)
     listed = data.read_rows(o.data)[0][: o.limit] if o.data else []
     real = readable(o, listed, o.fps or None) if listed else None
@@ -257,7 +254,3 @@ def main() -> None:
     if first:
         judged += by_vbench(o, made) if o.vbench else []
         report(o, judged)
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

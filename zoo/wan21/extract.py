@@ -10,21 +10,20 @@ are there already are kept. `--features` of the training jobs reads the result (
 import sys
 from collections.abc import Iterator
 
-from common import device  # noqa: F401  isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import cli, jsonl, parallel, weights
+from common import jsonl, weights
 from common.data import check_drops, inheritance_kept, note_drops, start_decoding
 from common.video import VideoError
 
 from . import data, features
 from .config import model_config
 from .encoders import Encoders
-from .options import ExtractOptions, parse
+from .options import ExtractOptions
 from .train import indexed
 
 
@@ -99,9 +98,7 @@ def write_manifest(o: ExtractOptions, index: data.Index) -> list[int]:
     return missing
 
 
-def main() -> None:
-    o: ExtractOptions = parse("extract", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: ExtractOptions) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         o.out.mkdir(parents=True, exist_ok=True)
@@ -123,8 +120,3 @@ def main() -> None:
         there = len(index.rows) - len(write_manifest(o, index))
         print(f"{report}\nfeatures    {o.out}: {there} videos", flush=True)
     dist.barrier()
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

@@ -14,22 +14,21 @@ import sys
 import time
 from dataclasses import dataclass
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, cli, parallel
+from common import checkpoint, device, parallel
+from common import train as loop
 
 from . import accelerate, convert, data, images, vae, videos
 from .accelerate import Moment
 from .config import WanConfig, cache_gib, latent_grid, model_config
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
 from .model import WanBlock, build, unpatchify
-from .options import InferOptions, parse, requests
+from .options import InferOptions, requests
 
 
 def scheduler(sampler: str, shift: float, steps: int, where: torch.device):
@@ -50,19 +49,15 @@ def velocity(
     """The model's prediction for x [B, C, F, H, W], t [B], text [B, T, D], whole on every rank, in any layout.
     condition: of image-to-video, y [B, 4 + C, F, H, W] and image [B, I, image_dim] (see `WanDiT.forward`)."""
     split, condition = o.cp * (o.tp if o.sp else 1), condition or {}
-    outputs = get_forward_backward_func()(
-        forward_step_func=lambda _, model: (model(x, t, text, **condition), lambda output, non_loss_data: output),
-        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=1,
-        seq_length=(config.tokens(x.shape[2:]) // split + config.context_rows) * split,
-        micro_batch_size=len(x),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+
+    def forward_step(_, model: torch.nn.Module):
+        return model(x, t, text, **condition), lambda output: (output.sum(), {"tokens": output})
+
+    length = (config.tokens(x.shape[2:]) // split + config.context_rows) * split
+    outputs = loop.forward(chunks, forward_step, [None], micro_batch=len(x), sequence_length=length, backward=False)
     mc = parallel.unwrapped(chunks[0]).config
     if outputs:
-        tokens = parallel.gather_tokens(outputs[0].float(), mc)
+        tokens = parallel.gather_tokens(outputs[0]["tokens"].float(), mc)
     else:  # not the last pipeline stage
         tokens = x.new_empty(config.tokens(x.shape[2:]), len(x), x[0].numel() // config.tokens(x.shape[2:]))
     if o.pp > 1:
@@ -232,9 +227,7 @@ def pixels_of(o: InferOptions, parts: Parts, latents: torch.Tensor) -> torch.Ten
         return parts.codec.decode(latents)
 
 
-def main() -> None:
-    o: InferOptions = parse("infer", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: InferOptions) -> None:
     config, chatty = model_config(o), dist.get_rank() == 0
     if chatty and o.cpu_offload and device.KIND == "cpu":
         print("note: --cpu-offload: this device is the CPU, there is nothing to move", flush=True)
@@ -253,7 +246,6 @@ def main() -> None:
         print(f"{done} of {len(asked)} videos are in {o.out} already, made in the same way", flush=True)
     if todo:
         make(o, config, asked, todo)
-    parallel.shutdown()
 
 
 def make(o: InferOptions, config: WanConfig, asked: list[images.Request], todo: list[int]) -> None:
@@ -271,7 +263,3 @@ def make(o: InferOptions, config: WanConfig, asked: list[images.Request], todo: 
             paths = videos.write(video, o.out / f"{i:04d}", o.fps or 16, o.format, videos.how_made(same, i, asked[i]))
             seconds = time.perf_counter() - started
             print(f"{' '.join(map(str, paths))}  {seconds:.1f} s  {asked[i].prompt!r}", flush=True)
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

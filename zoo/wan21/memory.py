@@ -38,7 +38,7 @@ from common import train as loop
 from . import data, model
 from .config import SIZES, WanConfig, latent_grid, memory_estimate
 from .model import WanBlock, build
-from .options import HERE, LORA_RANK, TrainOptions
+from .options import HERE, LORA_RANK, TrainOptions, trained_parameters
 from .train import forward_step
 
 FEATURES = {  # name -> (ranks, options)
@@ -209,7 +209,7 @@ def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
     config, (bucket,) = SIZES[layout["size"]], data.parse_buckets(shape)
     o = options(ranks, layout, config, bucket)
     peak, stays = measure(o, config, bucket)
-    estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)))
+    estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))
     gib = {k: round(v / 2**30, 2) for k, v in {"peak": peak, "between steps": stays, "estimate": estimate}.items()}
     return {
         "source": "measured", "system": "this zoo", "model": f"Wan2.1-{config.task.upper()}", "task": "memory of a training step",

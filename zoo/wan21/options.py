@@ -32,8 +32,8 @@ from .config import (
     memory_estimate,
     model_config,
     refuse_adapters_alone,
+    shapes,
     size_of,
-    trained_parameters,
 )
 
 HERE = Path(__file__).parent
@@ -813,6 +813,16 @@ def prepare(o) -> None:
         videos.unfinished(o, requests(o, model_config(o)))
 
 
+def trained_parameters(o, config: WanConfig) -> int:
+    """All, or those of the adapters."""
+    if not getattr(o, "adapts", False):
+        return config.parameters
+    if o.adapter:
+        return sum(pair.parameters for pair in convert.adapter(o.adapter, config)[0].values())
+    ends = tuple(f".{target}.weight" for target in o.lora_targets.split(","))
+    return sum(o.lora_rank * sum(s) for n, s in shapes(config).items() if len(s) == 2 and f".{n}".endswith(ends))
+
+
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
     config = model_config(o)
@@ -834,7 +844,9 @@ def dry_run(o) -> str:
             f"{bucket}: {tokens} tokens, {flops / 1e12:.3f} TFLOP per sample forward, "
             f"{step * (o.global_batch or 1) / 1e12:.3f} TFLOP per training step"
         )
-        text.append(f"memory per rank, estimated: {memory_estimate(o, config, tokens) / 2**30:.2f} GiB")
+        text.append(
+            f"memory per rank, estimated: {memory_estimate(o, config, tokens, trained_parameters(o, config)) / 2**30:.2f} GiB"
+        )
         if getattr(o, "cache", None) in ("attention", "blocks"):
             text.append(f"cache on each rank: up to {cache_gib(o, config, tokens):.3g} GiB")
     return "\n".join(text)

@@ -34,21 +34,20 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import device  # isort: skip  (before megatron)
 import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common import checkpoint, cli, parallel, perf
+from common import checkpoint, device, parallel, perf
 from common import train as loop
 from common.video import decord_refusal, read_frames
 
 from . import convert, data
 from .config import SIZES, WanConfig, latent_grid, model_config
 from .model import WanBlock, build, draw
-from .options import HERE, PerfOptions, parse
+from .options import HERE, PerfOptions
 from .perf_generation import generation
 from .train import FlowMatching, forward_step
 from .videos import write
@@ -60,9 +59,7 @@ LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32
 OURS, COMPILED = "this zoo", "torch.compile"
 
 
-def main() -> None:
-    o: PerfOptions = parse("perf", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: PerfOptions) -> None:
     rows = []
     for name, benchmark in (
         ("step", step),
@@ -76,7 +73,6 @@ def main() -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         report(rows, o.record)
-    parallel.shutdown()
 
 
 def report(rows: list[dict], record: bool) -> None:
@@ -483,7 +479,3 @@ def decode(o: PerfOptions) -> list[dict]:
          "value": round(statistics.median(seen), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(seen))}}
         for name, seen in rates.items()
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

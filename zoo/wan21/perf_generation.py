@@ -18,12 +18,11 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, parallel, perf
+from common import checkpoint, device, parallel, perf
 
 from . import convert, images, infer, quality
 from .config import WanConfig, model_config

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import device, parallel
+from common import train as loop
 
 from . import convert
 from .config import WanConfig
@@ -142,15 +142,7 @@ def errors_of(o: TrainOptions, chunks: list[torch.nn.Module], batches: list[dict
         batch, chunk = next(iterator), parallel.unwrapped(model)
         return predicted(batch, model), lambda output: (output.sum(), {"errors": errors(output, batch, chunk)})
 
-    results = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=seq_length,
-        micro_batch_size=o.micro_batch,
-        forward_only=True,
-    )
+    results = loop.forward(chunks, step, batches, micro_batch=o.micro_batch, sequence_length=seq_length, backward=False)
     return [result["errors"] for result in results]
 
 

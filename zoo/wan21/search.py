@@ -13,19 +13,17 @@ All other options stay as given, the reference included: `--sparse 0.6` searches
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
-from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 
-from common import cli, parallel
+from common import device, parallel
 
 from . import accelerate, infer, quality
 from .config import model_config
-from .options import SearchOptions, parse, requests
+from .options import SearchOptions, requests
 
 INTERVALS = (2, 3, 4, 6)
 
@@ -47,9 +45,7 @@ class Tried:
         return f"--cache {self.kind} --cache-start {self.start} --cache-interval {self.interval} --cache-end {self.end}"
 
 
-def main() -> None:
-    o: SearchOptions = parse("search", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: SearchOptions) -> None:
     config = model_config(o)
     asked, parts = requests(o, config), infer.load(dataclasses.replace(o, cache="none"), config)
 
@@ -117,7 +113,6 @@ def main() -> None:
         print(f"use: {best.flags}\n{gain:.2f} x uncached sampling, timed again in turns; PSNR {best.psnr:.2f} dB")
     elif dist.get_rank() == 0:
         print(f"no setting keeps {o.psnr} dB and saves time; fix: a lower --psnr, or more --sample-steps")
-    parallel.shutdown()
 
 
 def line(t: Tried, plain: float, bound: float) -> str:
@@ -127,7 +122,3 @@ def line(t: Tried, plain: float, bound: float) -> str:
         f"{t.kind:<10} {t.start:>5} {t.interval:>8} {t.end:>4} {t.seconds:>9.3f} {plain / t.seconds:>7.2f} x {psnr} "
         f"{t.ssim:>7.4f}   {keeps} {bound} dB"
     )
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)

@@ -14,18 +14,16 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import device  # isort: skip  (before megatron)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, lora, parallel, resume
+from common import checkpoint, cli, device, lora, parallel, resume
 from common import train as loop
 from common.data import BucketSampler, Step, check_drops, note_drops, prefetch
 from common.video import probe_video, read_frames
@@ -36,7 +34,7 @@ from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, velocity_tokens
-from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, parse, run_facts, starts_from
+from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, run_facts, starts_from
 from .videos import write
 
 SAMPLE_BATCH = 16
@@ -365,9 +363,7 @@ def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def main() -> None:
-    o = parse("train", sys.argv[1:])
-    parallel.initialize(o)
+def main(o: TrainOptions) -> None:
     config = model_config(o)
     index = indexed(o, o.data)
     o = loop.count_epochs(o, len(index.rows))
@@ -450,8 +446,3 @@ def main() -> None:
             f"no samples  stopped at step {result['steps']} ({result['reason']}); the same command goes on", flush=True
         )
     dist.barrier()
-    parallel.shutdown()
-
-
-if __name__ == "__main__":
-    cli.exit_on_bad_input(main)
