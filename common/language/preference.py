@@ -1,4 +1,4 @@
-"""What dpo.sh minimises: a pair of answers to one question, the first of which is preferred.
+"""What preference optimisation minimises: a pair of answers to one question, the first of which is preferred.
 
 With s(y) the score of an answer y of |y| tokens to x, D = s(chosen) - s(rejected), e = --label-smoothing:
 
@@ -13,9 +13,11 @@ term: arXiv:2404.19733. trl's DPOTrainer and CPOTrainer have the same.
 
 ref is the model as training starts. Its log-probabilities of every answer are computed once and kept beside the rendered
 pairs (8 bytes a pair), so that one model is in memory, not two.
+
+A model chunk is called as model(tokens, positions, cu_seqlens, rows, labels). On the last pipeline stage it returns a tuple
+that begins with the labels' log-probabilities fp32 [T].
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -29,16 +31,14 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
 from common import device, parallel
-
-from .config import model_config
-from .data import PackedRows
-from .options import TrainOptions, starting_point
+from common.language.options import PreferenceOptions, TrainOptions
+from common.language.packing import PackedRows
 
 # --------------------------------------------------------------------------------------------------------- objective
 
 
 def pair_losses(
-    o: TrainOptions, policy: torch.Tensor, reference: torch.Tensor | None, tokens: torch.Tensor
+    o: PreferenceOptions, policy: torch.Tensor, reference: torch.Tensor | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses, reward margins beta D) [P] of pairs. policy and reference: log-probabilities fp32 [P, 2] of the chosen and
     the rejected answer, tokens [P, 2]: their lengths. The reference of simpo is not read."""
@@ -75,14 +75,14 @@ def answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.T
     return sums[pairs], tokens[pairs]
 
 
-def forward_step(o: TrainOptions, margins: "Margins", iterator: Iterator[dict], model: torch.nn.Module):
+def forward_step(o: PreferenceOptions, margins: "Margins", iterator: Iterator[dict], model: torch.nn.Module):
     """One micro-batch through one model chunk, as megatron-core's schedules want it once o and margins are given."""
     batch = next(iterator)
     output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels")))
     return output, functools.partial(loss, o, margins, batch, parallel.unwrapped(model))
 
 
-def loss(o: TrainOptions, margins: "Margins", batch: dict, chunk: torch.nn.Module, output: tuple):
+def loss(o: PreferenceOptions, margins: "Margins", batch: dict, chunk: torch.nn.Module, output: tuple):
     """The losses of this micro-batch's pairs, weighted (train.weighted) so that averaging over micro-batches and data
     parallel ranks gives the mean over every pair of the global batch."""
     policy, tokens = answers(output[0], batch)
@@ -117,13 +117,18 @@ class Margins:
 
 
 @torch.no_grad()
-def reference(o: TrainOptions, rows: PackedRows, forwards: Callable, on_device: Callable) -> np.ndarray:
-    """Log-probabilities of the answers of every pair by the model as it is, fp32 [units, 2]; computed on the first call
-    and found again by the next run from the same weights. forwards(forward_step, micro-batches): what the loss function
-    reported of each; on_device(batch): the batch there."""
-    start = {key: value for key, value in starting_point(o).items() if key in ("base", "adapter")}
-    facts = json.dumps([start, dataclasses.asdict(model_config(o)), o.precision])
-    path = rows.folder / f"reference-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npy"
+def reference(
+    o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable
+) -> np.ndarray:
+    """Log-probabilities of the answers of every pair by the model as it is, fp32 [units, 2]. They are computed on the
+    first call, and found again by the next run with the same facts.
+
+    Args:
+        facts: what decides the numbers beside the pairs (weights, architecture, precision), as JSON can hold it.
+        forwards: (forward step, micro-batches) -> what the loss function reported of each.
+        on_device: batch -> the batch on this rank's device.
+    """
+    path = rows.folder / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
     found = torch.full((rows.unit_count, 2), -torch.inf, device=device.current())
     if dist.get_rank() == 0 and path.is_file():
         found.copy_(torch.from_numpy(np.load(path)))

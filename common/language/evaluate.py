@@ -1,0 +1,360 @@
+"""Benchmarks through lm-eval-harness (EleutherAI, MIT licence): the prompts, filters and metrics are its.
+
+Rank 0 runs the harness; what it asks of the model goes to every rank, a share to each data-parallel one. Answers are
+kept in OUT/answers.jsonl as they come, so the same command with the same --out goes on where it stopped;
+OUT/results.json has the figures, OUT/samples/ every question with its answer.
+
+Nothing is downloaded. The harness is run from --task-folder, so a task's data set `cais/mmlu` is the folder of that name
+in it,
+
+    hf download --repo-type dataset cais/mmlu --local-dir benchmarks/cais/mmlu
+
+or what the datasets library has in its cache; the pinned one runs no code of a data set. Tasks of your own are the
+harness' .yaml files there. What a model must have is said in generate.py.
+
+    if rank == 0:
+        lm = HarnessModel(o, positions, tokenizer, Answers(o.out / "answers.jsonl", about), ask)
+        report(o, run(o, lm), about)      ask(job): answer(broadcast(job), …); after the last job broadcast(None)
+    else:
+        while (job := broadcast(None)) is not None:
+            answer(job, …)
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import lm_eval
+import torch.distributed as dist
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from megatron.core import parallel_state as mpu
+from tqdm import tqdm
+
+from common import device, jsonl
+from common import train as loop
+from common.language.generate import generate, score
+from common.language.options import EvaluateOptions, InferOptions, task_names
+
+THOUGHT_END = "</think>"
+# Settings of a task's generation that mean nothing beyond these values.
+NEUTRAL = {"num_beams": (1,), "repetition_penalty": (1, None), "num_return_sequences": (1,)}
+
+
+# ------------------------------------------------------------------------------------------------- what every rank does
+
+
+def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: EvaluateOptions) -> list:
+    """The results of a job, in its order: this rank's share of them computed here. job: (None, requests of `score`) or
+    (settings of the generation, prompts)."""
+    settings, requests = job
+    mine = requests[mpu.get_data_parallel_rank() :: o.dp]
+    if settings is None:
+        results = score(model, mine, o.row_tokens)
+    else:
+        asked = dataclasses.replace(InferOptions(), batch=o.batch, seed=o.seed, **settings["draw"])
+        stop = stopping(tokenizer, settings["until"], o.thinking)
+        results = generate(model, mine, asked, ends, stop=stop)
+    if o.dp == 1:
+        return results
+    parts, merged = [None] * o.dp, [None] * len(requests)
+    dist.all_gather_object(parts, results, group=mpu.get_data_parallel_group())
+    for i, part in enumerate(parts):
+        merged[i :: o.dp] = part
+    return merged
+
+
+def stopping(tokenizer, until: list[str], thinking: bool) -> Callable[[list[int]], bool]:
+    """Whether an answer has just reached one of the strings (not within a thought)."""
+    longest = max((len(text.encode()) for text in until), default=0)  # no token has less than a byte
+    thought_end = tokenizer.convert_tokens_to_ids(THOUGHT_END) if thinking else None
+
+    def stop(tokens: list[int]) -> bool:
+        if thinking:
+            if thought_end not in tokens:
+                return False
+            tokens = tokens[tokens.index(thought_end) + 1 :]
+        tail = tokenizer.decode(tokens[-longest:]) if longest else ""
+        return any(text in tail for text in until)
+
+    return stop
+
+
+def broadcast(job):
+    """Rank 0's job, on every rank."""
+    held = [job]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+# ----------------------------------------------------------------------------------------------- what the harness talks to
+
+
+class Answers:
+    """What the model has answered, by request, in a file that an interrupted run goes on from."""
+
+    def __init__(self, path: Path, about: dict):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        jsonl.mend(path)  # a run was killed
+        begun, *answers = jsonl.read(path) or [None]
+        if begun not in (None, about):
+            begun = begun if isinstance(begun, dict) else {}  # its first line is lost
+            other = ", ".join(f"{k} {begun.get(k)!r}, not {v!r}" for k, v in about.items() if begun.get(k) != v)
+            raise ValueError(f"{path} has the answers of another run: {other}; expected the same; fix: --out")
+        self.known = dict(answers)
+        self.file = open(path, "a")
+        self.file.write(json.dumps(about) + "\n" if begun is None else "")
+
+    def get(self, requests: list, ask: Callable[[list], list], together: int, what: str) -> list:
+        """The answer to each request, asked `together` at a time, the longest first; what is known is not asked."""
+        keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest()[:32] for r in requests]
+        new = {key: r for key, r in zip(keys, requests, strict=True) if key not in self.known}
+        new = sorted(new.items(), key=lambda item: -len(item[1][0]))
+        bar = tqdm(total=len(new), desc=what, disable=not (new and sys.stderr.isatty()))
+        for part in (new[i : i + together] for i in range(0, len(new), together)):
+            for (key, _), result in zip(part, ask([r for _, r in part]), strict=True):
+                self.known[key] = result
+                self.file.write(json.dumps([key, result]) + "\n")
+            self.file.flush()
+            bar.update(len(part))
+        bar.close()
+        return [self.known[key] for key in keys]
+
+
+class HarnessModel(TemplateLM):
+    """The model as the harness sees it. Tokenization, truncation and windows are those of the harness' own HFLM.
+
+    ask(job) -> results, from all ranks; see `answer`.
+    """
+
+    def __init__(self, o: EvaluateOptions, positions: int, tokenizer, answers: Answers, ask: Callable):
+        super().__init__()
+        self.o, self.tokenizer, self.answers, self.ask = o, tokenizer, answers, ask
+        self.max_length = positions
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by."""
+        first = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, enable_thinking=self.o.thinking, **options
+        )
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        """requests: (texts, context tokens, ending tokens). Endings of one text read are scored together: a question
+        whose choices are letters is read once."""
+        if self.o.thinking:
+            raise ValueError("a task scores given answers, which no thought precedes; fix: --no-thinking")
+        places, asked = [], defaultdict(list)
+        for _texts, context, ending in requests:
+            if not 0 < len(ending) <= self.max_length:
+                raise ValueError(
+                    f"a text of {len(ending)} tokens to score; expected 1 to {self.max_length}; fix: --tasks"
+                )
+            read = tuple((context + ending)[-(self.max_length + 1) : -1])
+            places.append((read, len(asked[read])))
+            asked[read].append(ending)
+        together = 64 * self.o.dp
+        scored = self.answers.get(
+            [list(item) for item in asked.items()], lambda part: self.ask((None, part)), together, "scoring"
+        )
+        found = dict(zip(asked, scored, strict=True))
+        return [tuple(found[read][i]) for read, i in places]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            windows.append([(None, *make_disjoint_window(window)) for window in rolling])
+        scored = iter(self._loglikelihood_tokens([w for few in windows for w in few]))
+        return [sum(value for value, _ in itertools.islice(scored, len(few))) for few in windows]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        texts, groups = [""] * len(requests), defaultdict(list)
+        repeats = Counter()  # a question asked again to be drawn again is another request
+        for i, request in enumerate(requests):
+            settings, prompt = self.settings(request.args[1]), self.tok_encode(request.args[0])
+            room = self.max_length - settings["draw"]["max_new_tokens"]
+            if room < 1:
+                raise ValueError(f"an answer may take all {self.max_length} positions; fix: --max-new-tokens")
+            key = json.dumps(settings)
+            drawn = settings["draw"]["temperature"] > 0
+            groups[key].append((i, [prompt[-room:], key, repeats[request.args[0]] if drawn else 0]))
+            repeats[request.args[0]] += 1
+        for key, members in groups.items():
+            settings = json.loads(key)
+
+            def ask(part: list, settings=settings) -> list:
+                return self.ask((settings, [prompt for prompt, *_ in part]))
+
+            together = 4 * self.o.batch * self.o.dp
+            for (i, _), tokens in zip(
+                members, self.answers.get([r for _, r in members], ask, together, "generating"), strict=True
+            ):
+                texts[i] = self.cut(self.tokenizer.decode(tokens, skip_special_tokens=True), settings["until"])
+        return texts
+
+    def settings(self, wanted: dict) -> dict:
+        """A task's generation settings, checked: {"until": strings, "draw": fields of InferOptions}."""
+        wanted = normalize_gen_kwargs(wanted, 256)  # HFLM's default
+        until = wanted.pop("until", None) or []
+        eos = self.tokenizer.decode([self.tokenizer.eos_token_id])
+        sampled, longest = wanted.pop("do_sample"), wanted.pop("max_gen_toks")
+        temperature, top_p, top_k = (wanted.pop(key, None) for key in ("temperature", "top_p", "top_k"))
+        draw = {
+            "max_new_tokens": self.o.max_new_tokens or longest, "temperature": float(temperature or 0) * sampled,
+            "top_p": float(top_p or 1), "top_k": int(top_k or 0),
+        }  # fmt: skip
+        if unknown := {k: v for k, v in wanted.items() if v not in NEUTRAL.get(k, ())}:
+            raise ValueError(f"a task wants answers generated with {unknown}, which is not there; fix: --tasks")
+        return {"until": [*([until] if isinstance(until, str) else until), eos], "draw": draw}
+
+    def cut(self, text: str, until: list[str]) -> str:
+        """The answer without its thought, up to the first of the strings."""
+        if self.o.thinking:
+            text = text.split(THOUGHT_END)[-1].lstrip()
+        for end in filter(None, until):
+            text = text.split(end)[0]
+        return text
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
+    """What the harness makes of the tasks.
+
+    Raises:
+        ValueError: no such task, or no such data set.
+    """
+    names, folder = task_names(o), o.task_folder.absolute()
+    if o.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric that runs the programs
+    else:
+        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # reading the harness' own 14,000 files takes 10 s
+        manager = TaskManager(include_path=folder)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise ValueError(
+            f"the harness has no task {', '.join(unknown)}, nor has {folder}; fix: --tasks or --task-folder"
+        )
+    with contextlib.chdir(folder):
+        try:
+            loaded = manager.load(names)  # with the data sets: what is missing is said before anything is computed
+        except Exception as error:  # the datasets library's, in many kinds
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"cannot load {', '.join(names)}: {why[:300]}; expected its data sets under {folder}; "
+                "fix: hf download --repo-type dataset OWNER/NAME --local-dir TASK-FOLDER/OWNER/NAME"
+            ) from error
+        running = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+        if running and not o.allow_code_execution:
+            raise ValueError(f"{', '.join(running)} runs programs that the model wrote; fix: --allow-code-execution")
+        manager.load = lambda _: loaded  # once is enough
+        return lm_eval.simple_evaluate(
+            lm,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=o.num_fewshot,
+            limit=o.limit,
+            apply_chat_template=o.chat,
+            fewshot_as_multiturn=o.chat,
+            confirm_run_unsafe_code=o.allow_code_execution,
+        )
+
+
+def chance(name: str, metric: str, found: dict) -> float | None:
+    """What guessing scores, where that is known: one of the choices, or what a task's metadata has as `chance`."""
+    config = found["configs"].get(name, {})
+    stated = (config.get("metadata") or {}).get("chance")
+    if stated is not None or config.get("output_type") != "multiple_choice" or metric not in ("acc", "acc_norm"):
+        return stated
+    choices = [len(sample["arguments"]) for sample in found["samples"][name]]
+    return sum(1 / n for n in choices) / len(choices)
+
+
+def rows_of(found: dict) -> list[dict]:
+    """A row per task and metric: {"task", "metric", "value", "stderr", "chance", "n"}; groups after their tasks."""
+    rows = []
+    for name, values in {**found["results"], **found.get("groups", {})}.items():
+        leaves = [name] if name in found["n-samples"] else leaves_of(name, found)
+        sizes = {leaf: found["n-samples"][leaf]["effective"] for leaf in leaves}
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{metric}_stderr,{kind}")
+            guessed = [chance(leaf, metric, found) for leaf in leaves]
+            known = guessed and None not in guessed
+            mean = (
+                sum(c * n for c, n in zip(guessed, sizes.values(), strict=True)) / sum(sizes.values())
+                if known
+                else None
+            )
+            rows.append({
+                "task": name, "metric": metric if kind == "none" else f"{metric} ({kind})", "value": value,
+                "stderr": stderr if isinstance(stderr, float) else None, "chance": mean, "n": sum(sizes.values()),
+            })  # fmt: skip
+    return rows
+
+
+def leaves_of(group: str, found: dict) -> list[str]:
+    """The tasks of a group and of the groups in it."""
+    below = found["group_subtasks"].get(group, [])
+    return [leaf for name in below for leaf in ([name] if name in found["n-samples"] else leaves_of(name, found))]
+
+
+def table(rows: list[dict]) -> str:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    width, metric = (max(len(key), *(len(row[key]) for row in rows)) for key in ("task", "metric"))
+    lines = [f"{'task':<{width}}  {'metric':<{metric}}  {'value':>8}  {'stderr':>8}  {'chance':>8}  {'n':>6}"]
+    for row in rows:
+        numbers = "  ".join(f"{number(row[key]):>8}" for key in ("value", "stderr", "chance"))
+        lines.append(f"{row['task']:<{width}}  {row['metric']:<{metric}}  {numbers}  {row['n']:>6}")
+    return "\n".join(lines)
+
+
+def report(o: EvaluateOptions, found: dict, about: dict) -> None:
+    rows = rows_of(found)
+    samples = o.out / "samples"
+    samples.mkdir(exist_ok=True)
+    for name, few in found["samples"].items():
+        lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in few]
+        (samples / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    facts = about | {
+        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": loop.commit(),
+        "hardware": device.name(), "devices": o.world, "harness": f"lm_eval {lm_eval.__version__}",
+        "task versions": found["versions"], "examples before a question": found["n-shot"], "limit": o.limit,
+        "chat": o.chat, "results": rows,
+    }  # fmt: skip
+    (o.out / "results.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
+    print(f"{table(rows)}\nresults     {o.out / 'results.json'}", flush=True)
