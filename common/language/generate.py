@@ -157,9 +157,7 @@ def through_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: 
     """States [T, 1, D] after this stage, the last one's normalised; what the stage before sends comes in first."""
     group = mpu.get_pipeline_model_parallel_group()
     if not model.first:
-        states = torch.empty(
-            len(tokens), 1, model.hidden_size, dtype=model.config.params_dtype, device=tokens.device
-        )
+        states = torch.empty(len(tokens), 1, model.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(states, mpu.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(states)
     out = model(tokens, positions, [], cache=cache)
@@ -170,9 +168,7 @@ def through_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: 
 
 
 @torch.no_grad()
-def score(
-    model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: int
-) -> list[list[tuple[float, bool]]]:
+def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: int) -> list[list[tuple[float, bool]]]:
     """How likely texts are. requests: (tokens the model reads, endings); an ending is what the last of its length of
     these tokens are followed by, one place further each. Per ending (its log-probability, whether each of its tokens is
     the likeliest). Requests are packed into rows of at most row_tokens, if none alone is longer; only the places of
@@ -241,7 +237,6 @@ def render_questions(tokenizer, asked: list[tuple], thinking: bool) -> list[str]
             rule = "messages of its roles"
             raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
     return found
-
 
 
 def show_answer(tokenizer) -> Callable[[int], None]:

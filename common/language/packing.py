@@ -26,11 +26,10 @@ from typing import Any, Literal
 import numpy as np
 
 from common.data import BucketSampler, DropReport, partial_name
-from common.records import BadRow
-
 from common.language.chat import Chat, say_error, to_chat, to_pair, to_tools
 from common.language.files import CHATS, list_files, read_rows, tokenizer_hash
 from common.language.pool import in_order
+from common.records import BadRow
 
 IGNORE = -100  # label of a token that predicts nothing
 BATCH = 64  # rows a worker tokenizes at a time

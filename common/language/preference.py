@@ -117,9 +117,7 @@ class Margins:
 
 
 @torch.no_grad()
-def reference(
-    o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable
-) -> np.ndarray:
+def reference(o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable) -> np.ndarray:
     """Log-probabilities of the answers of every pair by the model as it is, fp32 [units, 2]. They are computed on the
     first call, and found again by the next run with the same facts.
 

@@ -302,5 +302,3 @@ def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropRep
     for suffix in (".bin", ".drops.jsonl", ".idx", ".meta.json"):
         os.replace(folder / f".joined{suffix}", _beside(out, suffix))
     shutil.rmtree(folder.parent)
-
-

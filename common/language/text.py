@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from common.data import BucketSampler
-
 from common.language.packing import IGNORE, micro_batch
 
 

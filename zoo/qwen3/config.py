@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import weights
-
-from . import megatron_import
+from common.language import megatron_import
 
 # What a released config.json must say, where it says anything, for this model to be its.
 FIXED = {

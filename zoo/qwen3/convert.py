@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import adapters, weights
+from common.language import megatron_import as megatron
 
 from . import megatron_import
 from .config import Qwen3Config, is_sharded, model_config, shapes
@@ -169,7 +170,7 @@ def source(folder: Path, config: Qwen3Config) -> tuple[Callable[[str], int], Cal
     if is_sharded(folder):
         sizes = checkpoint.tensor_sizes(folder)
         return lambda name: sizes[name] // _count(wanted[name]), functools.partial(checkpoint.read_tensor, folder)
-    if megatron_import.is_checkpoint(folder):
+    if megatron.is_checkpoint(folder):
         return megatron_import.source(folder, config)
     entries, reader = released_entries(folder, config), weights.Reader()
     first = {name: entries[next(iter(expert_pieces(name, config)), released(name))] for name in wanted}

@@ -85,7 +85,7 @@ class Qwen3Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int], cache=None
     ) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `infer.Cache`, when generating."""
+        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, when generating."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
         x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
@@ -301,6 +301,14 @@ class Qwen3(MegatronModule):
             self.lm_head = nn.Linear(D, vocabulary, bias=False, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.lm_head.weight, True, 0, 1)
         self._input: torch.Tensor | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return self.qwen.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.qwen.vocab_size
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -1,24 +1,23 @@
 """The options of this recipe's jobs: what they are called, what the demo fills in, and all that can be known to be
 wrong with them before a process starts.
 
-Each job has a dataclass of options and a function that completes and checks one (`JOBS`). No torch here: `--help` and
-every refusal come before anything heavy is imported.
+Each job has a dataclass of options and a function that completes and checks one (`JOBS`). What all language jobs share is
+in common/language/options.py. No torch here: `--help` and every refusal come before anything heavy is imported.
 """
 
 import dataclasses
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from common import adapters, cli, resume, weights
 from common.cli import option
-from common.records import BadRow, read_prompts
+from common.language import megatron_import, preprocess
+from common.language import options as language
+from common.language.options import LORA_RANK, Demo, EvaluateOptions
 
-from . import convert, data, megatron_import, preprocess
+from . import convert
 from .config import (
     Qwen3Config,
     adaptable,
@@ -44,87 +43,23 @@ DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
     job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
 }
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
+DEMO_TEXT = DEMO_DATA / "text"
 DEMO_TASKS = HERE / "demo" / "tasks"
-RUNS_CODE = ("humaneval", "mbpp")  # benchmarks that run what the model wrote, by the start of their names
+DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
+DOCUMENT_END = "<|endoftext|>"
 YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
-# Named layouts are for training: generation and conversion take these of one only if --layout names it.
-ONE_DEVICE = {
-    "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
-}  # fmt: skip
 # Learning rates by job on a published size, whose layout has pretraining's. dpo: of all parameters, of adapters x 10.
 RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
-LORA_RANK = 16  # of lora.sh, where nothing else is asked
-LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
-ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(cli.TrainOptions):
-    job: str = option("which launcher this is: pretrain, sft, lora or dpo", "pretrain", group="job")
+class TrainOptions(language.PreferenceOptions, language.AdapterOptions, language.RoutingOptions, language.TrainOptions):
     data: Path | None = option(
         "pretrain: prefix of an indexed data set; sft, lora: .jsonl or .json of messages, conversations, or instruction, "
         "input, output, history, system; dpo: of these or prompt, with chosen, rejected; all: tools (default: the demo's)",
         group="data",
     )
-    from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
-    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
-    validation: Path | None = option("held-out data of the same kind, evaluated at the end", group="data")
-    seq_len: int = option("tokens of a row", 4096, group="data", layout=True, within="[2, inf)")
-    separate_documents: bool = option(
-        "documents packed into a row do not see each other (pretrain)", True, group="data", layout=True
-    )
-    too_long: Literal["drop", "cut"] = option(
-        "what becomes of a conversation, or pair, longer than a row", "drop", group="data", layout=True
-    )
-    train_on: Literal["all", "last", "complete"] = option(
-        "answers of a conversation that are learnt: all, the last, or those whose thoughts the template does not leave out",
-        "all", group="data",
-    )  # fmt: skip
-    cache: Path | None = option("folder that keeps rendered conversations (default data/<recipe>-cache)", group="data")
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
-    aux: float = option(
-        "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
-    )
-    aux_over: Literal["model", "layer"] = option(
-        "what that balances: choices over all layers (transformers), or the mean over layers of each", "model",
-        group="objective", layout=True,
-    )  # fmt: skip
-    dispatch: Literal["alltoall", "allgather"] = option(
-        "how tokens reach experts on other ranks; gathered where ep is smaller than the experts of a token", "alltoall",
-        group="layout", layout=True,
-    )  # fmt: skip
-    z_loss: float = option("weight of the routers' z-loss", 0.0, group="objective", layout=True, within="[0, inf)")
-    lora_rank: int | None = option(
-        f"rank of the adapters (lora: {LORA_RANK} if not given; dpo: all parameters train if not given)",
-        group="adapters", within="[1, inf)",
-    )  # fmt: skip
-    lora_alpha: float = option("their output is scaled by alpha / rank", 32.0, group="adapters", within="(0, inf)")
-    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
-    lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
-    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
-    adapter: Path | None = option("PEFT adapter to start from, folder or file; its settings decide", group="adapters")
-    quantize: Literal["none", "nf4"] = option(
-        "how the frozen weights below adapters are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
-    )
-    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
-    preference: Literal["sigmoid", "hinge", "ipo", "simpo"] = option(
-        "loss of a pair: DPO's, SLiC's, IPO's, or SimPO's, which has no reference", "sigmoid", group="preference"
-    )
-    beta: float = option(
-        "weight of a pair's margin (ipo: 1/(2 beta) is its target)", 0.1, group="preference", within="(0, inf)"
-    )
-    label_smoothing: float = option(
-        "share of pairs taken to be the wrong way round (sigmoid, simpo)", 0.0, group="preference", within="[0, 0.5)"
-    )
-    gamma: float = option("margin that simpo asks for", 0.5, group="preference", within="[0, inf)")
-    sft_weight: float = option(
-        "weight of the chosen answers' own loss per token", 0.0, group="preference", within="[0, inf)"
-    )
-
-    @property
-    def adapts(self) -> bool:
-        """Whether adapters train, and nothing else."""
-        return self.lora_rank is not None or self.adapter is not None
 
     def targets(self, config: Qwen3Config) -> list[str]:
         """Ends of the names of the linears that get adapters."""
@@ -132,57 +67,22 @@ class TrainOptions(cli.TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(cli.LayoutOptions):
-    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
+class InferOptions(language.InferOptions):
     yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
-    adapter: Path | None = option("PEFT adapter's folder or file, as lora.sh or peft write it", group="model")
-    prompt: str = option("what to answer", group="job")
-    prompts: Path | None = option(
-        "text file, a prompt per line, or .jsonl of prompt, or of messages to continue; tools", group="job"
-    )
-    out: Path | None = option("file for the answers (.jsonl)", group="job")
-    chat: bool = option("put the prompt into the tokenizer's chat template", True, group="job")
-    thinking: bool = option("let the template open a thought first", False, group="job")
-    max_new_tokens: int = option("longest answer", 256, group="job", layout=True, within="[1, inf)")
-    batch: int = option("prompts generated together", 16, group="job", within="[1, inf)")
-    temperature: float = option("0: always the likeliest token", 0.0, group="job", within="[0, inf)")
-    top_p: float = option("share of the probability drawn from", 1.0, group="job", within="(0, 1]")
-    top_k: int = option("number of tokens drawn from (0: all)", 0, group="job", within="[0, inf)")
-    seed: int = option("seed of the draws", 0, group="job")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(cli.LayoutOptions):
-    tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
-    tasks: str | None = option(
-        "benchmarks by the harness' names, e.g. mmlu,c-eval,boolq,bbh,agieval,humaneval,gsm8k (default: the demo's)",
-        group="job",
-    )
-    task_folder: Path | None = option(
-        "your own tasks (.yaml, whose Python is run), and data sets under their hub names (default: the demo's)",
-        group="data",
-    )
-    limit: int | None = option("questions of each task (default: all)", group="data", within="[1, inf)")
-    num_fewshot: int | None = option(
-        "answered examples before a question (default: the task's)", group="job", within="[0, inf)"
-    )
-    chat: bool = option("put the questions into the tokenizer's chat template", False, group="job")
-    thinking: bool = option("let the template open a thought first", False, group="job")
-    max_new_tokens: int | None = option("longest answer (default: the task's)", group="job", within="[1, inf)")
-    allow_code_execution: bool = option(
-        "run programs the model wrote, with your rights (humaneval)", False, group="job"
-    )
-    batch: int = option("prompts generated together", 16, group="job", within="[1, inf)")
-    row_tokens: int = option("tokens of a row of texts that are scored", 8192, group="job", within="[1, inf)")
-    out: Path = option("run folder; the same again goes on where it stopped", group="run")
-    seed: int = option("seed of the draws", 0, group="run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
+    data, from_scratch, adapts, seq_len = None, False, False, 4096  # what other jobs choose
+
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
     adapter: Path | None = option("PEFT adapter merged into what is written, folder or file", group="job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions(preprocess.PreprocessOptions):
+    end: str = option("token that ends every document", DOCUMENT_END, group="data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +109,7 @@ def parse(script: str, argv: list[str]):
     cls, description, completed = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
     if script in ("train", "convert", "evaluate", "perf") and o.out is None:
-        o = dataclasses.replace(
-            o, out=cli.default_out(HERE.name, script if script == "perf" else getattr(o, "job", script))
-        )
+        o = dataclasses.replace(o, out=cli.default_out(HERE.name, o.job if script == "train" else script))
     return completed(o, {word.split("=")[0] for word in argv})
 
 
@@ -221,18 +119,19 @@ def _default_size(folder: Path | None) -> str:
 
 
 def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    _check_job(o, asked)
+    language.check_job(o, asked)
     drawn = o.weights is None and o.job in ("pretrain", "sft")
     if drawn and not o.size.startswith("tiny") and o.data is not None and not o.from_scratch:
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
     o = _with_training_defaults(dataclasses.replace(o, from_scratch=o.from_scratch or drawn), asked)
-    o = _with_tokenizer(o if o.from_scratch else _with_weights(o))
+    o = language.fill_tokenizer(o if o.from_scratch else _with_weights(o), DEMO)
     config = model_config(o)
     o = _laid_out(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
     _check_weights(o, config)
     cli.check_run(o)
-    _check_data(o, config)
+    language.check_tokenizer(o, config.vocab_size)
+    language.check_data(o, DEMO)
     if o.adapts:
         _check_adapters(o, config)
     if o.merge and o.from_scratch:
@@ -247,7 +146,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
 def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
     if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
-    o = _with_tokenizer(_with_weights(_without_batch(o, asked)))
+    o = language.fill_tokenizer(_with_weights(language.drop_batch(o, asked)), DEMO)
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
@@ -257,8 +156,8 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
         )
     _check_weights(o, config)
-    _check_tokenizer(o, config)
-    _check_lengths(o, config)
+    language.check_tokenizer(o, config.vocab_size)
+    language.check_lengths(o, config.positions, "--max-new-tokens, --yarn, or a shorter prompt")
     if o.adapter:
         _check_adapters(o, config)
     return o
@@ -268,19 +167,19 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
     if o.tasks is None:
         o = dataclasses.replace(o, tasks="sort_digits,sort_digits_choice", chat=o.chat or "--no-chat" not in asked)
     o = dataclasses.replace(o, task_folder=o.task_folder or DEMO_TASKS)
-    o = _with_tokenizer(_with_weights(_without_batch(o, asked)))
+    o = language.fill_tokenizer(_with_weights(language.drop_batch(o, asked)), DEMO)
     config = model_config(o)
     o = _laid_out(o, config)
     if (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
         raise ValueError("evaluation runs with --tp and data parallel; fix: --pp 1 --cp 1 --ep 1 --no-sp --no-fsdp")
     _check_weights(o, config)
-    _check_tokenizer(o, config)
-    _check_tasks(o)
+    language.check_tokenizer(o, config.vocab_size)
+    language.check_tasks(o)
     return o
 
 
 def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
-    o = _with_weights(_without_batch(o, asked))
+    o = _with_weights(language.drop_batch(o, asked))
     config = model_config(o)
     o = _laid_out(o, config)
     if megatron_import.is_checkpoint(o.weights):
@@ -295,14 +194,14 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
     return o
 
 
-def _preprocess(o: preprocess.PreprocessOptions, asked: set[str]) -> preprocess.PreprocessOptions:
-    return preprocess.checked(o, model_config(o).vocab_size)
+def _preprocess(o: PreprocessOptions, asked: set[str]) -> PreprocessOptions:
+    return check_preprocess(o, model_config(o).vocab_size)
 
 
 def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
     if o.weights is not None:
         raise ValueError("the benchmarks draw their weights; fix: --size instead of --weights")
-    o = _with_tokenizer(dataclasses.replace(o, from_scratch=True))
+    o = language.fill_tokenizer(dataclasses.replace(o, from_scratch=True), DEMO)
     config = model_config(o)
     o = _laid_out(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
@@ -313,7 +212,7 @@ JOBS = {  # a launcher's script -> its options, what --help says of it, what com
     "train": (TrainOptions, "Train Qwen3.", _train),
     "infer": (InferOptions, "Generate text with Qwen3.", _infer),
     "evaluate": (EvaluateOptions, "Evaluate Qwen3 on benchmarks through lm-eval-harness.", _evaluate),
-    "preprocess": (preprocess.PreprocessOptions, "Tokenize text for pretraining.", _preprocess),
+    "preprocess": (PreprocessOptions, "Tokenize text for pretraining.", _preprocess),
     "perf": (PerfOptions, "Measure this recipe on this machine.", _perf),
     "convert": (
         ConvertOptions,
@@ -331,36 +230,6 @@ def _with_weights(o):
     if o.weights is None and o.size != "tiny":
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --size tiny")
     return o if o.weights is not None else dataclasses.replace(o, weights=DEMO_WEIGHTS)
-
-
-def _with_tokenizer(o):
-    """--tokenizer, or that of the weights: a release has one, and a checkpoint a copy of its run's. The demo's is for the
-    demo's weights, and for drawn ones of its size or on its data.
-
-    Raises:
-        ValueError: none of these is there, or the weights are still to be converted.
-    """
-    if o.weights is not None and megatron_import.is_checkpoint(o.weights):
-        raise ValueError(f"{o.weights} is a Megatron-LM checkpoint; fix: convert.sh --to sharded or released, first")
-    if o.tokenizer is not None:
-        return o
-    if o.weights is not None and o.weights.resolve() != DEMO_WEIGHTS.resolve():
-        if not (o.weights / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{o.weights} has no tokenizer.json (an incomplete download?); fix: --tokenizer with the folder of the "
-                "tokenizer these weights were trained with"
-            )
-        return dataclasses.replace(o, tokenizer=o.weights)
-    own_data = getattr(o, "data", None) is not None and not _is_demo(o.data)
-    if o.weights is None and own_data and not o.size.startswith("tiny"):
-        raise ValueError(f"size {o.size} has drawn weights and no tokenizer; fix: --tokenizer")
-    return dataclasses.replace(o, tokenizer=DEMO_TOKENIZER)
-
-
-def _without_batch(o, asked: set[str]):
-    """For jobs without a batch to train; of a named layout they take what splits a model only if --layout names it."""
-    alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
-    return dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
 
 
 def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
@@ -392,34 +261,11 @@ def _check_weights(o, config: Qwen3Config) -> None:
         cli.note(said)
     if o.weights is None or is_sharded(o.weights):
         return
-    if not getattr(o, "from_scratch", False):
+    if not o.from_scratch:
         convert.released_entries(o.weights, config)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-def _check_job(o: TrainOptions, asked: set[str]) -> None:
-    """Options of another job, or of another loss, are not ignored."""
-
-    def refuse(flag: str, where: str) -> None:
-        raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
-
-    if "--train-on" in asked and o.job in ("pretrain", "dpo"):
-        refuse("--train-on", "sft.sh and lora.sh")
-    for f in dataclasses.fields(o):
-        flag, jobs = "--" + f.name.replace("_", "-"), ONLY.get(f.metadata["group"], (o.job,))
-        if flag in asked and o.job not in jobs:
-            refuse(flag, " and ".join(f"{job}.sh" for job in jobs))
-        if flag in asked and o.adapter and flag in LORA_SETTINGS:
-            refuse(flag, f"new adapters (--adapter {o.adapter} brings its own settings)")
-    if "--gamma" in asked and o.preference != "simpo":
-        refuse("--gamma", "--preference simpo")
-    if o.label_smoothing and o.preference in ("hinge", "ipo"):
-        refuse("--label-smoothing", "--preference sigmoid or simpo")
-    for flag in {"--merge", "--quantize"} & asked:
-        if o.job == "dpo" and not o.adapts:
-            refuse(flag, "adapters (--lora-rank or --adapter)")
 
 
 def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
@@ -445,62 +291,13 @@ def _layout_is_of_job(o: TrainOptions, asked: set[str]) -> bool:
 
 
 def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:
-    """Rows fit the model and the layout; quantisation and the routers' losses go with what else is asked."""
+    """Rows fit the model and the layout, and what adds to the loss fits the model."""
     if o.seq_len > config.positions:
         raise ValueError(
             f"seq_len={o.seq_len} is more than the model's {config.positions} positions; fix: --seq-len or --yarn"
         )
-    if o.ring > 1 and o.seq_len * o.micro_batch % (2 * o.cp * (o.tp if o.sp else 1)):
-        raise ValueError(
-            f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
-        )
-    if o.quantize != "none" and (o.tp > 1 or o.fsdp or o.compile):
-        raise ValueError(
-            f"quantize={o.quantize} keeps whole weights; fix: --tp 1 --no-fsdp --no-compile, or --quantize none"
-        )
-    if o.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
-        raise ValueError(f"quantize={o.quantize} needs bitsandbytes; fix: pip install bitsandbytes, or --quantize none")
-    if (o.aux or o.z_loss) and not config.num_experts:
-        raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
-    if (o.aux or o.z_loss) and o.job == "dpo":
-        raise ValueError("aux and z_loss are no part of the preference losses; fix: --aux 0 --z-loss 0")
-    if o.dispatch == "allgather" and o.ep == 1:
-        raise ValueError("dispatch=allgather: with ep=1 no token travels; fix: --ep, or --dispatch alltoall")
-    if o.aux and o.aux_over == "model" and o.pp > 1:
-        raise ValueError(
-            f"aux over the model's layers, which pp={o.pp} parts; fix: --aux-over layer, --aux 0 or --pp 1"
-        )
-
-
-def _check_tokenizer(o, config: Qwen3Config) -> None:
-    """The model has an embedding for each of its tokens."""
-    tokenizer = o.tokenizer / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ValueError(f"{tokenizer} does not exist; expected a released tokenizer's folder; fix: --tokenizer")
-    largest = _largest_token(tokenizer)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{tokenizer} has token ids up to {largest}, the model (size {o.size}) a vocabulary of {config.vocab_size}; "
-            "expected ids below it; fix: --tokenizer, --size or --weights"
-        )
-
-
-def _check_data(o: TrainOptions, config: Qwen3Config) -> None:
-    _check_tokenizer(o, config)
-    for path, flag in ((o.data, "--data"), (o.validation, "--validation")):
-        if path is None or _is_demo(path):
-            continue
-        if o.job == "pretrain":
-            for suffix in (".bin", ".idx"):
-                if not Path(f"{path}{suffix}").is_file():
-                    raise ValueError(
-                        f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh"
-                    )
-        elif not path.exists():
-            what = "preference pairs" if o.job == "dpo" else "conversations"
-            raise ValueError(f"{path} does not exist; expected .jsonl or .json {what}; fix: {flag}")
-        else:
-            next(data.read_rows(path))  # says what is wrong with a file that is empty or of another kind
+    language.check_rows(o)
+    language.check_routing(o, config.num_experts)
 
 
 def _check_adapters(o, config: Qwen3Config) -> None:
@@ -509,10 +306,20 @@ def _check_adapters(o, config: Qwen3Config) -> None:
         found = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
     else:
         found = set(o.targets(config))
-    if bad := sorted(found - set(adaptable(config))):
-        flag, good = f"--adapter {o.adapter}" if o.adapter else "--lora-targets", ", ".join(adaptable(config))
-        named = ", ".join(name or "an empty name" for name in bad)
-        raise ValueError(f"adapters on {named}; expected some of {good} (size {o.size}); fix: {flag}")
+    language.check_adapters(o, found, adaptable(config))
+
+
+def check_preprocess(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
+    """The options with their defaults filled in.
+
+    Raises:
+        ValueError: there is no tokenizer, or what `common.language.preprocess.check` refuses.
+    """
+    tokenizer = o.tokenizer or o.weights or (DEMO_TOKENIZER if o.size.startswith("tiny") else None)
+    if tokenizer is None:
+        raise ValueError(f"size {o.size} has no tokenizer of its own; fix: --tokenizer, or --weights with one")
+    o = dataclasses.replace(o, data=o.data or DEMO_TEXT / "train.jsonl", tokenizer=tokenizer)
+    return preprocess.check(o, vocab_size, DEMO_TEXT)
 
 
 def starting_point(o: TrainOptions) -> dict:
@@ -551,142 +358,34 @@ def starts_from(o: TrainOptions) -> str:
 
 def run_facts(o: TrainOptions) -> dict:
     """What a run cannot change any more: what it starts from, and what decides its rows and their order."""
-    facts = {"job": o.job, "seed": o.seed, "seq_len": o.seq_len, "global_batch": o.global_batch}
-    if o.job == "pretrain":
-        files = [Path(f"{o.data}{suffix}") for suffix in (".bin", ".idx")]
-        facts |= {"separate_documents": o.separate_documents}
-    else:
-        files = data.list_files(o.data, (".jsonl", ".json")) if o.data.exists() else [o.data]
-        facts |= {"too_long": o.too_long, "train_on": o.train_on}
-    made = all(file.is_file() for file in files)  # the demo's are made after this was asked for the first time
-    return starting_point(o) | facts | {
-        "data": {"path": str(o.data), "content": resume.content(files) if made else None},
-        "tokenizer": {"path": str(o.tokenizer), "content": data.tokenizer_hash(o.tokenizer)},
-    }  # fmt: skip
-
-
-def _check_tasks(o: EvaluateOptions) -> None:
-    names = task_names(o)
-    if not names:
-        raise ValueError("nothing to evaluate; expected names of tasks; fix: --tasks mmlu,gsm8k")
-    if not o.task_folder.is_dir():
-        raise ValueError(f"{o.task_folder} does not exist; expected a folder of tasks or data sets; fix: --task-folder")
-    if running := [name for name in names if name.startswith(RUNS_CODE) and not o.allow_code_execution]:
-        raise ValueError(
-            f"{', '.join(running)} runs programs that the model wrote, with your rights and no sandbox; "
-            "fix: --allow-code-execution where that may be, or leave it out of --tasks"
-        )
-
-
-def task_names(o: EvaluateOptions) -> list[str]:
-    """--tasks as the harness calls them."""
-    names = [name.strip() for name in (o.tasks or "").split(",") if name.strip()]
-    return [{"c-eval": "ceval-valid", "ceval": "ceval-valid"}.get(name.lower(), name) for name in names]
-
-
-def _largest_token(tokenizer: Path) -> int:
-    """The largest id of a tokenizer.json."""
-    values = weights.read_json(tokenizer)
-    added = [token["id"] for token in values.get("added_tokens", [])]
-    return max([*values["model"]["vocab"].values(), *added])
-
-
-def _is_demo(path: Path) -> bool:
-    return DEMO_DATA in path.parents
-
-
-def read_questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]]:
-    """(file:line, messages, tools) of everything to answer.
-
-    Raises:
-        ValueError: there is nothing, or a row is no question; names its line.
-    """
-    if (o.prompt is None) == (o.prompts is None):
-        given = "nothing to answer" if o.prompt is None else f"--prompt and --prompts {o.prompts}; expected one of them"
-        raise ValueError(f"{given}; fix: --prompt TEXT or --prompts FILE")
-    rows = [("--prompt", {"prompt": o.prompt})] if o.prompts is None else read_prompts(o.prompts, "--prompts")
-    found = []
-    for where, row in rows:
-        try:
-            messages, tools = data.to_question(row), data.to_tools(row)
-        except BadRow as error:
-            rule = "a prompt, or messages that end in a question"
-            raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
-        if not o.chat and (len(messages) > 1 or tools):
-            raise ValueError(f"{where}: a conversation with --no-chat; expected a text alone; fix: --chat")
-        found.append((where, messages, tools))
-    return found
-
-
-def _check_lengths(o: InferOptions, config: Qwen3Config) -> None:
-    """Every question and its answer have positions in the model, the template's few tokens not counted. Only what has
-    more bytes than that, so may have more tokens, is tokenized."""
-    room = config.positions - o.max_new_tokens
-    texts = {where: "".join(m["content"] for m in messages) for where, messages, _ in read_questions(o)}
-    longer = {where: text for where, text in texts.items() if len(text.encode()) > room}
-    if not longer:
-        return
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(o.tokenizer / "tokenizer.json"))
-    tokenizer.no_truncation()
-    for where, text in longer.items():
-        if (length := len(tokenizer.encode(text, add_special_tokens=False))) > room:
-            raise ValueError(
-                f"{where} has {length} tokens, and {o.max_new_tokens} of an answer make more than the model's "
-                f"{config.positions} positions; fix: --max-new-tokens, --yarn, or a shorter prompt"
-            )
+    return language.run_facts(o, starting_point(o))
 
 
 def prepare(o) -> None:
     """Before any process starts: make the demo data if this job uses it, and install what this job alone needs."""
     if isinstance(o, EvaluateOptions) and importlib.util.find_spec("lm_eval") is None:
-        _install(HERE / "requirements-evaluate.txt")
-    if getattr(o, "data", None) is not None and _is_demo(o.data):
+        language.install(HERE / "requirements-evaluate.txt")
+    if DEMO.has(o.data):
         cli.say(f"looking for the demo data in {DEMO_DATA}, or making them")
         from .demo import make_data
 
-        if isinstance(o, preprocess.PreprocessOptions):  # which tokenizes it itself
-            make_data.make(DEMO_DATA / "text")
+        if isinstance(o, PreprocessOptions):  # which tokenizes it itself
+            make_data.make(DEMO_TEXT)
             return
         if o.job != "pretrain":
             make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs}
             make[o.job](DEMO_DATA / o.job)
             return
-        make_data.make(DEMO_DATA / "text")
+        make_data.make(DEMO_TEXT)
         for split in (o.data, o.validation):
-            text = preprocess.PreprocessOptions(
-                **_defaults(preprocess.PreprocessOptions) | {"workers": 0, "out": split}
-            )
-            text = dataclasses.replace(text, data=split.with_suffix(".jsonl"))
+            text = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split)
             vocabulary = model_config(o).vocab_size
-            preprocess.run(preprocess.checked(text, vocabulary), vocabulary)
-
-
-def _install(requirements: Path) -> None:
-    """Add packages to the zoo's own .venv, none of whose own may change. ValueError: this Python is not that one."""
-    if "ZOO_PYTHON" in os.environ:
-        raise ValueError(
-            f"{sys.executable} lacks the packages of {requirements.name}; fix: {sys.executable} -m pip install -r "
-            f"{requirements}, or unset ZOO_PYTHON"
-        )
-    print(f"installing {requirements.name} into {sys.prefix} (once, about a minute)", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip"]
-    kept = Path(sys.prefix) / ".kept"
-    kept.write_text(subprocess.check_output([*pip, "list", "--format=freeze"], text=True))
-    failed = subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", kept]).returncode
-    kept.unlink()
-    if failed:
-        raise ValueError(f"pip could not install {requirements}, see above; fix: a package index that has them")
-
-
-def _defaults(cls) -> dict:
-    return {f.name: f.default for f in dataclasses.fields(cls)}
+            preprocess.run(check_preprocess(text, vocabulary), vocabulary)
 
 
 def trained_parameters(o, config: Qwen3Config) -> int:
     """All, or those of the adapters."""
-    if not getattr(o, "adapts", False):
+    if not o.adapts:
         return config.parameters
     if o.adapter:
         return sum(pair.parameters for pair in convert.adapter(o.adapter, config).values())
@@ -695,12 +394,12 @@ def trained_parameters(o, config: Qwen3Config) -> int:
 
 def dry_run(o) -> str:
     """What a run would be, from the options alone."""
-    if isinstance(o, preprocess.PreprocessOptions):
+    if isinstance(o, PreprocessOptions):
         return f"{cli.to_toml(o)}\nfor a model of parameters: {model_config(o).parameters:,}"
     config = model_config(o)
-    length = getattr(o, "seq_len", 4096)
+    length = o.seq_len
     flops = config.flops(length)
-    step = 3 * config.flops(length, getattr(o, "adapts", False)) * (o.global_batch or 1)
+    step = 3 * config.flops(length, o.adapts) * (o.global_batch or 1)
     return "\n".join([
         cli.to_toml(o),
         f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}"

@@ -42,11 +42,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import checkpoint, device, parallel, perf
 from common import train as loop
+from common.language import preprocess
+from common.language.generate import generate as generate_answers
+from common.language.pool import in_order
 
-from . import convert, data, infer, preprocess
+from . import convert
 from .config import SIZES, Qwen3Config, model_config
 from .model import Qwen3Block, build, draw
-from .options import DEMO_DATA, HERE, InferOptions, PerfOptions, parse, prepare
+from .options import DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, check_preprocess, parse, prepare
 from .train import Batches, forward_step, weighted
 
 CLIP = 1.0
@@ -401,7 +404,7 @@ def generate(o: PerfOptions) -> list[dict]:
         lists, length = prompts.tolist(), {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
 
         def ours_now(lists=lists, asked=asked):
-            return infer.generate(mine, lists, asked, set())
+            return generate_answers(mine, lists, asked, set())
 
         @torch.no_grad()
         def theirs_now(prompts=prompts, length=length):
@@ -452,9 +455,9 @@ def tokenize(o: PerfOptions) -> list[dict]:
         file = Path(folder) / "text.jsonl"
         file.write_text(text.read_text() * copies)
         size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
-        asked = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
-        asked = preprocess.checked(asked, SIZES["tiny"].vocab_size)
-        tokenizer, _ = preprocess._load(asked, SIZES["tiny"].vocab_size)
+        asked = PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
+        asked = check_preprocess(asked, SIZES["tiny"].vocab_size)
+        tokenizer, _ = preprocess.load_tokenizer(asked, SIZES["tiny"].vocab_size)
 
         def encode(some: list[str]) -> int:
             few = (some[i : i + preprocess.BATCH] for i in range(0, len(some), preprocess.BATCH))
@@ -467,7 +470,7 @@ def tokenize(o: PerfOptions) -> list[dict]:
             found = preprocess.run(asked, SIZES["tiny"].vocab_size, TEXT // (8 * workers))
             rates.append(size / (time.perf_counter() - start))
             start = time.perf_counter()
-            tokens = sum(data.in_order(encode, shares, workers))
+            tokens = sum(in_order(encode, shares, workers))
             alone.append(size / (time.perf_counter() - start))
             assert tokens + found["documents"] == found["tokens"], (tokens, found)
             for made in Path(folder).glob("out*"):

@@ -4,7 +4,8 @@
     NPROC=8 bash zoo/qwen3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
 
 Every rank of a tensor x context x pipeline group reads the same rows; the loss is a mean over the labelled tokens of the
-whole global batch, so packing and layout change neither it nor its gradients. The losses of dpo.sh are in preference.py.
+whole global batch, so packing and layout change neither it nor its gradients. The losses of dpo.sh are in
+common/language/preference.py.
 """
 
 import dataclasses
@@ -17,17 +18,17 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from transformers import AutoTokenizer
 
-from common import checkpoint, device, lora, parallel
+from common import checkpoint, lora, parallel
 from common import train as loop
-from common.data import Step, prefetch
+from common.language import preference
 
-from . import convert, data, preference
+from . import convert
 from .config import Qwen3Config, model_config
-from .infer import end_tokens, generate
+from .data import Batches, rows_of, weighted
+from .demo import judge
 from .model import Qwen3Block, build, load_balancing_loss, router_metrics
-from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, run_facts, starts_from
+from .options import HERE, TrainOptions, run_facts, starting_point, starts_from
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -52,17 +53,6 @@ def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tens
         balance = load_balancing_loss(routing, chunk.qwen.num_experts_per_tok)
         value = value + batch["aux"] / (tp * chunk.config.context_parallel_size) * balance
     return value, {"loss": reported.clone()}  # the schedule scales the first one in place
-
-
-def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]:
-    """Adds to each micro-batch the weight of its tokens fp32 [T], or of its pairs [P]: micro-batches * dp / (labelled
-    tokens, or pairs, of the whole global batch). The count is summed on the device: nothing waits for it."""
-    wanted = [torch.ones_like(b["pairs"]) if "pairs" in b else b["labels"] >= 0 for b in micro_batches]
-    count = torch.stack([w.sum() for w in wanted]).sum(0, keepdim=True).float().clamp(min=1)
-    if dp > 1:
-        dist.all_reduce(count, group=mpu.get_data_parallel_group())
-    scale = len(micro_batches) * dp / count
-    return [b | {"weight": w * scale, "aux": aux} for b, w in zip(micro_batches, wanted, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
@@ -97,49 +87,10 @@ def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.M
         print(f"merged      {o.merge}", flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-
-def rows_of(path, o: TrainOptions, shuffle: bool = True):
-    """The rows of a data set: an indexed one's stream to pretrain, packed conversations, or pairs for dpo."""
-    if o.job == "pretrain":
-        end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(data.DOCUMENT_END)
-        return data.TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
-    kind = "dpo" if o.job == "dpo" else "sft"
-    prepare = functools.partial(
-        data.prepare_chats, path, o.tokenizer, o.seq_len, o.cache,
-        kind=kind, too_long=o.too_long, train_on=o.train_on, max_drop=o.max_drop,
-    )  # fmt: skip
-    if dist.get_rank() == 0:
-        prepare()
-    dist.barrier()
-    return data.PackedRows(prepare())  # made already: finds it
-
-
-class Batches:
-    """Steps of micro-batches for this rank: every rank of a tensor x context x pipeline group reads the same rows."""
-
-    def __init__(self, o: TrainOptions):
-        self.o, self.rows = o, rows_of(o.data, o)
-        seed = () if o.job == "pretrain" else (o.seed,)
-        self.sampler = self.rows.sampler(o.global_batch, o.micro_batch, mpu.get_data_parallel_rank(), o.dp, *seed)
-
-    def __call__(self, start: int) -> Iterator[Step]:
-        return prefetch(self.rows, self.sampler, start, self.o.steps, self.o.workers)
-
-    def prepare(self, loaded: Step) -> list[dict]:
-        """A loaded step -> its micro-batches, on the device."""
-        if self.o.adapts:
-            lora.seed_dropout(self.o.seed, loaded.step)
-        aux = self.o.aux if self.o.aux_over == "model" else 0.0  # of each layer: the model adds it itself
-        return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, aux)
-
-    def on_device(self, batch: dict) -> dict:
-        moved = {k: v.to(device.current(), non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        bounds = batch["cu_seqlens"]
-        if self.o.job == "pretrain" and not self.o.separate_documents:  # a row is one sequence, whatever it holds
-            bounds = list(range(0, len(batch["tokens"]) + 1, self.o.seq_len))
-        return batch | moved | {"cu_seqlens": bounds, "rows": self.o.micro_batch}
+def reference_facts(o: TrainOptions, config: Qwen3Config) -> list:
+    """What the reference's log-probabilities depend on beside the pairs."""
+    start = {key: value for key, value in starting_point(o).items() if key in ("base", "adapter")}
+    return [start, dataclasses.asdict(config), o.precision]
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -189,59 +140,20 @@ def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tup
     return total / whole, whole
 
 
-def finish(
-    o: TrainOptions, config: Qwen3Config, steps: int, loss: float, count: int, pairs: dict, answers: list
-) -> None:
+def finish(o: TrainOptions, steps: int, loss: float, count: int, pairs: dict, compared: str) -> None:
     """Says and keeps what the run came to. loss: on count held-out tokens or pairs; pairs: `Margins` of the latter;
-    answers: (right, asked) of the demo's questions before training, unless it began from nothing, and after it."""
+    compared: what the demo adds to it."""
     if o.job == "dpo":
-        lines = [
-            f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs",
-            f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}",
-        ]
-    else:
-        lines = [f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"]
-    demo = DEMO_DATA in o.data.parents
-    if demo and o.job == "pretrain":
-        from .demo import trigram
-
-        lines[0] += (
-            f" (trigram model of the same text: {trigram.perplexity(o.data, o.validation, config.vocab_size):.2f})"
+        text = (
+            f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs\n"
+            f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}"
         )
-    elif demo and answers:
-        right, asked = answers[-1]
-        before = f"before: {answers[0][0] / asked:.0%}" if len(answers) > 1 else "chance 2%"
-        what = f"{'as preferred' if o.job == 'dpo' else 'exactly right'} on {asked} questions never trained on"
-        lines.append(f"        {what}: {right / asked:.0%} ({before})")
-    elif demo:
-        lines.append("        answers: not measured under this layout; see generate.sh")
+    else:
+        text = f"result: step {steps}, perplexity {math.exp(loss):.2f} on {count:,} held-out tokens"
+    lines = (text + compared).split("\n")
     print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}")
     print("\n".join(lines), flush=True)
     (o.out / "result.json").write_text(json.dumps({"held_out_loss": loss, "count": count, "lines": lines}))
-
-
-def has_answers(o: TrainOptions) -> bool:
-    """Whether this run is on the demo's questions, under a layout that can answer them."""
-    return DEMO_DATA in o.data.parents and o.job != "pretrain" and (o.vpp, o.cp, o.fsdp, o.sp) == (1, 1, False, False)
-
-
-def exact_match(o: TrainOptions, model) -> tuple[int, int]:
-    """(right, or as preferred; asked) of the demo's questions, answered greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    rows = [row for _, row in data.read_rows(o.validation)]
-    chats = [data.to_pair(row)[0] if o.job == "dpo" else data.to_chat(row) for row in rows]
-    options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-    prompts = [
-        tokenizer(tokenizer.apply_chat_template(c[:-1], **options), add_special_tokens=False).input_ids for c in chats
-    ]
-    asked = InferOptions(
-        **{f.name: f.default for f in dataclasses.fields(InferOptions)} | {"max_new_tokens": 24, "batch": 64}
-    )
-    model.eval()
-    answers = generate(model, prompts, asked, end_tokens(tokenizer))
-    model.train()
-    right = [tokenizer.decode(a).strip() == c[-1]["content"].strip() for a, c in zip(answers, chats, strict=True)]
-    return sum(right), len(right)
 
 
 def command_that_generates(o: TrainOptions, checkpoint) -> str:
@@ -264,7 +176,7 @@ def main(o: TrainOptions) -> None:
     convert.fill(chunks, o, config)
     if o.adapts:
         adapt(chunks, o, config)
-    answers = [exact_match(o, chunks[0])] if has_answers(o) and not o.from_scratch else []
+    before = None if o.from_scratch else judge.answer(o, chunks[0])
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
     batches, held_out = Batches(o), held_out_rows(o)
     step, margins = forward_step, None
@@ -274,7 +186,7 @@ def main(o: TrainOptions) -> None:
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:
                 asked = functools.partial(forwards, o, wrapped)
-                rows.reference = preference.reference(o, rows, asked, batches.on_device)
+                rows.reference = preference.reference(o, rows, reference_facts(o, config), asked, batches.on_device)
     routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
     flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
@@ -294,9 +206,9 @@ def main(o: TrainOptions) -> None:
     if finished and held_out is not None:
         loss, count = held_out_loss(o, wrapped, step, batches, held_out)
         pairs = margins() if margins else {}
-        answers += [exact_match(o, parallel.unwrapped(wrapped[0]))] if has_answers(o) else []
+        after = judge.answer(o, parallel.unwrapped(wrapped[0]))
         if dist.get_rank() == 0:
-            finish(o, config, result["steps"], loss, count, pairs, answers)
+            finish(o, result["steps"], loss, count, pairs, judge.compare(o, config.vocab_size, before, after))
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
