@@ -8,7 +8,7 @@ from ranks import run_ranks
 from test_qwen3 import infer_options
 from test_qwen3_layouts import TOLERANCE, compare, my_batches, run_layout
 
-from common import checkpoint, parallel
+from common import checkpoint, parallel, release
 
 pytestmark = pytest.mark.L3
 
@@ -133,7 +133,8 @@ def loaded(layout: dict, folder) -> dict[str, tuple]:
     o, config = case.options(**layout), case.CONFIGS["moe"]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
-    case.convert.load(chunks, case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load(chunks, table.entries(folder), table)
     return {name: (checkpoint.cuts(p), p.detach()) for name, p in checkpoint.parameters(chunks)}
 
 
@@ -147,6 +148,7 @@ def answers(layout: dict, folder) -> list[list[int]]:
     o, config = case.options(**layout), case.CONFIGS["moe"]
     parallel.initialize(o)
     model = case.model.build(o, config)[0].eval()
-    case.convert.load([model], case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load([model], table.entries(folder), table)
     asked = infer_options(max_new_tokens=6)
     return case.infer.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())

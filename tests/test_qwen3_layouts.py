@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from common import checkpoint, ops, parallel
+from common import checkpoint, ops, parallel, release
 from common import train as loop
 
 pytestmark = pytest.mark.L3
@@ -201,7 +201,8 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
-    case.convert.load(chunks, case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load(chunks, table.entries(folder), table)
     asked = {f.name: f.default for f in dataclasses.fields(case.jobs.InferOptions)} | {
         "max_new_tokens": 12,
         "batch": 2,

@@ -10,6 +10,7 @@ the longer ones is read a token a step. Tensor parallelism works as in training;
 (no micro-batches in between): for models that fit no other way.
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +20,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from transformers import AutoTokenizer
 
-from common import checkpoint, lora, ops
+from common import checkpoint, lora, ops, release
 from common.records import BadRow
 
 from . import convert, data
 from .config import Qwen3Config, model_config
-from .model import Qwen3, build
+from .model import Qwen3, build, draw
 from .options import InferOptions, read_questions
 
 NOT_FINITE = (
@@ -230,7 +231,7 @@ def whole_logits(hidden: torch.Tensor, model: Qwen3) -> torch.Tensor:
 def load_model(o, config: Qwen3Config) -> Qwen3:
     """This pipeline stage of the model of --weights, a released folder or a run's checkpoint, with --adapter if given."""
     chunks = build(o, config)
-    convert.fill(chunks, o, config)
+    release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if getattr(o, "adapter", None):
         lora.load_adapter(convert.adapter(o.adapter, config), chunks)
     return chunks[0].eval()

@@ -393,7 +393,7 @@ def _check_weights(o, config: Qwen3Config) -> None:
     if o.weights is None or is_sharded(o.weights):
         return
     if not getattr(o, "from_scratch", False):
-        convert.released_entries(o.weights, config)
+        convert.table(config).entries(o.weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

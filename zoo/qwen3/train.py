@@ -19,14 +19,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from transformers import AutoTokenizer
 
-from common import checkpoint, device, lora, parallel
+from common import device, lora, parallel, release
 from common import train as loop
 from common.data import Step, prefetch
 
 from . import convert, data, preference
 from .config import Qwen3Config, model_config
 from .infer import end_tokens, generate
-from .model import Qwen3Block, build, load_balancing_loss, router_metrics
+from .model import Qwen3Block, build, draw, load_balancing_loss, router_metrics
 from .options import DEMO_DATA, HERE, InferOptions, TrainOptions, run_facts, starts_from
 
 # --------------------------------------------------------------------------------------------------------- objective
@@ -88,12 +88,11 @@ def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.M
     if dist.get_rank() == 0:
         print(f"adapter     {folder}", flush=True)
     if dist.get_rank() == 0 and o.merge:
-        _, read = convert.source(o.weights, config)
+        base = convert.open_source(o.weights, config)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
-        merged = convert.merging(folder, config, lambda name: read(name).to(dtype))
-        convert.write_released(
-            o.merge, config, dict.fromkeys(convert.shapes(config), dtype.itemsize), merged, o.tokenizer
-        )
+        rounded = release.Source(lambda name: dtype.itemsize, lambda name: base.read(name).to(dtype))
+        merged = release.merged(rounded, convert.adapter(folder, config))
+        convert.write_released(o.merge, config, merged, o.tokenizer)
         print(f"merged      {o.merge}", flush=True)
 
 
@@ -261,7 +260,7 @@ def main(o: TrainOptions) -> None:
     config = model_config(o)
     o = loop.count_epochs(o, len(rows_of(o.data, o)))
     chunks = build(o, config)
-    convert.fill(chunks, o, config)
+    release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if o.adapts:
         adapt(chunks, o, config)
     answers = [exact_match(o, chunks[0])] if has_answers(o) and not o.from_scratch else []
@@ -300,10 +299,7 @@ def main(o: TrainOptions) -> None:
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
-        tensors = checkpoint.tensor_sizes(saved)
-        element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
-        read = functools.partial(checkpoint.read_tensor, saved)
-        convert.write_released(o.export, config, element, read, o.tokenizer)
+        convert.write_released(o.export, config, convert.open_source(saved, config), o.tokenizer)
         print(f"exported {o.export}", flush=True)
     usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
     if finished and usable and dist.get_rank() == 0:
