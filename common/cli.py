@@ -106,6 +106,8 @@ class LayoutOptions:
     dry_run: bool = option("say what would run, check everything checkable, run nothing", False, group="run")
     print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
 
+    from_scratch = False  # whether the weights are drawn: an option of the jobs that train
+
     @property
     def world(self) -> int:
         """Number of processes, from the launcher's or torchrun's environment."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from common import cli, worker
+from common import cli, release, worker
 
 RECIPE = os.environ.get("ZOO_RECIPE", "qwen3")
 config = importlib.import_module(f"zoo.{RECIPE}.config")
@@ -57,6 +57,11 @@ def random_state(which, seed: int = 0) -> dict[str, torch.Tensor]:
         noise = torch.randn(shape, generator=generator)
         state[name] = 1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise
     return state
+
+
+def source(state: dict[str, torch.Tensor]) -> release.Source:
+    """Whole tensors as what is written or merged."""
+    return release.Source(lambda name: state[name].element_size(), state.__getitem__)
 
 
 def load(chunks, state: dict[str, torch.Tensor]) -> None:

@@ -248,19 +248,28 @@ RUNS = {
 }
 
 
-def pretrain(device: str, processes: int, options: str, out, env: dict[str, str]) -> list[dict]:
-    """The launcher's run of three steps on the demo clips, encoders, checkpoint and one sample included; its record."""
-    prompts = out.with_suffix(".txt")
+def pretrain(device: str, processes: int, names: list[str], folder, env: dict[str, str]) -> dict[str, list[dict]]:
+    """Three steps on the demo clips, encoders, checkpoint and one sample included, under each layout; their records. As the
+    launcher starts its processes, but for all layouts once."""
+    prompts = folder / "prompts.txt"
     prompts.write_text("a handwritten three moves up\n")
-    command = (
-        f"bash zoo/wan21/pretrain_t2v.sh --size tiny --precision fp32 --steps 3 --micro-batch 4 --global-batch 8 "
-        f"--save-every 0 --sample-steps 1 --sample-prompts {prompts} --cache {out}-latents --out {out} {options}"
+    same = "--size tiny --precision fp32 --steps 3 --micro-batch 4 --global-batch 8 --save-every 0 --sample-steps 1"
+    same += f" --sample-prompts {prompts} --cache {folder}/latents"
+    runs = [f"{same} --out {folder}/{i} {RUNS[name][1]}".split() for i, name in enumerate(names)]
+    (folder / "runs.py").write_text(
+        "from common import worker\nfrom zoo.wan21 import options\n"
+        f"for argv in {runs}: worker.run('zoo.wan21', 'train', options.parse('train', argv))\n"
     )
-    env = env | {"ZOO_DEVICE": device, "ZOO_PYTHON": sys.executable, "NPROC": str(processes), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command.split(), env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = env | {"ZOO_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    command += [str(folder / "runs.py")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "checkpoints" / "latest").exists() and list((out / "samples").iterdir()), done.stdout + done.stderr
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for i in range(len(names)):
+        out = folder / str(i)
+        assert (out / "checkpoints" / "latest").exists() and list((out / "samples").iterdir()), done.stdout
+    read = [(folder / str(i) / "metrics.jsonl").read_text().splitlines() for i in range(len(names))]
+    return {name: [json.loads(line) for line in lines] for name, lines in zip(names, read, strict=True)}
 
 
 def losses(record: list[dict]) -> list[float]:
@@ -269,12 +278,21 @@ def losses(record: list[dict]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory) -> list[dict]:
-    return pretrain("cpu", 1, "", tmp_path_factory.mktemp("cpu") / "run", dict(os.environ))
+    return pretrain("cpu", 1, ["one process"], tmp_path_factory.mktemp("cpu"), dict(os.environ))["one process"]
+
+
+@pytest.fixture(scope="module")
+def records(on_npu, tmp_path_factory) -> dict[str, list[dict]]:
+    found = {}
+    for processes in (1, 2):
+        names = [name for name, (count, _) in RUNS.items() if count == processes]
+        found |= pretrain("npu", processes, names, tmp_path_factory.mktemp("npu"), on_npu)
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_pretraining_on_the_stand_in_device_has_the_losses_of_the_cpu(name, on_npu, on_cpu, tmp_path):
-    record = pretrain("npu", *RUNS[name], tmp_path / "run", on_npu)
+def test_pretraining_on_the_stand_in_device_has_the_losses_of_the_cpu(name, records, on_cpu):
+    record = records[name]
     assert record[0]["hardware"].startswith("Ascend")  # what torch_npu is told; it is host memory
     assert len(losses(record)) == 3
     assert losses(record) == pytest.approx(losses(on_cpu), rel=1e-5)

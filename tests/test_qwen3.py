@@ -10,7 +10,7 @@ import qwen_case as case
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import weights
+from common import release, weights
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
@@ -30,7 +30,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 def ours(folder, **layout):
     config = case.config.Qwen3Config.from_folder(folder)
     chunk = case.model.build(case.options(**layout), config)[0]
-    case.convert.load([chunk], case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load([chunk], table.entries(folder), table)
     return chunk
 
 
@@ -48,7 +49,7 @@ def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     count, tensors = PUBLISHED[size]
     assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == theirs.num_parameters()
     assert shapes == case.convert.shapes(config)
-    released = case.convert.released_shapes(config)
+    released = case.convert.table(config).released_shapes()
     assert len(released) == tensors and sum(math.prod(s) for s in released.values()) == count
     assert config.active_parameters == ACTIVE.get(size, count)
 
@@ -164,10 +165,10 @@ def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path
     assert case.config.Qwen3Config.from_folder(tmp_path / "a") == config
     precision = "fp32" if dtype == torch.float32 else "bf16"
     parameters = dict(ours(tmp_path / "a", precision=precision).named_parameters())
-    element = {name: p.element_size() for name, p in parameters.items()}
-    case.convert.write_released(tmp_path / "b", config, element, lambda n: parameters[n].detach(), None)
+    state = {name: p.detach() for name, p in parameters.items()}
+    case.convert.write_released(tmp_path / "b", config, case.source(state), None)
     first, second = weights.index(tmp_path / "a"), weights.index(tmp_path / "b")
-    assert {k: e.shape for k, e in second.items()} == case.convert.released_shapes(config)
+    assert {k: e.shape for k, e in second.items()} == case.convert.table(config).released_shapes()
     reader = weights.Reader()
     for key, entry in second.items():
         assert torch.equal(reader.read(entry), reader.read(first[key])), key

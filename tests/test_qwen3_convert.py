@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from common import release
+
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 ROOT = case.jobs.HERE.parents[1]
@@ -136,9 +138,9 @@ def write(folder, config, state, tp=1, pp=1, vpp=1, ep=1, **how):
 
 
 def imported(folder, config) -> dict[str, torch.Tensor]:
-    element, read = case.convert.source(folder, config)
-    found = {name: read(name) for name in case.convert.shapes(config)}
-    assert all(element(name) == found[name].element_size() for name in found)
+    source = case.convert.open_source(folder, config)
+    found = {name: source.read(name) for name in case.convert.shapes(config)}
+    assert all(source.element(name) == found[name].element_size() for name in found)
     return found
 
 
@@ -271,7 +273,7 @@ def test_checkpoint_that_does_not_fit_is_refused(name, tmp_path):
     config = case.CONFIGS["dense"]
     spoil(write(tmp_path, config, case.random_state(config)), change)
     with pytest.raises(ValueError) as error:
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
     assert says in str(error.value)
 
 
@@ -284,7 +286,7 @@ def test_pickle_that_runs_code_is_not_run(tmp_path):
     path = write(tmp_path, config, case.random_state(config)) / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     torch.save({"args": Evil(), "model": {}}, path)
     with pytest.raises(ValueError, match=r"GLOBAL posix\.mkdir; .*strip it where you trust it"):
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
     assert not (tmp_path / "run").exists()
 
 
@@ -295,10 +297,10 @@ def test_protocol_4_and_a_lost_rank_are_refused(tmp_path):
     values = torch.load(rank / "model_optim_rng.pt", weights_only=False)
     torch.save(values, rank / "model_optim_rng.pt", pickle_protocol=4)
     with pytest.raises(ValueError, match="operand 149.*protocol 2"):
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
     (rank / "model_optim_rng.pt").unlink()
     with pytest.raises(ValueError, match=r"lacks the files of .*\[\(1, 1\)\]"):
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
 
 
 def test_grouped_experts_that_do_not_say_how_they_are_shared_are_refused(tmp_path):
@@ -307,7 +309,7 @@ def test_grouped_experts_that_do_not_say_how_they_are_shared_are_refused(tmp_pat
     for rank in ("mp_rank_00", "mp_rank_01"):
         spoil(tmp_path, lambda values: values.pop("args"), rank)
     with pytest.raises(ValueError, match="fix: keep `args`"):
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
 
 
 def test_tied_embeddings_that_differ_are_refused(tmp_path):
@@ -315,7 +317,7 @@ def test_tied_embeddings_that_differ_are_refused(tmp_path):
     write(tmp_path, config, case.random_state(config), pp=2)
     spoil(tmp_path, lambda values: values["model"]["output_layer.weight"].add_(1), "mp_rank_00_001")
     with pytest.raises(ValueError, match="differs from the embedding"):
-        case.convert.source(tmp_path, config)
+        case.convert.open_source(tmp_path, config)
 
 
 @pytest.mark.L4
@@ -346,7 +348,7 @@ def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
     config, targets = case.CONFIGS[which], [t for t in TARGETS if which == "dense" or "proj" in t and "mlp" not in t]
     state = {}
     for name, tensor in case.random_state(config).items():
-        pieces = case.convert.expert_pieces(name, config)
+        pieces = case.convert.expert_pieces(config).get(name, {})
         state |= {k: tensor[where].t() for k, where in pieces.items()} or {case.convert.released(name): tensor}
     (folder / "base").mkdir(parents=True)
     state = {k: v.to(dtype).contiguous() for k, v in state.items()}
@@ -365,9 +367,9 @@ def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
 
 def merged(folder, config) -> dict[str, torch.Tensor]:
     """What convert.sh --adapter --to released writes."""
-    element, read = case.convert.source(folder / "base", config)
-    read, sizes = case.convert.merging(folder / "adapter", config, read), case.convert.shapes(config)
-    case.convert.write_released(folder / "out", config, {name: element(name) for name in sizes}, read, None)
+    source = case.convert.open_source(folder / "base", config)
+    source = release.merged(source, case.convert.adapter(folder / "adapter", config))
+    case.convert.write_released(folder / "out", config, source, None)
     return load_file(folder / "out" / "model.safetensors")
 
 
@@ -476,7 +478,7 @@ def a_release(folder, size: str, **facts):
     """Of drawn weights, like `size` but for some facts, in its own layout."""
     config = dataclasses.replace(case.config.SIZES[size], num_hidden_layers=4, **facts)
     state = case.random_state(config)
-    case.convert.write_released(folder, config, dict.fromkeys(state, 4), state.__getitem__, None)
+    case.convert.write_released(folder, config, case.source(state), None)
     return config
 
 
@@ -519,9 +521,7 @@ def test_a_release_unlike_its_size_where_no_layer_differs_loads_and_is_written_b
     options(tmp_path / "r")
     assert capsys.readouterr().err.count(said) == (size == "tiny")
     assert options(tmp_path / "r", "infer", "--size", size).size == size
-    element, read = case.convert.source(tmp_path / "r", config)
-    names = case.convert.shapes(config)
-    case.convert.write_released(tmp_path / "w", config, {n: element(n) for n in names}, read, None)
+    case.convert.write_released(tmp_path / "w", config, case.convert.open_source(tmp_path / "r", config), None)
     for key, value in facts.items():
         assert json.loads((tmp_path / "w" / "config.json").read_text())[key] == value
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in "rw")

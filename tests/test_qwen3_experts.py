@@ -8,7 +8,7 @@ from ranks import run_ranks
 from test_qwen3 import infer_options
 from test_qwen3_layouts import TOLERANCE, compare, my_batches, run_layout
 
-from common import checkpoint, parallel
+from common import checkpoint, parallel, release
 
 pytestmark = pytest.mark.L3
 
@@ -39,7 +39,7 @@ def router_gradients():
 
     runs = []
     for losses in ({}, BY_LAYER, OVER_MODEL):
-        runs.append(run_layout("moe", losses, False))
+        runs.append(run_layout("moe", losses, False, "cpu", 0, 1))
         parallel.shutdown()
     o, config = case.options(), case.CONFIGS["moe"]
     parallel.initialize(o)
@@ -63,22 +63,21 @@ def router_gradients():
 @pytest.fixture(scope="module")
 def single():
     return {
-        "by layer": run_ranks(1, run_layout, "moe", BY_LAYER, True)[0],
-        "over model": run_ranks(1, run_layout, "moe", OVER_MODEL, True)[0],
+        "by layer": run_ranks(1, run_layout, "moe", BY_LAYER, True, "cpu", 0, 3)[0],
+        "over model": run_ranks(1, run_layout, "moe", OVER_MODEL, True, "cpu", 0, 3)[0],
     }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_router_losses_equal_single_process(name, single):
     world, layout = LAYOUTS[name]
-    got = run_ranks(world, run_layout, "moe", layout | BY_LAYER, True)[0]
+    got = run_ranks(world, run_layout, "moe", layout | BY_LAYER, True, "cpu", 0, 3)[0]
     compare(got, single["by layer"], layout, steps=3)  # later a near tie may send a token to another expert
     for key, value in single["by layer"]["router"].items():
         assert got["router"][key] == pytest.approx(value, rel=1e-5), key
     if "pp" not in layout:
-        compare(
-            run_ranks(world, run_layout, "moe", layout | OVER_MODEL, True)[0], single["over model"], layout, steps=3
-        )
+        got = run_ranks(world, run_layout, "moe", layout | OVER_MODEL, True, "cpu", 0, 3)[0]
+        compare(got, single["over model"], layout, steps=3)
 
 
 def test_router_metrics_are_what_they_say(single):
@@ -90,7 +89,7 @@ def test_router_metrics_are_what_they_say(single):
 
 
 def first_experts(layout: dict, backend: str) -> dict:
-    return run_layout("moe", layout, False, backend, change=all_to_the_first)
+    return run_layout("moe", layout, False, backend, 0, 1, change=all_to_the_first)
 
 
 def all_to_the_first(state: dict) -> dict:
@@ -134,7 +133,8 @@ def loaded(layout: dict, folder) -> dict[str, tuple]:
     o, config = case.options(**layout), case.CONFIGS["moe"]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
-    case.convert.load(chunks, case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load(chunks, table.entries(folder), table)
     return {name: (checkpoint.cuts(p), p.detach()) for name, p in checkpoint.parameters(chunks)}
 
 
@@ -148,6 +148,7 @@ def answers(layout: dict, folder) -> list[list[int]]:
     o, config = case.options(**layout), case.CONFIGS["moe"]
     parallel.initialize(o)
     model = case.model.build(o, config)[0].eval()
-    case.convert.load([model], case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load([model], table.entries(folder), table)
     asked = infer_options(max_new_tokens=6)
     return case.infer.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import qwen_case as case
+from ranks import run_ranks
 
 pytestmark = pytest.mark.L4
 
@@ -51,8 +52,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 
 
 def test_held_out_rows_that_fill_no_batch_stop_the_run_before_it_trains(tmp_path):
-    done = launch("pretrain", "--global-batch", "4096", "--out", tmp_path)
-    assert done.returncode == 2 and "a global batch takes 4096" in done.stderr
+    with pytest.raises(AssertionError, match="a global batch takes 4096"):
+        run_ranks(1, case.job, "--global-batch", "4096", "--out", tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -88,27 +89,17 @@ def test_layout_this_model_cannot_have_is_refused(job, processes, options, named
 
 @pytest.mark.parametrize("job", ["pretrain", "sft"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
-    settings = [
-        "--save-every",
-        "3",
-        "--deterministic",
-        "--lr-schedule",
-        "constant",
-        "--seq-len",
-        "128",
-        "--warmup",
-        "1",
-    ]
-    whole = launch(job, "--steps", "6", "--out", tmp_path / "whole", *settings)
-    assert whole.returncode == 0, whole.stderr
+    settings = ["--job", job, "--steps", "6", "--save-every", "3", "--deterministic", "--lr-schedule", "constant"]
+    settings += ["--seq-len", "128", "--warmup", "1"]
+    run_ranks(1, case.job, *settings, "--out", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it would be had it died after step 3
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
     (tmp_path / "parts" / "result.json").unlink()
     rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "parts" / "metrics.jsonl").write_text("".join(rows[:4]))
     assert steps_of(tmp_path / "parts").keys() == {1, 2, 3}
-    second = launch(job, "--steps", "6", "--out", tmp_path / "parts", *settings)
-    assert second.returncode == 0 and "resumed from" in second.stdout, second.stderr
+    run_ranks(1, case.job, *settings, "--out", tmp_path / "parts")
+    assert "resumed from" in (tmp_path / "parts" / "log.txt").read_text()
     assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert result == json.loads((tmp_path / "parts" / "result.json").read_text())
@@ -120,20 +111,8 @@ def test_an_exported_run_is_what_transformers_loads(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = launch(
-        "pretrain",
-        "--steps",
-        "2",
-        "--size",
-        "tiny-moe",
-        "--yarn",
-        "2",
-        "--out",
-        tmp_path / "run",
-        "--export",
-        tmp_path / "mine",
-    )
-    assert done.returncode == 0, done.stderr
+    settings = ["--steps", "2", "--size", "tiny-moe", "--yarn", "2", "--out", tmp_path / "run"]
+    run_ranks(1, case.job, *settings, "--export", tmp_path / "mine")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
     assert model.num_parameters() == case.config.SIZES["tiny-moe"].parameters
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}

@@ -1,4 +1,5 @@
-"""Loss, per-parameter gradients and an AdamW trajectory of every layout equal one process (fp32, gloo)."""
+"""Loss, per-parameter gradients and two steps of AdamW of every layout equal one process (fp32, gloo); ten steps of one
+layout of each kind of data parallelism."""
 
 import dataclasses
 
@@ -9,14 +10,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from common import checkpoint, ops, parallel
+from common import checkpoint, ops, parallel, release
 from common import train as loop
 
 pytestmark = pytest.mark.L3
 
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
 TRAJECTORY, NORMS = 1e-6, 3e-6  # of ten steps; measured: losses 2e-7, gradient norms 6e-7
-STEPS = 10
+STEPS, LONG = 10, ("dp2", "fsdp2", "ep2")  # the others go two steps
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -104,19 +105,9 @@ def _run_layout(which, layout, packed, change, first: int = 0, last: int = STEPS
         checkpoint.load(folder / f"step-{first:06d}", wrapped, optimizer, fsdp=o.fsdp)
     out = {"losses": [], "norms": []}
     for step in range(first, last):
-        for chunk in wrapped:
-            if hasattr(chunk, "zero_grad_buffer"):
-                chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        batches = my_batches(o, step, packed)
-        results = loop.get_forward_backward_func()(
-            forward_step_func=case.train.forward_step,
-            data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
-            model=wrapped if len(wrapped) > 1 else wrapped[0],
-            num_microbatches=len(batches),
-            seq_length=case.LENGTH,
-            micro_batch_size=o.micro_batch,
-        )
+        loop.zero_gradients(wrapped, optimizer)
+        shape = {"micro_batch": o.micro_batch, "sequence_length": case.LENGTH}
+        results = loop.forward(wrapped, case.train.forward_step, my_batches(o, step, packed), **shape)
         if step == first:
             out["gradients"] = whole_gradients(o, wrapped)
             out["router"] = case.model.router_metrics(wrapped, config) if config.num_experts else {}
@@ -180,7 +171,10 @@ def compare(got: dict, want: dict, layout: dict, steps: int = STEPS) -> None:
 @pytest.mark.parametrize(("which", "name", "packed"), CASES)
 def test_layout_equals_single_process(which, name, packed):
     world, layout = LAYOUTS[name]
-    compare(run_ranks(world, run_layout, which, layout, packed)[0], single(which, packed), layout)
+    steps = STEPS if name in LONG else 2
+    compare(
+        run_ranks(world, run_layout, which, layout, packed, "cpu", 0, steps)[0], single(which, packed), layout, steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +201,8 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
-    case.convert.load(chunks, case.convert.released_entries(folder, config), config)
+    table = case.convert.table(config)
+    release.load(chunks, table.entries(folder), table)
     asked = {f.name: f.default for f in dataclasses.fields(case.jobs.InferOptions)} | {
         "max_new_tokens": 12,
         "batch": 2,
@@ -231,7 +226,7 @@ def test_greedy_generation_equals_transformers_token_for_token(which, name, tmp_
 def test_npu_branch_equals_single_process(which, name):
     """Over the published contract: not a run on Ascend."""
     world, layout = LAYOUTS.get(name, (1, {}))
-    compare(run_ranks(world, run_layout, which, layout, True, "npu")[0], single(which, True), layout)
+    compare(run_ranks(world, run_layout, which, layout, True, "npu", 0, 2)[0], single(which, True), layout, 2)
 
 
 def test_packing_changes_neither_loss_nor_gradients():
@@ -258,8 +253,6 @@ def unpacked(which: str) -> dict:
             batches.append({"tokens": tokens, "labels": labels, "positions": positions,
                             "cu_seqlens": [0, case.LENGTH], "rows": 1})  # fmt: skip
     wrapped[0].config.grad_scale_func = None
-    results = loop.get_forward_backward_func()(
-        forward_step_func=case.train.forward_step, data_iterator=iter(case.train.weighted(batches, 1)),
-        model=wrapped[0], num_microbatches=12, seq_length=case.LENGTH, micro_batch_size=1,
-    )  # fmt: skip
+    shape = {"micro_batch": 1, "sequence_length": case.LENGTH}
+    results = loop.forward(wrapped, case.train.forward_step, case.train.weighted(batches, 1), **shape)
     return {"loss": loop.global_loss(o, results, False)[0], "gradients": whole_gradients(o, wrapped)}

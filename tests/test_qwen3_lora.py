@@ -15,7 +15,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_qwen3_layouts import my_batches, whole_gradients
 
-from common import checkpoint, lora, parallel, weights, worker
+from common import checkpoint, lora, parallel, release, weights, worker
 from common import train as loop
 
 TOLERANCE = 1e-5
@@ -53,11 +53,9 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
         pairs = {"logits": (logits, theirs(input_ids=tokens).logits)}
-        _, read = case.convert.source(folder / "base", config)
-        merged = case.convert.merging(folder / "adapter", config, read)
-        case.convert.write_released(
-            folder / "merged", config, dict.fromkeys(case.convert.shapes(config), 4), merged, None
-        )
+        source = case.convert.open_source(folder / "base", config)
+        source = release.merged(source, case.convert.adapter(folder / "adapter", config))
+        case.convert.write_released(folder / "merged", config, source, None)
         again = oracle.ours(folder / "merged")  # strictly
         hidden, _ = again(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
         pairs["merged logits"] = (hidden.flatten(0, 1) @ again.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
@@ -182,9 +180,9 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     run_ranks(2, case.job, *settings, *second, "--tp", "2", "--sp")
     assert case.steps_of(tmp_path / "second")[1]["loss"] < case.steps_of(tmp_path / "first")[1]["loss"]
     config = case.config.Qwen3Config.from_folder(tmp_path / "m")
-    got = case.convert.released_entries(tmp_path / "m", config)
+    got = case.convert.table(config).entries(tmp_path / "m")
     assert {entry.dtype for entry in got.values()} == {"F32"}  # the run's, not the base's bf16
-    reader, base = weights.Reader(), case.convert.released_entries(case.jobs.DEMO_WEIGHTS, config)
+    reader, base = weights.Reader(), case.convert.table(config).entries(case.jobs.DEMO_WEIGHTS)
     adapter = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
     key = "model.layers.3.mlp.down_proj"
     A, B = (adapter[f"base_model.model.{key}.lora_{part}.weight"].double() for part in "AB")

@@ -1,7 +1,7 @@
 """Runs that are killed, resumed, resumed on another layout, or whose checkpoints are torn.
 
-The training job is the real one (launcher's module, torchrun, decoding, VAE, text, megatron-core), on a handful of
-demo clips.
+The training job is the real one (decoding, VAE, text, megatron-core), on a handful of demo clips: through its launcher
+where that or a signal is what is tested, else in the processes of `run_ranks`, which have imported everything already.
 """
 
 import json
@@ -20,6 +20,7 @@ import kills
 import pytest
 import torch
 import wan_case as case
+from ranks import run_ranks
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from common import checkpoint, jsonl, perf, processes
@@ -37,23 +38,41 @@ def clips(tmp_path_factory) -> Path:
     return folder / "train.jsonl"
 
 
-def command(clips: Path, out: Path, *options: str) -> list[str]:
+def settings(clips: Path, out: Path, *options: str) -> list[str]:
     fixed = ["--size", "tiny", "--from-scratch", "--data", str(clips), "--cache", str(clips.parent.parent / "cache")]
     fixed += ["--micro-batch", "2", "--global-batch", "4", "--steps", str(STEPS), "--save-every", "2", "--keep", "9"]
     fixed += ["--workers", "1", "--deterministic", "--lr-schedule", "constant", "--lr", "1e-3", "--warmup", "2"]
     fixed += ["--sample-steps", "1"]
-    return [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", *fixed, "--out", str(out), *options]
+    return [*fixed, "--out", str(out), *options]
 
 
-def run(
-    clips: Path, out: Path, *options: str, ranks: int = 1, check: bool = True, **kwargs
-) -> subprocess.CompletedProcess:
-    env = os.environ | {"NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
+def command(clips: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", *settings(clips, out, *options)]
+
+
+def launch(clips: Path, out: Path, *options: str, **kwargs) -> str:
+    """What the launcher of a run that finishes prints."""
+    env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1"}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     done = subprocess.run(command(clips, out, *options), env=env, capture_output=True, text=True, timeout=240, **kwargs)
-    assert done.returncode == 0 or not check, done.stdout + done.stderr
-    return done
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ended(argv: list[str]) -> int:
+    """The exit code of a run in this process."""
+    try:
+        case.job("train", *argv)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def run(clips: Path, out: Path, *options: str, ranks: int = 1, code: int = 0) -> str:
+    """What is in the log of a run that ends with this exit code."""
+    assert run_ranks(ranks, ended, settings(clips, out, *options)) == [code] * ranks
+    return (out / "log.txt").read_text()
 
 
 def tensors(saved: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +95,7 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def unbroken(clips, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    run(clips, out)
+    launch(clips, out)
     return out
 
 
@@ -132,8 +151,7 @@ def test_kill_9_and_resume_is_bitwise_equal_to_the_unbroken_run(clips, unbroken,
 
     killed("launcher", lambda began: len(losses(out)) >= 3 and draw.random() < 0.1)
     killed("worker", lambda began: kills.saving(out, began))
-    done = run(clips, out)
-    assert "resumed from" in done.stdout
+    assert "resumed from" in run(clips, out)
     assert losses(out) == losses(unbroken)
     want, got = (tensors(run / "checkpoints" / f"step-{STEPS:06d}") for run in (unbroken, out))
     assert want.keys() == got.keys()
@@ -144,7 +162,7 @@ def test_resumed_image_to_video_out_of_the_cache_is_bitwise_equal_to_the_run_tha
     options = ["--size", "tiny-i2v", "--cache", str(tmp_path / "cache"), "--steps", "4", "--sample-steps", "1"]
     run(clips, tmp_path / "unbroken", *options)
     out = copy_of(tmp_path / "unbroken", tmp_path, last=2)
-    assert "resumed from" in run(clips, out, *options).stdout and losses(out) == losses(tmp_path / "unbroken")
+    assert "resumed from" in run(clips, out, *options) and losses(out) == losses(tmp_path / "unbroken")
     want, got = (tensors(tmp_path / run / "checkpoints" / "step-000004") for run in ("unbroken", "run"))
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
@@ -156,8 +174,7 @@ def test_resumed_image_to_video_out_of_the_cache_is_bitwise_equal_to_the_run_tha
 )
 def test_resume_on_another_layout_continues_the_same_run(layout, clips, unbroken, tmp_path):
     out = copy_of(unbroken, tmp_path, last=2)
-    done = run(clips, out, *layout, ranks=2)
-    assert "step-000002 at step 2" in done.stdout
+    assert "step-000002 at step 2" in run(clips, out, *layout, ranks=2)
     # 1e-6 of the loss as stated in design.md §7.5, for fp32 reductions in another order.
     assert losses(out) == pytest.approx(losses(unbroken), rel=1e-6)
 
@@ -201,10 +218,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_alive(clips, unbrok
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = run(clips, out, preexec_fn=small_disk)
-    assert (
-        f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in done.stdout
-    )
+    said = launch(clips, out, preexec_fn=small_disk)
+    assert f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in said
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-000002"]
     assert checkpoint.find(out / "checkpoints", "auto").name == "step-000002"
     assert losses(out) == losses(unbroken)
@@ -231,8 +246,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_reason(clips, tmp_path):
 
 def test_bad_steps_are_skipped_counted_and_stop_the_run_with_the_batch_saved(clips, tmp_path):
     out = tmp_path / "run"
-    done = run(clips, out, "--lr", "1e30", "--warmup", "0", "--max-bad-steps", "2", "--steps", "50", check=False)
-    assert done.returncode == 3, done.stdout + done.stderr
+    run(clips, out, "--lr", "1e30", "--warmup", "0", "--max-bad-steps", "2", "--steps", "50", code=3)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["reason"].startswith("2 consecutive steps")
     assert rows[-2]["skipped"] == 2
@@ -242,8 +256,8 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run_with_the_batch_saved(cli
 
 def test_another_global_batch_is_refused_because_the_data_position_would_be_lost(clips, unbroken, tmp_path):
     out = copy_of(unbroken, tmp_path, last=2)
-    done = run(clips, out, "--global-batch", "2", check=False)
-    assert done.returncode == 2 and "global_batch 4 and not 2" in done.stderr
+    with pytest.raises(ValueError, match="global_batch 4 and not 2"):
+        case.jobs.parse("train", settings(clips, out, "--global-batch", "2"))
 
 
 def test_export_is_what_diffusers_loads(clips, tmp_path):

@@ -25,7 +25,7 @@ def release(folder, size: str = "0.6B"):
     config = qwen_case.config.SIZES[size]
     (folder / "config.json").write_text(json.dumps(config.to_released()))
     described, end = {}, 0
-    for name, shape in qwen_case.convert.released_shapes(config).items():
+    for name, shape in qwen_case.convert.table(config).released_shapes().items():
         start, end = end, end + 2 * torch.Size(shape).numel()
         described[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(described).encode()

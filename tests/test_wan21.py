@@ -12,7 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import checkpoint, device, parallel, weights
+from common import checkpoint, device, parallel, release, weights
 from common import train as loop
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
@@ -157,7 +157,7 @@ def test_sampling_equals_the_diffusers_pipeline(sampler):
     o = case.jobs.parse("train", ["--job", "finetune", "--weights", str(folder)])
     config = case.config.model_config(o)
     chunk = case.model.build(o, config)[0]
-    case.convert.fill([chunk], o, config)
+    case.convert.fill([chunk], o, config, case.model.draw)
     encoder = encoders.TextEncoder(folder, device.current(), torch.float32, config.text_len)
     prompt, grid = "a handwritten three moves to the left", (4, 6, 6)
     got = infer.sample(
@@ -286,10 +286,7 @@ def test_released_layouts_convert_bit_exactly(to, task, dtype, tmp_path):
 
 
 def convert(source, to, out, config):
-    entries, rename = case.convert.released_entries(source, config)
-    reader = weights.Reader()
-    sizes = {name: entries[rename(name)].bytes for name in case.convert.shapes(config)}
-    case.convert.write_released(out, to, config, sizes, lambda name: reader.read(entries[rename(name)]), None)
+    case.convert.write_released(out, to, config, release.open_source(*case.convert.located(source, config)), None)
 
 
 def test_a_norm_that_no_model_applies_is_passed_over_and_nothing_else(tmp_path):
@@ -297,16 +294,17 @@ def test_a_norm_that_no_model_applies_is_passed_over_and_nothing_else(tmp_path):
     from safetensors.torch import save_file
 
     where, state = tmp_path / "transformer", case.random_state(config=case.I2V)
+    table = case.convert.table(case.I2V, diffusers=True)
     where.mkdir()
     tensors = {case.convert.to_diffusers(name): value for name, value in state.items()}
     for extra, fits in (("blocks.0.attn2.norm_added_q.weight", True), ("blocks.0.attn2.norm_added_v.weight", False)):
         tensors[extra] = torch.ones(case.I2V.dim)
         save_file(tensors, where / "model.safetensors")
         if fits:
-            assert case.convert.released_entries(tmp_path, case.I2V)[0].keys() == tensors.keys() - {extra}
+            assert table.entries(where).keys() == tensors.keys() - {extra}
         else:
             with pytest.raises(ValueError, match="1 not of this model: blocks.0.attn2.norm_added_v.weight"):
-                case.convert.released_entries(tmp_path, case.I2V)
+                table.entries(where)
 
 
 def through_layout(layout: dict, source: str, target: str) -> None:
@@ -316,8 +314,8 @@ def through_layout(layout: dict, source: str, target: str) -> None:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
-    entries, rename = case.convert.released_entries(Path(source), case.CONFIG)
-    checkpoint.load_released(chunks, entries, rename)
+    folder, table = case.convert.located(Path(source), case.CONFIG)
+    release.load(chunks, table.entries(folder), table)
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
     checkpoint.save(Path(target), 1, wrapped, None, {}, fsdp=o.fsdp)
 
@@ -329,10 +327,9 @@ def through_layout(layout: dict, source: str, target: str) -> None:
 )
 def test_weights_survive_a_layout_bit_exactly(layout, released, tmp_path):
     run_ranks(2, through_layout, layout, str(released), str(tmp_path))
-    entries, rename = case.convert.released_entries(released, case.CONFIG)
-    reader, saved = weights.Reader(), tmp_path / "step-000001"
+    source, saved = release.open_source(*case.convert.located(released, case.CONFIG)), tmp_path / "step-000001"
     for name in case.convert.shapes(case.CONFIG):
-        assert torch.equal(checkpoint.read_tensor(saved, name), reader.read(entries[rename(name)])), name
+        assert torch.equal(checkpoint.read_tensor(saved, name), source.read(name)), name
 
 
 def restored_as(folder, part: str, dtype: torch.dtype, name: str = "") -> None:

@@ -60,7 +60,7 @@ def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
     o = case.jobs.parse("train", ["--job", "finetune", "--task", "i2v"])
     config = dataclasses.replace(case.config.model_config(o), text_len=512)  # diffusers knows no other with an image
     chunk = case.model.build(o, config)[0]
-    case.convert.fill([chunk], o, config)
+    case.convert.fill([chunk], o, config, case.model.draw)
     encoder = encoders.TextEncoder(FOLDER, device.current(), torch.float32, config.text_len)
     grid, bucket = (4, 6, 6), data.Bucket(13, 48, 48)
     pictures(1)[0].save(tmp_path / "a.png")
@@ -83,7 +83,7 @@ def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
     o = case.jobs.parse("train", ["--job", "finetune"])
     config = case.config.model_config(o)
     chunk = case.model.build(o, config)[0]
-    case.convert.fill([chunk], o, config)
+    case.convert.fill([chunk], o, config, case.model.draw)
     encoder = encoders.TextEncoder(folder, device.current(), torch.float32, config.text_len)
     shown, grid = pictures(13), (4, 6, 6)
     clip = torch.from_numpy(np.stack([np.asarray(p) for p in shown])).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from common import checkpoint, lora, parallel, weights
+from common import checkpoint, lora, parallel, release, weights
 
 TOLERANCE = 1e-5
 TARGETS = case.jobs.LORA_TARGETS.split(",")
@@ -51,7 +51,7 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
     if config.given_frames:  # diffusers takes the last 512 rows for the text
         config = dataclasses.replace(config, text_len=512)
     model = case.model.build(o, config)[0]
-    case.convert.fill([model], o, config)
+    case.convert.fill([model], o, config, case.model.draw)
     g = torch.Generator().manual_seed(1)
     x, t = torch.randn(2, 16, 4, 6, 8, generator=g), torch.tensor([300.0, 800.0])
     text = torch.randn(2, config.text_len, config.text_dim, generator=g)
@@ -67,11 +67,10 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
         out["ours"] = model(x, t, text, *given)
         lora.merge_([model])
         out["merged here"] = model(x, t, text, *given)
-        sizes, read = case.convert.source(released, config, ema=False)
-        read = case.convert.merging(folder / "adapter", config, lambda name, read=read: read(name).float())
-        case.convert.write_released(
-            folder / "merged", "diffusers", config, {n: 2 * s for n, s in sizes.items()}, read, released
-        )
+        base = release.open_source(*case.convert.located(released, config))
+        wide = release.Source(lambda name: 4, lambda name: base.read(name).float())
+        wide = release.merged(wide, *case.convert.adapter(folder / "adapter", config))
+        case.convert.write_released(folder / "merged", "diffusers", config, wide, released)
         kind = WanImageToVideoPipeline if given else WanPipeline
         pipeline = kind.from_pretrained(released, torch_dtype=torch.float32)
         pipeline.load_lora_weights(folder / "adapter")
@@ -122,7 +121,7 @@ def test_layouts_equal_single_process():
 
 
 def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
-    """Whole weights after `convert.merge_into`, of adapters that a group of one writes first."""
+    """Whole weights after `release.merge_into`, of adapters that a group of one writes first."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -132,7 +131,7 @@ def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
         lora.save_adapter(folder, chunks, case.convert.to_diffusers)
         lora.merge_(chunks)
     else:
-        case.convert.merge_into(chunks, folder, case.CONFIG)
+        release.merge_into(chunks, *case.convert.adapter(folder, case.CONFIG))
     return layouts.whole(o, chunks, gradient=False)
 
 
@@ -203,8 +202,8 @@ def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> No
 
 
 def merged_from(path: Path, config, state: dict) -> dict[str, torch.Tensor]:
-    read = case.convert.merging(path, config, state.__getitem__)
-    return {name: read(name) for name in state}
+    source = release.merged(release.Source(None, state.__getitem__), *case.convert.adapter(path, config))
+    return {name: source.read(name) for name in state}
 
 
 @pytest.mark.L2
@@ -220,13 +219,13 @@ def test_every_trainers_adapter_is_the_same_as_in_pefts_format(writer, tmp_path)
         (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "my [v2].safetensors")
     (file,) = (tmp_path / "theirs").glob("*.safetensors")
     config = case.CONFIG
-    want, *got = (case.convert.merging(p, config, state.__getitem__) for p in (tmp_path / "peft", file.parent, file))
+    want, *got = (merged_from(path, config, state) for path in (tmp_path / "peft", file.parent, file))
     for name, weight in state.items():
         A, B, alpha = found.get(name.removesuffix(".weight"), (None, None, 0))
         exact = weight if A is None else (weight.double() + alpha / len(A) * (B.double() @ A.double()))
         for read in got:
-            assert relative(read(name), want(name)) <= 1e-6 and relative(read(name).double(), exact.double()) <= 1e-6
-        assert A is None or relative(weight, want(name)) > 0.1
+            assert relative(read[name], want[name]) <= 1e-6 and relative(read[name].double(), exact.double()) <= 1e-6
+        assert A is None or relative(weight, want[name]) > 0.1
 
 
 @pytest.mark.L2

@@ -94,7 +94,7 @@ def training(data: Path, out: Path, *argv):
     parallel.initialize(o)
     config, index = case.config.model_config(o), case.train.indexed(o, o.data)
     chunks = case.model.build(o, config)
-    case.convert.fill(chunks, o, config)
+    case.convert.fill(chunks, o, config, case.model.draw)
     case.train.adapt(chunks, o, config)
     checkpoint.initialize(chunks, 8, lambda n, w, g: w.normal_(std=0.3, generator=g), lambda n: n.endswith("lora_B"))
     return o, config, chunks, case.train.Batches(o, config, index)

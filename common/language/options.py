@@ -109,7 +109,7 @@ class PreferenceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InferOptions(cli.LayoutOptions):
-    data, from_scratch, adapts, seq_len = None, False, False, 4096  # what other jobs choose; seq_len: of the dry run
+    data, adapts, seq_len = None, False, 4096  # what other jobs choose; seq_len: of the dry run
 
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     adapter: Path | None = option("PEFT adapter's folder or file, as lora.sh or peft write it", group="model")
@@ -130,7 +130,7 @@ class InferOptions(cli.LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(cli.LayoutOptions):
-    data, from_scratch, adapts, seq_len, adapter = None, False, False, 4096, None
+    data, adapts, seq_len, adapter = None, False, 4096, None
 
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     tasks: str | None = option(

@@ -11,8 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import weights
+from common import release, weights
 from common.language import megatron_import
+from common.release import is_sharded
 
 # What a released config.json must say, where it says anything, for this model to be its.
 FIXED = {
@@ -226,26 +227,16 @@ def size_of(folder: Path) -> str:
     if _architecture_unsaid(folder):
         raise ValueError(f"{folder} is a Megatron-LM checkpoint, which does not say its size; fix: --size")
     found = _sharded_config(folder) if is_sharded(folder) else Qwen3Config.from_folder(folder)
-    for name, config in SIZES.items():
-        if not _differs(found, config):
-            return name
-    nearest = min(SIZES, key=lambda name: len(_differs(found, SIZES[name])))
-    raise ValueError(
-        f"{folder} has an architecture that is none of {', '.join(SIZES)} (nearest {nearest}: "
-        f"{', '.join(_differs(found, SIZES[nearest]))}); fix: --weights, or add the size to config.py"
-    )
+    return release.name_size(folder, {name: _differs(found, config) for name, config in SIZES.items()})
 
 
 def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
     """In what an architecture is not that of a size. Its releases (base, 2507, Coder, ...) differ in their positions, in
     a width of dense layers where there are none, and by their users' hands in the vocabulary."""
-    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Qwen3Config)}
-    for name in ("rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"):
-        del pairs[name]
-    del pairs["vocab_size"], pairs["initializer_range"]
-    if found.num_experts and wanted.num_experts:
-        del pairs["intermediate_size"]
-    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    free = {"rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"}
+    free |= {"vocab_size", "initializer_range"}
+    free |= {"intermediate_size"} if found.num_experts and wanted.num_experts else set()
+    return release.differences(found, wanted, free)
 
 
 def resized(o, config: Qwen3Config) -> str | None:
@@ -254,11 +245,6 @@ def resized(o, config: Qwen3Config) -> str | None:
     if o.weights is None or config.vocab_size == usual:
         return None
     return f"{o.weights} has a vocabulary of {config.vocab_size:,} tokens; the published {o.size} has {usual:,}"
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether a folder is one of our sharded checkpoints."""
-    return (folder / "manifest.json").is_file()
 
 
 def _architecture_unsaid(folder: Path) -> bool:

@@ -7,23 +7,25 @@ Of a .jsonl of prompts a row's `messages` are continued; other keys are ignored.
 common/language/generate.py.
 """
 
+import functools
+
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from common import lora
+from common import lora, release
 from common.language.generate import generate, render_questions, show_answer, write_answers
 from common.language.options import read_questions
 
 from . import convert
 from .config import Qwen3Config, model_config
-from .model import Qwen3, build
+from .model import Qwen3, build, draw
 from .options import InferOptions
 
 
 def load_model(o, config: Qwen3Config) -> Qwen3:
     """This pipeline stage of the model of --weights, a released folder or a run's checkpoint, with --adapter if given."""
     chunks = build(o, config)
-    convert.fill(chunks, o, config)
+    release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if o.adapter:
         lora.load_adapter(convert.adapter(o.adapter, config), chunks)
     return chunks[0].eval()

@@ -1,11 +1,11 @@
 """Qwen3 in Megatron-LM's legacy checkpoints: which tensors it has there. common/language/megatron_import.py reads them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.language import megatron_import
 from common.language.megatron_import import EMBEDDING, EXPERT, HEAD, NORM
+from common.release import Source
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,8 @@ def expected(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
     return found if config.tie_word_embeddings else found | {HEAD: (config.vocab_size, D)}
 
 
-def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], Callable[[str], "torch.Tensor"]]:
-    """(bytes of an element, the whole tensor) of a parameter by our name, one at a time.
+def open_source(folder: Path, config: "Qwen3Config") -> Source:
+    """The parameters in a Megatron-LM checkpoint.
 
     Raises:
         ValueError: what `common.language.megatron_import.index` refuses.
@@ -85,4 +85,4 @@ def source(folder: Path, config: "Qwen3Config") -> tuple[Callable[[str], int], C
             return joined(key)[("gate_proj", "up_proj").index(part)].clone()
         return joined(key)[: config.vocab_size] if name in ("embed_tokens.weight", "lm_head.weight") else joined(key)
 
-    return lambda name: slices[theirs(name)][0].element_size(), read
+    return Source(lambda name: slices[theirs(name)][0].element_size(), read)

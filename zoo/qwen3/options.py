@@ -47,19 +47,31 @@ DEMO_TEXT = DEMO_DATA / "text"
 DEMO_TASKS = HERE / "demo" / "tasks"
 DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
 DOCUMENT_END = "<|endoftext|>"
-YARN_HELP = "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)"
 # Learning rates by job on a published size, whose layout has pretraining's. dpo: of all parameters, of adapters x 10.
 RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(language.PreferenceOptions, language.AdapterOptions, language.RoutingOptions, language.TrainOptions):
+class YarnOptions:
+    yarn: float = option(
+        "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)",
+        group="model", layout=True, within="[1, inf)",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(
+    language.PreferenceOptions,
+    language.AdapterOptions,
+    language.RoutingOptions,
+    YarnOptions,
+    language.TrainOptions,
+):
     data: Path | None = option(
         "pretrain: prefix of an indexed data set; sft, lora: .jsonl or .json of messages, conversations, or instruction, "
         "input, output, history, system; dpo: of these or prompt, with chosen, rejected; all: tools (default: the demo's)",
         group="data",
     )
-    yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
 
     def targets(self, config: Qwen3Config) -> list[str]:
         """Ends of the names of the linears that get adapters."""
@@ -67,13 +79,13 @@ class TrainOptions(language.PreferenceOptions, language.AdapterOptions, language
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(language.InferOptions):
-    yarn: float = option(YARN_HELP, None, group="model", layout=True, within="[1, inf)")
+class InferOptions(YarnOptions, language.InferOptions):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(cli.LayoutOptions):
-    data, from_scratch, adapts, seq_len = None, False, False, 4096  # what other jobs choose
+    data, adapts, seq_len = None, False, 4096  # what other jobs choose
 
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
@@ -262,7 +274,7 @@ def _check_weights(o, config: Qwen3Config) -> None:
     if o.weights is None or is_sharded(o.weights):
         return
     if not o.from_scratch:
-        convert.released_entries(o.weights, config)
+        convert.table(config).entries(o.weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, lora, parallel
+from common import lora, parallel, release
 from common import train as loop
 from common.language import preference
 
@@ -27,7 +27,7 @@ from . import convert
 from .config import Qwen3Config, model_config
 from .data import Batches, rows_of, weighted
 from .demo import judge
-from .model import Qwen3Block, build, load_balancing_loss, router_metrics
+from .model import Qwen3Block, build, draw, load_balancing_loss, router_metrics
 from .options import HERE, TrainOptions, run_facts, starting_point, starts_from
 
 # --------------------------------------------------------------------------------------------------------- objective
@@ -78,12 +78,11 @@ def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.M
     if dist.get_rank() == 0:
         print(f"adapter     {folder}", flush=True)
     if dist.get_rank() == 0 and o.merge:
-        _, read = convert.source(o.weights, config)
+        base = convert.open_source(o.weights, config)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
-        merged = convert.merging(folder, config, lambda name: read(name).to(dtype))
-        convert.write_released(
-            o.merge, config, dict.fromkeys(convert.shapes(config), dtype.itemsize), merged, o.tokenizer
-        )
+        rounded = release.Source(lambda name: dtype.itemsize, lambda name: base.read(name).to(dtype))
+        merged = release.merged(rounded, convert.adapter(folder, config))
+        convert.write_released(o.merge, config, merged, o.tokenizer)
         print(f"merged      {o.merge}", flush=True)
 
 
@@ -173,7 +172,7 @@ def main(o: TrainOptions) -> None:
     config = model_config(o)
     o = loop.count_epochs(o, len(rows_of(o.data, o)))
     chunks = build(o, config)
-    convert.fill(chunks, o, config)
+    release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if o.adapts:
         adapt(chunks, o, config)
     before = None if o.from_scratch else judge.answer(o, chunks[0])
@@ -212,10 +211,7 @@ def main(o: TrainOptions) -> None:
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
-        tensors = checkpoint.tensor_sizes(saved)
-        element = {name: tensors[name] // math.prod(shape) for name, shape in convert.shapes(config).items()}
-        read = functools.partial(checkpoint.read_tensor, saved)
-        convert.write_released(o.export, config, element, read, o.tokenizer)
+        convert.write_released(o.export, config, convert.open_source(saved, config), o.tokenizer)
         print(f"exported {o.export}", flush=True)
     usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
     if finished and usable and dist.get_rank() == 0:

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import weights
+from common import release, weights
+from common.release import is_sharded
 
 from . import data
 
@@ -269,16 +270,6 @@ def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------------------ a folder
 
 
-def _differs(found: WanConfig, wanted: WanConfig) -> list[str]:
-    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(WanConfig)}
-    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether a folder is one of our sharded checkpoints."""
-    return (folder / "manifest.json").is_file()
-
-
 def _sharded_config(folder: Path) -> WanConfig:
     refuse_adapters_alone(folder, "--weights with that and --adapter with the run's adapter/")
     values = json.loads((folder / "state.json").read_text())["model"]
@@ -296,14 +287,8 @@ def size_of(folder: Path) -> str:
     """The published size whose architecture a weights folder has. ValueError: none has it; the nearest is named."""
     found = _sharded_config(folder) if is_sharded(folder) else WanConfig.from_folder(folder)
     frozen = {"text_len": found.text_len, "image_tokens": found.image_tokens}  # of the encoders, which may not be there
-    differs = {name: _differs(found, dataclasses.replace(c, **frozen)) for name, c in SIZES.items()}
-    nearest = min(differs, key=lambda name: len(differs[name]))
-    if differs[nearest]:
-        raise ValueError(
-            f"{folder} has an architecture that is none of {', '.join(SIZES)} (nearest {nearest}: "
-            f"{', '.join(differs[nearest])}); fix: --weights, or add the size to config.py"
-        )
-    return nearest
+    sizes = {name: dataclasses.replace(config, **frozen) for name, config in SIZES.items()}
+    return release.name_size(folder, {name: release.differences(found, config) for name, config in sizes.items()})
 
 
 def model_config(o) -> WanConfig:
@@ -321,7 +306,7 @@ def model_config(o) -> WanConfig:
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
     if None not in (wanted.image_dim, found.image_dim):
         wanted = dataclasses.replace(wanted, image_dim=found.image_dim, image_tokens=found.image_tokens)
-    if not getattr(o, "from_scratch", False) and (differs := _differs(found, wanted)):
+    if not getattr(o, "from_scratch", False) and (differs := release.differences(found, wanted)):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return wanted
 

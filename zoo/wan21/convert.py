@@ -11,21 +11,19 @@ changes no tensor, so every conversion is a rename and bit-exact, dtypes include
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, weights
+from common import adapters, release, weights
+from common.release import Source, Table, is_sharded
 
-from .config import WanConfig, is_sharded, model_config, shapes
+from .config import WanConfig, model_config, shapes
 
 if TYPE_CHECKING:
-    import torch
-
     from .options import ConvertOptions
 
-STEM = "diffusion_pytorch_model"  # both releases name their files so
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor")  # beside the transformer
 
 # original name -> diffusers name; `N` stands for a block index.
 TABLE = {
@@ -68,76 +66,39 @@ def to_diffusers(name: str) -> str:
     return f"{new}.{leaf}" if leaf else new
 
 
-def released_entries(folder: Path, config: WanConfig) -> tuple[dict[str, weights.Entry], Callable[[str], str]]:
-    """The transformer of a released folder, strictly checked, and how our parameter names read there.
-
-    Raises:
-        ValueError: missing, extra or misshaped tensors, pickled or torn files.
-    """
-    diffusers = (folder / "transformer").is_dir()
-    where = folder / "transformer" if diffusers else folder
+def table(config: WanConfig, diffusers: bool) -> Table:
+    """Of the release in the diffusers layout, or in the original one, whose names are ours. Early exports hold a norm that
+    no version of the model applies; diffusers drops it in loading, too."""
+    ignored = (".attn2.norm_added_q.weight",) if diffusers and config.image_dim is not None else ()
     rename = to_diffusers if diffusers else str
-    entries = weights.index(where)
-    if diffusers and config.image_dim is not None:
-        # Early exports hold a norm that no version of the model applies; diffusers drops it in loading, too.
-        entries = {key: entry for key, entry in entries.items() if not key.endswith(".attn2.norm_added_q.weight")}
-    weights.check(entries, {rename(name): shape for name, shape in shapes(config).items()}, where)
-    return entries, rename
+    return Table(shapes=shapes(config), rename=rename, ignored=ignored, stem="diffusion_pytorch_model")
 
 
-def fill(chunks, o, config: WanConfig) -> None:
-    """A model's memory: released weights, each rank its slice; or, with --from-scratch, the original code's initial
-    values."""
-    from common import checkpoint
-
-    from .model import draw
-
-    if getattr(o, "from_scratch", False):
-        checkpoint.initialize(chunks, o.seed, draw)
-    else:
-        entries, rename = released_entries(o.weights, config)
-        checkpoint.load_released(chunks, entries, rename)
+def located(folder: Path, config: WanConfig) -> tuple[Path, Table]:
+    """Where the transformer of a weights folder lies, and its table."""
+    diffusers = (folder / "transformer").is_dir()
+    return folder / "transformer" if diffusers else folder, table(config, diffusers)
 
 
-def write_released(
-    out: Path,
-    to: str,
-    config: WanConfig,
-    sizes: dict[str, int],
-    read: Callable[[str], "torch.Tensor"],
-    source: Path | None,
-) -> None:
-    """Write the transformer in the `diffusers` or `original` layout, and for diffusers the other parts of `source`.
+def fill(chunks, o, config: WanConfig, draw: Callable) -> None:
+    """A model's memory: the weights of --weights, each rank its slices; or, with --from-scratch, drawn ones."""
+    folder, names = located(o.weights, config)
+    release.fill(chunks, o, names, draw, folder)
 
-    sizes: bytes by our parameter name; read(our name) gives the tensor.
-    """
+
+def write_released(out: Path, to: str, config: WanConfig, source: Source, beside: Path | None) -> None:
+    """Writes the transformer in the `diffusers` or `original` layout, and for diffusers the other parts that the folder
+    `beside` has."""
     if to == "original":
-        weights.save(out, sizes, read, STEM)
+        release.write(out, table(config, False), source)
         (out / "config.json").write_text(json.dumps(config.to_original(), indent=2))
         return
     out.mkdir(parents=True, exist_ok=True)
-    back = {to_diffusers(name): name for name in sizes}
-    weights.save(out / "transformer", {k: sizes[v] for k, v in back.items()}, lambda key: read(back[key]), STEM)
+    release.write(out / "transformer", table(config, True), source)
     (out / "transformer" / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2))
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor"):
-        if source and (source / part).is_dir():
-            shutil.copytree(source / part, out / part)
-    if source and (source / "model_index.json").is_file():
-        shutil.copy2(source / "model_index.json", out)
-    else:
+    release.copy_files((*PARTS, "model_index.json"), beside, out)
+    if not (out / "model_index.json").is_file():
         print(f"note: {out} holds the transformer only; take the VAE and text encoder from the diffusers release")
-
-
-def source(folder: Path, config: WanConfig, ema: bool) -> tuple[dict[str, int], Callable[[str], "torch.Tensor"]]:
-    """(bytes of every tensor, the tensor) by our parameter name; folder: sharded (ema: its averaged weights), or released."""
-    from common import checkpoint
-
-    if is_sharded(folder):
-        tensors, prefix = checkpoint.tensor_sizes(folder), "ema." if ema else ""
-        sizes = {name: tensors[prefix + name] for name in shapes(config)}
-        return sizes, lambda name: checkpoint.read_tensor(folder, prefix + name)
-    (entries, rename), reader = released_entries(folder, config), weights.Reader()
-    return {n: entries[rename(n)].bytes for n in shapes(config)}, lambda name: reader.read(entries[rename(name)])
 
 
 # ---- adapters ----
@@ -205,53 +166,18 @@ def write_pipeline_file(folder: Path) -> None:
     file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
 
 
-# Adapted from zoo.qwen3.convert.merging: whole differences too.
-def merging(path: Path, config: WanConfig, read: Callable) -> Callable[[str], "torch.Tensor"]:
-    """`read` with an adapter merged into each tensor as it passes: W + s B A in fp32, rounded once to the dtype of W."""
-    from common import lora
-
-    (pairs, differences), reader = adapter(path, config), weights.Reader()
-
-    def merged(name: str) -> "torch.Tensor":
-        return lora.added(read(name), pairs.get(name.removesuffix(".weight")), differences.get(name), reader)
-
-    return merged
-
-
-def merge_into(chunks, path: Path, config: WanConfig) -> None:
-    """An adapter added to a model's weights: each rank reads the rows of B, or columns of A, of the outputs, or inputs,
-    it holds."""
-    import torch
-
-    from common import checkpoint, lora
-
-    (pairs, differences), reader = adapter(path, config), weights.Reader()
-    with torch.no_grad():
-        for name, parameter in checkpoint.parameters(chunks):
-            pair, difference = pairs.get(name.removesuffix(".weight")), differences.get(name)
-            if pair or difference:
-                cut = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
-                parameter.copy_(lora.added(parameter, pair, difference, reader, cut))
-
-
 def main(o: "ConvertOptions") -> None:
     import torch.distributed as dist
 
-    from common import checkpoint
-
     config = model_config(o)
-    sizes, read = source(o.weights, config, o.ema)
+    source = release.open_source(*located(o.weights, config), o.ema)
     if o.adapter:
-        read = merging(o.adapter, config, read)
-
-    if o.to == "sharded":  # every rank reads and writes its share of the tensors; any layout reads the result
-        mine = list(sizes)[dist.get_rank() :: dist.get_world_size()]
-        checkpoint.save_tensors(
-            o.out, {name: read(name) for name in mine}, {"step": 0, "model": dataclasses.asdict(config)}
-        )
+        source = release.merged(source, *adapter(o.adapter, config))
+    if o.to == "sharded":
+        release.write_sharded(o.out, table(config, False), source, {"model": dataclasses.asdict(config)})
     elif dist.get_rank() == 0:
         to = "original" if o.to == "original" else "diffusers"
-        write_released(o.out, to, config, sizes, read, None if is_sharded(o.weights) else o.weights)
+        write_released(o.out, to, config, source, None if is_sharded(o.weights) else o.weights)
     dist.barrier()
     if dist.get_rank() == 0:
-        print(f"{o.out}: {config.parameters:,} parameters, {len(sizes)} tensors", flush=True)
+        print(f"{o.out}: {config.parameters:,} parameters, {len(shapes(config))} tensors", flush=True)

@@ -20,14 +20,14 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 
-from common import checkpoint, device, parallel
+from common import checkpoint, device, parallel, release
 from common import train as loop
 
 from . import accelerate, convert, data, images, vae, videos
 from .accelerate import Moment
 from .config import WanConfig, cache_gib, latent_grid, model_config
 from .encoders import FrameEncoder, TextEncoder, VideoCodec
-from .model import WanBlock, build, unpatchify
+from .model import WanBlock, build, draw, unpatchify
 from .options import InferOptions, requests
 
 
@@ -160,17 +160,16 @@ class Parts:
     pair: dist.ProcessGroup | None
 
 
-def load(o: InferOptions, config: WanConfig, fill=convert.fill) -> Parts:
-    """Read the weights, each part to where it waits for its use, and put what `o` asks for around the transformer.
-    fill: what writes its weights, without a --checkpoint."""
+def load(o: InferOptions, config: WanConfig) -> Parts:
+    """Read the weights, each part to where it waits for its use, and put what `o` asks for around the transformer."""
     video_group, pair = video_groups(o)
     chunks = build(o, config, torch.device("cpu") if o.cpu_offload else None)
     if o.checkpoint:
         checkpoint.load(checkpoint.find(o.checkpoint, str(o.checkpoint)), chunks)
     else:
-        fill(chunks, o, config)
+        convert.fill(chunks, o, config, draw)
     if o.adapter:
-        convert.merge_into(chunks, o.adapter, config)
+        release.merge_into(chunks, *convert.adapter(o.adapter, config))
     if o.quantize == "int8":
         accelerate.quantize(chunks)
     if o.fsdp:

@@ -463,7 +463,8 @@ def _check_folder(o, config: WanConfig, encoders: bool = True) -> None:
             if file.stem.split("-")[0].isidentifier():  # not a variant, like model.fp8, which nobody loads
                 weights.refuse_quantised(weights.index_file(file), file)
     if not is_sharded(o.weights) and not getattr(o, "from_scratch", False):
-        convert.released_entries(o.weights, config)
+        folder, table = convert.located(o.weights, config)
+        table.entries(folder)
 
 
 def _laid_out(o, config: WanConfig, bucket: data.Bucket, flag: str):

@@ -22,11 +22,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, device, parallel, perf
+from common import device, parallel, perf
 
-from . import convert, images, infer, quality
+from . import images, infer, quality
 from .config import WanConfig, model_config
-from .model import draw
 from .options import DEMO_WEIGHTS, InferOptions, PerfOptions, parse
 
 ROUNDS = 3  # of a setup and its baseline
@@ -116,6 +115,11 @@ SETUPS = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn(InferOptions):
+    from_scratch = True
+
+
 def mid(config: WanConfig) -> WanConfig:
     """A model large enough that arithmetic, not Python, takes the time of a step on a CPU."""
     return dataclasses.replace(config, dim=512, ffn_dim=2048, num_heads=8, num_layers=8)
@@ -192,8 +196,10 @@ def load(options: str, s: Setup, own: list[str]) -> tuple[InferOptions, WanConfi
     o: InferOptions = parse("infer", [*options.split(), *own, *(["--prompt", PROMPTS[0]] if own else [])])
     if not mpu.model_parallel_is_initialized():
         parallel.initialize(o)
-    config, fill = (mid(model_config(o)), drawn) if s.model == "mid" else (model_config(o), convert.fill)
-    return o, config, infer.load(o, config, fill)  # by every rank: groups are made by all together
+    config = model_config(o)
+    if s.model == "mid":
+        o, config = Drawn(**{f.name: getattr(o, f.name) for f in dataclasses.fields(o)}), mid(config)
+    return o, config, infer.load(o, config)  # by every rank: groups are made by all together
 
 
 def timed(o: InferOptions, config: WanConfig, parts: infer.Parts, s: Setup, i: int) -> tuple[float, torch.Tensor]:
@@ -213,7 +219,3 @@ def leave_groups(*others: dist.ProcessGroup | None) -> None:
         if group is not None:
             dist.destroy_process_group(group)
     mpu.destroy_model_parallel()
-
-
-def drawn(chunks: list, o: InferOptions, config: WanConfig) -> None:
-    checkpoint.initialize(chunks, 0, draw)

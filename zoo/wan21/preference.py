@@ -33,7 +33,7 @@ from common import train as loop
 
 from . import convert
 from .config import WanConfig
-from .model import WanBlock, build, velocity_tokens
+from .model import WanBlock, build, draw, velocity_tokens
 from .options import TrainOptions
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def reference_model(
     if o.adapts:
         return functools.partial(without_adapters, wrapped)
     copy = build(o, config)
-    convert.fill(copy, o, config)
+    convert.fill(copy, o, config, draw)
     for chunk in copy:
         chunk.requires_grad_(False)
     copy = parallel.wrap(copy, o, WanBlock) if o.fsdp else copy

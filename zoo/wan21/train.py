@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, device, lora, parallel, resume
+from common import checkpoint, cli, device, lora, parallel, release, resume
 from common import train as loop
 from common.data import BucketSampler, Step, check_drops, note_drops, prefetch
 from common.video import probe_video, read_frames
@@ -33,7 +33,7 @@ from .config import WanConfig, latent_grid, model_config
 from .encoders import Encoders
 from .evaluate import compare, in_words, judge_demo
 from .infer import condition_on, sample
-from .model import WanBlock, build, velocity_tokens
+from .model import WanBlock, build, draw, velocity_tokens
 from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, run_facts, starts_from
 from .videos import write
 
@@ -130,8 +130,9 @@ def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Mod
     convert.write_pipeline_file(folder)
     print(f"adapter     {folder}", flush=True)
     if o.merge:
-        sizes, read = convert.source(o.weights, config, ema=False)
-        convert.write_released(o.merge, "diffusers", config, sizes, convert.merging(folder, config, read), o.weights)
+        base = release.open_source(*convert.located(o.weights, config))
+        merged = release.merged(base, *convert.adapter(folder, config))
+        convert.write_released(o.merge, "diffusers", config, merged, o.weights)
         print(f"merged      {o.merge}", flush=True)
 
 
@@ -368,7 +369,7 @@ def main(o: TrainOptions) -> None:
     index = indexed(o, o.data)
     o = loop.count_epochs(o, len(index.rows))
     chunks = build(o, config)
-    convert.fill(chunks, o, config)
+    convert.fill(chunks, o, config, draw)
     if o.adapts:
         adapt(chunks, o, config)
     wrapped = parallel.wrap(chunks, o, WanBlock)
@@ -433,10 +434,8 @@ def main(o: TrainOptions) -> None:
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
-        tensors, prefix = checkpoint.tensor_sizes(saved), "ema." if o.ema else ""
-        sizes = {name: tensors[prefix + name] for name in convert.shapes(config)}
-        read = functools.partial(checkpoint.read_tensor, saved)
-        convert.write_released(o.export, "diffusers", config, sizes, lambda name: read(prefix + name), o.weights)
+        source = release.open_source(saved, convert.table(config, True), ema=bool(o.ema))
+        convert.write_released(o.export, "diffusers", config, source, o.weights)
         print(f"exported {o.export}", flush=True)
     usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
     if finished and usable and dist.get_rank() == 0:

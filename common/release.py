@@ -1,0 +1,271 @@
+"""Released weights by a recipe's table: read strictly into any layout, written back, merged with adapters.
+
+A recipe's `convert.py` holds the `Table` of a model: its parameters, their keys in the release and, for tensors that are
+stacked here (experts), their pieces. Everything that is done with released weights follows from it.
+
+The launcher reads tables and headers too, so torch is imported where a tensor is needed and not before.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import adapters, weights
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """How a release stores a model.
+
+    shapes: of every parameter, by our name, in the order in which they are written
+    rename: our name -> key, of a tensor that is the release's own
+    pieces: our name -> {key: index}, of a tensor that is stacked here: the key's transpose lies at this index
+    copies: key -> the key it must equal, of tensors that some releases store twice
+    ignored: ends of keys that some releases hold and no version of the model reads
+    stem: start of the names of the release's files
+    """
+
+    shapes: dict[str, Shape]
+    rename: Callable[[str], str]
+    stem: str
+    pieces: dict[str, dict[str, tuple]] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def released_shapes(self) -> dict[str, Shape]:
+        """The shape of every tensor of the release, by its key."""
+        found = {}
+        for name, shape in self.shapes.items():
+            stacked = {key: _transposed(shape, index) for key, index in self.pieces.get(name, {}).items()}
+            found |= stacked or {self.rename(name): shape}
+        return found
+
+    def entries(self, folder: Path) -> dict[str, weights.Entry]:
+        """The tensors of a released folder, by key.
+
+        Raises:
+            ValueError: missing, extra or misshaped tensors, quantised ones, pickled or torn files.
+        """
+        found = weights.index(folder)
+        if self.ignored:
+            found = {key: entry for key, entry in found.items() if not key.endswith(self.ignored)}
+        expected = self.released_shapes()
+        expected |= {copy: expected[key] for copy, key in self.copies.items() if copy in found}
+        weights.check(found, expected, folder)
+        return found
+
+
+def _transposed(shape: Shape, index: tuple) -> Shape:
+    """Of the transpose of a tensor's part at an index of integers and whole slices."""
+    rest = [n for n, at in zip(shape, (*index, *[slice(None)] * len(shape)), strict=False) if at == slice(None)]
+    return tuple(reversed(rest))
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is one of our sharded checkpoints."""
+    return (folder / "manifest.json").is_file()
+
+
+def differences(found: Any, wanted: Any, free: Iterable[str] = ()) -> list[str]:
+    """In which fields two architectures of one dataclass differ, those that may be otherwise left out, in words."""
+    names = [f.name for f in dataclasses.fields(found) if f.name not in free]
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in names}
+    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def name_size(folder: Path, differs: dict[str, list[str]]) -> str:
+    """The published size whose architecture a folder has. differs: by size, in what the folder's is another.
+
+    Raises:
+        ValueError: none has it; the nearest is named.
+    """
+    nearest = min(differs, key=lambda name: len(differs[name]))
+    if differs[nearest]:
+        raise ValueError(
+            f"{folder} has an architecture that is none of {', '.join(differs)} (nearest {nearest}: "
+            f"{', '.join(differs[nearest])}); fix: --weights, or add the size to config.py"
+        )
+    return nearest
+
+
+def copy_files(names: Iterable[str], source: Path | None, out: Path) -> None:
+    """Copies files and folders of these names, as far as `source` has them."""
+    for path in (source / name for name in names if source):
+        if path.is_dir():
+            shutil.copytree(path, out / path.name)
+        elif path.is_file():
+            shutil.copy2(path, out)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Source:
+    """The parameters of a model in a folder, by our names: bytes of an element, and the whole tensor."""
+
+    element: Callable[[str], int]
+    read: Callable[[str], "torch.Tensor"]
+
+
+def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
+    """A released folder, strictly checked, or a sharded checkpoint (ema: its averaged weights)."""
+    if is_sharded(folder):
+        from common import checkpoint
+
+        sizes, prefix = checkpoint.tensor_sizes(folder), "ema." if ema else ""
+        return Source(
+            lambda name: sizes[prefix + name] // math.prod(table.shapes[name]),
+            lambda name: checkpoint.read_tensor(folder, prefix + name),
+        )
+    entries, reader = table.entries(folder), weights.Reader()
+
+    def first(name: str) -> weights.Entry:
+        return entries[next(iter(table.pieces.get(name, ())), None) or table.rename(name)]
+
+    def read(name: str) -> "torch.Tensor":
+        import torch
+
+        if name not in table.pieces:
+            return reader.read(first(name))
+        whole = torch.empty(table.shapes[name], dtype=reader.read(first(name)).dtype)
+        for key, index in table.pieces[name].items():
+            whole[index] = reader.read(entries[key]).t()
+        return whole
+
+    return Source(lambda name: first(name).bytes // math.prod(first(name).shape), read)
+
+
+def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None) -> None:
+    """A model's memory: a released folder's weights or a checkpoint's, each rank its slice; or with --from-scratch drawn
+    ones. draw(name, whole tensor, generator) fills one; folder: where the release's files lie (default: --weights)."""
+    from common import checkpoint
+
+    if o.from_scratch:
+        checkpoint.initialize(chunks, o.seed, draw)
+    elif is_sharded(o.weights):
+        checkpoint.load(o.weights, chunks)
+    else:
+        load(chunks, table.entries(folder or o.weights), table)
+
+
+def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
+    """Copies released tensors into this rank's parameters: each rank reads only its slices.
+
+    Raises:
+        ValueError: a tensor that is stored twice differs from its copy.
+    """
+    import torch
+
+    from common import checkpoint
+
+    reader = weights.Reader()
+    for copy, key in table.copies.items():
+        if copy in entries and not torch.equal(reader.read(entries[key]), reader.read(entries[copy])):
+            raise ValueError(
+                f"{entries[copy].file}: {copy} differs from {key}, to which it is tied; fix: --weights, or what its "
+                "config.json says of it"
+            )
+    checkpoint.load_released(chunks, entries, lambda name: None if name in table.pieces else table.rename(name))
+    with torch.no_grad():
+        for name, parameter in checkpoint.parameters(chunks):
+            for key, index in table.pieces.get(name, {}).items():
+                _load_piece(parameter, index, entries[key], checkpoint.cuts(parameter), reader)
+
+
+def _load_piece(parameter, index: tuple, entry: weights.Entry, cuts: list, reader: weights.Reader) -> None:
+    """One piece into this rank's part of a stacked tensor, if it holds it: the first dimension (of experts) is cut into
+    whole pieces, another one cuts every piece alike."""
+    first, (g, *where) = 0, index
+    dim, part, parts = None, 0, 1
+    for cut, rank, size in cuts:
+        if cut == 0:
+            first = rank * len(parameter)
+            continue
+        whole = [i for i, at in enumerate((*index, *[slice(None)] * parameter.ndim)) if at == slice(None)]
+        whole = whole[: len(entry.shape)]  # the dimensions of ours that the piece has, in reverse
+        dim, part, parts = len(whole) - 1 - whole.index(cut), rank, size
+    if first <= g < first + len(parameter):
+        parameter[g - first, *where].copy_(reader.read(entry, dim, part, parts).t())
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def write(out: Path, table: Table, source: Source) -> None:
+    """Writes the tensors of a new folder; one file's are held at a time, and a stacked one while its pieces are written."""
+    pieces: dict[str, tuple[str, tuple | None]] = {}  # key -> (our name, where in it)
+    for name in table.shapes:
+        stacked = {key: (name, index) for key, index in table.pieces.get(name, {}).items()}
+        pieces |= stacked or {table.rename(name): (name, None)}
+    element = {name: source.element(name) for name in table.shapes}
+    sizes = {key: element[pieces[key][0]] * math.prod(shape) for key, shape in table.released_shapes().items()}
+    held: dict[str, torch.Tensor] = {}  # a stacked tensor serves many keys in a row
+
+    def tensor(key: str) -> "torch.Tensor":
+        name, index = pieces[key]
+        if name not in held:
+            held.clear()
+            held[name] = source.read(name)
+        return held[name] if index is None else held[name][index].t()
+
+    weights.save(out, sizes, tensor, table.stem)
+
+
+def write_sharded(out: Path, table: Table, source: Source, state: dict, beside: Iterable[Path] = ()) -> None:
+    """A sharded checkpoint at step 0: every rank reads and writes its share of the tensors; any layout reads the result.
+
+    state: what the checkpoint remembers of the model; beside: small files that are copied into it. Collective.
+    """
+    import torch.distributed as dist
+
+    from common import checkpoint
+
+    mine = list(table.shapes)[dist.get_rank() :: dist.get_world_size()]
+    checkpoint.save_tensors(out, {name: source.read(name) for name in mine}, {"step": 0} | state, beside)
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def merged(
+    source: Source, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry] | None = None
+) -> Source:
+    """`source` with an adapter (`adapters.read`) merged into each tensor as it passes: W + s B A and whole differences in
+    fp32, rounded once to the dtype of W."""
+    from common import lora
+
+    reader, whole = weights.Reader(), differences or {}
+
+    def read(name: str) -> "torch.Tensor":
+        return lora.added(source.read(name), pairs.get(name.removesuffix(".weight")), whole.get(name), reader)
+
+    return Source(source.element, read)
+
+
+def merge_into(chunks, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry]) -> None:
+    """An adapter added to a model's weights: each rank reads the rows of B, or columns of A, of the outputs, or inputs,
+    it holds."""
+    import torch
+
+    from common import checkpoint, lora
+
+    reader = weights.Reader()
+    with torch.no_grad():
+        for name, parameter in checkpoint.parameters(chunks):
+            pair, difference = pairs.get(name.removesuffix(".weight")), differences.get(name)
+            if pair or difference:
+                cut = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
+                parameter.copy_(lora.added(parameter, pair, difference, reader, cut))
