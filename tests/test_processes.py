@@ -1,6 +1,5 @@
 """Processes that end together, folders that one run at a time writes to, and files of ours that a kill has torn."""
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -63,7 +62,7 @@ JOB = """
 import multiprocessing, os
 from busy.options import busy
 from common.data import BucketSampler, prefetch
-from zoo.qwen3.data import in_order
+from common.language.pool import in_order
 
 class Data:
     def fetch(self, rows, epoch):
@@ -283,12 +282,11 @@ def test_two_runs_in_a_fresh_checkout_make_the_demo_data_once(tmp_path, monkeypa
 
 
 def test_two_preprocessings_into_one_prefix_make_it_once_and_another_is_refused(tmp_path, monkeypatch):
-    preprocess = import_module("zoo.qwen3.preprocess")
+    preprocess, jobs = import_module("common.language.preprocess"), import_module("zoo.qwen3.options")
     monkeypatch.setattr(processes, "GRACE", 0.3)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"words {i}"}) + "\n" for i in range(6)))
-    defaults = {f.name: f.default for f in dataclasses.fields(preprocess.PreprocessOptions)}
-    o = preprocess.PreprocessOptions(**defaults | {"data": tmp_path / "text.jsonl", "workers": 0})
-    o, write_shard = preprocess.checked(o, 2048), preprocess._write_shard
+    o = jobs.PreprocessOptions(data=tmp_path / "text.jsonl", workers=0)
+    o, write_shard = jobs.check_preprocess(o, 2048), preprocess._write_shard
 
     def slowly(base, *rest):
         note(tmp_path / "log")
@@ -349,9 +347,9 @@ def test_answers_torn_at_any_byte_are_asked_again(tmp_path, monkeypatch):
         for member in ("normalize_gen_kwargs", "TaskManager", "get_rolling_token_windows", "make_disjoint_window"):
             setattr(stub, member, None)
         stub.TemplateLM = object
-    monkeypatch.delitem(sys.modules, "zoo.qwen3.evaluate", raising=False)
-    evaluate, file, about = import_module("zoo.qwen3.evaluate"), tmp_path / "answers.jsonl", {"weights": "w"}
-    sys.modules.pop("zoo.qwen3.evaluate")
+    monkeypatch.delitem(sys.modules, "common.language.evaluate", raising=False)
+    evaluate, file, about = import_module("common.language.evaluate"), tmp_path / "answers.jsonl", {"weights": "w"}
+    sys.modules.pop("common.language.evaluate")
     ask = lambda requests: [len(r[0]) for r in requests]  # noqa: E731
     requests = [["a" * n] for n in (3, 2, 1)]
     answers = evaluate.Answers(file, about)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common import release, weights
+from common.language import generate as generation
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
@@ -247,7 +248,7 @@ def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
     o = infer_options(max_new_tokens=12, batch=2)
-    got = case.infer.generate(model, prompts, o, ends=set())
+    got = generation.generate(model, prompts, o, ends=set())
     for prompt, answer in zip(prompts, got, strict=True):
         want = theirs.generate(
             torch.tensor([prompt]),
@@ -268,10 +269,10 @@ def infer_options(**values):
 def test_generation_stops_at_an_end_token_which_is_left_out(tmp_path):
     case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, o = ours(tmp_path), infer_options(max_new_tokens=10)
-    whole = case.infer.generate(model, [[1, 2, 3]], o, ends=set())[0]
+    whole = generation.generate(model, [[1, 2, 3]], o, ends=set())[0]
     stop = whole[4]
     shown = []
-    assert case.infer.generate(model, [[1, 2, 3]], o, {stop}, shown.append)[0] == whole[: whole.index(stop)] == shown
+    assert generation.generate(model, [[1, 2, 3]], o, {stop}, shown.append)[0] == whole[: whole.index(stop)] == shown
 
 
 def test_draws_follow_temperature_top_p_and_top_k():
@@ -279,7 +280,7 @@ def test_draws_follow_temperature_top_p_and_top_k():
     generator = torch.Generator().manual_seed(0)
 
     def shares(**values):
-        drawn = case.infer.choose(logits.expand(20000, 4), infer_options(**values), [generator] * 20000)
+        drawn = generation.choose(logits.expand(20000, 4), infer_options(**values), [generator] * 20000)
         return torch.bincount(drawn, minlength=4) / 20000
 
     p = logits.exp()[0]
@@ -296,11 +297,11 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_neighbours(tmp_path):
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 5, 7, 1)]
     prompts.append(prompts[0])  # asked a second time: another answer
     o = infer_options(max_new_tokens=12, temperature=1.0)
-    alone = case.infer.generate(model, prompts, dataclasses.replace(o, batch=1), ends=set())
+    alone = generation.generate(model, prompts, dataclasses.replace(o, batch=1), ends=set())
     for batch in (2, 6):
-        assert case.infer.generate(model, prompts, dataclasses.replace(o, batch=batch), ends=set()) == alone
-    assert case.infer.generate(model, prompts[:2][::-1], o, ends=set()) == alone[:2][::-1]
-    assert alone[5] != alone[0] and case.infer.generate(model, prompts[:1], infer_options(**vars(o) | {"seed": 1}),
+        assert generation.generate(model, prompts, dataclasses.replace(o, batch=batch), ends=set()) == alone
+    assert generation.generate(model, prompts[:2][::-1], o, ends=set()) == alone[:2][::-1]
+    assert alone[5] != alone[0] and generation.generate(model, prompts[:1], infer_options(**vars(o) | {"seed": 1}),
                                                         ends=set()) != alone[:1]  # fmt: skip
 
 
@@ -312,9 +313,9 @@ def test_weights_that_are_not_finite_give_an_error_and_no_empty_answer(temperatu
         model.norm.weight[3] = torch.nan
     o = infer_options(max_new_tokens=5, temperature=temperature)
     with pytest.raises(ValueError, match="logits are not finite.*fix: --weights"):
-        case.infer.generate(model, [[1, 2, 3], [4, 5]], o, ends={0})
+        generation.generate(model, [[1, 2, 3], [4, 5]], o, ends={0})
     with pytest.raises(ValueError, match="logits are not finite.*fix: --weights"):
-        case.infer.score(model, [([1, 2, 3], [[4]])], 64)
+        generation.score(model, [([1, 2, 3], [[4]])], 64)
 
 
 def test_trigram_baseline_is_a_distribution(tmp_path):

@@ -23,23 +23,17 @@ from transformers import AutoTokenizer
 
 from common import cli
 from common.data import DropReport, prefetch
-from zoo.qwen3 import data, infer, preprocess, train
+from common.language import generate, packing, preprocess
+from common.language.chat import Chat, to_chat, to_pair, to_question, to_tools
+from common.language.files import read_rows
+from common.language.options import read_questions
+from common.language.packing import IGNORE, PackedRows, pack, prepare_chats
+from common.language.text import TextRows
+from common.records import BadRow
+from zoo.qwen3 import data
 from zoo.qwen3 import options as jobs
-from zoo.qwen3.data import (
-    IGNORE,
-    BadRow,
-    Chat,
-    PackedRows,
-    TextRows,
-    pack,
-    prepare_chats,
-    to_chat,
-    to_pair,
-    to_question,
-    to_tools,
-)
 from zoo.qwen3.demo import make_data
-from zoo.qwen3.preprocess import DEMO_TOKENIZER, PreprocessOptions
+from zoo.qwen3.options import DEMO_TOKENIZER, PreprocessOptions, check_preprocess
 
 pytestmark = pytest.mark.L2
 
@@ -429,8 +423,8 @@ def test_whatever_a_row_or_the_template_raises_is_a_drop_by_file_and_line(tokeni
 
 
 def test_an_error_nobody_thought_of_is_a_drop_too(tmp_path, monkeypatch):
-    real = data.to_chat
-    monkeypatch.setattr(data, "to_chat", lambda row: real(row) if row["messages"] else [][0])
+    real = packing.to_chat
+    monkeypatch.setattr(packing, "to_chat", lambda row: real(row) if row["messages"] else [][0])
     path = write(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 40 + [{"messages": []}])
     [_, drop] = lines(prepare_chats(path, DEMO_TOKENIZER, 128, tmp_path / "cache") / "drops.jsonl")
     assert (drop["where"], drop["reason"]) == ("rows.jsonl:41", "unusable row")
@@ -689,7 +683,7 @@ def test_missing_unknown_and_empty_data_are_refused(tmp_path):
         (tmp_path / "a", "a holds no row"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(data.read_rows(path))
+            list(read_rows(path))
 
 
 # ---- questions ----
@@ -726,7 +720,7 @@ def test_a_row_that_asks_nothing_is_a_bad_row(row, message):
 
 
 def asked(*argv) -> list:
-    return jobs.read_questions(jobs.parse("infer", list(map(str, argv))))
+    return read_questions(jobs.parse("infer", list(map(str, argv))))
 
 
 def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tokenizer, tmp_path):
@@ -739,7 +733,7 @@ def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tok
     path = write(tmp_path / "a.jsonl", [{"messages": [*CHAT, *question], "tools": [FUNCTION]}])
     [(where, messages, tools)] = asked("--prompts", path)
     assert messages == [*CHAT, *question] and tools == [FUNCTION]
-    [text] = infer.render_questions(tokenizer, [(where, messages, None)], thinking=False)
+    [text] = generate.render_questions(tokenizer, [(where, messages, None)], thinking=False)
     whole = Chat(tokenizer).render([*messages, {"role": "assistant", "content": "12359"}])
     assert whole == text + "12359<|im_end|>\n"
 
@@ -772,7 +766,7 @@ def test_a_prompt_that_asks_nothing_is_refused_by_its_line(argv, message, tmp_pa
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tokenizer):
     messages = [*CHAT, {"role": "tool", "content": "x"}]
     with pytest.raises(ValueError, match="a.jsonl:3: refused by the template, .*tool.*; expected .*; fix: "):
-        infer.render_questions(tokenizer, [("a.jsonl:3", messages, None)], thinking=False)
+        generate.render_questions(tokenizer, [("a.jsonl:3", messages, None)], thinking=False)
 
 
 def test_train_on_reaches_sft_and_lora_and_is_refused_elsewhere():
@@ -785,13 +779,13 @@ def test_train_on_reaches_sft_and_lora_and_is_refused_elsewhere():
 
 
 def test_train_on_of_the_options_decides_what_is_learnt(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(data.dist, "barrier", lambda: None)
     counts = []
     for train_on in ("all", "complete"):
         argv = ["--job", "sft", "--data", CASES / "think_multi.jsonl", "--cache", tmp_path, "--train-on", train_on]
         o = jobs.parse("train", [*map(str, argv), "--seq-len", "512"])
-        rows = train.rows_of(o.data, o)
+        rows = data.rows_of(o.data, o)
         counts.append(int((rows.fetch(range(len(rows)))["labels"] != IGNORE).sum()))
     assert counts[0] == counts[1] + 2  # "4" and the end of its turn
 
@@ -1097,7 +1091,7 @@ def test_steps_after_a_resume_are_the_same_and_do_not_depend_on_ranks_or_workers
 
 def options(path: Path, **changes) -> PreprocessOptions:
     o = PreprocessOptions(data=path, **{"workers": 0, "out": path.parent / "out" / "text"} | changes)
-    return preprocess.checked(o, VOCABULARY)
+    return check_preprocess(o, VOCABULARY)
 
 
 def documents_of(prefix: Path, tokenizer) -> list[str]:
@@ -1272,13 +1266,13 @@ def test_unreadable_file_is_an_error_that_names_it(tmp_path, name, content, mess
 def test_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match="token ids up to 2047, the model .* vocabulary of 2047"):
-        preprocess.checked(PreprocessOptions(data=path), VOCABULARY - 1)
+        check_preprocess(PreprocessOptions(data=path), VOCABULARY - 1)
     with pytest.raises(ValueError, match="no token '<eos>'"):
-        preprocess.checked(PreprocessOptions(data=path, end="<eos>"), VOCABULARY)
+        check_preprocess(PreprocessOptions(data=path, end="<eos>"), VOCABULARY)
     with pytest.raises(ValueError, match="has no tokenizer.json"):
-        preprocess.checked(PreprocessOptions(data=path, tokenizer=tmp_path), VOCABULARY)
+        check_preprocess(PreprocessOptions(data=path, tokenizer=tmp_path), VOCABULARY)
     with pytest.raises(ValueError, match="does not exist"):
-        preprocess.checked(PreprocessOptions(data=tmp_path / "b.jsonl"), VOCABULARY)
+        check_preprocess(PreprocessOptions(data=tmp_path / "b.jsonl"), VOCABULARY)
 
 
 def test_options_come_from_the_command_line(tmp_path):
@@ -1307,7 +1301,8 @@ def test_workers_and_a_second_run_change_nothing_but_other_data_do(demo, tmp_pat
 KILLED = """
 import sys, time, pathlib
 import common.device
-from zoo.qwen3 import preprocess
+from common.language import preprocess
+from zoo.qwen3.options import PreprocessOptions, check_preprocess
 write = preprocess._write_shard
 def slowly(base, *rest):
     if int(base.name) >= 3:
@@ -1315,8 +1310,8 @@ def slowly(base, *rest):
         time.sleep(600)
     return write(base, *rest)
 preprocess._write_shard = slowly
-o = preprocess.PreprocessOptions(data=pathlib.Path(sys.argv[1]), out=pathlib.Path(sys.argv[2]), workers=2)
-preprocess.run(preprocess.checked(o, 2048), 2048, shard_size=13_000)
+o = PreprocessOptions(data=pathlib.Path(sys.argv[1]), out=pathlib.Path(sys.argv[2]), workers=2)
+preprocess.run(check_preprocess(o, 2048), 2048, shard_size=13_000)
 """
 
 

@@ -11,6 +11,9 @@ import torch
 from ranks import run_ranks
 from test_qwen3 import infer_options, ours
 
+from common.language import generate as generation
+from common.language.options import task_names
+
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5
@@ -46,7 +49,7 @@ def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
         last = [(logs[-len(e) :], torch.tensor(e)) for e in endings]
         want.append([(part.gather(1, e[:, None]).sum().item(), bool((part.argmax(1) == e).all())) for part, e in last])
     for row_tokens in (1, 25, 1000):
-        got = case.infer.score(model, requests, row_tokens)
+        got = generation.score(model, requests, row_tokens)
         for mine, other in zip(got, want, strict=True):
             assert [likely for _, likely in mine] == [likely for _, likely in other]
             assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=TOLERANCE)
@@ -56,9 +59,9 @@ def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
 def test_logits_made_a_few_at_a_time_are_the_same(tmp_path, monkeypatch):
     case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, request = ours(tmp_path), [([5, 6, 7, 8, 9], [[1, 2, 3, 4]])]
-    ((want, _),) = case.infer.score(model, request, 10)[0]
-    monkeypatch.setattr(case.infer.ops, "CHUNK", 96 * 3)
-    ((got, _),) = case.infer.score(model, request, 10)[0]
+    ((want, _),) = generation.score(model, request, 10)[0]
+    monkeypatch.setattr(generation.ops, "CHUNK", 96 * 3)
+    ((got, _),) = generation.score(model, request, 10)[0]
     assert got == pytest.approx(want, rel=1e-6)
 
 
@@ -67,17 +70,17 @@ def test_logits_made_a_few_at_a_time_are_the_same(tmp_path, monkeypatch):
     [((9, 2, 3), [[1, 2], [0]]), ((5, 5, 5, 5), [[0, 1, 2], [3]]), ((1, 4, 8), [[0, 1], [2]]), ((), [])],
 )
 def test_prompts_share_a_batch_with_their_neighbours_in_length(lengths, wanted):
-    assert list(case.infer.batches(list(lengths), infer_options(batch=3, max_new_tokens=12))) == wanted
+    assert list(generation.batches(list(lengths), infer_options(batch=3, max_new_tokens=12))) == wanted
 
 
 def test_an_answer_ends_where_asked(tmp_path):
     case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, o = ours(tmp_path), infer_options(max_new_tokens=8, batch=2)
     prompts = [[1, 2, 3], [4, 5]]
-    whole = case.infer.generate(model, prompts, o, set())
+    whole = generation.generate(model, prompts, o, set())
     wanted = whole[0][3]
     first = whole[0].index(wanted)
-    cut = case.infer.generate(model, prompts, o, set(), stop=lambda answer: answer == whole[0][: first + 1])
+    cut = generation.generate(model, prompts, o, set(), stop=lambda answer: answer == whole[0][: first + 1])
     assert cut == [whole[0][: first + 1], whole[1]]
 
 
@@ -118,7 +121,7 @@ def test_benchmarks_have_the_harness_names_and_the_demo_its_template(monkeypatch
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "1")
     o = case.jobs.parse("evaluate", ["--tasks", "mmlu, C-Eval"])
-    assert case.jobs.task_names(o) == ["mmlu", "ceval-valid"] and not o.chat
+    assert task_names(o) == ["mmlu", "ceval-valid"] and not o.chat
     assert case.jobs.parse("evaluate", []).chat and not case.jobs.parse("evaluate", ["--no-chat"]).chat
 
 
@@ -136,7 +139,7 @@ def test_the_harness_is_not_installed_into_an_interpreter_of_the_users(monkeypat
 @pytest.fixture(scope="module")
 def evaluate():
     pytest.importorskip("lm_eval", reason="pip install -r zoo/qwen3/requirements-evaluate.txt")
-    return importlib.import_module(f"zoo.{case.RECIPE}.evaluate")
+    return importlib.import_module("common.language.evaluate")
 
 
 def tokenizer():
@@ -148,8 +151,11 @@ def tokenizer():
 def harness_model(evaluate, folder: Path, out: Path, **values):
     o = options(**values)
     config, model = case.config.Qwen3Config.from_folder(folder), ours(folder).eval()
-    answers = evaluate.Answers(out / "answers.jsonl", {"weights": str(folder)})
-    return evaluate.Qwen3LM(o, config, tokenizer(), answers, lambda job: evaluate.answer(job, model, tokenizer(), o))
+    answers, words = evaluate.Answers(out / "answers.jsonl", {"weights": str(folder)}), tokenizer()
+    ends = case.infer.end_tokens(words)
+    return evaluate.HarnessModel(
+        o, config.positions, words, answers, lambda job: evaluate.answer(job, model, words, ends, o)
+    )
 
 
 def requests_of(kind: str, *arguments) -> list:
@@ -312,14 +318,15 @@ def _answers_of_ranks(folder: str) -> list:
     """Of every rank under two layouts: jobs that only rank 0 knows."""
     from common import parallel
 
-    evaluate, found = importlib.import_module(f"zoo.{case.RECIPE}.evaluate"), []
+    evaluate, found = importlib.import_module("common.language.evaluate"), []
+    words = tokenizer()
     for tp in (1, 2):
         o = case.jobs.cli.check_layout(options(weights=Path(folder), tp=tp), heads=4, layers=4, tokens=None)
         parallel.initialize(o)
         model = case.infer.load_model(o, case.config.Qwen3Config.from_folder(Path(folder)))
         for job in ((None, SCORED), SAID):
             mine = evaluate.broadcast(job if torch.distributed.get_rank() == 0 else None)
-            found.append(evaluate.answer(mine, model, tokenizer(), o))
+            found.append(evaluate.answer(mine, model, words, case.infer.end_tokens(words), o))
         parallel.mpu.destroy_model_parallel()
     return found
 

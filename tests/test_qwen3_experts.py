@@ -9,6 +9,7 @@ from test_qwen3 import infer_options
 from test_qwen3_layouts import TOLERANCE, compare, my_batches, run_layout
 
 from common import checkpoint, parallel, release
+from common.language import generate as generation
 
 pytestmark = pytest.mark.L3
 
@@ -151,4 +152,4 @@ def answers(layout: dict, folder) -> list[list[int]]:
     table = case.convert.table(config)
     release.load([model], table.entries(folder), table)
     asked = infer_options(max_new_tokens=6)
-    return case.infer.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())
+    return generation.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())

@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from common import checkpoint, ops, parallel, release
 from common import train as loop
+from common.language import generate as generation
 
 pytestmark = pytest.mark.L3
 
@@ -207,7 +208,7 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
         "max_new_tokens": 12,
         "batch": 2,
     }
-    return case.infer.generate(chunks[0].eval(), prompts, case.jobs.InferOptions(**asked), set())
+    return generation.generate(chunks[0].eval(), prompts, case.jobs.InferOptions(**asked), set())
 
 
 @pytest.mark.parametrize(

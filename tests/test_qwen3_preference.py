@@ -17,8 +17,8 @@ from test_qwen3_layouts import whole_gradients
 
 from common import parallel
 from common import train as loop
+from common.language import packing, preference
 
-data, preference = case.train.data, case.train.preference
 TOLERANCE = 1e-5
 LOSSES = {
     "sigmoid": {"preference": "sigmoid", "beta": 0.3},
@@ -55,7 +55,7 @@ def row(place: int, step: int = 0, length: int = case.LENGTH) -> list[list[tuple
 
 
 def joined(rows: list[list]) -> dict:
-    """A micro-batch as `data.PackedRows` makes it, each row filled up to LENGTH."""
+    """A micro-batch as `PackedRows` makes it, each row filled up to LENGTH."""
     sequences, pairs = [], []
     for pairs_of_row in rows:
         rest = case.LENGTH
@@ -66,7 +66,7 @@ def joined(rows: list[list]) -> dict:
         if rest:
             filling = torch.full((rest,), 1)
             sequences.append((filling.numpy(), (filling * -100).numpy()))
-    batch = data.micro_batch(sequences)
+    batch = packing.micro_batch(sequences)
     sizes = torch.tensor(batch["cu_seqlens"]).diff()
     pairs = torch.tensor(pairs)
     chosen = [int(sequences[i][0].sum()) for i in pairs]
@@ -244,7 +244,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
 def test_reference_is_the_log_probabilities_of_every_pair_whatever_the_layout(layout, tmp_path):
     path = write_pairs(tmp_path, 13)
     tokenizer = case.jobs.DEMO_TOKENIZER
-    folder = data.prepare_chats(path, tokenizer, 128, tmp_path / "cache", kind="dpo")  # two pairs a row
+    folder = packing.prepare_chats(path, tokenizer, 128, tmp_path / "cache", kind="dpo")  # two pairs a row
     world = 1 if not layout else 2
     got = run_ranks(world, reference_of, layout, folder)[0]
     want = run_ranks(1, plainly, folder)[0]
@@ -281,11 +281,12 @@ def reference_of(layout: dict, folder):
     parallel.initialize(o)
     chunks = case.model.build(o, config)
     case.load(chunks, case.random_state(config))
-    wrapped, rows = parallel.wrap(chunks, o, case.model.Qwen3Block), data.PackedRows(folder)
+    wrapped, rows = parallel.wrap(chunks, o, case.model.Qwen3Block), packing.PackedRows(folder)
     forwards = functools.partial(case.train.forwards, o, wrapped)
     on_device = functools.partial(case.train.Batches.on_device, SimpleNamespace(o=o))
-    found = preference.reference(o, rows, forwards, on_device)
-    again = preference.reference(o, rows, None, None)  # from the disk: no model
+    facts = case.train.reference_facts(o, case.config.model_config(o))
+    found = preference.reference(o, rows, facts, forwards, on_device)
+    again = preference.reference(o, rows, facts, None, None)  # from the disk: no model
     assert (found == again).all()
     return found
 
@@ -299,7 +300,7 @@ def plainly(folder) -> torch.Tensor:
     parallel.initialize(case.options())
     (model,) = case.model.build(case.options(), config)
     case.load([model], case.random_state(config))
-    rows, found = data.PackedRows(folder), torch.zeros(13, 2)
+    rows, found = packing.PackedRows(folder), torch.zeros(13, 2)
     for number in range(len(rows)):
         units = rows._units[rows._row_bounds[number] : rows._row_bounds[number + 1]]
         for unit, pair in zip(units, rows.units(number), strict=True):

@@ -1,7 +1,6 @@
 """Numbers that a run of Qwen3 reports, recomputed from outside: the held-out loss and its count by transformers on what was
 exported, the routers' metrics by transformers' functions, and which runs share a reference."""
 
-import importlib
 import itertools
 import json
 import math
@@ -19,9 +18,8 @@ from test_qwen3_preference import write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import parallel
+from common.language import packing, preference
 
-preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
-data = case.train.data
 LENGTH, END = 32, 0  # of a row; <|endoftext|>
 RUN = ["--seq-len", LENGTH, "--steps", 2, "--lr", 3e-3, "--lr-schedule", "constant", "--warmup", 0, "--workers", 0,
        "--micro-batch", 1, "--precision", "fp32"]  # fmt: skip
@@ -155,8 +153,10 @@ def test_held_out_loss_of_pairs_is_the_formula_on_transformers_before_and_after(
 @pytest.mark.usefixtures("one_rank")
 def test_a_reference_is_found_again_only_by_runs_from_the_same_model_in_the_same_precision(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    folder = data.prepare_chats(write_pairs(tmp_path, 5), case.jobs.DEMO_TOKENIZER, 128, tmp_path / "cache", kind="dpo")
-    rows, asked = data.PackedRows(folder), []
+    folder = packing.prepare_chats(
+        write_pairs(tmp_path, 5), case.jobs.DEMO_TOKENIZER, 128, tmp_path / "cache", kind="dpo"
+    )
+    rows, asked = packing.PackedRows(folder), []
 
     def reference(value: float, *argv) -> torch.Tensor:
         def forwards(step, batches: list[dict]) -> list[dict]:
@@ -165,7 +165,8 @@ def test_a_reference_is_found_again_only_by_runs_from_the_same_model_in_the_same
 
         settings = ["--job", "dpo", "--size", "tiny", "--seq-len", "128", "--micro-batch", "1", "--global-batch", "1"]
         o = case.jobs.parse("train", [*settings, *argv])
-        return torch.from_numpy(preference.reference(o, rows, forwards, lambda batch: batch))
+        facts = case.train.reference_facts(o, case.config.model_config(o))
+        return torch.from_numpy(preference.reference(o, rows, facts, forwards, lambda batch: batch))
 
     drawn = ["--from-scratch", "--precision", "fp32"]
     models = [drawn, ["--from-scratch", "--precision", "bf16"], [*drawn, "--seed", "5"], [*drawn, "--yarn", "2"],
