@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from test_cli import released
 
 from common import cli, train
+from common.language.options import starts_from
 
 pytestmark = pytest.mark.L4
 
@@ -248,7 +249,7 @@ def test_what_a_run_starts_from_is_said(tmp_path):
         f"released weights {weights}": own,
     }
     for words, argv in said.items():
-        assert qwen3.starts_from(qwen3.parse("train", argv)).startswith(words)
+        assert starts_from(qwen3.parse("train", argv), qwen3.DEMO).startswith(words)
     assert wan21.starts_from(wan21.parse("train", [])).startswith("drawn weights, seed 0, beside the VAE")
     assert wan21.starts_from(wan21.parse("train", ["--job", "lora"])).startswith("the demo's weights")
 

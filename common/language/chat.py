@@ -3,15 +3,8 @@
     chat = Chat(AutoTokenizer.from_pretrained(folder))
     tokens, learnt = chat.encode(to_chat(row), to_tools(row))
 
-A row is one of these; other keys are ignored; `tools` and `tool_calls` may be JSON texts:
-
-    {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "…", "history": [["q", "a"]]}    Alpaca
-    {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}             ShareGPT
-    {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}         OpenAI
-    {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}      a pair; text or messages, or any of the above as the prompt
-
-`chosen` and `rejected` may be answers or whole conversations. A prompt beside whole conversations must agree with them,
-and the beginning that they share is taken once.
+A row is Alpaca's (instruction), ShareGPT's (conversations), OpenAI's (messages) or a pair (chosen, rejected). A prompt beside
+whole conversations must agree with them, and the beginning that they share is taken once.
 
 The tokenizer's own template renders the messages. An answer is learnt from where the prompt for a generation ends through
 the token that closes the turn. So the empty thoughts that `enable_thinking=False` puts into a prompt are no target, and

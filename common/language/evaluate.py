@@ -11,13 +11,6 @@ in it,
 
 or what the datasets library has in its cache; the pinned one runs no code of a data set. Tasks of your own are the
 harness' .yaml files there. What a model must have is said in generate.py.
-
-    if rank == 0:
-        lm = HarnessModel(o, positions, tokenizer, Answers(o.out / "answers.jsonl", about), ask)
-        report(o, run(o, lm), about)      ask(job): answer(broadcast(job), …); after the last job broadcast(None)
-    else:
-        while (job := broadcast(None)) is not None:
-            answer(job, …)
 """
 
 import contextlib

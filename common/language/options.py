@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, resume
+from common import adapters, cli, resume, weights
 from common.cli import option
 from common.language import megatron_import
 from common.language.chat import to_question, to_tools
 from common.language.files import CHATS, largest_token, list_files, read_rows, tokenizer_hash
 from common.records import BadRow, read_prompts
+from common.release import is_sharded
 
 LORA_RANK = 16  # of lora.sh, where nothing else is asked
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
@@ -173,6 +174,13 @@ class Demo:
 # ------------------------------------------------------------------------------------------------------------ defaults
 
 
+def fill_weights(o, demo: Demo):
+    """Without --weights the tiny size has the demo's."""
+    if o.weights is None and o.size != "tiny":
+        raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --size tiny")
+    return o if o.weights is not None else dataclasses.replace(o, weights=demo.weights)
+
+
 def fill_tokenizer(o, demo: Demo):
     """--tokenizer, or that of the weights: a release has one, and a checkpoint a copy of its run's. The demo's is for the
     demo's weights, and for drawn ones of its size or on its data.
@@ -217,6 +225,61 @@ def run_facts(o: TrainOptions, start: dict) -> dict:
         "data": {"path": str(o.data), "content": resume.content(files) if made else None},
         "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
     }  # fmt: skip
+
+
+def starting_point(o: TrainOptions, pairs: dict[str, adapters.Pair], targets: list[str]) -> dict:
+    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
+    beside other weights. pairs: --adapter's; targets: ends of the names of the linears that get new ones."""
+    start = {
+        "weights": str(o.weights and o.weights.absolute()),
+        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights),
+    }
+    if o.quantize != "none":
+        start["base"] += f" as {o.quantize}"
+    if o.adapter:
+        settings = [pair.settings for pair in pairs.values()]
+        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
+        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
+    elif o.adapts:
+        start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": targets}
+    return start
+
+
+def content(folder: Path) -> str:
+    """A short name for what a released folder, an adapter's or a checkpoint holds."""
+    manifest = folder / "manifest.json"
+    return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
+
+
+def starts_from(o: TrainOptions, demo: Demo) -> str:
+    """What the weights of a new run are, in words."""
+    if o.from_scratch:
+        return f"drawn weights, seed {o.seed}"
+    what = "checkpoint" if is_sharded(o.weights) else "released weights"
+    if o.weights.resolve() == demo.weights.resolve():
+        what = "the demo's weights"
+    return f"{what} {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
+
+
+def describe(o, config, trained: int, memory: float) -> str:
+    """What a run would be, from its options alone.
+
+    Args:
+        config: has parameters, active_parameters, num_hidden_layers and flops(length, frozen).
+        trained: number of parameters that train.
+        memory: bytes per rank.
+    """
+    flops, step = config.flops(o.seq_len), 3 * config.flops(o.seq_len, o.adapts) * (o.global_batch or 1)
+    return "\n".join([
+        cli.to_toml(o),
+        f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}"
+        + (f", in training {trained:,}" if isinstance(o, TrainOptions) else ""),
+        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}, layers of the stages: "
+        + " ".join(map(str, o.stage_layers(config.num_hidden_layers))),
+        cli.rank_map(o),
+        f"{flops / 1e12:.3f} TFLOP per row of {o.seq_len} tokens forward, {step / 1e12:.3f} TFLOP per training step",
+        f"memory per rank, estimated: {memory / 2**30:.2f} GiB",
+    ])  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from common.language.evaluate import Answers, HarnessModel, answer, broadcast, report, run
+from common.language.options import EvaluateOptions, content
 
 from .config import model_config
 from .infer import end_tokens, load_model
-from .options import EvaluateOptions, content
 
 
 def identity(o: EvaluateOptions) -> dict:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import adapters, cli, resume, weights
+from common import cli, resume, weights
 from common.cli import option
 from common.language import megatron_import, preprocess
 from common.language import options as language
@@ -136,7 +136,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     if drawn and not o.size.startswith("tiny") and o.data is not None and not o.from_scratch:
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
     o = _with_training_defaults(dataclasses.replace(o, from_scratch=o.from_scratch or drawn), asked)
-    o = language.fill_tokenizer(o if o.from_scratch else _with_weights(o), DEMO)
+    o = language.fill_tokenizer(o if o.from_scratch else language.fill_weights(o, DEMO), DEMO)
     config = model_config(o)
     o = _laid_out(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
@@ -158,7 +158,7 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
 def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
     if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
-    o = language.fill_tokenizer(_with_weights(language.drop_batch(o, asked)), DEMO)
+    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, asked), DEMO), DEMO)
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
@@ -179,7 +179,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
     if o.tasks is None:
         o = dataclasses.replace(o, tasks="sort_digits,sort_digits_choice", chat=o.chat or "--no-chat" not in asked)
     o = dataclasses.replace(o, task_folder=o.task_folder or DEMO_TASKS)
-    o = language.fill_tokenizer(_with_weights(language.drop_batch(o, asked)), DEMO)
+    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, asked), DEMO), DEMO)
     config = model_config(o)
     o = _laid_out(o, config)
     if (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
@@ -191,7 +191,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
 
 
 def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
-    o = _with_weights(language.drop_batch(o, asked))
+    o = language.fill_weights(language.drop_batch(o, asked), DEMO)
     config = model_config(o)
     o = _laid_out(o, config)
     if megatron_import.is_checkpoint(o.weights):
@@ -235,13 +235,6 @@ JOBS = {  # a launcher's script -> its options, what --help says of it, what com
 
 
 # ------------------------------------------------------------------------------------------------- weights and layout
-
-
-def _with_weights(o):
-    """Without --weights the tiny size has the demo's."""
-    if o.weights is None and o.size != "tiny":
-        raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --size tiny")
-    return o if o.weights is not None else dataclasses.replace(o, weights=DEMO_WEIGHTS)
 
 
 def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
@@ -335,37 +328,10 @@ def check_preprocess(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions
 
 
 def starting_point(o: TrainOptions) -> dict:
-    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
-    beside other weights."""
-    start = {
-        "weights": str(o.weights and o.weights.absolute()),
-        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights),
-    }
-    if o.quantize != "none":
-        start["base"] += f" as {o.quantize}"
-    if o.adapter:
-        settings = [pair.settings for pair in convert.adapter(o.adapter, model_config(o)).values()]
-        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
-        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
-    elif o.adapts:
-        start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.targets(model_config(o))}
-    return start
-
-
-def content(folder: Path) -> str:
-    """A short name for what a released folder, an adapter's or a checkpoint holds."""
-    manifest = folder / "manifest.json"
-    return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
-
-
-def starts_from(o: TrainOptions) -> str:
-    """What the weights of a new run are, in words."""
-    if o.from_scratch:
-        return f"drawn weights, seed {o.seed}"
-    what = "checkpoint" if is_sharded(o.weights) else "released weights"
-    if o.weights.resolve() == DEMO_WEIGHTS.resolve():
-        what = "the demo's weights"
-    return f"{what} {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
+    """What a run starts from, told by content."""
+    config = model_config(o)
+    pairs = convert.adapter(o.adapter, config) if o.adapter else {}
+    return language.starting_point(o, pairs, o.targets(config))
 
 
 def run_facts(o: TrainOptions) -> dict:
@@ -409,17 +375,5 @@ def dry_run(o) -> str:
     if isinstance(o, PreprocessOptions):
         return f"{cli.to_toml(o)}\nfor a model of parameters: {model_config(o).parameters:,}"
     config = model_config(o)
-    length = o.seq_len
-    flops = config.flops(length)
-    step = 3 * config.flops(length, o.adapts) * (o.global_batch or 1)
-    return "\n".join([
-        cli.to_toml(o),
-        f"parameters: {config.parameters:,}, of which a token meets {config.active_parameters:,}"
-        + (f", in training {trained_parameters(o, config):,}" if isinstance(o, TrainOptions) else ""),
-        f"world {o.world}: tp {o.tp} cp {o.cp} dp {o.dp} pp {o.pp}, layers of the stages: "
-        + " ".join(map(str, o.stage_layers(config.num_hidden_layers))),
-        cli.rank_map(o),
-        f"{flops / 1e12:.3f} TFLOP per row of {length} tokens forward, "
-        f"{step / 1e12:.3f} TFLOP per training step",
-        f"memory per rank, estimated: {memory_estimate(o, config, length, trained_parameters(o, config)) / 2**30:.2f} GiB",
-    ])  # fmt: skip
+    trained = trained_parameters(o, config)
+    return language.describe(o, config, trained, memory_estimate(o, config, o.seq_len, trained))

@@ -22,13 +22,14 @@ from megatron.core import parallel_state as mpu
 from common import lora, parallel, release
 from common import train as loop
 from common.language import preference
+from common.language.options import starts_from
 
 from . import convert
 from .config import Qwen3Config, model_config
 from .data import Batches, rows_of, weighted
 from .demo import judge
 from .model import Qwen3Block, build, draw, load_balancing_loss, router_metrics
-from .options import HERE, TrainOptions, run_facts, starting_point, starts_from
+from .options import DEMO, HERE, TrainOptions, run_facts, starting_point
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -196,7 +197,7 @@ def main(o: TrainOptions) -> None:
         batches.prepare,
         sequence_length=lambda batch: o.seq_len,
         samples=lambda batch: (o.seq_len, flops),
-        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o)),
+        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
         beside=[o.tokenizer / name for name in convert.COPIED],
         measure=lambda: routers() | (margins() if margins else {}),
