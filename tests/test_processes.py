@@ -286,7 +286,7 @@ def test_two_preprocessings_into_one_prefix_make_it_once_and_another_is_refused(
     monkeypatch.setattr(processes, "GRACE", 0.3)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"words {i}"}) + "\n" for i in range(6)))
     o = jobs.PreprocessOptions(data=tmp_path / "text.jsonl", workers=0)
-    o, write_shard = jobs.check_preprocess(o, 2048), preprocess._write_shard
+    o, write_shard = preprocess.check(o, 2048, jobs.DEMO), preprocess._write_shard
 
     def slowly(base, *rest):
         note(tmp_path / "log")

@@ -33,7 +33,7 @@ from common.records import BadRow
 from zoo.qwen3 import data
 from zoo.qwen3 import options as jobs
 from zoo.qwen3.demo import make_data
-from zoo.qwen3.options import DEMO_TOKENIZER, PreprocessOptions, check_preprocess
+from zoo.qwen3.options import DEMO, DEMO_TOKENIZER, PreprocessOptions
 
 pytestmark = pytest.mark.L2
 
@@ -1091,7 +1091,7 @@ def test_steps_after_a_resume_are_the_same_and_do_not_depend_on_ranks_or_workers
 
 def options(path: Path, **changes) -> PreprocessOptions:
     o = PreprocessOptions(data=path, **{"workers": 0, "out": path.parent / "out" / "text"} | changes)
-    return check_preprocess(o, VOCABULARY)
+    return preprocess.check(o, VOCABULARY, DEMO)
 
 
 def documents_of(prefix: Path, tokenizer) -> list[str]:
@@ -1266,13 +1266,13 @@ def test_unreadable_file_is_an_error_that_names_it(tmp_path, name, content, mess
 def test_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match="token ids up to 2047, the model .* vocabulary of 2047"):
-        check_preprocess(PreprocessOptions(data=path), VOCABULARY - 1)
+        preprocess.check(PreprocessOptions(data=path), VOCABULARY - 1, DEMO)
     with pytest.raises(ValueError, match="no token '<eos>'"):
-        check_preprocess(PreprocessOptions(data=path, end="<eos>"), VOCABULARY)
+        preprocess.check(PreprocessOptions(data=path, end="<eos>"), VOCABULARY, DEMO)
     with pytest.raises(ValueError, match="has no tokenizer.json"):
-        check_preprocess(PreprocessOptions(data=path, tokenizer=tmp_path), VOCABULARY)
+        preprocess.check(PreprocessOptions(data=path, tokenizer=tmp_path), VOCABULARY, DEMO)
     with pytest.raises(ValueError, match="does not exist"):
-        check_preprocess(PreprocessOptions(data=tmp_path / "b.jsonl"), VOCABULARY)
+        preprocess.check(PreprocessOptions(data=tmp_path / "b.jsonl"), VOCABULARY, DEMO)
 
 
 def test_options_come_from_the_command_line(tmp_path):
@@ -1302,7 +1302,7 @@ KILLED = """
 import sys, time, pathlib
 import common.device
 from common.language import preprocess
-from zoo.qwen3.options import PreprocessOptions, check_preprocess
+from zoo.qwen3.options import DEMO, PreprocessOptions
 write = preprocess._write_shard
 def slowly(base, *rest):
     if int(base.name) >= 3:
@@ -1311,7 +1311,7 @@ def slowly(base, *rest):
     return write(base, *rest)
 preprocess._write_shard = slowly
 o = PreprocessOptions(data=pathlib.Path(sys.argv[1]), out=pathlib.Path(sys.argv[2]), workers=2)
-preprocess.run(check_preprocess(o, 2048), 2048, shard_size=13_000)
+preprocess.run(preprocess.check(o, 2048, DEMO), 2048, shard_size=13_000)
 """
 
 

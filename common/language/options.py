@@ -166,6 +166,11 @@ class Demo:
     tokenizer: Path
     data: Path  # made on first use
 
+    @property
+    def text(self) -> Path:
+        """Folder of the text to pretrain on."""
+        return self.data / "text"
+
     def has(self, path: Path | None) -> bool:
         """Whether a data file is the demo's."""
         return path is not None and self.data in path.parents

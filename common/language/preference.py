@@ -83,7 +83,7 @@ def forward_step(o: PreferenceOptions, margins: "Margins", iterator: Iterator[di
 
 
 def loss(o: PreferenceOptions, margins: "Margins", batch: dict, chunk: torch.nn.Module, output: tuple):
-    """The losses of this micro-batch's pairs, weighted (train.weighted) so that averaging over micro-batches and data
+    """The losses of this micro-batch's pairs, weighted by batch["weight"] [P] so that averaging over micro-batches and data
     parallel ranks gives the mean over every pair of the global batch."""
     policy, tokens = answers(output[0], batch)
     losses, margin = pair_losses(o, policy, batch.get("reference"), tokens)

@@ -32,6 +32,7 @@ from common import processes
 from common.cli import option
 from common.data import DropReport, partial_name
 from common.language.files import list_files, tokenizer_hash
+from common.language.options import Demo
 from common.language.pool import in_order
 from common.records import (
     LONGEST_CELL,
@@ -53,7 +54,7 @@ FEW = 10_000  # rows; of fewer, a share dropped says little about the rest
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """A recipe gives `end` its default and fills `data` and `tokenizer` in."""
+    """A recipe gives `end` its default."""
 
     size: str = option("the model whose vocabulary must hold the tokenizer's", "tiny", group="model")
     weights: Path | None = option("released Hugging Face folder, instead of --size and --tokenizer", group="model")
@@ -72,23 +73,27 @@ class PreprocessOptions:
     print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
 
 
-def check(o: PreprocessOptions, vocab_size: int, demo: Path) -> PreprocessOptions:
-    """The options with --out and --workers filled in. demo: the folder of the demo's text, which is made on first use.
+def check(o: PreprocessOptions, vocab_size: int, demo: Demo) -> PreprocessOptions:
+    """The options with their defaults filled in. The demo's text is made on first use.
 
     Raises:
-        ValueError: no such data, a kind of file that cannot be read here, a tokenizer that is none, lacks the end
-            token, or has tokens the model (of `vocab_size`) has no embedding for.
+        ValueError: no such data, a kind of file that cannot be read here, no tokenizer, or one that is none, lacks the
+            end token, or has tokens the model (of `vocab_size`) has no embedding for.
     """
-    workers = os.cpu_count() if o.workers is None else o.workers
-    out = o.out or (o.data.absolute() if o.data.is_dir() else o.data.with_suffix(""))
-    if o.data.is_dir() and out.absolute().is_relative_to(o.data.absolute()) and out != o.data:
-        raise ValueError(f"--out {out} is inside --data {o.data}, which is read in full; fix: --out")
-    if o.data.parent != demo:
-        for file in list_files(o.data, SUFFIXES):
+    tokenizer = o.tokenizer or o.weights or (demo.tokenizer if o.size.startswith("tiny") else None)
+    if tokenizer is None:
+        raise ValueError(f"size {o.size} has no tokenizer of its own; fix: --tokenizer, or --weights with one")
+    data, workers = o.data or demo.text / "train.jsonl", os.cpu_count() if o.workers is None else o.workers
+    out = o.out or (data.absolute() if data.is_dir() else data.with_suffix(""))
+    o = dataclasses.replace(o, data=data, tokenizer=tokenizer, out=out, workers=workers)
+    if data.is_dir() and out.absolute().is_relative_to(data.absolute()) and out != data:
+        raise ValueError(f"--out {out} is inside --data {data}, which is read in full; fix: --out")
+    if data.parent != demo.text:
+        for file in list_files(data, SUFFIXES):
             if file.suffix in (".parquet", ".arrow"):
                 import_pyarrow(file)
     load_tokenizer(o, vocab_size)
-    return dataclasses.replace(o, out=out, workers=workers)
+    return o
 
 
 def load_tokenizer(o: PreprocessOptions, vocab_size: int) -> tuple[Any, int]:

@@ -43,7 +43,6 @@ DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
     job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
 }
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
-DEMO_TEXT = DEMO_DATA / "text"
 DEMO_TASKS = HERE / "demo" / "tasks"
 DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
 DOCUMENT_END = "<|endoftext|>"
@@ -207,7 +206,7 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
 
 
 def _preprocess(o: PreprocessOptions, asked: set[str]) -> PreprocessOptions:
-    return check_preprocess(o, model_config(o).vocab_size)
+    return preprocess.check(o, model_config(o).vocab_size, DEMO)
 
 
 def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
@@ -314,19 +313,6 @@ def _check_adapters(o, config: Qwen3Config) -> None:
     language.check_adapters(o, found, adaptable(config))
 
 
-def check_preprocess(o: PreprocessOptions, vocab_size: int) -> PreprocessOptions:
-    """The options with their defaults filled in.
-
-    Raises:
-        ValueError: there is no tokenizer, or what `common.language.preprocess.check` refuses.
-    """
-    tokenizer = o.tokenizer or o.weights or (DEMO_TOKENIZER if o.size.startswith("tiny") else None)
-    if tokenizer is None:
-        raise ValueError(f"size {o.size} has no tokenizer of its own; fix: --tokenizer, or --weights with one")
-    o = dataclasses.replace(o, data=o.data or DEMO_TEXT / "train.jsonl", tokenizer=tokenizer)
-    return preprocess.check(o, vocab_size, DEMO_TEXT)
-
-
 def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content."""
     config = model_config(o)
@@ -348,17 +334,17 @@ def prepare(o) -> None:
         from .demo import make_data
 
         if isinstance(o, PreprocessOptions):  # which tokenizes it itself
-            make_data.make(DEMO_TEXT)
+            make_data.make(DEMO.text)
             return
         if o.job != "pretrain":
             make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs}
             make[o.job](DEMO_DATA / o.job)
             return
-        make_data.make(DEMO_TEXT)
+        make_data.make(DEMO.text)
         for split in (o.data, o.validation):
             text = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split)
             vocabulary = model_config(o).vocab_size
-            preprocess.run(check_preprocess(text, vocabulary), vocabulary)
+            preprocess.run(preprocess.check(text, vocabulary, DEMO), vocabulary)
 
 
 def trained_parameters(o, config: Qwen3Config) -> int:

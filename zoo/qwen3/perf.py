@@ -49,7 +49,7 @@ from common.language.pool import in_order
 from . import convert
 from .config import SIZES, Qwen3Config, model_config
 from .model import Qwen3Block, build, draw
-from .options import DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, check_preprocess, parse, prepare
+from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
 CLIP = 1.0
@@ -456,7 +456,7 @@ def tokenize(o: PerfOptions) -> list[dict]:
         file.write_text(text.read_text() * copies)
         size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
         asked = PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
-        asked = check_preprocess(asked, SIZES["tiny"].vocab_size)
+        asked = preprocess.check(asked, SIZES["tiny"].vocab_size, DEMO)
         tokenizer, _ = preprocess.load_tokenizer(asked, SIZES["tiny"].vocab_size)
 
         def encode(some: list[str]) -> int:

@@ -6,11 +6,8 @@ bash zoo/qwen3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpu
 from common.language import preprocess
 
 from .config import model_config
-from .demo import make_data
-from .options import DEMO_TEXT, PreprocessOptions
+from .options import PreprocessOptions
 
 
 def main(o: PreprocessOptions) -> None:
-    if o.data.parent == DEMO_TEXT:
-        make_data.make(DEMO_TEXT)
     preprocess.run(o, model_config(o).vocab_size)
