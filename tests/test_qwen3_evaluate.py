@@ -70,7 +70,7 @@ def test_logits_made_a_few_at_a_time_are_the_same(tmp_path, monkeypatch):
     [((9, 2, 3), [[1, 2], [0]]), ((5, 5, 5, 5), [[0, 1, 2], [3]]), ((1, 4, 8), [[0, 1], [2]]), ((), [])],
 )
 def test_prompts_share_a_batch_with_their_neighbours_in_length(lengths, wanted):
-    assert list(generation.batches(list(lengths), infer_options(batch=3, max_new_tokens=12))) == wanted
+    assert list(generation.batch_prompts(list(lengths), infer_options(batch=3, max_new_tokens=12))) == wanted
 
 
 def test_an_answer_ends_where_asked(tmp_path):
@@ -229,7 +229,7 @@ def test_a_thought_is_no_part_of_an_answer_and_does_not_end_it(evaluate, tmp_pat
     case.save_oracle(tmp_path / "w", SPOKEN["dense"])
     lm, words = harness_model(evaluate, tmp_path / "w", tmp_path, thinking=True), tokenizer()
     assert lm.cut("so\n\nit is</think>\n\n42\nor not", ["\n"]) == "42"
-    stop = evaluate.stopping(words, ["\n"], thinking=True)
+    stop = evaluate.make_stop(words, ["\n"], thinking=True)
     said = [words.encode(text) for text in ("so\n", "so\n</think>", "so\n</think>42", "so\n</think>42\n")]
     assert [stop(tokens) for tokens in said] == [False, False, False, True]
     with pytest.raises(ValueError, match="--no-thinking"):
@@ -268,7 +268,7 @@ def test_a_group_has_the_number_and_the_chance_of_its_tasks(evaluate):
         "configs": {"a": {"metadata": {"chance": 0.2}}, "b": {"output_type": "multiple_choice"}},
         "samples": {"b": [{"arguments": [0, 1]}] * 10},
     }
-    row = evaluate.rows_of(found)[-1]
+    row = evaluate.list_results(found)[-1]
     assert (row["task"], row["n"], row["stderr"]) == ("all", 40, None)
     assert row["chance"] == pytest.approx((0.2 * 30 + 0.5 * 10) / 40)
 
@@ -302,7 +302,7 @@ def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate
         (repository / "questions.py").write_text("raise SystemExit('ran')")
     o = dataclasses.replace(o, tasks="easy", task_folder=tmp_path)
     if not fault:
-        assert evaluate.rows_of(evaluate.run(o, lm))[0]["n"] == 3
+        assert evaluate.list_results(evaluate.run(o, lm))[0]["n"] == 3
         return
     named = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
     with pytest.raises(ValueError, match=named[fault]) as caught:

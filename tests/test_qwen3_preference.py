@@ -285,8 +285,8 @@ def reference_of(layout: dict, folder):
     forwards = functools.partial(case.train.forwards, o, wrapped)
     on_device = functools.partial(case.train.Batches.on_device, SimpleNamespace(o=o))
     facts = case.train.reference_facts(o, case.config.model_config(o))
-    found = preference.reference(o, rows, facts, forwards, on_device)
-    again = preference.reference(o, rows, facts, None, None)  # from the disk: no model
+    found = preference.compute_reference(o, rows, facts, forwards, on_device)
+    again = preference.compute_reference(o, rows, facts, None, None)  # from the disk: no model
     assert (found == again).all()
     return found
 

@@ -166,7 +166,7 @@ def test_a_reference_is_found_again_only_by_runs_from_the_same_model_in_the_same
         settings = ["--job", "dpo", "--size", "tiny", "--seq-len", "128", "--micro-batch", "1", "--global-batch", "1"]
         o = case.jobs.parse("train", [*settings, *argv])
         facts = case.train.reference_facts(o, case.config.model_config(o))
-        return torch.from_numpy(preference.reference(o, rows, facts, forwards, lambda batch: batch))
+        return torch.from_numpy(preference.compute_reference(o, rows, facts, forwards, lambda batch: batch))
 
     drawn = ["--from-scratch", "--precision", "fp32"]
     models = [drawn, ["--from-scratch", "--precision", "bf16"], [*drawn, "--seed", "5"], [*drawn, "--yarn", "2"],

@@ -55,7 +55,7 @@ def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: E
         results = score(model, mine, o.row_tokens)
     else:
         asked = dataclasses.replace(InferOptions(), batch=o.batch, seed=o.seed, **settings["draw"])
-        stop = stopping(tokenizer, settings["until"], o.thinking)
+        stop = make_stop(tokenizer, settings["until"], o.thinking)
         results = generate(model, mine, asked, ends, stop=stop)
     if o.dp == 1:
         return results
@@ -66,7 +66,7 @@ def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: E
     return merged
 
 
-def stopping(tokenizer, until: list[str], thinking: bool) -> Callable[[list[int]], bool]:
+def make_stop(tokenizer, until: list[str], thinking: bool) -> Callable[[list[int]], bool]:
     """Whether an answer has just reached one of the strings (not within a thought)."""
     longest = max((len(text.encode()) for text in until), default=0)  # no token has less than a byte
     thought_end = tokenizer.convert_tokens_to_ids(THOUGHT_END) if thinking else None
@@ -283,7 +283,7 @@ def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
         )
 
 
-def chance(name: str, metric: str, found: dict) -> float | None:
+def find_chance(name: str, metric: str, found: dict) -> float | None:
     """What guessing scores, where that is known: one of the choices, or what a task's metadata has as `chance`."""
     config = found["configs"].get(name, {})
     stated = (config.get("metadata") or {}).get("chance")
@@ -293,18 +293,18 @@ def chance(name: str, metric: str, found: dict) -> float | None:
     return sum(1 / n for n in choices) / len(choices)
 
 
-def rows_of(found: dict) -> list[dict]:
+def list_results(found: dict) -> list[dict]:
     """A row per task and metric: {"task", "metric", "value", "stderr", "chance", "n"}; groups after their tasks."""
     rows = []
     for name, values in {**found["results"], **found.get("groups", {})}.items():
-        leaves = [name] if name in found["n-samples"] else leaves_of(name, found)
+        leaves = [name] if name in found["n-samples"] else list_tasks(name, found)
         sizes = {leaf: found["n-samples"][leaf]["effective"] for leaf in leaves}
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
-            guessed = [chance(leaf, metric, found) for leaf in leaves]
+            guessed = [find_chance(leaf, metric, found) for leaf in leaves]
             known = guessed and None not in guessed
             mean = (
                 sum(c * n for c, n in zip(guessed, sizes.values(), strict=True)) / sum(sizes.values())
@@ -318,13 +318,13 @@ def rows_of(found: dict) -> list[dict]:
     return rows
 
 
-def leaves_of(group: str, found: dict) -> list[str]:
+def list_tasks(group: str, found: dict) -> list[str]:
     """The tasks of a group and of the groups in it."""
     below = found["group_subtasks"].get(group, [])
-    return [leaf for name in below for leaf in ([name] if name in found["n-samples"] else leaves_of(name, found))]
+    return [leaf for name in below for leaf in ([name] if name in found["n-samples"] else list_tasks(name, found))]
 
 
-def table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
@@ -337,7 +337,7 @@ def table(rows: list[dict]) -> str:
 
 
 def report(o: EvaluateOptions, found: dict, about: dict) -> None:
-    rows = rows_of(found)
+    rows = list_results(found)
     samples = o.out / "samples"
     samples.mkdir(exist_ok=True)
     for name, few in found["samples"].items():
@@ -350,4 +350,4 @@ def report(o: EvaluateOptions, found: dict, about: dict) -> None:
         "chat": o.chat, "results": rows,
     }  # fmt: skip
     (o.out / "results.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
-    print(f"{table(rows)}\nresults     {o.out / 'results.json'}", flush=True)
+    print(f"{format_table(rows)}\nresults     {o.out / 'results.json'}", flush=True)

@@ -75,7 +75,7 @@ def choose(logits: torch.Tensor, o: InferOptions, generators: list[torch.Generat
     return torch.where(likeliest < 0, -1, torch.cat(chosen))
 
 
-def batches(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
+def batch_prompts(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
     """Which prompts are generated together, by their lengths: neighbours, where reading the rest of the longest adds at
     most a quarter to the steps of the answer."""
     batch: list[int] = []
@@ -111,7 +111,7 @@ def generate(
     for prompt in map(tuple, prompts):
         seeds.append(checkpoint.stable_seed(o.seed, seen[prompt], *prompt))
         seen[prompt] += 1
-    for rows in batches([len(p) for p in prompts], o):
+    for rows in batch_prompts([len(p) for p in prompts], o):
         shortest, longest = len(prompts[rows[0]]), len(prompts[rows[-1]])
         cache = Cache(len(rows), longest + o.max_new_tokens)
         generators = [torch.Generator(where).manual_seed(seeds[i]) for i in rows]
@@ -122,11 +122,11 @@ def generate(
         for step in range(longest - shortest + o.max_new_tokens):
             n = tokens.shape[1]
             positions = torch.arange(cache.used, cache.used + n, device=where).repeat(len(rows))
-            hidden = through_stages(model, tokens.flatten(), positions, cache)
+            hidden = run_stages(model, tokens.flatten(), positions, cache)
             cache.used += n
             chosen = tokens.new_empty(len(rows))
             if model.last:
-                logits = whole_logits(hidden.view(len(rows), n, -1)[:, -1], model)
+                logits = gather_logits(hidden.view(len(rows), n, -1)[:, -1], model)
                 # A row whose prompt is still being read draws nothing: its answer's draws are the same in any batch.
                 reads = [step < len(prompts[i]) - shortest for i in rows]
                 chosen = choose(logits, o, [None if r else g for r, g in zip(reads, generators, strict=True)])
@@ -153,7 +153,7 @@ def generate(
     return answers
 
 
-def through_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
+def run_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
     """States [T, 1, D] after this stage, the last one's normalised; what the stage before sends comes in first."""
     group = mpu.get_pipeline_model_parallel_group()
     if not model.first:
@@ -175,7 +175,7 @@ def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: 
     endings get logits, ops.CHUNK of them at a time."""
     where = next(model.parameters()).device
     results: list[list[tuple[float, bool]]] = []
-    for row in rows_of_at_most(row_tokens, [len(tokens) for tokens, _ in requests]):
+    for row in fill_rows(row_tokens, [len(tokens) for tokens, _ in requests]):
         row = [requests[i] for i in row]
         bounds = [0]
         for tokens, _ in row:
@@ -189,7 +189,7 @@ def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: 
         logs, likeliest = [], []
         step = max(1, ops.CHUNK // model.vocab_size)
         for part in (slice(i, i + step) for i in range(0, len(places), step)):
-            logits, target = whole_logits(hidden[part], model), targets[part]  # [n, V], [n]
+            logits, target = gather_logits(hidden[part], model), targets[part]  # [n, V], [n]
             logs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
             likeliest.append(logits.argmax(1) == target)
         sizes = [len(ending) for _, ending in endings]
@@ -203,7 +203,7 @@ def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: 
     return results
 
 
-def rows_of_at_most(most: int, lengths: list[int]) -> Iterator[list[int]]:
+def fill_rows(most: int, lengths: list[int]) -> Iterator[list[int]]:
     """Indices of neighbours that fit a row; one that is longer than a row has one for itself."""
     row, used = [], 0
     for i, length in enumerate(lengths):
@@ -216,7 +216,7 @@ def rows_of_at_most(most: int, lengths: list[int]) -> Iterator[list[int]]:
         yield row
 
 
-def whole_logits(hidden: torch.Tensor, model) -> torch.Tensor:
+def gather_logits(hidden: torch.Tensor, model) -> torch.Tensor:
     """Logits fp32 [B, V] of states [B, D], the vocabulary gathered over tensor parallel."""
     local = (hidden @ model.output_weight.t()).float()
     tp = model.config.tensor_model_parallel_size

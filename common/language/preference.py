@@ -59,7 +59,7 @@ def pair_losses(
     return losses, margin.detach()
 
 
-def answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the labels of this rank's tokens [T] -> those of the answers of each pair, and their lengths
     in tokens, fp32 [P, 2] each."""
     sequence, count = batch["sequence"], len(batch["cu_seqlens"]) - 1
@@ -85,7 +85,7 @@ def forward_step(o: PreferenceOptions, margins: "Margins", iterator: Iterator[di
 def loss(o: PreferenceOptions, margins: "Margins", batch: dict, chunk: torch.nn.Module, output: tuple):
     """The losses of this micro-batch's pairs, weighted by batch["weight"] [P] so that averaging over micro-batches and data
     parallel ranks gives the mean over every pair of the global batch."""
-    policy, tokens = answers(output[0], batch)
+    policy, tokens = sum_answers(output[0], batch)
     losses, margin = pair_losses(o, policy, batch.get("reference"), tokens)
     margins.seen.append(margin)
     value = losses @ batch["weight"]
@@ -117,7 +117,9 @@ class Margins:
 
 
 @torch.no_grad()
-def reference(o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable) -> np.ndarray:
+def compute_reference(
+    o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable
+) -> np.ndarray:
     """Log-probabilities of the answers of every pair by the model as it is, fp32 [units, 2]. They are computed on the
     first call, and found again by the next run with the same facts.
 
@@ -137,7 +139,7 @@ def reference(o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable
     def step(iterator: Iterator[dict], model: torch.nn.Module):
         batch = next(iterator)
         output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels")))
-        return output, lambda output: (output[0].sum(), {"answers": answers(output[0], batch)[0]})
+        return output, lambda output: (output[0].sum(), {"answers": sum_answers(output[0], batch)[0]})
 
     rank = mpu.get_data_parallel_rank()
     for first in range(0, len(rows), o.global_batch):

@@ -186,7 +186,9 @@ def main(o: TrainOptions) -> None:
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:
                 asked = functools.partial(forwards, o, wrapped)
-                rows.reference = preference.reference(o, rows, reference_facts(o, config), asked, batches.on_device)
+                rows.reference = preference.compute_reference(
+                    o, rows, reference_facts(o, config), asked, batches.on_device
+                )
     routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
     flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
