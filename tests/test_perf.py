@@ -14,7 +14,7 @@ import torch
 import wan_case as case
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import perf
+from common import perf, runlog
 
 pytestmark = pytest.mark.L1
 
@@ -174,8 +174,6 @@ def test_table_shows_what_a_speed_up_is_over_and_its_quality_and_keeps_units_apa
 
 
 def test_a_commit_is_dirty_by_what_runs_and_not_by_its_record(tmp_path, monkeypatch):
-    from common import train
-
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     files = [tmp_path / "common" / "train.py", tmp_path / "zoo" / "mine" / "perf.jsonl"]
     for file in files:
@@ -183,11 +181,11 @@ def test_a_commit_is_dirty_by_what_runs_and_not_by_its_record(tmp_path, monkeypa
         file.write_text("")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(train, "__file__", str(files[0]))
+    monkeypatch.setattr(runlog, "__file__", str(files[0]))
     files[1].write_text("{}")
-    assert re.fullmatch(r"[0-9a-f]{12}", train.commit())
+    assert re.fullmatch(r"[0-9a-f]{12}", runlog.commit())
     files[0].write_text("pass")
-    assert re.fullmatch(r"[0-9a-f]{12}-dirty", train.commit())
+    assert re.fullmatch(r"[0-9a-f]{12}-dirty", runlog.commit())
 
 
 # ------------------------------------------------------------------------------------------------- the step benchmark

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, offload, ops, parallel
 from common import train as loop
+from common.optimizer import SmallMoments
 
 pytestmark = pytest.mark.L3
 
@@ -148,7 +149,7 @@ def test_second_moments_follow_a_gradient_that_shrinks():
         assert nearest or cls is torch.optim.AdamW or optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
         return optimizer.state[p]["exp_avg_sq"].double()
 
-    want, got = second_moments(torch.optim.AdamW), second_moments(loop.SmallMoments)
+    want, got = second_moments(torch.optim.AdamW), second_moments(SmallMoments)
     assert got.mean().item() == pytest.approx(want.mean().item(), rel=1e-3)
     assert ((got - want).norm() / want.norm()).item() < 0.06
     assert second_moments(torch.optim.AdamW, nearest=True).mean() > 1.2 * want.mean()
@@ -159,9 +160,9 @@ def test_rounding_depends_on_no_piece_layout_or_generator(monkeypatch):
 
     def run(piece: int, seed: int, shards: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
-        monkeypatch.setattr(loop.SmallMoments, "PIECE", piece)
+        monkeypatch.setattr(SmallMoments, "PIECE", piece)
         ps = [torch.nn.Parameter(part.clone()) for part in start.view(-1).chunk(shards)]
-        optimizer = loop.SmallMoments(ps, lr=0.1)
+        optimizer = SmallMoments(ps, lr=0.1)
         for grad in grads:
             for p, g in zip(ps, grad.view(-1).chunk(shards), strict=True):
                 p.grad = g.clone()
@@ -178,7 +179,7 @@ def test_moments_of_npu_equal_those_of_cpu(monkeypatch):
     for backend in ("cpu", "npu"):
         monkeypatch.setattr(ops, "BACKEND", backend)
         generator, p = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.ones(7, 5))
-        optimizer = loop.SmallMoments([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+        optimizer = SmallMoments([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
         for _ in range(5):
             p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
