@@ -423,6 +423,6 @@ def race(works: dict[str, Callable[[], None]], files: list[Path], made: Path | N
     return rates, extras
 
 
-def ratio(mine: list[float], theirs: list[float]) -> float:
+def median_ratio(mine: list[float], theirs: list[float]) -> float:
     """The median of the ratios turn by turn."""
     return round(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)), 3)

@@ -56,11 +56,10 @@ def test_contender_imports_the_device_before_megatron_and_tells_seconds_losses_a
     assert found.failure is None and found.memory >= 0 and found.process.exitcode == 0
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_contender_without_room_says_so_and_the_others_go_on(compiled):
-    found = asked(without_room, compiled=compiled)
+def test_contender_without_room_says_so_and_the_others_go_on():
+    found = asked(without_room)
     assert found.failure == "does not fit: tried to allocate 9 GiB" and found.memory is None
-    later = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=compiled)
+    later = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=True)
     assert later.failure == "does not fit: 9 GiB" and later.losses == [2.0]
 
 

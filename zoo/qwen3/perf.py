@@ -162,7 +162,7 @@ def sft(o: PerfOptions) -> list[dict]:
         return []
     tokens = {job: o.global_batch * o.seq_len * share for job, share in filled.items()}
     rates = {job: [tokens[job] / s for s in taken[perf.WARMUP :]] for job, taken in seconds.items()}
-    ratio = bench.ratio(rates["sft"], rates["pretrain"])
+    ratio = bench.median_ratio(rates["sft"], rates["pretrain"])
     raw = {f"{job} tokens/s": rounded(perf.spread(few)) for job, few in rates.items()}
     raw["tokens that are no padding"] = round(filled["sft"], 4)
     return [{"task": "sft step on packed rows", "value": ratio, "unit": "x pretraining's tokens/s", "raw": raw}]
@@ -206,7 +206,7 @@ def generate(o: PerfOptions) -> list[dict]:
             )
             continue
         rates, theirs_rates = ([batch * ANSWER / s for s in taken[1:]] for taken in (seconds, theirs_seconds))
-        ratio = bench.ratio(rates, theirs_rates)
+        ratio = bench.median_ratio(rates, theirs_rates)
         shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
         raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
         other = {
@@ -259,7 +259,7 @@ def tokenize(o: PerfOptions) -> list[dict]:
                 made.unlink()
     raw = {"MB/s": rounded(perf.spread(rates)), "tokenizer alone MB/s": rounded(perf.spread(alone)), "workers": workers}
     return [{"task": "preprocess", "size": "demo tokenizer", "layout": None, "precision": "-", "shape": None, "devices": 1,
-             "value": bench.ratio(rates, alone), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
+             "value": bench.median_ratio(rates, alone), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -297,7 +297,7 @@ def load(o: PerfOptions) -> list[dict]:
         rates, extras = bench.race(works, files, made=again)
     rows, same = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
     for mine, theirs in (("loading", "reading"), ("converting", "copying")):
-        ratio = bench.ratio(rates[mine], rates[theirs])
+        ratio = bench.median_ratio(rates[mine], rates[theirs])
         raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (mine, theirs)}
         task, extra = f"released weights, {mine}", round(max(extras[mine]) / largest, 3)
         rows += [
