@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import npu_contract
 import pytest
@@ -16,6 +17,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, offload, ops, parallel
+from common import memory as counting
 from common import train as loop
 from common.optimizer import SmallMoments
 
@@ -340,14 +342,10 @@ PLAIN = 93 * 2**20  # bytes at the peak of 1,024 tokens through tiny
 def measured(name: str, size: str, length: int, fake: bool = True) -> tuple[int, int, float]:
     """(peak, bytes between steps, estimate) of a feature."""
     memory = importlib.import_module(f"zoo.{case.RECIPE}.memory")
-    o, counted = memory.options(name, size, length, "fp32"), memory.counted
-    memory.counted = counted if fake else lambda fake: counted(False)
-    try:
-        return *memory.measure(o), memory.memory_estimate(
-            o, case.config.SIZES[size], length, case.jobs.trained_parameters(o, case.config.SIZES[size])
-        )
-    finally:
-        memory.counted = counted
+    o, config, counted = memory.options(name, size, length, "fp32"), case.config.SIZES[size], counting.counted
+    estimate = memory.memory_estimate(o, config, length, case.jobs.trained_parameters(o, config))
+    with mock.patch.object(counting, "counted", counted if fake else lambda fake: counted(False)):
+        return *memory.measure(o), estimate
 
 
 def test_fake_tensors_count_as_real_ones():
