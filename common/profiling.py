@@ -10,13 +10,16 @@ backward and gradient synchronisation (`megatron_timer`). A range is a note on t
 
 import json
 import re
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from common import device, perf
+from common.cli import TrainOptions
 
 PREFIX = "zoo/"
 PARTS = ("data", "prepare", "forward", "backward", "gradients", "optimizer")
@@ -69,6 +72,36 @@ def profiler():
         found = torch.profiler.profile()  # recording shapes as well would slow a CPU step down twice as much
     found.start()
     return found
+
+
+class Window:
+    """The steps of a run that are profiled: --profile-steps, on --profile-ranks."""
+
+    def __init__(self, o: TrainOptions):
+        self.steps, self.folder, self.first, self.last = o.profile_steps, o.out / "profile", -1, -1
+        if o.profile_steps:
+            first, _, last = o.profile_steps.partition("-")
+            self.first, self.last = int(first) - 1, min(int(last or first), o.steps)
+        self.here = dist.get_rank() in {int(rank) for rank in o.profile_ranks.split(",")}
+        self.running = None
+
+    def begin(self, step: int, began: float) -> float:
+        """To be called before the step after `step`; when that began: starting the profiler is not part of it."""
+        if not self.here or self.running or not self.first <= step < self.last:
+            return began
+        self.running = profiler()
+        return time.perf_counter()
+
+    def mark(self, step: int) -> dict:
+        """What the row of a step says of it."""
+        return {"profiled": True} if self.first < step <= self.last else {}
+
+    def end(self, step: int, rows: list[dict]) -> str:
+        """After the last profiled step writes the profile and returns its table; rows: of the steps so far."""
+        if not self.running or step != self.last:
+            return ""
+        found, self.running = self.running, None
+        return write(found, self.folder, dist.get_rank(), self.steps, perf.steady(rows))
 
 
 def write(found, folder: Path, rank: int, steps: str, usual: dict | None) -> str:

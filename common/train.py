@@ -11,9 +11,7 @@ backward, to decide whether the step is applied.
 import dataclasses
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -23,48 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, jsonl, ops, perf, profiling, resume
-from common.cli import TrainOptions, as_json, to_toml
+from common import checkpoint, device, jsonl, perf, profiling, resume
+from common.cli import TrainOptions, as_json
+from common.optimizer import build_optimizer, build_scheduler, reduce_gradients, update, zero_gradients
 from common.profiling import part
+from common.runlog import Log, commit, run_header  # noqa: F401  (until the recipes' jobs take them from there)
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
 NOT_SAVED_EXIT = 4  # of one that was to export its last step and could not save it
-
-
-def final_lr(o: TrainOptions) -> float:
-    """Where the schedule ends: --min-lr, or 0 if it decays at all."""
-    return o.min_lr if o.min_lr is not None else (o.lr if o.lr_schedule == "constant" else 0.0)
-
-
-def build_optimizer(o: TrainOptions, chunks: list[torch.nn.Module]):
-    """AdamW through megatron-core: fp32 master weights, fp32 or bf16 moments, sharded over data parallel."""
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=o.lr,
-        min_lr=final_lr(o),
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_eps=o.adam_eps,
-        clip_grad=o.clip,
-        bf16=o.precision == "bf16",
-        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision],
-        use_distributed_optimizer=not o.fsdp,
-    )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=dist.get_backend() != "fake")
-    if o.moments == "bf16" or ops.BACKEND == "npu":
-        for each in optimizer.chained_optimizers:
-            # One kernel; torch_npu's own is a loop. megatron-core's bf16 moments need Transformer Engine's optimizer.
-            each.optimizer.__class__ = SmallMoments if o.moments == "bf16" else ops.AdamW
-    else:
-        for group in optimizer.param_groups:
-            group["fused"] = True  # torch's one-kernel AdamW; megatron-core 0.16 leaves torch's default, a loop
-    return optimizer
 
 
 def forward(
@@ -94,139 +61,6 @@ def forward(
     )
 
 
-def zero_gradients(chunks: list[torch.nn.Module], optimizer) -> None:
-    """To be called before each `forward` with a backward."""
-    for chunk in chunks:
-        if hasattr(chunk, "zero_grad_buffer"):  # FSDP2 has no buffer of its own
-            chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-
-
-def reduce_gradients(optimizer) -> float:
-    """Hands the gradients of a backward to the optimizer; returns their norm over all parameters of the model."""
-    optimizer.prepare_grads()
-    return optimizer.get_grad_norm()
-
-
-def update(optimizer, limit: float, norm: float) -> None:
-    """One step of the optimizer, its gradients scaled so that their norm, which is `norm`, is at most `limit` (0: any)."""
-    clip_gradients(optimizer, limit, norm)
-    optimizer.step_with_ready_grads()
-
-
-class SmallMoments(torch.optim.AdamW):
-    """AdamW whose moments are kept in bf16, 4 bytes a parameter in place of 8, and updated in fp32, a piece at a time.
-
-    They are rounded stochastically. To nearest, a second moment could hardly fall: a step moves it by (1 - beta2) of its
-    distance to g^2, with beta2 = 0.999 less than half of bf16's last place. The noise is a hash of the gradient's bits
-    and the step: unbiased over the steps, and the same on every copy of a parameter and in a resumed run.
-    """
-
-    moments, PIECE = torch.bfloat16, 2**22  # elements in fp32 at a time: some 100 MiB with what is made on the way
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        done = next((int(state["step"]) for state in self.state.values() if state), 0)  # they all step together
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, dtype=self.moments)}
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=self.moments)
-                flat = [ops.local(t).view(-1) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-                for weight, grad, *small in zip(*(t.split(self.PIECE) for t in flat), strict=True):
-                    wide = [moment.float() for moment in small]
-                    ops.adamw_(weight, grad, *wide, done, group)
-                    noise = grad.view(torch.int32) * -1640531535 + done * 97  # Fibonacci hashing; int32 wraps around
-                    noise = (noise ^ (noise >> 15)) * -2048144789
-                    for i, (moment, exact) in enumerate(zip(small, wide, strict=True)):
-                        exact.view(torch.int32).add_(noise >> 16 * i & 0xFFFF).bitwise_and_(-0x10000)
-                        moment.copy_(exact)
-                state["step"] += 1
-
-
-def build_scheduler(o: TrainOptions, optimizer) -> OptimizerParamScheduler:
-    """Learning rate by optimizer step; moved to step n with `.step(n)`."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=o.lr,
-        min_lr=final_lr(o),
-        lr_warmup_steps=o.warmup,
-        lr_decay_steps=o.steps + 1,  # reaches the end one step after the last, which else would train at rate 0
-        lr_decay_style=o.lr_schedule,
-        start_wd=o.weight_decay,
-        end_wd=o.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        wsd_decay_steps=max(1, o.steps // 10),
-        lr_wsd_decay_style="linear",
-    )
-
-
-class Log:
-    """Rank 0's view of a run: console, log.txt, metrics.jsonl, TensorBoard. Silent on other ranks."""
-
-    def __init__(self, o: TrainOptions, header: dict, append: bool):
-        self.main = dist.get_rank() == 0
-        if not self.main:
-            return
-        o.out.mkdir(parents=True, exist_ok=True)
-        self.text = open(o.out / "log.txt", "a")
-        self.metrics = open(o.out / "metrics.jsonl", "a" if append else "w")
-        write_config(o)
-        self.record({"kind": "run", **header})
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(o.out / "tensorboard")
-
-    def say(self, line: str) -> None:
-        if self.main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-            self.text.write(line + "\n")
-            self.text.flush()
-
-    def record(self, row: dict) -> None:
-        if self.main:
-            self.metrics.write(json.dumps(row) + "\n")
-            self.metrics.flush()
-
-    def step(self, row: dict, o: TrainOptions, nan_steps: int) -> None:
-        if not self.main:
-            return
-        self.record({"kind": "step", **row})
-        for key, value in row.items():
-            if isinstance(value, float):
-                self.board.add_scalar(key, value, row["step"])
-        if row["step"] % o.log_every == 0 or row["step"] == o.steps:
-            self.say(console_line(row, o, nan_steps))
-
-
-def write_config(o: TrainOptions) -> None:
-    """config.toml, of this call; that of an earlier call with other options stays as config.1.toml, config.2.toml, …"""
-    path, text = o.out / "config.toml", to_toml(o)
-    if path.is_file() and path.read_text() != text:
-        earlier = len(list(o.out.glob("config.*.toml")))
-        path.rename(o.out / f"config.{earlier + 1}.toml")
-    path.write_text(text)
-
-
-def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
-    """The line people's awk scripts read: field 5 by ':' is the step time in ms."""
-    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.3f}"
-    return (
-        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['step']:8d}/{o.steps:8d} |"
-        f" consumed samples: {row['samples']:12d} |"
-        f" elapsed time per iteration (ms): {row['step_time_ms']:.1f} | learning rate: {row['lr']:.3E} |"
-        f" global batch size: {o.global_batch:5d} | loss: {row['loss']:.6E} | loss scale: 1.0 |"
-        f" grad norm: {row['grad_norm']:.3f} | number of skipped iterations: {row['skipped']:3d} |"
-        f" number of nan iterations: {nan_steps:3d} | samples/s: {row['samples_per_second']:.3f} |"
-        f" tokens/s/device: {row['tokens_per_second_per_device']:.1f} |"
-        f" TFLOP/s/device: {row['tflops_per_device']:.3f} | MFU: {mfu} | mem (GiB): {row['memory_gib']:.2f}"
-    )
-
-
 def count_epochs(o: TrainOptions, samples: int) -> TrainOptions:
     """Says how many steps it takes to see `samples` once. Of --epochs makes the steps, a tenth of which may warm up."""
     of_epoch = samples / o.global_batch
@@ -240,46 +74,6 @@ def count_epochs(o: TrainOptions, samples: int) -> TrainOptions:
             flush=True,
         )
     return o
-
-
-def run_header(
-    o: TrainOptions, recipe: str, job: str, parameters: int, flops_per_sample: int, starts_from: str
-) -> dict:
-    """The header line of metrics.jsonl."""
-    import megatron.core
-
-    return {
-        "starts_from": starts_from,
-        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)),
-        "commit": commit(),
-        "recipe": recipe,
-        "job": job,
-        "size": o.size,
-        "layout": {
-            k: getattr(o, k) for k in ("layout", "tp", "sp", "pp", "vpp", "cp", "ulysses", "fsdp", "dp", "recompute")
-        },
-        "hardware": device.name(),
-        "devices": o.world,
-        "precision": o.precision,
-        "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
-        "model_parameters": parameters,
-        "model_flops_per_sample": flops_per_sample,
-    }
-
-
-def commit() -> str:
-    """The commit of the checkout, '-dirty' appended if tracked files differ, other than the performance records, which
-    nothing that is measured reads; 'unknown' outside a checkout."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parents[1])]
-        revision = subprocess.check_output(
-            [*git, "rev-parse", "--short=12", "HEAD"], stderr=subprocess.DEVNULL, text=True
-        )
-        changed = [*git, "status", "--porcelain", "-uno", "--", ".", ":(exclude)*perf.jsonl"]
-        dirty = subprocess.check_output(changed, stderr=subprocess.DEVNULL, text=True)
-        return revision.strip() + ("-dirty" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def train(
@@ -314,12 +108,11 @@ def train(
     if o.deterministic:
         torch.use_deterministic_algorithms(True)
     folder = o.out / "checkpoints"
-    optimizer, ema = build_optimizer(o, chunks), None
+    optimizer = build_optimizer(o, chunks)
     scheduler = build_scheduler(o, optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     chunks[0].config.timers = profiling.megatron_timer
-    if ema_decay:
-        ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)}
+    ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)} if ema_decay else None
 
     if dist.get_rank() == 0:  # before the ranks meet, and any of their processes adds a line
         for name in ("metrics.jsonl", "drops.jsonl"):
@@ -327,21 +120,12 @@ def train(
     found, saved = checkpoint.load_found(folder, o.resume, chunks, optimizer, ema=ema, fsdp=o.fsdp)
     start, applied = saved["step"], saved["optimizer_steps"]
     scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
-
     log = Log(o, header, append=bool(found))
-    if not found:
-        log.say(f"starts from {header['starts_from']}")
-    if found:
-        log.say(f"resumed from {found} at step {start}")
-        if changed := resume.changes(saved.get("options", {}), o):
-            log.say(f"changed since then: {', '.join(changed)}")
-        if start >= o.steps:
-            log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
-    stop = _StopFlag()
-    bad, skipped, reason, rows = 0, 0, "finished", deque(maxlen=10_000)
-    saves = [found]  # the checkpoints of this run and what it goes on from, None for one that could not be written
-    first_profiled, last_profiled = _profile_range(o)
-    profiler, profiled_ranks = None, {int(r) for r in o.profile_ranks.split(",")}
+    log.say(f"resumed from {found} at step {start}" if found else f"starts from {header['starts_from']}")
+    if found and (changed := resume.changes(saved.get("options", {}), o)):
+        log.say(f"changed since then: {', '.join(changed)}")
+    if found and start >= o.steps:
+        log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
 
     def save(step: int) -> Path | None:
         facts = {**state, "step": step, "optimizer_steps": applied, "options": as_json(o)}
@@ -355,22 +139,21 @@ def train(
         log.say(f"saved {path}")
         return path
 
+    stop, profile = _StopFlag(), profiling.Window(o)
+    bad, skipped, reason, rows = 0, 0, "finished", deque(maxlen=10_000)
+    saves = [found]  # the checkpoints of this run and what it goes on from, None for one that could not be written
     bar = tqdm(total=o.steps, initial=start, disable=not (log.main and sys.stderr.isatty()), unit="step")
     iterator, step = batches(start), start
     began = time.perf_counter()
     while step < o.steps:
-        if profiler is None and first_profiled <= step < last_profiled and dist.get_rank() in profiled_ranks:
-            profiler = profiling.profiler()
-            began = time.perf_counter()
+        began = profile.begin(step, began)
         waited = time.perf_counter()
         with part("data"):
             loaded = next(iterator)
-        waited = time.perf_counter() - waited
-
         computing = time.perf_counter()
         with part("prepare"):
             batch = prepare(loaded)
-        preparing = time.perf_counter() - computing
+        prepared = time.perf_counter()
         with part("optimizer"):
             zero_gradients(chunks, optimizer)
         results = forward(
@@ -381,9 +164,8 @@ def train(
         loss, stopping = global_loss(o, results, stop.asked)
         measured = measure() if measure else {}  # here, where the host has just waited and the update is not begun
 
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            lr = optimizer.param_groups[0]["lr"]
+        lr = optimizer.param_groups[0]["lr"]
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             with part("optimizer"):
                 update(optimizer, o.clip, grad_norm)
                 scheduler.step(1)
@@ -392,46 +174,26 @@ def train(
                     torch._foreach_lerp_(list(ema.values()), values, 1 - ema_decay)
             applied, bad = applied + 1, 0
         else:
-            lr, bad, skipped = optimizer.param_groups[0]["lr"], bad + 1, skipped + 1
+            bad, skipped = bad + 1, skipped + 1
             _save_bad_batch(o, step + 1, batch, loss, grad_norm)
-        computing = time.perf_counter() - computing  # ends with the optimizer; the read of the loss has waited for all
         step += 1
 
-        now = time.perf_counter()
-        seconds, began = now - began, now
-        tokens, flops = samples(batch)
-        rate = o.global_batch / seconds
-        tflops = 3 * flops * rate / o.world / 1e12
-        peak = perf.peak_tflops(header["hardware"], o.precision)
-        row = {
-            "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "step_time_ms": seconds * 1e3,
-            "samples": step * o.global_batch,
-            "tokens": tokens * o.global_batch,
-            "samples_per_second": rate,
-            "tokens_per_second_per_device": tokens * rate / o.world,
-            "tflops_per_device": tflops,
-            "mfu": tflops / peak if peak else None,
-            "memory_gib": device.memory_gib(),
-            "data_wait_ms": waited * 1e3,
-            "prepare_ms": preparing * 1e3,
-            "compute_ms": computing * 1e3,
-            "skipped": skipped,
-        } | measured
-        if first_profiled < step <= last_profiled:
-            row["profiled"] = True
+        now = time.perf_counter()  # the read of the loss has waited for everything but the update
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        row |= rates(o, header["hardware"], now - began, step, *samples(batch))
+        row |= {"memory_gib": device.memory_gib(), "data_wait_ms": (computing - waited) * 1e3}
+        row |= {"prepare_ms": (prepared - computing) * 1e3, "compute_ms": (now - computing) * 1e3, "skipped": skipped}
+        row |= measured | profile.mark(step)
+        began = now
         rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})
         log.step(row, o, skipped)
         bar.update()
-        if profiler is not None and step == last_profiled:
-            usual = perf.steady(list(rows))
-            log.say(profiling.write(profiler, o.out / "profile", dist.get_rank(), o.profile_steps, usual))
-            profiler, began = None, time.perf_counter()
+        if said := profile.end(step, list(rows)):
+            log.say(said)
+            began = time.perf_counter()
         if bad >= o.max_bad_steps:
-            reason = f"{bad} consecutive steps with a loss or gradient that is not finite; batch saved in {o.out / 'bad_batch'}"
+            what = "consecutive steps with a loss or gradient that is not finite"
+            reason = f"{bad} {what}; batch saved in {o.out / 'bad_batch'}"
             break
         if stopping:
             reason = "SIGTERM"
@@ -454,6 +216,22 @@ def train(
         older = next(filter(None, reversed(saves)), "no checkpoint of this run")
         log.say(f"the weights of step {step} are not on disk, their checkpoint could not be written; there is {older}")
     return {"steps": step, "reason": reason, "checkpoint": saves[-1], "ema": ema}
+
+
+def rates(o: TrainOptions, hardware: str, seconds: float, step: int, tokens: int, flops: int) -> dict:
+    """What a step of these seconds comes to, for metrics.jsonl. tokens and flops: of one sample; a step is taken for three
+    forwards."""
+    rate = o.global_batch / seconds
+    tflops, peak = 3 * flops * rate / o.world / 1e12, perf.peak_tflops(hardware, o.precision)
+    return {
+        "step_time_ms": seconds * 1e3,
+        "samples": step * o.global_batch,
+        "tokens": tokens * o.global_batch,
+        "samples_per_second": rate,
+        "tokens_per_second_per_device": tokens * rate / o.world,
+        "tflops_per_device": tflops,
+        "mfu": tflops / peak if peak else None,
+    }
 
 
 def last_checkpoint(o: TrainOptions, result: dict) -> Path:
@@ -479,14 +257,6 @@ class _StopFlag:
         self.asked = True
 
 
-def clip_gradients(optimizer, limit: float, norm: float) -> None:
-    """Scale an optimizer's prepared gradients so that their norm, which is `norm` now, is at most `limit` (0: any).
-    megatron-core's own clipping, without apex, makes a copy of each."""
-    if 0 < limit < norm + 1e-6:
-        trained = [p for each in optimizer.chained_optimizers for p in each.get_parameters()]
-        torch._foreach_mul_([ops.local(p.grad) for p in trained if p.grad is not None], limit / (norm + 1e-6))
-
-
 def global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float, bool]:
     """Mean loss over the global batch and whether any rank was asked to stop: one reduction of two numbers."""
     numbers = torch.zeros(2, device=torch.cuda.current_device())
@@ -498,13 +268,6 @@ def global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float
     dist.all_reduce(numbers)
     loss, stopping = numbers.tolist()
     return loss, stopping > 0
-
-
-def _profile_range(o: TrainOptions) -> tuple[int, int]:
-    if not o.profile_steps:
-        return -1, -1
-    first, _, last = o.profile_steps.partition("-")
-    return int(first) - 1, min(int(last or first), o.steps)
 
 
 def _save_bad_batch(o: TrainOptions, step: int, batch: list[dict], loss: float, grad_norm: float) -> None:

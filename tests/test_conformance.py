@@ -123,6 +123,67 @@ def test_imports_go_from_recipe_to_common_to_kernels(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+HEAVY = ("torch", "megatron", "transformers", "diffusers", "triton")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sources("zoo", "common", "kernels")
+}
+
+
+def runtime_imports(name: str) -> Iterator[tuple[str, bool]]:
+    """(module, whether at the top of the file) of what a module imports when it runs: not for type checkers alone."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    typed = {
+        id(node)
+        for block in ast.walk(parsed(path))
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(parsed(path)):
+        if id(node) in typed:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.col_offset == 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                member = f"{module}.{alias.name}"
+                yield (member if member in MODULES else module), node.col_offset == 0
+
+
+@functools.cache
+def reached(name: str, at_the_top: bool = False) -> frozenset[str]:
+    """Our modules that importing one imports, by whatever it calls later too unless told otherwise."""
+    found, waiting = set(), [name]
+    while waiting:
+        for module, top in runtime_imports(waiting.pop()):
+            if module in MODULES and module not in found and (top or not at_the_top):
+                found.add(module)
+                waiting.append(module)
+    return frozenset(found)
+
+
+def is_heavy(name: str) -> bool:
+    """Whether importing a module of ours imports torch or the like."""
+    every = {name, *reached(name, at_the_top=True)}
+    return any(top and module.split(".")[0] in HEAVY for m in every for module, top in runtime_imports(m))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_itself_in_the_end(name):
+    assert name not in reached(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_what_would_load_torch_too_early_is_imported_where_it_is_used(name):
+    """The launcher reads options without torch; kernels are opened on the device they are for."""
+    late = [module for module, top in runtime_imports(name) if module in MODULES and not top]
+    wrong = [m for m in late if not m.startswith("kernels") and (is_heavy(name) or not is_heavy(m))]
+    assert not wrong, f"{name} imports {', '.join(wrong)} inside a function; fix: at the top of the file"
+
+
 def strings_in_code(path: Path) -> Iterator[tuple[int, str]]:
     """(line, text) of what a copied recipe would carry along: absolute imports and strings, docstrings left out."""
     docstrings = {id(n.value) for n in ast.walk(parsed(path)) if isinstance(n, ast.Expr)}

@@ -629,19 +629,9 @@ def interrupted(folder: Path, layout: dict) -> float:
 
 
 def train_step(o, wrapped, optimizer) -> None:
-    for chunk in wrapped:
-        if hasattr(chunk, "zero_grad_buffer"):
-            chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    batches = case.my_batches(o)
-    loop.get_forward_backward_func()(
-        forward_step_func=case.train.forward_step,
-        data_iterator=iter(batches),
-        model=wrapped[0],
-        num_microbatches=len(batches),
-        seq_length=case.sequence_length(o),
-        micro_batch_size=o.micro_batch,
-    )
+    loop.zero_gradients(wrapped, optimizer)
+    shape = {"micro_batch": o.micro_batch, "sequence_length": case.sequence_length(o)}
+    loop.forward(wrapped, case.train.forward_step, case.my_batches(o), **shape)
     optimizer.step()
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import ops, ops_check, parallel, train
+from common import ops, ops_check, parallel
 from common.ops_check import CASES, SMALL, Draw
+from common.optimizer import clip_gradients
 
 pytestmark = pytest.mark.L2
 
@@ -450,7 +451,7 @@ def test_gradients_are_clipped_as_torch_clips_them(limit):
             p.grad = None if value is None else value.clone()
     norm = torch.nn.utils.clip_grad_norm_(theirs, limit or float("inf"))
     parts = [SimpleNamespace(get_parameters=lambda some=some: some) for some in (mine[:1], mine[1:])]
-    train.clip_gradients(SimpleNamespace(chained_optimizers=parts), limit, float(norm))
+    clip_gradients(SimpleNamespace(chained_optimizers=parts), limit, float(norm))
     for p, q in zip(mine[:2], theirs[:2], strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
     assert mine[2].grad is None

@@ -106,14 +106,8 @@ def run_layout(which: str, layout: dict) -> dict:
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     batches = my_batches(o, 0, packed=True)
-    results = loop.get_forward_backward_func()(
-        forward_step_func=case.train.forward_step,
-        data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
-        model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(batches),
-        seq_length=case.LENGTH,
-        micro_batch_size=o.micro_batch,
-    )
+    shape = {"micro_batch": o.micro_batch, "sequence_length": case.LENGTH}
+    results = loop.forward(wrapped, case.train.forward_step, batches, **shape)
     out = {"gradients": whole_gradients(o, wrapped), "loss": loop.global_loss(o, results, False)[0]}
     return out if dist.get_rank() == 0 else {}
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import npu_contract
 import pytest
@@ -16,7 +17,9 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, offload, ops, parallel
+from common import memory as counting
 from common import train as loop
+from common.optimizer import SmallMoments
 
 pytestmark = pytest.mark.L3
 
@@ -148,7 +151,7 @@ def test_second_moments_follow_a_gradient_that_shrinks():
         assert nearest or cls is torch.optim.AdamW or optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
         return optimizer.state[p]["exp_avg_sq"].double()
 
-    want, got = second_moments(torch.optim.AdamW), second_moments(loop.SmallMoments)
+    want, got = second_moments(torch.optim.AdamW), second_moments(SmallMoments)
     assert got.mean().item() == pytest.approx(want.mean().item(), rel=1e-3)
     assert ((got - want).norm() / want.norm()).item() < 0.06
     assert second_moments(torch.optim.AdamW, nearest=True).mean() > 1.2 * want.mean()
@@ -159,9 +162,9 @@ def test_rounding_depends_on_no_piece_layout_or_generator(monkeypatch):
 
     def run(piece: int, seed: int, shards: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
-        monkeypatch.setattr(loop.SmallMoments, "PIECE", piece)
+        monkeypatch.setattr(SmallMoments, "PIECE", piece)
         ps = [torch.nn.Parameter(part.clone()) for part in start.view(-1).chunk(shards)]
-        optimizer = loop.SmallMoments(ps, lr=0.1)
+        optimizer = SmallMoments(ps, lr=0.1)
         for grad in grads:
             for p, g in zip(ps, grad.view(-1).chunk(shards), strict=True):
                 p.grad = g.clone()
@@ -178,7 +181,7 @@ def test_moments_of_npu_equal_those_of_cpu(monkeypatch):
     for backend in ("cpu", "npu"):
         monkeypatch.setattr(ops, "BACKEND", backend)
         generator, p = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.ones(7, 5))
-        optimizer = loop.SmallMoments([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+        optimizer = SmallMoments([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
         for _ in range(5):
             p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
@@ -339,14 +342,10 @@ PLAIN = 93 * 2**20  # bytes at the peak of 1,024 tokens through tiny
 def measured(name: str, size: str, length: int, fake: bool = True) -> tuple[int, int, float]:
     """(peak, bytes between steps, estimate) of a feature."""
     memory = importlib.import_module(f"zoo.{case.RECIPE}.memory")
-    o, counted = memory.options(name, size, length, "fp32"), memory.counted
-    memory.counted = counted if fake else lambda fake: counted(False)
-    try:
-        return *memory.measure(o), memory.memory_estimate(
-            o, case.config.SIZES[size], length, case.jobs.trained_parameters(o, case.config.SIZES[size])
-        )
-    finally:
-        memory.counted = counted
+    o, config, counted = memory.options(name, size, length, "fp32"), case.config.SIZES[size], counting.counted
+    estimate = memory.memory_estimate(o, config, length, case.jobs.trained_parameters(o, config))
+    with mock.patch.object(counting, "counted", counted if fake else lambda fake: counted(False)):
+        return *memory.measure(o), estimate
 
 
 def test_fake_tensors_count_as_real_ones():

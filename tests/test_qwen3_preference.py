@@ -169,14 +169,8 @@ def run_layout(values: dict) -> dict:
     starts = [(micro * o.dp + rank) * o.micro_batch for micro in range(o.micro_batches)]
     batches = [joined([row(start + i) for i in range(o.micro_batch)]) for start in starts]
     batches = case.train.weighted(batches, o.dp)
-    results = loop.get_forward_backward_func()(
-        forward_step_func=functools.partial(preference.forward_step, o, margins),
-        data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
-        model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(batches),
-        seq_length=case.LENGTH,
-        micro_batch_size=o.micro_batch,
-    )
+    forward_step, shape = functools.partial(preference.forward_step, o, margins), {"micro_batch": o.micro_batch}
+    results = loop.forward(wrapped, forward_step, batches, sequence_length=case.LENGTH, **shape)
     out = {"gradients": whole_gradients(o, wrapped), "loss": loop.global_loss(o, results, False)[0]} | margins()
     return out if dist.get_rank() == 0 else {}
 

@@ -3,6 +3,7 @@ checkpoints stay. Runs of whole jobs are in test_resume.py and beside each recip
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ranks import run_ranks
 from test_resume import tensors
 from test_wan21_layouts import whole
 
-from common import checkpoint, parallel
+from common import checkpoint, parallel, runlog
 from common import train as loop
 
 pytestmark = pytest.mark.L4
@@ -187,3 +188,15 @@ def test_the_checkpoint_just_written_stays_though_an_earlier_run_left_later_ones
     found = run_ranks(1, save_some, tmp_path, 2, [20, 30, 5, 10])[0]
     assert found[2:] == [["step-000005", "step-000030"], ["step-000005", "step-000010"]]  # its own before the other's
     assert (tmp_path / "latest").read_text() == "step-000010"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"ep": 2}, {"etp": 2}, {"stages": "1,3"}, {"micro_batch": 2}, {"compile": True}, {"moments": "bf16"}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_runs_that_are_laid_out_otherwise_say_so_in_their_headers(changed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    o = case.options()
+    layouts = [runlog.run_header(run, "mine", "pretrain", 1, 1, "")["layout"] for run in (o, replace(o, **changed))]
+    assert {name for name in layouts[0] if layouts[0][name] != layouts[1][name]} >= {next(iter(changed))}

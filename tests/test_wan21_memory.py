@@ -1,10 +1,13 @@
 """What a training step takes: fake tensors count as real ones do, and the estimate of --dry-run beside the count."""
 
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import wan_case as case
 from ranks import run_ranks
+
+from common import memory as counting
 
 pytestmark = pytest.mark.L3
 
@@ -14,17 +17,14 @@ BUCKET = case.config.data.Bucket(17, 256, 320)  # 1,600 tokens
 def measured(layouts: list[tuple[str, int, dict]], fake: bool = True) -> dict[str, tuple[int, int, float]]:
     """{name: (peak, bytes between steps, estimate)}."""
     memory = import_module(f"zoo.{case.RECIPE}.memory")
-    config, counted, found = case.config.SIZES["tiny"], memory.counted, {}
-    memory.counted = counted if fake else lambda fake: counted(False)
-    try:
+    config, found, counted = case.config.SIZES["tiny"], {}, counting.counted
+    with mock.patch.object(counting, "counted", counted if fake else lambda fake: counted(False)):
         for name, ranks, layout in layouts:
             o = memory.options(ranks, {"size": "tiny", "precision": "fp32"} | layout, config, BUCKET)
             estimate = memory.memory_estimate(
                 o, config, config.tokens(case.config.latent_grid(BUCKET)), memory.trained_parameters(o, config)
             )
             found[name] = *memory.measure(o, config, BUCKET), estimate
-    finally:
-        memory.counted = counted
     return found
 
 

@@ -124,14 +124,8 @@ def run_layout(layout: dict, which: str) -> dict:
     batches = [pairs([micro * o.dp + rank], config) for micro in range(o.micro_batches)]
     reference = functools.partial(preference.without_adapters, wrapped)
     batches = preference.with_reference(o, reference, batches, length)
-    results = loop.get_forward_backward_func()(
-        forward_step_func=functools.partial(preference.forward_step, o, margins),
-        data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
-        model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=o.micro_batch,
-    )
+    forward_step, shape = functools.partial(preference.forward_step, o, margins), {"micro_batch": o.micro_batch}
+    results = loop.forward(wrapped, forward_step, batches, sequence_length=length, **shape)
     gradients, value = whole(o, wrapped, gradient=True), loop.global_loss(o, results, False)[0]
     errors = [b["reference"] for b in batches if "reference" in b]
     out = {"gradients": gradients, "loss": value, "errors": errors} | margins()

@@ -21,16 +21,12 @@ Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
-import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +34,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common import checkpoint, device, parallel, perf
-from common import train as loop
+from common import bench, checkpoint, device, perf, release
+from common.bench import OURS, rounded, timed
 from common.language import preprocess
 from common.language.generate import generate as generate_answers
 from common.language.pool import in_order
@@ -52,9 +47,6 @@ from .model import Qwen3Block, build, draw
 from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
-CLIP = 1.0
-LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
-OURS, COMPILED = "this zoo", "torch.compile"
 PROMPT, ANSWER = 128, 64  # tokens
 TEXT = 30_000_000  # characters to tokenize
 
@@ -67,96 +59,39 @@ def main(o: PerfOptions) -> None:
             rows += [facts(o) | row for row in benchmark(o)]
         dist.barrier()
     if dist.get_rank() == 0:
-        report(rows, o.record)
+        bench.report(rows, HERE / "perf.jsonl", o.record)
 
 
-# Copied from zoo.wan21.perf.report
-def report(rows: list[dict], record: bool) -> None:
-    """Print every row, ours beside the published ones of its workload; with record, add those not refused."""
-    for row in rows:
-        if "refused" in row:
-            print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
-            continue
-        print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['system']} {row['raw']}", flush=True)
-        if row["task"] == "pretrain step" and row["system"].startswith(OURS):
-            print("\n".join("  " + line for line in perf.compare(row, HERE / "perf.jsonl")), flush=True)
-    if record:
-        for row in rows:
-            if "refused" not in row:
-                perf.append(HERE / "perf.jsonl", row)
-        print(f"recorded in {HERE / 'perf.jsonl'}; render the tables with: python -m common.perf")
-
-
-# Adapted from zoo.wan21.perf.facts: the shape is a row's length, and a size that was cut down says so
 def facts(o: PerfOptions) -> dict:
+    """What all rows of this call have in common. A size that was cut down says so."""
     cut = [f"{o.layers} layers"] * bool(o.layers) + [f"vocabulary {o.vocabulary}"] * bool(o.vocabulary)
-    return {
-        "source": "measured",
-        "system": OURS + (f" + {COMPILED}" if o.compile else ""),
-        "model": "Qwen3",
-        "size": ", ".join([o.size, *cut]),
-        "hardware": device.name(),
-        "devices": o.world,
-        "layout": o.layout,
-        "precision": o.precision,
-        "shape": f"{o.micro_batch} x {o.seq_len}",
-        "mfu": None,
-        "commit": loop.commit(),
-        "command": os.environ.get("ZOO_COMMAND", ""),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-# Copied from zoo.wan21.perf.rounded
-def rounded(values: dict) -> dict:
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
+    size = ", ".join([o.size, *cut])
+    return bench.facts(o, model="Qwen3", size=size, shape=f"{o.micro_batch} x {o.seq_len}")
 
 
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-def batch_of(o: PerfOptions, config: Qwen3Config) -> list[dict]:
-    """This rank's micro-batches of random tokens, sequences of seq_len, as training sees them."""
+def batch_of(o: PerfOptions, config: Qwen3Config) -> dict:
+    """A micro-batch of random tokens, rows of seq_len, before its tokens are weighted."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (o.micro_batch, o.seq_len + 1), generator=generator).to(device.current())
-    batch = {
+    return {
         "tokens": tokens[:, :-1].flatten(), "labels": tokens[:, 1:].flatten(), "rows": o.micro_batch,
         "positions": torch.arange(o.seq_len, device=tokens.device).repeat(o.micro_batch),
         "cu_seqlens": list(range(0, o.micro_batch * o.seq_len + 1, o.seq_len)),
     }  # fmt: skip
-    return weighted([batch] * o.micro_batches, o.dp)
 
 
-# Adapted from zoo.wan21.perf.ours: this model's step, which is given its micro-batches
+def batches_of(o: PerfOptions, config: Qwen3Config) -> list[dict]:
+    """This rank's micro-batches of a step, as training sees them."""
+    return weighted([batch_of(o, config)] * o.micro_batches, o.dp)
+
+
 def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dict]]:
-    """One training step of this recipe: everything `common.train` does between preparing a batch and logging. Returns
-    what the schedule does: this rank's losses, still on the device."""
-    chunks = build(o, config)
-    checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
-    wrapped = parallel.wrap(chunks, o, Qwen3Block)
-    optimizer = loop.build_optimizer(o, wrapped)
-    wrapped[0].config.grad_scale_func = optimizer.scale_loss
-    run_schedule = get_forward_backward_func()
-
-    def step(batches: list[dict]) -> list[dict]:
-        for chunk in wrapped:
-            if hasattr(chunk, "zero_grad_buffer"):
-                chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        results = run_schedule(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in wrapped] if len(wrapped) > 1 else iter(batches),
-            model=wrapped if len(wrapped) > 1 else wrapped[0],
-            num_microbatches=len(batches),
-            seq_length=o.seq_len,
-            micro_batch_size=o.micro_batch,
-        )
-        optimizer.prepare_grads()
-        loop.clip_gradients(optimizer, CLIP, optimizer.get_grad_norm())
-        optimizer.step_with_ready_grads()
-        return results
-
-    return step
+    """This model's training step."""
+    drawn = functools.partial(draw, config)
+    return bench.own_step(o, build(o, config), drawn, Qwen3Block, forward_step, o.seq_len)
 
 
 def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torch.nn.Module:
@@ -179,178 +114,30 @@ def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torc
     return model
 
 
-# Adapted from zoo.wan21.perf.peer: transformers' model and its own loss
 def peer(o: PerfOptions, config: Qwen3Config, compiled: bool) -> Callable[[], torch.Tensor]:
-    """The same step by transformers and torch on one device, from our weights; returns the loss, still on the device.
-    bf16: fp32 weights under autocast, as its trainers do."""
+    """transformers' training step, from our weights."""
     model = their_model(o, config, torch.float32).train()
     if o.recompute == "full":
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-    batch, where = batch_of(dataclasses.replace(o, global_batch=o.micro_batch * o.dp), config)[0], device.current().type
+
+    batch = batch_of(o, config)
     tokens, labels = (batch[key].unflatten(0, (o.micro_batch, -1)) for key in ("tokens", "labels"))  # [B, L]
-    forward = torch.compile(model) if compiled else model
 
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros((), device=tokens.device)
-        for _ in range(o.micro_batches):
-            with torch.autocast(where, torch.bfloat16, enabled=o.precision == "bf16"):
-                out = forward(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False)
-            loss = out.loss / o.micro_batches
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        return total
+    def loss(forward: Callable) -> torch.Tensor:
+        return forward(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
-    return step
+    return bench.peer_step(o, model, loss, compiled)
 
 
-def ours_alone(o: PerfOptions, config: Qwen3Config) -> Callable[[], torch.Tensor]:
-    """Our step in a process that is no rank of this job."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(device.BACKEND, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        parallel.initialize(o)
-    step, batches = ours(o, config), batch_of(o, config)
-    return lambda: torch.stack([r["loss"] for r in step(batches)]).sum() / o.micro_batches
-
-
-# Copied from zoo.wan21.perf.timed
-def timed(step: Callable) -> tuple[float, object]:
-    """Seconds of one call, the device's queue empty before and after, and what it returned."""
-    device.synchronize()
-    start = time.perf_counter()
-    result = step()
-    device.synchronize()
-    return time.perf_counter() - start, result
-
-
-# Adapted from zoo.wan21.perf.serve_peer: serves our compiled step too, and says that a contender has no room
-def serve(pipe, o: PerfOptions, config: Qwen3Config, mine: bool, compiled: bool) -> None:
-    """A process of its own, so that its memory is its own: a step for every request, then its peak memory."""
-    before, step = device.memory_gib(), None
-    while pipe.recv():
-        try:
-            if step is None:
-                step = ours_alone(dataclasses.replace(o, compile=True), config) if mine else peer(o, config, compiled)
-            seconds, loss = timed(step)
-        except torch.OutOfMemoryError as error:
-            pipe.send(f"does not fit: {error}".splitlines()[0])
-            return
-        except Exception as error:  # torch.compile fails at its first call, in as many ways as there are machines
-            if not compiled:
-                raise
-            pipe.send(f"torch.compile does not work here: {type(error).__name__}: {error}".splitlines()[0])
-            return
-        pipe.send((seconds, float(loss)))
-    pipe.send(device.memory_gib() - before)
-
-
-# Adapted from zoo.wan21.perf.Peer: ours under torch.compile is one of them
-class Contender:
-    """A contender in a process of its own, asked for one step at a time."""
-
-    def __init__(self, o: PerfOptions, config: Qwen3Config, mine: bool, compiled: bool):
-        self.mine, self.compiled = mine, compiled
-        self.name = (OURS if mine else f"transformers {transformers.__version__}") + f" + {COMPILED}" * compiled
-        self.seconds, self.losses, self.memory, self.failure = [], [], None, None
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, o, config, mine, compiled), daemon=True)
-        self.process.start()
-        theirs.close()  # so that a process that dies is noticed
-
-    def step(self) -> None:
-        if self.failure is None:
-            self.pipe.send(True)
-            answer = self.pipe.recv()
-            if isinstance(answer, str):
-                self.failure = answer
-            else:
-                self.seconds.append(answer[0])
-                self.losses.append(answer[1])
-
-    def finish(self) -> None:
-        if self.failure is None:
-            self.pipe.send(False)
-            self.memory = self.pipe.recv()
-        self.process.join()
+def workload(o: PerfOptions, config: Qwen3Config) -> bench.Workload:
+    flops = config.flops(o.seq_len)
+    return bench.Workload(library="transformers", unit="tokens/s", units=o.seq_len, digits=1, flops=flops)
 
 
 def step(o: PerfOptions) -> list[dict]:
-    config, before = model_config(o), device.memory_gib()
-    mine, batches = ours(o, config), batch_of(o, config)
-    main, others = dist.get_rank() == 0, [(False, False)]
-    if o.compiled:  # of several ranks: --compile, a run of its own
-        others = [(True, True)] * (o.world == 1 and not o.compile) + [*others, (False, True)]
-    contenders = [Contender(o, config, *which) for which in others] if main else []
-    seconds, losses = [], []
-    for _ in range(perf.WARMUP + o.repeats):
-        dist.barrier()
-        taken, results = timed(functools.partial(mine, batches))
-        seconds.append(taken)
-        losses.append(loop.global_loss(o, results, False)[0])
-        for contender in contenders:
-            contender.step()
-        dist.barrier()  # nobody computes while another does
-    memory = device.memory_gib() - before
-    for contender in contenders:
-        contender.finish()
-    return step_rows(o, config, seconds, losses, memory, contenders) if main else []
-
-
-# Adapted from zoo.wan21.perf.step_rows: tokens per second; plain against plain and compiled against compiled
-def step_rows(
-    o: PerfOptions, config: Qwen3Config, seconds: list, losses: list, memory: float, contenders: list
-) -> list[dict]:
-    """The record's rows of one `step` benchmark; what must not be recorded says so in `refused`."""
-    task, unit = "pretrain step", "tokens/s"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    peak = perf.peak_tflops(device.name(), o.precision)
-
-    def measured(seconds: list, memory: float, samples: float, devices: int, raw: dict) -> dict:
-        taken = perf.spread(seconds[perf.WARMUP :])
-        tflops = 3 * config.flops(o.seq_len) * samples / taken["median"] / devices / 1e12
-        raw = {"step s": rounded(taken), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)} | raw
-        value = round(samples * o.seq_len / taken["median"], 1)
-        mfu = round(tflops / peak, 4) if peak else None
-        return {"task": task, "unit": unit, "value": value, "mfu": mfu, "raw": raw | versions}
-
-    mine = measured(seconds, memory, o.global_batch, o.world, {"first loss": losses[0]})
-    rows, alike = [mine], {o.compile: (seconds, memory, o.world)}
-    for contender in contenders:
-        who = {"task": task, "unit": unit, "system": contender.name}
-        who |= {} if contender.mine else {"devices": 1, "layout": None}
-        ratio = {
-            "task": f"{task}, ratio to transformers" + f" + {COMPILED}" * contender.compiled,
-            "unit": "x per device",
-        }
-        if contender.failure:
-            rows.append(who | {"refused": contender.failure})
-            continue
-        apart = abs(contender.losses[0] - losses[0]) / abs(losses[0])
-        if not apart <= LOSS_BOUND[o.precision]:
-            why = (
-                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {apart:.1e} apart, expected at most "
-                f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
-            )
-            rows += [who | {"refused": why}, ratio | {"system": OURS, "refused": why}]
-            if not contender.compiled:
-                mine["refused"] = why.replace("its first loss", f"the first loss of {contender.name}")
-            continue
-        raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{apart:.1e}")}
-        rows.append(measured(contender.seconds, contender.memory, o.global_batch / o.dp, 1, raw) | who)
-        if contender.mine:
-            alike[True] = (contender.seconds, contender.memory, 1)
-            continue
-        compiled = contender.compiled if contender.compiled in alike else o.compile
-        ours_seconds, ours_memory, devices = alike[compiled]
-        pairs = zip(contender.seconds[perf.WARMUP :], ours_seconds[perf.WARMUP :], strict=True)
-        value = round(statistics.median(theirs / s for theirs, s in pairs) * o.dp / devices, 3)  # turn by turn
-        raw = {"memory ratio": round(ours_memory / contender.memory, 3)}
-        rows.append(ratio | {"system": OURS + f" + {COMPILED}" * compiled, "value": value, "raw": raw})
-    return rows
+    config = model_config(o)
+    what = workload(o, config)
+    return bench.step(o, config, what, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled)
 
 
 # --------------------------------------------------------------------------------------------------------------- sft
@@ -378,12 +165,10 @@ def sft(o: PerfOptions) -> list[dict]:
         return []
     tokens = {job: o.global_batch * o.seq_len * share for job, share in filled.items()}
     rates = {job: [tokens[job] / s for s in taken[perf.WARMUP :]] for job, taken in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(rates["sft"], rates["pretrain"], strict=True))
+    ratio = bench.median_ratio(rates["sft"], rates["pretrain"])
     raw = {f"{job} tokens/s": rounded(perf.spread(few)) for job, few in rates.items()}
     raw["tokens that are no padding"] = round(filled["sft"], 4)
-    return [
-        {"task": "sft step on packed rows", "value": round(ratio, 3), "unit": "x pretraining's tokens/s", "raw": raw}
-    ]
+    return [{"task": "sft step on packed rows", "value": ratio, "unit": "x pretraining's tokens/s", "raw": raw}]
 
 
 # ---------------------------------------------------------------------------------------------------------- generate
@@ -424,7 +209,7 @@ def generate(o: PerfOptions) -> list[dict]:
             )
             continue
         rates, theirs_rates = ([batch * ANSWER / s for s in taken[1:]] for taken in (seconds, theirs_seconds))
-        ratio = statistics.median(a / b for a, b in zip(rates, theirs_rates, strict=True))
+        ratio = bench.median_ratio(rates, theirs_rates)
         shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
         raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
         other = {
@@ -435,7 +220,7 @@ def generate(o: PerfOptions) -> list[dict]:
         rows += [
             row | {"value": round(statistics.median(rates), 1), "raw": raw},
             row | {"value": round(statistics.median(theirs_rates), 1)} | other,
-            shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": round(ratio, 3), "raw": {}},
+            shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
         ]
     return rows
 
@@ -475,108 +260,50 @@ def tokenize(o: PerfOptions) -> list[dict]:
             assert tokens + found["documents"] == found["tokens"], (tokens, found)
             for made in Path(folder).glob("out*"):
                 made.unlink()
-    ratio = statistics.median(a / b for a, b in zip(rates, alone, strict=True))
     raw = {"MB/s": rounded(perf.spread(rates)), "tokenizer alone MB/s": rounded(perf.spread(alone)), "workers": workers}
     return [{"task": "preprocess", "size": "demo tokenizer", "layout": None, "precision": "-", "shape": None, "devices": 1,
-             "value": round(ratio, 3), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
+             "value": bench.median_ratio(rates, alone), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- load
 
 
-# Copied from zoo.wan21.perf.PeakMemory
-class PeakMemory:
-    """The largest anonymous memory of this process while inside, in bytes: mapped files do not count."""
-
-    def __enter__(self):
-        self.peak, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, self.now())
-
-    @staticmethod
-    def now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-    def __exit__(self, *args) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-# Copied from zoo.wan21.perf.forget
-def forget(files: list[Path]) -> None:
-    """Make the kernel drop the files' pages, so that the next read is from disk."""
-    for file in files:
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# Adapted from zoo.wan21.perf.load: of --size, the smallest published one for the tiny ones; and written again
 def load(o: PerfOptions) -> list[dict]:
-    """One rank reads everything: the layout with the most to read."""
+    """Of --size, and for the tiny ones of the smallest published one."""
     size = "0.6B" if o.size.startswith("tiny") else o.size
     config = dataclasses.replace(SIZES[size], num_hidden_layers=o.layers or SIZES[size].num_hidden_layers)
-    single = dataclasses.replace(
-        o, precision="bf16", tp=1, sp=False, pp=1, vpp=1, stages="", cp=1, ep=1, etp=1, fsdp=False
-    )
-    chunks = build(single, config, torch.device("cpu"))
+    chunks = build(bench.unsplit(dataclasses.replace(o, precision="bf16")), config, torch.device("cpu"))
     largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
-    shapes = convert.shapes(config)
-    element = dict.fromkeys(shapes, 2)
+    shapes, table = convert.shapes(config), convert.table(config)
+    halves = release.Source(lambda name: 2, lambda name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16))
     with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
         target, again = Path(folder) / "released", Path(folder) / "again"
-        convert.write_released(
-            target, config, element, lambda name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16), None
-        )
+        release.write(target, table, halves)
         files = sorted(target.glob("*.safetensors"))
-        total = sum(f.stat().st_size for f in files)
         for p in chunks[0].parameters():
             p.data.zero_()  # its pages exist before the clock starts
 
-        def loading() -> None:
-            convert.load(chunks, convert.released_entries(target, config), config)
+        def load_released() -> None:
+            release.load(chunks, table.entries(target), table)
 
-        def converting() -> None:
-            convert.write_released(again, config, element, convert.source(target, config)[1], None)
+        def convert_released() -> None:
+            release.write(again, table, release.open_source(target, table))
 
-        def reading() -> None:
-            buffer = bytearray(2**24)
-            for file in files:
-                with open(file, "rb", buffering=0) as f:
-                    while f.readinto(buffer):
-                        pass
-
-        def copying() -> None:
-            again.mkdir()
-            for file in files:
-                with open(file, "rb", buffering=0) as f, open(again / file.name, "wb", buffering=0) as copy:
-                    shutil.copyfileobj(f, copy, 2**24)
-
-        works = (reading, loading, copying, converting)
-        rates, extras = ({work.__name__: [] for work in works} for _ in range(2))
-        for _ in range(5):  # turn by turn: a disk's rate wanders
-            for work in works:
-                forget(files)
-                before, start = PeakMemory.now(), time.perf_counter()
-                with PeakMemory() as memory:
-                    work()
-                rates[work.__name__].append(total / (time.perf_counter() - start) / 1e9)
-                extras[work.__name__].append(max(0, memory.peak - before) / largest)
-                shutil.rmtree(again, ignore_errors=True)
+        works = {
+            "reading": functools.partial(bench.read_files, files),
+            "loading": load_released,
+            "copying": functools.partial(bench.copy_files, files, again),
+            "converting": convert_released,
+        }
+        rates, extras = bench.race(works, files, made=again)
     rows, same = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
     for mine, theirs in (("loading", "reading"), ("converting", "copying")):
-        ratio = statistics.median(a / b for a, b in zip(rates[mine], rates[theirs], strict=True))
+        ratio = bench.median_ratio(rates[mine], rates[theirs])
         raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (mine, theirs)}
-        task = f"released weights, {mine}"
+        task, extra = f"released weights, {mine}", round(max(extras[mine]) / largest, 3)
         rows += [
-            same | {"task": task, "value": round(ratio, 3), "unit": f"x {theirs} the files", "raw": raw},
-            same | {"task": f"{task}, memory", "value": round(max(extras[mine]), 3), "unit": "x largest tensor",
+            same | {"task": task, "value": ratio, "unit": f"x {theirs} the files", "raw": raw},
+            same | {"task": f"{task}, memory", "value": extra, "unit": "x largest tensor",
                     "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
         ]  # fmt: skip
     return rows

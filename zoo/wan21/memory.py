@@ -3,37 +3,20 @@
     .venv/bin/python -m zoo.wan21.memory [--size 14B] [--bucket 81x480x832] [--record]    --record: into perf.jsonl
     .venv/bin/python -m zoo.wan21.memory --layouts                    every layout of parallel.toml, as --dry-run sees it
 
-The other ranks of a layout are imaginary: nothing is sent, but everything that a rank holds is there. On cpu nothing is
-computed either: tensors are fake, and the bytes of all storages alive are counted at every operation. That is the same
-on every machine, and what torch allocates for the reference ops: not what a kernel keeps inside, nor fragmentation, nor
-host copies, nor the frozen VAE and text encoder. On cuda and npu it is the allocator's own peak.
+How it is counted: common/memory.py. The frozen VAE and text encoder are not there.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
-import os
+import functools
 import re
-import shlex
-import sys
 import tomllib
-import weakref
 from collections.abc import Iterator
-from unittest import mock
 
 from common import device  # isort: skip  (before megatron)
 import torch
-import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
-from common import cli, lora, offload, ops, parallel, perf
-from common import train as loop
+from common import cli, lora, memory
 
 from . import data, model
 from .config import SIZES, WanConfig, latent_grid, memory_estimate
@@ -55,138 +38,39 @@ FEATURES = {  # name -> (ranks, options)
 }
 
 
-# Copied from zoo.qwen3.memory.Alive
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages from the operation that makes them until they are freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.peak, self.known = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for storage in (ops.local(t).untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage._cdata not in self.known:
-                weakref.finalize(storage, self._count, storage._cdata, 0, gone=True)
-                self._count(storage._cdata, storage.nbytes())
-        return out
-
-    def _count(self, address: int, size: int, gone: bool = False) -> None:
-        self.bytes += size - self.known.get(address, 0)
-        self.peak = max(self.peak, self.bytes)
-        self.known[address] = size
-        if gone:
-            del self.known[address]
-
-    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        """FSDP empties and fills the storages of gathered weights."""
-        _resize_(storage, size)
-        if storage._cdata in self.known:
-            self._count(storage._cdata, size)
+def steps(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> Iterator[list[dict]]:
+    """The micro-batches of each step: one, of one video a sample."""
+    with device.current():
+        B, grid, t = o.micro_batch, latent_grid(bucket), torch.zeros(o.micro_batch)
+        video, text = torch.zeros(B, config.out_dim, *grid), torch.zeros(B, config.text_len, config.text_dim)
+        batch = {"x": video, "target": video, "t": t, "weight": t, "text": text}
+        if config.given_frames:
+            batch["y"] = torch.zeros(B, config.in_dim - config.out_dim, *grid)
+            batch["image"] = torch.zeros(B, config.image_rows, config.image_dim)
+    while True:
+        yield [batch]
 
 
-_resize_, _to_host, _from_group = torch.UntypedStorage.resize_, offload.to_host, dist.DeviceMesh.from_group
+def adapt(chunks: list[torch.nn.Module], o: TrainOptions) -> None:
+    lora.add(chunks, o.lora_targets.split(","), rank=o.lora_rank, alpha=o.lora_alpha, seed=0)
 
 
-# Copied from zoo.qwen3.memory.counted
-@contextlib.contextmanager
-def counted(fake: bool) -> Iterator[Alive]:
-    """Tensors counted, and fake where asked for."""
-
-    def mode():
-        return FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-
-    def to_host(flat):  # not counted
-        with _disable_current_modes(), mode():
-            return _to_host(flat)
-
-    def from_group(*args, **kwargs):  # reads its ranks
-        with unset_fake_temporarily():
-            return _from_group(*args, **kwargs)
-
-    with (
-        mock.patch.object(offload, "to_host", to_host),
-        mock.patch.object(dist.DeviceMesh, "from_group", from_group),
-        mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: alive.resized(storage, size)),
-        mode(),
-        Alive() as alive,
-    ):
-        yield alive
-
-
-class OneByOne:
-    """For megatron-core's `_coalescing_manager`: its joint reduce-scatter takes no fake tensors."""
-
-    def __init__(self, group, async_ops):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def wait(self):
-        pass
-
-
-# Adapted from zoo.qwen3.memory.measure: a video instead of tokens, adapters, distributed optimizers of several ranks.
 def measure(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> tuple[int, int]:
     """(bytes at the peak of a step, bytes that stay between steps) of rank 0."""
-    cpu = device.KIND == "cpu"
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=o.world)
-    parallel.initialize(o)
+    split = o.cp * (o.tp if o.sp else 1)
     model._ROPE_CACHE.clear()  # what it holds of the run before is no tensor of this one
-    counting = counted(fake=True) if cpu else contextlib.nullcontext()
-
-    def alike(out, mine, group=None):  # every rank says what this one does
-        out[:] = [mine] * len(out)
-
-    several = mock.patch.object(param_and_grad_buffer, "_coalescing_manager", OneByOne)
-    with mock.patch.object(dist, "all_gather_object", alike), several, counting as alive:
-        chunks = build(o, config)
-        for chunk in chunks:
-            for p in chunk.parameters():
-                p.data.normal_(std=0.02)
-        if o.adapts:
-            lora.add(chunks, o.lora_targets.split(","), rank=o.lora_rank, alpha=o.lora_alpha, seed=0)
-        wrapped = parallel.wrap(chunks, o, WanBlock)
-        optimizer = loop.build_optimizer(o, wrapped)
-        wrapped[0].config.grad_scale_func = optimizer.scale_loss
-        with device.current():
-            B, grid, t = o.micro_batch, latent_grid(bucket), torch.zeros(o.micro_batch)
-            video, text = torch.zeros(B, config.out_dim, *grid), torch.zeros(B, config.text_len, config.text_dim)
-            batch = {"x": video, "target": video, "t": t, "weight": t, "text": text}
-            if config.given_frames:
-                batch["y"] = torch.zeros(B, config.in_dim - config.out_dim, *grid)
-                batch["image"] = torch.zeros(B, config.image_rows, config.image_dim)
-        split = o.cp * (o.tp if o.sp else 1)
-        for _ in range(2):
-            if cpu:
-                alive.peak = alive.bytes
-            else:
-                torch.cuda.reset_peak_memory_stats()
-            get_forward_backward_func()(
-                forward_step_func=forward_step, data_iterator=iter([batch]), model=wrapped[0], num_microbatches=1,
-                seq_length=(config.tokens(grid) // split + config.context_rows) * split, micro_batch_size=B,
-            )  # fmt: skip
-            optimizer.prepare_grads()
-            optimizer.step_with_ready_grads()
-            for each in (w for w in wrapped if hasattr(w, "zero_grad_buffer")):
-                each.zero_grad_buffer()
-            optimizer.zero_grad()
-        found = (alive.peak, alive.bytes) if cpu else (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated())
-    parallel.shutdown()
+    found = memory.measure(
+        o, functools.partial(build, o, config), WanBlock, forward_step, functools.partial(steps, o, config, bucket),
+        (config.tokens(latent_grid(bucket)) // split + config.context_rows) * split,
+        adapt=functools.partial(adapt, o=o) if o.adapts else None,
+    )  # fmt: skip
     model._ROPE_CACHE.clear()
     return found
 
 
 def options(ranks: int, layout: dict, config: WanConfig, bucket: data.Bucket) -> TrainOptions:
     """Checked options of one micro-batch of one video."""
-    os.environ.update(WORLD_SIZE=str(ranks), RANK="0", LOCAL_RANK="0")
-    values = {f.name: f.default for f in dataclasses.fields(TrainOptions)} | layout
-    o = TrainOptions(**values | {"steps": 2, "lr": 1e-6})
-    tokens = config.tokens(latent_grid(bucket))
+    o, tokens = memory.options(TrainOptions, ranks, **layout), config.tokens(latent_grid(bucket))
     return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
 
 
@@ -208,32 +92,19 @@ def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
     """A row of perf.jsonl."""
     config, (bucket,) = SIZES[layout["size"]], data.parse_buckets(shape)
     o = options(ranks, layout, config, bucket)
-    peak, stays = measure(o, config, bucket)
+    found = measure(o, config, bucket)
     estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))
-    gib = {k: round(v / 2**30, 2) for k, v in {"peak": peak, "between steps": stays, "estimate": estimate}.items()}
-    return {
-        "source": "measured", "system": "this zoo", "model": f"Wan2.1-{config.task.upper()}", "task": "memory of a training step",
-        "size": o.size, "hardware": "bytes counted" if device.KIND == "cpu" else device.name(), "devices": ranks,
-        "layout": name, "precision": o.precision, "shape": shape, "value": gib["peak"], "raw": gib, "mfu": None,
-        "unit": f"peak GiB of a rank, {shape}", "commit": loop.commit(),
-        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    named = f"Wan2.1-{config.task.upper()}"
+    return memory.row(o, model=named, layout=name, shape=shape, sample=shape, found=found, estimate=estimate)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of a training step on one rank.")
-    parser.add_argument("--size", default="1.3B", choices=SIZES)
-    parser.add_argument("--bucket", default="81x480x832")
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    description = "Peak memory of a training step on one rank."
+    parser = memory.parser(SIZES, description, size="1.3B", bucket="81x480x832", precision="bf16")
     parser.add_argument("--layouts", action="store_true", help="the named layouts of parallel.toml instead")
-    parser.add_argument("--record", action="store_true", help="add the rows to perf.jsonl; needs a committed tree")
     asked = parser.parse_args()
-    rows = []
-    for case in cases(asked):
-        rows.append(row(*case))
-        print(f"{rows[-1]['size']:<6} {rows[-1]['layout']:<30} {rows[-1]['raw']} GiB", flush=True)
-    for each in rows if asked.record else ():  # at the end: a row in the record is an uncommitted change
-        perf.append(HERE / "perf.jsonl", each)
+    rows = (row(*case) for case in cases(asked))
+    memory.report(rows, "{size:<6} {layout:<30} {raw} GiB", HERE / "perf.jsonl" if asked.record else None)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ class ConvertOptions(cli.LayoutOptions):
 class PerfOptions(TrainOptions):
     only: Literal["all", "step", "generation", "run", "load", "decode"] = option("which benchmark", "all", group="job")
     repeats: int = option("timed training steps", 60, group="job", within="[1, inf)")
-    compiled_peer: bool = option("let the peer also run under torch.compile", True, group="job")
+    compiled_peer: bool = option("let both also run under torch.compile", True, group="job")
     record: bool = option("add the rows to perf.jsonl", False, group="job")
 
 

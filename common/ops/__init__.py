@@ -741,9 +741,3 @@ def adamw_(p, grad, exp_avg, exp_avg_sq, done: int, group: dict) -> None:
 def local(t: torch.Tensor) -> torch.Tensor:
     """This rank's part of what FSDP2 shards."""
     return t.to_local() if hasattr(t, "to_local") else t
-
-
-if __name__ == "__main__":
-    from common import ops_check
-
-    ops_check.main()

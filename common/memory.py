@@ -1,0 +1,201 @@
+"""Peak memory of a training step on one rank: its second optimizer step, counted.
+
+The other ranks of a layout are imaginary: nothing is sent, but everything that a rank holds is there. On cpu nothing is
+computed either: tensors are fake, and the bytes of all storages alive are counted at every operation. That is the same
+on every machine, and what torch allocates for the reference ops. Left out are what a kernel keeps inside, fragmentation,
+and host copies. On cuda and npu it is the allocator's own peak.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import os
+import shlex
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+from unittest import mock
+
+from common import device  # isort: skip  (before megatron)
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from common import offload, ops, parallel, perf, runlog, train
+
+Options = TypeVar("Options", bound=train.TrainOptions)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages from the operation that makes them until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for storage in (ops.local(t).untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.known:
+                weakref.finalize(storage, self._count, storage._cdata, 0, gone=True)
+                self._count(storage._cdata, storage.nbytes())
+        return out
+
+    def _count(self, address: int, size: int, gone: bool = False) -> None:
+        self.bytes += size - self.known.get(address, 0)
+        self.peak = max(self.peak, self.bytes)
+        self.known[address] = size
+        if gone:
+            del self.known[address]
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """FSDP empties and fills the storages of gathered weights."""
+        _resize_(storage, size)
+        if storage._cdata in self.known:
+            self._count(storage._cdata, size)
+
+
+_resize_, _to_host, _from_group = torch.UntypedStorage.resize_, offload.to_host, dist.DeviceMesh.from_group
+
+
+@contextlib.contextmanager
+def counted(fake: bool) -> Iterator[Alive]:
+    """Tensors made inside are counted, and are fake where `fake` says so."""
+
+    def mode():
+        return FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+
+    def to_host(flat):  # not counted
+        with _disable_current_modes(), mode():
+            return _to_host(flat)
+
+    def from_group(*args, **kwargs):  # reads its ranks
+        with unset_fake_temporarily():
+            return _from_group(*args, **kwargs)
+
+    with (
+        mock.patch.object(offload, "to_host", to_host),
+        mock.patch.object(dist.DeviceMesh, "from_group", from_group),
+        mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: alive.resized(storage, size)),
+        mode(),
+        Alive() as alive,
+    ):
+        yield alive
+
+
+class OneByOne:
+    """For megatron-core's `_coalescing_manager`: its joint reduce-scatter takes no fake tensors."""
+
+    def __init__(self, group, async_ops):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def wait(self):
+        pass
+
+
+def measure(
+    o: train.TrainOptions,
+    build: Callable[[], list[torch.nn.Module]],
+    block: type,
+    forward_step: Callable,
+    steps: Callable[[], Iterator[list[dict]]],
+    sequence_length: int,
+    *,
+    adapt: Callable[[list[torch.nn.Module]], None] | None = None,
+    fake: bool = True,
+) -> tuple[int, int]:
+    """(bytes at the peak of a step, bytes that stay between steps) of rank 0.
+
+    build: makes this rank's model chunks. adapt: adds adapters to them. steps: yields the micro-batches of each step.
+    block, forward_step, sequence_length: as `parallel.wrap` and `train.forward` take them. fake=False computes on cpu too,
+    for a model whose shapes depend on its values.
+    """
+    cpu = device.KIND == "cpu"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=o.world)
+    parallel.initialize(o)
+    counting = counted(fake) if cpu else contextlib.nullcontext()
+
+    def alike(out, mine, group=None):  # every rank says what this one does
+        out[:] = [mine] * len(out)
+
+    one_by_one = mock.patch.object(param_and_grad_buffer, "_coalescing_manager", OneByOne)
+    with mock.patch.object(dist, "all_gather_object", alike), one_by_one, counting as alive:
+        chunks = build()
+        for chunk in chunks:
+            for p in chunk.parameters():
+                p.data.normal_(std=0.02)
+        if adapt:
+            adapt(chunks)
+        wrapped = parallel.wrap(chunks, o, block)
+        optimizer = train.build_optimizer(o, wrapped)
+        wrapped[0].config.grad_scale_func = optimizer.scale_loss
+        batches = steps()
+        for _ in range(2):
+            if cpu:
+                alive.peak = alive.bytes
+            else:
+                torch.cuda.reset_peak_memory_stats()
+            train.forward(
+                wrapped, forward_step, next(batches), micro_batch=o.micro_batch, sequence_length=sequence_length
+            )
+            optimizer.prepare_grads()
+            optimizer.step_with_ready_grads()
+            train.zero_gradients(wrapped, optimizer)
+        found = (alive.peak, alive.bytes) if cpu else (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated())
+    parallel.shutdown()
+    return found
+
+
+def options(cls: type[Options], ranks: int, **values) -> Options:
+    """Rank 0's options of a run on so many imaginary ranks, its layout still to be checked."""
+    os.environ.update(WORLD_SIZE=str(ranks), RANK="0", LOCAL_RANK="0")
+    return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values | {"steps": 2, "lr": 1e-6})
+
+
+def row(
+    o: train.TrainOptions, *, model: str, layout: str, shape: int | str, sample: str, found: tuple, estimate: float
+) -> dict:
+    """A row of perf.jsonl. found: what `measure` returns. sample: what one rank has in a micro-batch, in words."""
+    counts = {"peak": found[0], "between steps": found[1], "estimate": estimate}
+    gib = {key: round(value / 2**30, 2) for key, value in counts.items()}
+    return {
+        "source": "measured", "system": "this zoo", "model": model, "task": "memory of a training step",
+        "size": o.size, "hardware": "bytes counted" if device.KIND == "cpu" else device.name(), "devices": o.world,
+        "layout": layout, "precision": o.precision, "shape": shape, "value": gib["peak"], "raw": gib, "mfu": None,
+        "unit": f"peak GiB of a rank, {sample}", "commit": runlog.commit(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def parser(sizes: Iterable[str], description: str, **defaults: int | str) -> argparse.ArgumentParser:
+    """The command line of a recipe's memory.py: --size, --precision, --record, and the shape's options. Each keyword is an
+    option's default."""
+    made = argparse.ArgumentParser(description=description)
+    choices = {"size": list(sizes), "precision": ("fp32", "bf16")}
+    for name, default in defaults.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, choices=choices.get(name))
+    made.add_argument("--record", action="store_true", help="add the rows to perf.jsonl; needs a committed tree")
+    return made
+
+
+def report(rows: Iterable[dict], line: str, record: Path | None) -> None:
+    """Print each row once it is measured, as the format `line` says, and add them all to the record if there is one."""
+    done = []
+    for each in rows:
+        print(line.format(**each), flush=True)
+        done.append(each)
+    for each in done if record else ():  # at the end: a row in the record is an uncommitted change
+        perf.append(record, each)

@@ -1,0 +1,3 @@
+from common import ops_check
+
+ops_check.main()

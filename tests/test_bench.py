@@ -1,0 +1,160 @@
+"""The harness of the benchmarks: contenders in processes of their own, the rows of a step, what is refused, and the rates
+of reading files."""
+
+import functools
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import bench, perf
+
+pytestmark = pytest.mark.L1
+
+LIBRARY = "megatron-core"  # one that has a version; its model is not used
+
+# -------------------------------------------------------------------------------------------------------- contenders
+
+
+def step_of(loss: float):
+    return lambda: torch.tensor(loss)
+
+
+def fails_at_its_second_step(error: Exception):
+    losses = iter([2.0])
+
+    def step() -> torch.Tensor:
+        for loss in losses:
+            return torch.tensor(loss)
+        raise error
+
+    return step
+
+
+def without_room():
+    raise torch.OutOfMemoryError("tried to allocate 9 GiB\nof which some is in use")
+
+
+def order_of_imports():
+    """The loss is 1 if this process had the device before megatron."""
+    names = list(sys.modules)
+    return step_of(float(names.index("common.device") < names.index("megatron")))
+
+
+def asked(*args, steps: int = 3, **kwargs) -> bench.Contender:
+    contender = bench.Contender("name", *args, **kwargs)
+    for _ in range(steps):
+        contender.step()
+    contender.finish()
+    return contender
+
+
+def test_contender_imports_the_device_before_megatron_and_tells_seconds_losses_and_memory():
+    found = asked(order_of_imports)
+    assert found.losses == [1.0] * 3 and len(found.seconds) == 3 and min(found.seconds) > 0
+    assert found.failure is None and found.memory >= 0 and found.process.exitcode == 0
+
+
+def test_contender_without_room_says_so_and_the_others_go_on():
+    found = asked(without_room)
+    assert found.failure == "does not fit: tried to allocate 9 GiB" and found.memory is None
+    later = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=True)
+    assert later.failure == "does not fit: 9 GiB" and later.losses == [2.0]
+
+
+def test_compiler_that_fails_is_said_in_words_and_an_error_of_the_plain_peer_is_none():
+    failing = functools.partial(fails_at_its_second_step, RuntimeError("no C++ compiler\nand more"))
+    found = asked(failing, compiled=True)
+    assert found.name == "name + torch.compile"
+    assert found.failure == "torch.compile does not work here: RuntimeError: no C++ compiler"
+    with pytest.raises(EOFError):
+        asked(failing)
+
+
+# -------------------------------------------------------------------------------------------------------- their rows
+
+FACTS = {"model": "Toy", "size": "tiny", "shape": "1 x 2", "precision": "fp32", "system": bench.OURS, "devices": 1}
+FACTS |= {"hardware": "a CPU", "commit": "0123456789ab"}
+
+
+def contender(compiled=False, losses=(2.0,), failure=None, mine=False, seconds=(0.4,)) -> SimpleNamespace:
+    name = (bench.OURS if mine else f"{LIBRARY} 0") + f" + {bench.COMPILED}" * compiled
+    return SimpleNamespace(name=name, mine=mine, compiled=compiled, seconds=[9.0, 9.0, 9.0, *seconds],
+                           losses=list(losses), memory=1.0, failure=failure)  # fmt: skip
+
+
+def rows_of(*contenders, seconds=(0.2,), **options) -> list[dict]:
+    o = SimpleNamespace(**{"precision": "fp32", "compile": False, "global_batch": 4, "world": 1, "dp": 1} | options)
+    workload = bench.Workload(library=LIBRARY, unit="SPS", units=1, digits=3, flops=10**9)
+    return bench.step_rows(o, workload, [9.0, 9.0, 9.0, *seconds], [2.0], 0.5, list(contenders))
+
+
+def test_step_rows_are_ours_every_peer_and_the_ratios():
+    rows = rows_of(contender(), contender(compiled=True, losses=[2.00001]))
+    assert [r["value"] for r in rows] == [20.0, 10.0, 2.0, 10.0, 2.0]
+    assert rows[1]["raw"]["loss apart"] == 0 and rows[3]["raw"]["loss apart"] == pytest.approx(5e-6)
+    assert rows[2]["raw"]["memory ratio"] == 0.5
+    assert rows[4]["task"] == f"pretrain step, ratio to {LIBRARY} + torch.compile"
+
+
+def test_ratio_is_the_median_of_the_turns():
+    mine, theirs, ratio = rows_of(contender(seconds=(4.0, 2.0, 3.0)), seconds=(1.0, 2.0, 3.0))
+    assert (mine["value"], theirs["value"], ratio["value"]) == (2.0, 1.333, 1.0)  # of the medians it would be 1.5
+
+
+def test_compiled_peer_is_compared_with_ours_compiled_where_that_ran():
+    mine = contender(mine=True, compiled=True, seconds=(0.1,))
+    rows = rows_of(mine, contender(), contender(compiled=True))
+    assert [r["value"] for r in rows] == [20.0, 40.0, 10.0, 2.0, 10.0, 4.0]
+    assert [r["system"] for r in (rows[3], rows[5])] == [bench.OURS, f"{bench.OURS} + {bench.COMPILED}"]
+    mine.failure = "does not fit"
+    rows = rows_of(mine, contender(), contender(compiled=True))
+    assert rows[5]["value"] == 2.0 and rows[5]["system"] == bench.OURS
+    rows = rows_of(contender(), contender(compiled=True), compile=True)
+    assert [r["system"] for r in (rows[2], rows[4])] == [f"{bench.OURS} + {bench.COMPILED}"] * 2
+
+
+def test_ratio_is_per_device():
+    mine, theirs, ratio = rows_of(contender(), seconds=(0.1,), world=8, dp=2)
+    assert (mine["value"], theirs["value"], ratio["value"]) == (40.0, 5.0, 1.0)
+
+
+def test_contender_with_another_loss_is_refused_and_so_are_we_beside_it():
+    mine, theirs, ratio = rows_of(contender(losses=[2.0001]))
+    assert all("5.0e-05 apart, expected at most 1e-05" in row["refused"] for row in (mine, theirs, ratio))
+    assert not any("refused" in row for row in rows_of(contender(losses=[2.0001]), precision="bf16"))
+
+
+def test_loss_that_is_not_a_number_is_refused():
+    assert all("refused" in row for row in rows_of(contender(losses=[float("nan")])))
+
+
+def test_refused_rows_are_printed_and_not_recorded(tmp_path, capsys):
+    failed = contender(compiled=True, failure="torch.compile does not work here: no C++ compiler")
+    rows, record = [FACTS | row for row in rows_of(failed)], tmp_path / "perf.jsonl"
+    record.write_text("")
+    bench.report(rows, record, append=False)
+    assert record.read_text() == ""
+    bench.report(rows, record, append=True)
+    said = f"refused, not recorded: {LIBRARY} 0 + torch.compile: torch.compile does not work here"
+    assert said in capsys.readouterr().out
+    assert [r["system"] for r in perf.read(record)] == [bench.OURS]
+
+
+# -------------------------------------------------------------------------------------------------------------- load
+
+
+def test_race_gives_every_work_five_turns_and_clears_what_it_made(tmp_path):
+    files, made, turns = [tmp_path / "a", tmp_path / "b"], tmp_path / "made", []
+    for file in files:
+        file.write_bytes(bytes(2**20))
+
+    def copy() -> None:
+        bench.copy_files(files, made)
+        turns.append([(made / file.name).read_bytes() == file.read_bytes() for file in files])
+
+    works = {"reading": lambda: turns.append(bench.read_files(files)), "copying": copy}
+    rates, extras = bench.race(works, files, made)
+    assert turns == [None, [True, True]] * 5 and not made.exists()
+    assert all(len(rates[name]) == len(extras[name]) == 5 and min(rates[name]) > 0 for name in works)
