@@ -28,6 +28,7 @@ from .config import (
     resized,
     size_of,
 )
+from .demo import make_data
 
 HERE = Path(__file__).parent
 
@@ -331,8 +332,6 @@ def prepare(o) -> None:
         language.install(HERE / "requirements-evaluate.txt")
     if DEMO.has(o.data):
         cli.say(f"looking for the demo data in {DEMO_DATA}, or making them")
-        from .demo import make_data
-
         if isinstance(o, PreprocessOptions):  # which tokenizes it itself
             make_data.make(DEMO.text)
             return

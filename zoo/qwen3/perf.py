@@ -43,6 +43,7 @@ from common.language.pool import in_order
 
 from . import convert
 from .config import SIZES, Qwen3Config, model_config
+from .demo import make_data
 from .model import Qwen3Block, build, draw
 from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, parse, prepare
 from .train import Batches, forward_step, weighted
@@ -230,8 +231,6 @@ def generate(o: PerfOptions) -> list[dict]:
 
 def tokenize(o: PerfOptions) -> list[dict]:
     """The demo's text, several times over."""
-    from .demo import make_data
-
     text = make_data.make(DEMO_DATA / "text") / "train.jsonl"
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     copies = -(-TEXT // sum(map(len, documents)))
