@@ -4,6 +4,7 @@ commands, tables, and in each cell or paragraph the code, links, flags, numbers,
 Whether paths exist and commands run is tested in test_conformance.py for every Markdown file.
 """
 
+import itertools
 import re
 
 import pytest
@@ -33,23 +34,20 @@ def kept(text: str) -> list[str]:
     return [w for w in words if w in STATUS or w.startswith("`") or "/" in w or re.search(r"\d|\.md$", w)]
 
 
-def sections(text: str) -> list[dict]:
-    """Of each section: the level of its heading, commands without comments, cells of its tables, and what its prose
-    keeps, sorted, as the order of words differs."""
+def sections(text: str) -> list[tuple[str, dict[str, list]]]:
+    """Of each section its heading and: the heading's level, commands without comments, cells of its tables, and what its
+    prose keeps, sorted, as the order of words differs."""
     found = []
     for section in re.split(r"^(?=#)", text, flags=re.M)[1:]:
         heading, *lines = section.splitlines()
-        code = [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.startswith("    ")]
-        rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
         prose = "\n".join(line for line in lines if not line.startswith(("    ", "|")))
-        found.append(
-            {
-                "level": heading.split()[0],
-                "commands": code,
-                "tables": [[kept(cell) for cell in row] for row in rows],
-                "prose": sorted(kept(f"{heading}\n{prose}")),
-            }
-        )
+        parts = {
+            "level": [heading.split()[0]],
+            "commands": [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.startswith("    ")],
+            "tables": [[kept(c) for c in re.split(r"(?<!\\)\|", line)] for line in lines if line.startswith("|")],
+            "prose": sorted(kept(f"{heading}\n{prose}")),
+        }
+        found.append((heading, parts))
     return found
 
 
@@ -58,12 +56,13 @@ def differences(english: str, chinese: str) -> list[str]:
     both = [sections(text) for text in (english, chinese)]
     if len(both[0]) != len(both[1]):
         return [f"{len(both[0])} sections in README.md, {len(both[1])} in README.zh.md"]
-    found = []
-    for number, (one, other) in enumerate(zip(*both, strict=True)):
-        found += [
-            f"section {number}, {what}: {one[what]} is not {other[what]}" for what in one if one[what] != other[what]
-        ]
-    return found
+    return [
+        f"{heading}, {part}: README.md has {one}, README.zh.md {other}"
+        for (heading, english), (_, chinese) in zip(*both, strict=True)
+        for part in english
+        for one, other in itertools.zip_longest(english[part], chinese[part])
+        if one != other
+    ]
 
 
 def read(path) -> str:
