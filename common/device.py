@@ -7,10 +7,13 @@ before the first `import megatron`:
     cuda  nothing is changed
     cpu   the handful of `torch.cuda` calls megatron-core makes get CPU stand-ins (`_install_cpu`)
 
+It is also all that a script of one's own needs, which trains megatron-core's own models: tests/megatron_gpt.py is one.
+
 `ZOO_DEVICE=npu|cuda|cpu` overrides detection.
 """
 
 import functools
+import logging
 import os
 import resource
 import sys
@@ -105,6 +108,9 @@ def _install_npu() -> None:
 
     # Ascend's private formats reorder a tensor's memory: the flat buffers of megatron's optimizer are views of it.
     torch_npu.npu.config.allow_internal_format = False
+    # megatron sets the state of the device's generator through this private function, which transfer_to_npu leaves as it
+    # is: the calls would wait for CUDA, so for ever.
+    torch.cuda._lazy_call = torch_npu.npu._lazy_call
     _name_types_cuda("torch.npu.")
 
 
@@ -122,10 +128,16 @@ def _install_cpu() -> None:
     cuda.is_current_stream_capturing = always(False)
     cuda.Stream = cuda.Event = cuda.stream = _Stream
     cuda.current_stream, cuda.default_stream = always(_Stream()), always(_Stream())
+    # The device's random numbers are the CPU's. megatron sets their state through `_lazy_call`, and warns where numbers
+    # drawn on the device change the CPU's generator.
+    cuda.default_generators = {cpu: torch.default_generator}
+    cuda._lazy_call = lambda call, **kwargs: call()
     for module in (cuda, cuda.random):
-        module.get_rng_state = lambda *args: torch.get_rng_state()
-        module.set_rng_state = lambda state, *args: torch.set_rng_state(state)
-        module.manual_seed, module.manual_seed_all = always(None), always(None)  # torch.manual_seed calls these too
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        for seed in ("manual_seed", "manual_seed_all"):  # torch.manual_seed calls the second one with its own seed
+            setattr(module, seed, lambda seed: torch.default_generator.manual_seed(int(seed)))
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
     def to_cpu(device):
         return cpu if device is not None and "cuda" in str(device) else device
@@ -156,6 +168,15 @@ def _install_cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     _name_types_cuda("torch.")
+
+    # transfer_to_npu makes hccl of nccl, and this makes gloo of it.
+    join = torch.distributed.init_process_group
+
+    @functools.wraps(join)
+    def init_process_group(backend=None, *args, **kwargs):
+        return join("gloo" if backend == "nccl" else backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = init_process_group
 
     # megatron's FSDP2 wrapper builds its mesh for "cuda".
     from torch.distributed import DeviceMesh

@@ -2,7 +2,7 @@
 
 A copy carries along what was proved of the other model. So it loses the rows of `perf.jsonl`, what stands in its README
 between the `measured` markers, the pictures shown there, and every status; then the tables are rendered anew and the
-root README's table of recipes gets its rows.
+tables of recipes in the root README and its translation get their rows.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from pathlib import Path
 from common import cli, perf
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 MEASURED = re.compile(r"(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.S)
 
 
@@ -51,6 +51,7 @@ def renamed(text: str, old: str, new: str) -> str:
 def unverified(text: str) -> str:
     """Every status of a document: the whole cell in a table, the word in a sentence."""
     text = re.sub(r"(?<=\| )(un)?verified\b[^|\n]*(?= \|)", "unverified", text, flags=re.I)
+    text = re.sub(r"(?<=\| )已验证[^|\n]*(?= \|)", "未验证", text)
     return re.sub(r"\bverified\b", "unverified", text).replace("Verified", "Unverified")
 
 
@@ -70,7 +71,7 @@ def copy(nearest: str, name: str, folder: Path) -> None:
 
 
 def listed(readme: str, nearest: str, name: str) -> str:
-    """The root README with the copy's rows below those of the recipe it came from."""
+    """A root README with the copy's rows below those of the recipe it came from."""
     rows = re.findall(rf"^\| \[{nearest}\]\(zoo/{nearest}/.*\n", readme, re.M)
     if not rows:
         raise ValueError(f"README.md has no row [{nearest}](zoo/{nearest}/README.md); expected one; fix: README.md")
@@ -81,13 +82,12 @@ def listed(readme: str, nearest: str, name: str) -> str:
 def make(argv: list[str]) -> None:
     """All of it, or nothing: the copy is made beside its place, and moved there when nothing can be wrong any more."""
     name, nearest = arguments(argv)
-    readme = listed(README.read_text(), nearest, name)
+    readmes = {path: listed(path.read_text(), nearest, name) for path in READMES}
     perf.rendered()  # would refuse a broken record of any recipe
     with tempfile.TemporaryDirectory(dir=ROOT / "zoo", prefix="_") as beside:
         copy(nearest, name, Path(beside) / name)
         (Path(beside) / name).rename(ROOT / "zoo" / name)
-    README.write_text(readme)
-    for path, text in perf.rendered().items():
+    for path, text in (readmes | perf.rendered()).items():
         path.write_text(text)
     print(
         f"zoo/{name} is a copy of zoo/{nearest}: nothing in it is verified, its record is empty\n"
