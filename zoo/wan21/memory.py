@@ -34,11 +34,12 @@ from torch.utils._pytree import tree_leaves
 
 from common import cli, lora, offload, ops, parallel, perf
 from common import train as loop
+from common.diffusion.buckets import Bucket
 
-from . import data, model
+from . import model
 from .config import SIZES, WanConfig, latent_grid, memory_estimate
 from .model import WanBlock, build
-from .options import HERE, LORA_RANK, TrainOptions, trained_parameters
+from .options import HERE, LORA_RANK, TrainOptions, parse_buckets, trained_parameters
 from .train import forward_step
 
 FEATURES = {  # name -> (ranks, options)
@@ -131,7 +132,7 @@ class OneByOne:
 
 
 # Adapted from zoo.qwen3.memory.measure: a video instead of tokens, adapters, distributed optimizers of several ranks.
-def measure(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> tuple[int, int]:
+def measure(o: TrainOptions, config: WanConfig, bucket: Bucket) -> tuple[int, int]:
     """(bytes at the peak of a step, bytes that stay between steps) of rank 0."""
     cpu = device.KIND == "cpu"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=o.world)
@@ -181,7 +182,7 @@ def measure(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> tuple[in
     return found
 
 
-def options(ranks: int, layout: dict, config: WanConfig, bucket: data.Bucket) -> TrainOptions:
+def options(ranks: int, layout: dict, config: WanConfig, bucket: Bucket) -> TrainOptions:
     """Checked options of one micro-batch of one video."""
     os.environ.update(WORLD_SIZE=str(ranks), RANK="0", LOCAL_RANK="0")
     values = {f.name: f.default for f in dataclasses.fields(TrainOptions)} | layout
@@ -206,7 +207,7 @@ def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, dict, str]]:
 
 def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
     """A row of perf.jsonl."""
-    config, (bucket,) = SIZES[layout["size"]], data.parse_buckets(shape)
+    config, (bucket,) = SIZES[layout["size"]], parse_buckets(shape)
     o = options(ranks, layout, config, bucket)
     peak, stays = measure(o, config, bucket)
     estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))

@@ -42,15 +42,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common import checkpoint, device, parallel, perf
 from common import train as loop
+from common.diffusion.buckets import Bucket
+from common.diffusion.videos import write_video
 from common.video import decord_refusal, read_frames
 
-from . import convert, data
+from . import convert
 from .config import SIZES, WanConfig, latent_grid, model_config
 from .model import WanBlock, build, draw
-from .options import HERE, PerfOptions
+from .options import HERE, PerfOptions, parse_buckets
 from .perf_generation import generation
 from .train import FlowMatching, forward_step
-from .videos import write
 
 CLIP = 1.0
 
@@ -118,7 +119,7 @@ def rounded(values: dict) -> dict:
 
 def batch_of(o: PerfOptions, config: WanConfig) -> dict:
     """A micro-batch of random latents and text, [B, C, F, H, W] and [B, T, D], as training sees them."""
-    grid = latent_grid(data.parse_buckets(o.buckets)[0])
+    grid = latent_grid(parse_buckets(o.buckets)[0])
     where, generator = device.current(), torch.Generator().manual_seed(0)
     latents = torch.randn(o.micro_batch, config.out_dim, *grid, generator=generator).to(where)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
@@ -290,7 +291,7 @@ def step_rows(o: PerfOptions, config: WanConfig, seconds: list, losses: list, me
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     taken = perf.spread(seconds[perf.WARMUP :])
     rate = o.global_batch / taken["median"]
-    tflops = 3 * config.flops(latent_grid(data.parse_buckets(o.buckets)[0])) * rate / o.world / 1e12
+    tflops = 3 * config.flops(latent_grid(parse_buckets(o.buckets)[0])) * rate / o.world / 1e12
     peak = perf.peak_tflops(device.name(), o.precision)
     raw = {"step s": rounded(taken), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)}
     raw |= {"first loss": losses[0]} | versions
@@ -461,11 +462,11 @@ def load(o: PerfOptions) -> list[dict]:
 
 def decode(o: PerfOptions) -> list[dict]:
     """Frames per second of each decoder at windows of 17 frames, at random places of a clip of 10 s and 480x832."""
-    bucket, frames = data.Bucket(17, 480, 832), 300
+    bucket, frames = Bucket(17, 480, 832), 300
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.default_rng(0).integers(0, 256, (frames // 10, 30, 52, 3), dtype=np.uint8)
         clip = np.stack([np.kron(noise[i // 10], np.ones((16, 16, 1), np.uint8)) for i in range(frames)])
-        [path] = write(clip, Path(folder) / "clip", 30, "mp4")
+        [path] = write_video(clip, Path(folder) / "clip", 30, "mp4")
         decoders = ["pyav"] + (["decord"] if find_spec("decord") and decord_refusal(path) is None else [])
         rates: dict[str, list[float]] = {name: [] for name in decoders}
         for start in np.random.default_rng(1).integers(0, 10 * 16 - bucket.frames, 20).tolist():
