@@ -30,15 +30,7 @@ import numpy as np
 
 from common import resume
 from common.data import DropReport, check_drops, partial_name, write_lines
-from common.video import (
-    VideoError,
-    VideoInfo,
-    decord_refusal,
-    probe_video,
-    read_frames,
-    resampled_length,
-    resize_crop,
-)
+from common.video import VideoError, VideoInfo, decord_refusal, probe_video, read_frames, resampled_length, resize_crop
 
 from .buckets import Bucket, choose_bucket, parse_buckets
 from .lists import Row, read_pairs, read_rows
@@ -94,8 +86,8 @@ class Index:
 
 
 def scan(
-    rows: Sequence[Row],
-    buckets: Sequence[Bucket],
+    rows: list[Row],
+    buckets: list[Bucket],
     fps: float | None,
     report: DropReport,
     workers: int = 8,
@@ -140,16 +132,8 @@ def scan(
     return Index(kept, list(buckets), fps, decoder)
 
 
-def scan_pairs(
-    rows: Sequence[Row],
-    buckets: Sequence[Bucket],
-    fps: float | None,
-    report: DropReport,
-    workers: int = 8,
-    decoder: str = "pyav",
-) -> Index:
-    """`scan` of the rows of `read_pairs`. Kept are the pairs both of whose videos go to one bucket, as two rows each."""
-    index = scan(rows, buckets, fps, report, workers, decoder)
+def keep_pairs(index: Index, report: DropReport) -> Index:
+    """Of the scanned rows of `read_pairs` the pairs both of whose videos go to one bucket, as two rows each."""
     places: dict[str, list[IndexRow]] = {}
     for row in index.rows:
         places.setdefault(row.where, []).append(row)
@@ -163,7 +147,7 @@ def scan_pairs(
                 report.add("pair of two buckets", where, f"{row.path}: {shapes}")
         else:
             kept += pair
-    return Index(kept, index.buckets, fps, decoder)
+    return dataclasses.replace(index, rows=kept)
 
 
 def count_frames(index: Index, global_batch: int) -> str:
@@ -179,20 +163,12 @@ def count_frames(index: Index, global_batch: int) -> str:
     return "\n".join([f"buckets: {used} of {given} frames used ({used / given:.1%})", *lines])
 
 
-def build_index(
-    o,
-    source: Path,
-    buckets: list[Bucket],
-    *,
-    pairs: bool = False,
-    name: str = "index.jsonl",
-    drops: str = "drops.jsonl",
-) -> Index:
+def build_index(o, source: Path, buckets: list[Bucket], *, pairs: bool, name: str, drops: str) -> Index:
     """The index of the list `source` in the run folder. Rank 0 makes it once, then all ranks read it, also after a resume.
 
     It is made again if it is of another list, other buckets, another rate or decoder. (That a run with checkpoints goes on
-    with the same ones is checked with the options.) With --features their index is copied instead. drops: the file in the
-    run folder that lists the rows left out.
+    with the same ones is checked with the options.) With --features their index is copied instead. name, drops: the files
+    in the run folder of the index and of the rows left out.
     """
     import torch.distributed as dist
 
@@ -201,7 +177,8 @@ def build_index(
         return _copy_index(o, path, drops)
     if dist.get_rank() == 0 and not _still_holds(path, source, buckets, o):
         rows, report = (read_pairs if pairs else read_rows)(source)
-        index = (scan_pairs if pairs else scan)(rows, buckets, o.fps or None, report, decoder=o.decoder)
+        index = scan(rows, buckets, o.fps or None, report, decoder=o.decoder)
+        index = keep_pairs(index, report) if pairs else index
         o.out.mkdir(parents=True, exist_ok=True)
         report.save(o.out, drops)
         print(report, flush=True)
@@ -246,12 +223,7 @@ class VideoTextDataset:
     """Micro-batches of an index: decoded videos, or the cached tensors that the frozen encoders made of them."""
 
     def __init__(
-        self,
-        index: Index,
-        *,
-        cache_dir: str | Path | None = None,
-        encoder: str = "",
-        random_start: int | None = None,
+        self, index: Index, *, cache_dir: str | Path | None = None, encoder: str = "", random_start: int | None = None
     ):
         """
         Args:
@@ -349,7 +321,7 @@ class VideoTextDataset:
 
 
 class PairDataset(VideoTextDataset):
-    """Micro-batches of pairs, of an index by `scan_pairs`: pair i is its rows 2i (chosen) and 2i + 1 (rejected)."""
+    """Micro-batches of pairs, of an index by `keep_pairs`: pair i is its rows 2i (chosen) and 2i + 1 (rejected)."""
 
     def __len__(self) -> int:
         return len(self.index.rows) // 2
@@ -403,9 +375,8 @@ def store(
     path = Path(cache_dir) / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
-    tensors = {
-        name: value.float().cpu().contiguous() for name, value in ({"latents": latents} | (condition or {})).items()
-    }
+    named = {"latents": latents} | (condition or {})
+    tensors = {name: value.float().cpu().contiguous() for name, value in named.items()}
     save_file(tensors | {"text": without_padding(text)}, partial)
     os.replace(partial, path)
 

@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from .train import FlowMatching
 
 
-def build_index(o: TrainOptions | ExtractOptions, source: Path, *names: str) -> Index:
-    """The run's index of a list of videos, or pairs. names: its file, and that of the rows left out, if not the usual."""
-    kept = dict(zip(("name", "drops"), names, strict=False))
-    return dataset.build_index(o, source, parse_buckets(o.buckets), pairs=o.job == "dpo", **kept)
+def build_index(
+    o: TrainOptions | ExtractOptions, source: Path, name: str = "index.jsonl", drops: str = "drops.jsonl"
+) -> Index:
+    """The run's index of a list of videos or, for dpo, of pairs. drops: the file of the rows left out."""
+    pairs = o.job == "dpo"
+    return dataset.build_index(o, source, parse_buckets(o.buckets), pairs=pairs, name=name, drops=drops)
 
 
 class Batches:
