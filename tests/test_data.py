@@ -1,4 +1,4 @@
-"""The data path of Wan2.1: drop report, sampler and loader of common/data.py, and zoo/wan21/data.py on them."""
+"""The data path of videos: drop report, sampler and loader of common/data.py, and common/diffusion on them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from video_case import CASES, DAMAGES, clip, damage, draw, numbers
 
 from common import data
 from common.data import BucketSampler, DropReport, check_drops, note_drops, prefetch
+from common.diffusion.buckets import Bucket, Strides, choose_bucket, make_buckets, parse_buckets
+from common.diffusion.dataset import Index, IndexRow, VideoTextDataset, count_frames, scan, store
+from common.diffusion.lists import Row, read_rows
 from common.video import VideoInfo
-from zoo.wan21 import data as wan
-from zoo.wan21.data import Bucket, Index, VideoTextDataset, read_rows, scan, store
 
 pytestmark = pytest.mark.L2
+
+STRIDES = Strides(frames=4, side=16)
 
 
 def write_list(path: Path, rows: list[dict]) -> Path:
@@ -250,7 +253,7 @@ def test_line_that_a_kill_cut_off_is_passed_over(tmp_path):
 
 
 def test_buckets_are_parsed_and_checked():
-    assert wan.parse_buckets("81x480x832, 1x16x32") == [Bucket(81, 480, 832), Bucket(1, 16, 32)]
+    assert parse_buckets("81x480x832, 1x16x32", STRIDES) == [Bucket(81, 480, 832), Bucket(1, 16, 32)]
     for text, message in {
         "80x480x832": r"80 frames; expected 4n\+1 \(77, 81\)",
         "0x480x832": r"0 frames; expected 4n\+1 \(1, 5\)",
@@ -260,8 +263,8 @@ def test_buckets_are_parsed_and_checked():
         "81x480x832,": "expected FRAMESxHEIGHTxWIDTH",
     }.items():
         with pytest.raises(ValueError, match=message):
-            wan.parse_buckets(text)
-    assert wan.parse_buckets("81x480x840", multiple=8) == [Bucket(81, 480, 840)]
+            parse_buckets(text, STRIDES)
+    assert parse_buckets("81x480x840", Strides(4, 8)) == [Bucket(81, 480, 840)]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,7 @@ def test_buckets_are_parsed_and_checked():
 )
 def test_bucket_choice(frames, fps, size, train_fps, expected):
     buckets = [Bucket(81, 480, 832), Bucket(49, 720, 1280), Bucket(81, 832, 480)]
-    assert wan.choose_bucket(VideoInfo(frames, fps, *size), buckets, train_fps) == expected
+    assert choose_bucket(VideoInfo(frames, fps, *size), buckets, train_fps) == expected
 
 
 def test_bucket_of_a_variable_rate_is_chosen_by_its_duration():
@@ -293,27 +296,25 @@ def test_bucket_of_a_variable_rate_is_chosen_by_its_duration():
     but not at their own."""
     buckets = [Bucket(65, 48, 48), Bucket(61, 48, 48), Bucket(5, 48, 48)]
     info = VideoInfo(61, 61 / 4, 48, 48, duration=4.0)
-    assert wan.choose_bucket(info, buckets, 16) == 1 and wan.choose_bucket(info, buckets, None) == 1
-    assert wan.choose_bucket(replace(info, duration=4.01), buckets, 16) == 0
-    assert wan.choose_bucket(replace(info, fps=16.05), buckets[:1], 16) == "too short", (
-        "16.05 and 16 are not one rate here"
-    )
-    assert wan.choose_bucket(VideoInfo(2, 0.5, 48, 48, duration=4.0), buckets, 16) == 1
+    assert choose_bucket(info, buckets, 16) == 1 and choose_bucket(info, buckets, None) == 1
+    assert choose_bucket(replace(info, duration=4.01), buckets, 16) == 0
+    assert choose_bucket(replace(info, fps=16.05), buckets[:1], 16) == "too short", "16.05 and 16 are not one rate here"
+    assert choose_bucket(VideoInfo(2, 0.5, 48, 48, duration=4.0), buckets, 16) == 1
 
 
 @pytest.mark.parametrize(("text", "split"), [("auto:81x480x832", 1), ("auto:81x720x1280", 8), ("auto:13x48x48", 2)])
 def test_made_buckets_are_legal_and_lose_little(text, split):
     """Below the area by at most a twentieth; a video of a usual aspect is cut by at most one. Tiny areas can only do
     what multiples of 16 can."""
-    largest, buckets = wan.parse_buckets(text[5:])[0], wan.auto_buckets(text, split)
+    largest, buckets = parse_buckets(text[5:], STRIDES)[0], make_buckets(text, STRIDES, split)
     area = largest.height * largest.width
     for bucket in buckets:
-        assert bucket.check().frames <= largest.frames and bucket.height * bucket.width <= area
+        assert bucket.check(STRIDES).frames <= largest.frames and bucket.height * bucket.width <= area
         assert bucket.height * bucket.width // 256 % split == 0
     if area > 400 * 400:
         assert largest in buckets and min(b.height * b.width for b in buckets) > 0.95 * area
         for size in ((1080, 1920), (480, 640), (512, 512), (1920, 1080), (600, 400)):
-            chosen = buckets[wan.choose_bucket(VideoInfo(500, 16.0, *size), buckets, 16)]
+            chosen = buckets[choose_bucket(VideoInfo(500, 16.0, *size), buckets, 16)]
             scale = max(chosen.height / size[0], chosen.width / size[1])
             assert chosen.frames == 81 and chosen.height * chosen.width > 0.95 * scale**2 * size[0] * size[1]
     lengths = {b.frames for b in buckets}
@@ -323,14 +324,14 @@ def test_made_buckets_are_legal_and_lose_little(text, split):
 def test_made_buckets_come_of_one_shape():
     for text in ("auto:81x480x832,49x480x832", "auto:81", "auto:80x480x832"):
         with pytest.raises(ValueError, match="expected .*; fix: --buckets"):
-            wan.auto_buckets(text)
+            make_buckets(text, STRIDES)
 
 
 def test_used_frames_are_counted_by_bucket():
     buckets = [Bucket(81, 480, 832), Bucket(49, 480, 832), Bucket(17, 480, 832)]
     facts = [(0, 100, 16.0), (0, 122, 24.0), (1, 60, 16.0)]  # bucket, frames, rate: 100, 82 and 60 frames at 16
-    rows = [wan.IndexRow(f"{i}", "", "", b, frames, fps, 0, 0) for i, (b, frames, fps) in enumerate(facts)]
-    assert wan.fill(Index(rows, buckets, 16), 2).splitlines() == [
+    rows = [IndexRow(f"{i}", "", "", b, frames, fps, 0, 0) for i, (b, frames, fps) in enumerate(facts)]
+    assert count_frames(Index(rows, buckets, 16), 2).splitlines() == [
         "buckets: 211 of 242 frames used (87.2%)",
         "  81x480x832: 2 videos, 162 of 182 frames",
         "  49x480x832: 1 videos, 49 of 60 frames; fewer than a batch of 2, which repeats some",
@@ -343,7 +344,7 @@ def test_used_frames_are_counted_by_bucket():
 def make_dataset(
     clips: Path, names: list[str], bucket: Bucket, fps: float | None = None, **options
 ) -> VideoTextDataset:
-    rows = [wan.Row(str(clips / name), f"caption of {name}", f"list:{i}") for i, name in enumerate(names)]
+    rows = [Row(str(clips / name), f"caption of {name}", f"list:{i}") for i, name in enumerate(names)]
     return VideoTextDataset(scan(rows, [bucket], fps, DropReport(), workers=1), **options)
 
 
@@ -401,7 +402,7 @@ def test_what_decord_does_not_read_is_said_once_and_read_by_pyav(tmp_path, capsy
     pytest.importorskip("decord")
     clip(tmp_path / "open.mp4", frames=70, codec="libx265")
     clip(tmp_path / "a.mp4", frames=60)
-    rows = [wan.Row(str(tmp_path / name), "x", f"list:{i}") for i, name in enumerate(["a.mp4", "open.mp4"])]
+    rows = [Row(str(tmp_path / name), "x", f"list:{i}") for i, name in enumerate(["a.mp4", "open.mp4"])]
     index = scan(rows, [Bucket(17, 64, 96)], None, DropReport(), decoder="decord")
     assert capsys.readouterr().out == (
         "decord reads 1 of 2 videos, PyAV the others: 1 open groups of pictures (first: list:1 "
@@ -460,7 +461,7 @@ def encode(dataset: VideoTextDataset, rows: list[int]) -> dict:
 def test_second_read_returns_the_stored_tensors_without_opening_a_video(clips, tmp_path, monkeypatch):
     dataset = make_dataset(clips, ["a.mp4", "b.mp4"], Bucket(17, 64, 96), cache_dir=tmp_path / "cache", encoder="vae-1")
     made = encode(dataset, [0, 1])
-    monkeypatch.setattr(wan, "read_frames", lambda *_: pytest.fail("opened a video"))
+    monkeypatch.setattr("common.diffusion.dataset.read_frames", lambda *_: pytest.fail("opened a video"))
     batch = dataset.fetch([1, 0])
     assert batch["pixels"] is None and batch["captions"] == ["caption of b.mp4", "caption of a.mp4"]
     assert batch["latents"].dtype == torch.float32 and torch.equal(batch["latents"], made["latents"].flip(0))
@@ -695,9 +696,10 @@ def test_damaged_file_neither_hangs_nor_crashes_a_worker(clips, tmp_path, kind):
 def test_lists_and_buckets_are_read_without_torch(clips):
     write_list(clips / "list.jsonl", [{"path": "a.mp4", "cap": "x"}])
     program = (
-        "import sys; from zoo.wan21 import data as wan; from common.data import BucketSampler, DropReport;"
-        f"rows, report = wan.read_rows({str(clips / 'list.jsonl')!r});"
-        "index = wan.scan(rows, wan.parse_buckets('5x32x48'), 16, report);"
+        "import sys; from common.data import BucketSampler, DropReport; from common.diffusion import features, requests;"
+        "from common.diffusion import buckets, dataset, lists, options;"
+        f"rows, report = lists.read_rows({str(clips / 'list.jsonl')!r});"
+        "index = dataset.scan(rows, buckets.parse_buckets('5x32x48', buckets.Strides(4, 16)), 16, report);"
         "assert len(index.rows) == 1 and BucketSampler([0], 1, 1, 0, 1, 0).batch(0) == (0, [0]);"
         "assert 'torch' not in sys.modules"
     )

@@ -80,7 +80,7 @@ def test_demos_weights_have_the_demos_tokenizer_however_they_are_named(monkeypat
 def checkpoint(folder, weights, config):
     """The state.json of a run that was trained with these encoders."""
     folder.mkdir(parents=True)
-    start = {"weights": str(weights), **wan21.features.frozen_parts(weights, config)}
+    start = {"weights": str(weights), **wan21.frozen_parts(weights, config)}
     values = {"step": 3, "start": start, "model": vars(config) | {"patch_size": list(config.patch_size)}}
     (folder / "state.json").write_text(json.dumps(values))
     (folder / "manifest.json").write_text("{}")

@@ -1,6 +1,5 @@
 """Evaluation: each score against its formula, or transformers' own, written out; the job on the demo; what is refused."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -14,10 +13,9 @@ from ranks import run_ranks
 from scipy.linalg import sqrtm
 
 from common import worker
+from common.diffusion import scores
 from common.video import probe_video, read_frames
 
-scores = importlib.import_module(f"zoo.{case.RECIPE}.scores")
-evaluate = importlib.import_module(f"zoo.{case.RECIPE}.evaluate")
 TOLERANCE = 1e-5
 CLIP_TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
              "vocab_size": 400, "max_position_embeddings": 12, "eos_token_id": 1}  # fmt: skip

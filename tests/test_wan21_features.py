@@ -12,6 +12,10 @@ import wan_case as case
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from common.diffusion import options as shared
+from common.diffusion.dataset import Index
+from common.diffusion.features import FeatureDataset
+
 pytestmark = pytest.mark.L4
 
 DEMO = case.jobs.DEMO_WEIGHTS
@@ -116,12 +120,11 @@ def test_a_stopped_extraction_goes_on_and_makes_the_same_bits(clips, folder, tmp
 
 
 def test_a_damaged_shard_is_named(folder, tmp_path):
-    features, data = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("features", "data"))
     shutil.copytree(folder, tmp_path / "features")
     shard = tmp_path / "features" / "shards" / "00001.safetensors"
     shard.write_bytes(bytes(200) + shard.read_bytes()[200:])
-    index = data.Index.load(folder / "index.jsonl")
-    dataset = features.FeatureDataset(tmp_path / "features", index)
+    index = Index.load(folder / "index.jsonl")
+    dataset = FeatureDataset(tmp_path / "features", index)
     dataset.fetch([0])
     with pytest.raises(ValueError, match="00001.safetensors is damaged .*; fix: delete it and run extract_features.sh"):
         dataset.fetch([3])
@@ -179,7 +182,7 @@ def test_decord_is_refused_where_it_is_missing_and_beside_worker_processes(monke
         (None, "it is not installed; fix: pip install decord"),
         (True, "with workers=2: it hangs in forked processes; fix: --workers 0"),
     ):
-        monkeypatch.setattr(case.jobs, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(shared, "find_spec", lambda name, found=found: found)
         with pytest.raises(ValueError, match=message):
             case.jobs.parse("train", ["--decoder", "decord", "--workers", "2"])
     assert case.jobs.parse("train", ["--decoder", "decord", "--workers", "0"]).decoder == "decord"

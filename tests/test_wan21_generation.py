@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 import wan_case as case
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
 from PIL import Image, ImageSequence
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli, parallel, worker
+from common.diffusion import caches, sampling, scores, vae_parallel, videos
 
-accelerate, infer, quality, vae, videos = (
-    import_module(f"zoo.{case.RECIPE}.{name}") for name in ("accelerate", "infer", "quality", "vae", "videos")
-)
+accelerate, infer = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("accelerate", "infer"))
 pytestmark = [pytest.mark.L3, pytest.mark.usefixtures("one_rank")]
 
 TOLERANCE = 1e-5  # of the largest entry
@@ -45,12 +45,16 @@ def options(grid=case.GRID, **values) -> "case.jobs.InferOptions":
     return case.jobs.check_acceleration(o, case.CONFIG, grid)
 
 
+def quantize(chunks) -> None:
+    caches.quantize([m for chunk in chunks for m in chunk.modules() if isinstance(m, case.model.WanBlock)])
+
+
 def built(o, state, grid=case.GRID) -> tuple:
     """(chunks, moment) as infer.py builds them."""
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, state)
     if o.quantize == "int8":
-        accelerate.quantize(chunks)
+        quantize(chunks)
     if o.fsdp:
         chunks = parallel.wrap(chunks, o, case.model.WanBlock)
     for block in [m for chunk in chunks for m in chunk.modules() if isinstance(m, case.model.WanBlock) and o.compile]:
@@ -99,7 +103,7 @@ def on_ranks(cases: list[tuple[dict, tuple]]) -> list[tuple[int, torch.Tensor]]:
     for values, grid in cases:
         o = options(grid, **values)
         parallel.initialize(o)
-        video, pair = infer.video_groups(o)
+        video, pair = sampling.video_groups(o)
         chunks, moment = built(o, case.random_state(), grid)
         lane = parallel.mpu.get_data_parallel_rank() // (o.dp // o.lanes)
         out.append((lane, sampled(o, chunks, moment, grid, pair, lane)))
@@ -142,7 +146,7 @@ def rounded_by_slices(state: dict, tp: int) -> dict:
     for name, weight in state.items():
         if name.endswith(".weight") and ".norm" not in name and name.startswith("blocks."):
             split = 1 if name.endswith((".o.weight", "ffn.2.weight")) else 0
-            parts = [accelerate.Int8Weight(torch.float32) for _ in range(tp)]
+            parts = [caches.Int8Weight(torch.float32) for _ in range(tp)]
             pieces = zip(parts, weight.chunk(tp, split), strict=True)
             out[name] = torch.cat([part(*part.right_inverse(piece)) for part, piece in pieces], split)
     return out
@@ -220,7 +224,7 @@ def test_stated_size_of_the_cache_is_what_it_holds(state):
 
 
 def test_sparse_attention_is_dense_attention_under_its_mask():
-    moment = accelerate.Moment(step=2)
+    moment = caches.Moment(step=2)
     frames, rows, columns = 3, 8, 32
     L, N, E = frames * rows * columns, 2, 24
     q, k, v = (torch.randn(L, 1, N, E, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -249,7 +253,7 @@ def test_sparse_attention_is_dense_attention_under_its_mask():
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 16), (10, 13)])
 def test_windows_hold_neighbours_and_every_token_once(rows, columns):
-    order = accelerate.window_order(2, rows, columns)
+    order = caches.window_order(2, rows, columns)
     assert order.sort().values.equal(torch.arange(2 * rows * columns))
     assert (order[: rows * columns] < rows * columns).all()  # frame by frame
     window = order[:64]
@@ -263,7 +267,7 @@ def test_int8_weights_are_within_half_a_step_and_take_a_quarter_of_the_room(stat
     chunks = case.model.build(options(), case.CONFIG)
     case.load(chunks, state)
     before = {n: p.nbytes for n, p in chunks[0].blocks.named_parameters()}
-    accelerate.quantize(chunks)
+    quantize(chunks)
     after = sum(p.nbytes for p in chunks[0].blocks.parameters())
     linears = [n for n in before if n.endswith(".weight") and ".norm" not in n]
     assert len(linears) == 10 * case.CONFIG.num_layers
@@ -299,7 +303,7 @@ def decoded_in_strips(world: int) -> dict:
     out = {}
     with torch.no_grad():
         for kind, latents in VIDEOS.items():
-            decode = vae.split_decoder(small_vae(kind), parallel.sample_group())
+            decode = vae_parallel.split_decoder(small_vae(kind), WanAttentionBlock, parallel.sample_group())
             out[kind] = [decode(x) for x in latents]
     return out
 
@@ -356,7 +360,7 @@ def test_image_to_video_takes_the_accelerations_too(tmp_path):
     run_ranks(2, generate, [*plain, *fast, "--cache-end", "2", "--out", str(tmp_path / "fast")])
     for i in range(2):
         made, want = (frames_of(tmp_path / name / f"{i:04d}.gif") for name in ("fast", "plain"))
-        assert quality.psnr(made, want) > 50 and want.float().std() > 10
+        assert scores.psnr(made, want) > 50 and want.float().std() > 10
         assert videos.read_metadata(tmp_path / "fast" / f"{i:04d}.gif")["image"].endswith(".png")
 
 
@@ -374,7 +378,7 @@ def test_psnr_and_ssim_follow_their_formulas():
     want = torch.randint(0, 256, (2, 3, 14, 13), generator=g, dtype=torch.uint8)
     got = (want.int() + torch.randint(-20, 21, want.shape, generator=g)).clamp(0, 255).to(torch.uint8)
     error = sum((int(a) - int(b)) ** 2 for a, b in zip(got.flatten(), want.flatten(), strict=True)) / got.numel()
-    assert quality.psnr(got, want) == pytest.approx(20 * math.log10(255) - 10 * math.log10(error), rel=1e-9)
+    assert scores.psnr(got, want) == pytest.approx(20 * math.log10(255) - 10 * math.log10(error), rel=1e-9)
     bell = torch.tensor(
         [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
     ).double()
@@ -392,9 +396,9 @@ def test_psnr_and_ssim_follow_their_formulas():
                 )
                 c1, c2 = 2.55**2, 7.65**2
                 values.append((2 * ma * mb + c1) * (2 * vab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
-    assert quality.ssim(got, want) == pytest.approx(float(torch.stack(values).mean()), rel=1e-9)
-    assert quality.psnr(want, want) == math.inf and quality.ssim(want, want) == pytest.approx(1.0, abs=1e-12)
+    assert scores.ssim(got, want) == pytest.approx(float(torch.stack(values).mean()), rel=1e-9)
+    assert scores.psnr(want, want) == math.inf and scores.ssim(want, want) == pytest.approx(1.0, abs=1e-12)
     with pytest.raises(ValueError, match="one shape"):
-        quality.psnr(got, want[:1])
+        scores.psnr(got, want[:1])
     with pytest.raises(ValueError, match="11x11"):
-        quality.ssim(got[..., :10], want[..., :10])
+        scores.ssim(got[..., :10], want[..., :10])

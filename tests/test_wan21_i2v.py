@@ -15,12 +15,13 @@ from ranks import run_ranks
 from test_wan21 import close
 
 from common import device
+from common.diffusion.buckets import Bucket
+from common.diffusion.requests import Request, check_clip, check_requests, read_clip, read_frame, read_requests
+from common.diffusion.videos import write_video
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-infer, encoders, images, videos, data = (
-    import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders", "images", "videos", "data")
-)
+infer, encoders = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("infer", "encoders"))
 FOLDER, PROMPT = case.jobs.DEMO_I2V, "a handwritten three moves to the left"
 
 
@@ -62,12 +63,12 @@ def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
     chunk = case.model.build(o, config)[0]
     case.convert.fill([chunk], o, config, case.model.draw)
     encoder = encoders.TextEncoder(FOLDER, device.current(), torch.float32, config.text_len)
-    grid, bucket = (4, 6, 6), data.Bucket(13, 48, 48)
+    grid, bucket = (4, 6, 6), Bucket(13, 48, 48)
     pictures(1)[0].save(tmp_path / "a.png")
     got = infer.sample(
         [chunk], o, config, encoder.encode([PROMPT]), encoder.encode([""])[0], grid, [5],
         sampler="unipc", shift=5.0, steps=4, cfg=4.0,
-        condition=infer.condition_on(frames, [images.Request(PROMPT, tmp_path / "a.png")], bucket, "exact"),
+        condition=infer.condition_on(frames, [Request(PROMPT, tmp_path / "a.png")], bucket, "exact"),
     )  # fmt: skip
     want = pipeline(
         image=Image.open(tmp_path / "a.png"), prompt=PROMPT, negative_prompt="", height=48, width=48, num_frames=13,
@@ -105,24 +106,24 @@ def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
 
 
 def test_a_clip_is_read_at_the_rate_asked_and_must_be_long_enough(tmp_path):
-    bucket = data.Bucket(5, 48, 48)
+    bucket = Bucket(5, 48, 48)
     video = np.repeat(np.arange(0, 250, 25, dtype=np.uint8)[:, None, None, None], 48, 1).repeat(48, 2).repeat(3, 3)
-    [path] = videos.write(video, tmp_path / "a", 16, "mp4")  # ten frames, each lighter than the one before
-    images.check_clip(path, bucket, 8.0, "exact")
-    shades = images.clip(path, bucket, 8.0, "exact").mean((1, 2, 3))
+    [path] = write_video(video, tmp_path / "a", 16, "mp4")  # ten frames, each lighter than the one before
+    check_clip(path, bucket, 8.0, "exact")
+    shades = read_clip(path, bucket, 8.0, "exact").mean((1, 2, 3))
     assert np.abs(shades - [0, 50, 100, 150, 200]).max() < 5
     with pytest.raises(ValueError, match="5 frames at 8 fps .10 at 16.; expected 9; fix: --video"):
-        images.check_clip(path, data.Bucket(9, 48, 48), 8.0, "exact")
+        check_clip(path, Bucket(9, 48, 48), 8.0, "exact")
 
 
 @pytest.mark.parametrize(("fit", "rows", "columns"), [("crop", 48, 48), ("pad", 24, 48)])
 def test_a_picture_of_another_aspect_is_refused_or_fitted_as_asked(fit, rows, columns, tmp_path):
-    path, bucket = tmp_path / "wide.png", data.Bucket(5, 48, 48)
+    path, bucket = tmp_path / "wide.png", Bucket(5, 48, 48)
     Image.fromarray(np.full((60, 120, 3), 255, np.uint8)).save(path)
     with pytest.raises(ValueError, match=r"120x60 \(aspect 2.000\).*48x48 \(1.000\).*fix: --fit crop"):
-        images.check([images.Request("x", path)], bucket, "exact")
-    images.check([images.Request("x", path)], bucket, fit)
-    shown = images.frame(path, 0, bucket, fit)[..., 0] > 0
+        check_requests([Request("x", path)], bucket, "exact")
+    check_requests([Request("x", path)], bucket, fit)
+    shown = read_frame(path, 0, bucket, fit)[..., 0] > 0
     assert shown.shape == (48, 48) and shown.any(1).sum() == rows and shown.any(0).sum() == columns
 
 
@@ -185,20 +186,20 @@ def test_a_row_of_prompts_that_is_not_of_the_form_is_refused_with_its_line(what,
     name, text, count, message = REFUSED[what]
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        images.read_requests(tmp_path / name, "--prompts", count)
+        read_requests(tmp_path / name, "--prompts", count)
 
 
 def test_prompts_with_pictures_are_read_from_lines_and_from_json(tmp_path):
     (tmp_path / "a.tsv").write_bytes("\ufeffx/first.png\tlast.png\tone,\u2028two\r\n\r\n".encode())
     row = {"image": "x/first.png", "last_image": "last.png", "prompt": "one,\u2028two", "id": 7}
     (tmp_path / "b.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    want = [images.Request("one,\u2028two", tmp_path / "x/first.png", tmp_path / "last.png")]
-    assert images.read_requests(tmp_path / "a.tsv", "--prompts", 2) == want
-    assert images.read_requests(tmp_path / "b.jsonl", "--prompts", 2) == want
+    want = [Request("one,\u2028two", tmp_path / "x/first.png", tmp_path / "last.png")]
+    assert read_requests(tmp_path / "a.tsv", "--prompts", 2) == want
+    assert read_requests(tmp_path / "b.jsonl", "--prompts", 2) == want
 
 
 def test_rows_of_json_are_prompts_of_text_to_video_and_not_their_text():
-    found = images.read_requests(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl", "--prompts")
+    found = read_requests(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl", "--prompts")
     assert [request.prompt for request in found] == [
         "a handwritten three moves to the left", "a handwritten seven moves up"
     ]  # fmt: skip

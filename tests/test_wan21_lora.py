@@ -382,12 +382,12 @@ def test_a_run_from_a_file_counts_and_remembers_its_adapters(tmp_path, monkeypat
     o = case.jobs.parse("train", ["--job", "lora", "--adapter", str(file)])
     count = sum(A.numel() + B.numel() for A, B, _ in factors(case.config.SIZES["tiny"]).values())
     assert case.jobs.trained_parameters(o, case.config.model_config(o)) == count
-    start = case.jobs.adapters.starting_point(o)
+    start = case.jobs.starting_point(o)
     assert start["r"] == [2, 3, 4] and start["alpha"][:2] == [1.5, 1.75] and len(start["alpha"]) == 22
     write(
         file, "musubi", {name: (A, B, 2 * alpha) for name, (A, B, alpha) in factors(case.config.SIZES["tiny"]).items()}
     )
-    assert case.jobs.adapters.starting_point(o)["adapter"] != start["adapter"]
+    assert case.jobs.starting_point(o)["adapter"] != start["adapter"]
 
 
 @pytest.mark.L4

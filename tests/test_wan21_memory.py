@@ -11,7 +11,7 @@ from common import memory as counting
 
 pytestmark = pytest.mark.L3
 
-BUCKET = case.config.data.Bucket(17, 256, 320)  # 1,600 tokens
+BUCKET = case.config.Bucket(17, 256, 320)  # 1,600 tokens
 
 
 def measured(layouts: list[tuple[str, int, dict]], fake: bool = True) -> dict[str, tuple[int, int, float]]:

@@ -1,6 +1,7 @@
 """dpo_t2v.sh and dpo_i2v.sh: loss and gradients against the formula on diffusers' model, layouts against one process, the
 reference, pairs, resume."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -19,9 +20,12 @@ from test_wan21_layouts import whole
 
 from common import lora, parallel, worker
 from common import train as loop
+from common.diffusion.buckets import Bucket
+from common.diffusion.dataset import Index, IndexRow, PairDataset, VideoTextDataset
+from common.diffusion.lists import read_pairs
+from common.diffusion.preference import Margins, with_reference, without_adapters
 
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
-data = case.train.data
 TOLERANCE = 1e-5
 CONFIGS = {"t2v": case.CONFIG, "i2v": case.I2V}
 BETA, SFT = 30.0, 0.4  # errors of random weights are far apart: the loss must not be flat
@@ -39,6 +43,11 @@ def options(**layout) -> SimpleNamespace:
     o = case.options(**layout)
     named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
     return SimpleNamespace(**named | {"beta": BETA, "sft_weight": SFT})
+
+
+def measuring(o, config):
+    """What measures the errors of micro-batches."""
+    return functools.partial(preference.measure, o, lambda batches: case.sequence_length(o, config))
 
 
 # ---------------------------------------------------------------------------------------------------------- one process
@@ -75,9 +84,9 @@ def beside_diffusers(which: str) -> dict:
     policy, reference = (case.model.build(o, config) for _ in states)
     for chunks, state in zip((policy, reference), states, strict=True):
         case.load(chunks, state)
-    copies = functools.partial(preference.contextlib.nullcontext, reference)
-    (batch,) = preference.with_reference(o, copies, [batch], case.sequence_length(o, config))
-    margins = preference.Margins()
+    copies = functools.partial(contextlib.nullcontext, reference)
+    (batch,) = with_reference(copies, measuring(o, config), [batch])
+    margins = Margins()
     output, loss = preference.forward_step(o, margins, iter([batch]), policy[0])
     got, reported = loss(output)
     got.backward()
@@ -118,12 +127,12 @@ def run_layout(layout: dict, which: str) -> dict:
     lora.add(chunks, ["q", "v", "o", "ffn.0", "ffn.2"], rank=3, alpha=6, seed=5)
     lora.checkpoint.initialize(chunks, 7, lambda n, w, g: w.normal_(std=0.1, generator=g), lambda n: "lora_" in n)
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
-    optimizer, margins = loop.build_optimizer(o, wrapped), preference.Margins()
+    optimizer, margins = loop.build_optimizer(o, wrapped), Margins()
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     rank, length = parallel.mpu.get_data_parallel_rank(), case.sequence_length(o, config)
     batches = [pairs([micro * o.dp + rank], config) for micro in range(o.micro_batches)]
-    reference = functools.partial(preference.without_adapters, wrapped)
-    batches = preference.with_reference(o, reference, batches, length)
+    reference = functools.partial(without_adapters, wrapped)
+    batches = with_reference(reference, measuring(o, config), batches)
     forward_step, shape = functools.partial(preference.forward_step, o, margins), {"micro_batch": o.micro_batch}
     results = loop.forward(wrapped, forward_step, batches, sequence_length=length, **shape)
     gradients, value = whole(o, wrapped, gradient=True), loop.global_loss(o, results, False)[0]
@@ -156,7 +165,7 @@ def base_errors() -> list[torch.Tensor]:
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, case.random_state())
     batches = [pairs([i], case.CONFIG) for i in range(2)]
-    return preference.errors_of(o, chunks, batches, case.sequence_length(o))
+    return measuring(o, case.CONFIG)(chunks, batches)
 
 
 @pytest.mark.L2
@@ -183,7 +192,7 @@ def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, report = data.read_pairs(path)
+    found, report = read_pairs(path)
     assert [(row.path[-5:], row.caption, row.where) for row in found] == [
         ("a.mp4", "one", "pairs.jsonl:1"), ("b.mp4", "one", "pairs.jsonl:1"),
         ("c.mp4", "six", "pairs.jsonl:6"), ("a.mp4", "six", "pairs.jsonl:6"),
@@ -193,10 +202,10 @@ def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
         ("one video twice", "pairs.jsonl:5"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="pairs.csv; expected .jsonl or .json; fix: --data"):
-        data.read_pairs(tmp_path / "pairs.csv")
+        read_pairs(tmp_path / "pairs.csv")
     path.write_text("{}\n[1]\n")
     with pytest.raises(ValueError, match=r"pairs.jsonl:2: .*expected an object"):
-        data.read_pairs(path)
+        read_pairs(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ jobs
@@ -204,7 +213,7 @@ def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
 
 @pytest.mark.L0
 def test_a_pair_that_cannot_be_decoded_gives_way_to_the_next_one_whole(monkeypatch):
-    rows = [data.IndexRow(f"{i}.mp4", "c", f"l:{i // 2}", 0, 13, 16.0, 1, 1) for i in range(6)]
+    rows = [IndexRow(f"{i}.mp4", "c", f"l:{i // 2}", 0, 13, 16.0, 1, 1) for i in range(6)]
     damaged, read = {3}, []
 
     def fetch(self, wanted, epoch=0):
@@ -212,8 +221,8 @@ def test_a_pair_that_cannot_be_decoded_gives_way_to_the_next_one_whole(monkeypat
         lost = {row: "torn" for row in wanted if row in damaged}
         return {"rows": [row + 1 if row in damaged else row for row in wanted], "dropped": lost}
 
-    monkeypatch.setattr(data.VideoTextDataset, "fetch", fetch)
-    dataset = data.PairDataset(data.Index(rows, data.parse_buckets("13x48x48"), 16.0))
+    monkeypatch.setattr(VideoTextDataset, "fetch", fetch)
+    dataset = PairDataset(Index(rows, [Bucket(13, 48, 48)], 16.0))
     assert len(dataset) == 3
     batch = dataset.fetch([0, 1])
     assert batch["rows"] == [0, 4, 1, 5] and batch["dropped"] == {3: "torn"} and read[0] == [0, 2, 1, 3]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_resume import tensors
 
 from common import checkpoint, parallel
+from common.diffusion.preference import held_out, without_adapters
 
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
 
@@ -92,12 +93,12 @@ def training(data: Path, out: Path, *argv):
               "--lora-dropout", "0.5", "--sample-steps", "2", "--weighting", "bell", "--caption-dropout", "0.5"]  # fmt: skip
     o = case.jobs.parse("train", [*common, *argv])
     parallel.initialize(o)
-    config, index = case.config.model_config(o), case.train.indexed(o, o.data)
+    config, index = case.config.model_config(o), case.train.build_index(o, o.data)
     chunks = case.model.build(o, config)
     case.convert.fill(chunks, o, config, case.model.draw)
     case.train.adapt(chunks, o, config)
     checkpoint.initialize(chunks, 8, lambda n, w, g: w.normal_(std=0.3, generator=g), lambda n: n.endswith("lora_B"))
-    return o, config, chunks, case.train.Batches(o, config, index)
+    return o, config, chunks, case.train.Batches(o, config, index, case.train.FlowMatching(o))
 
 
 def pairs_of(data: Path, out: Path, task: str) -> tuple[list[dict], list[dict], dict, list[dict]]:
@@ -110,13 +111,14 @@ def pairs_of(data: Path, out: Path, task: str) -> tuple[list[dict], list[dict], 
     for batch in loaded.micro_batches:
         latents, _, condition = batches.encoders.encode(batch["pixels"], batch["captions"])
         alone.append({"latents": latents} | condition)
-    reference, found = functools.partial(preference.without_adapters, chunks), []
+    reference, found = functools.partial(without_adapters, chunks), []
 
     def length(batch: list[dict]) -> int:
         return config.tokens(batch[0]["x"].shape[2:]) + config.context_rows
 
+    measure = functools.partial(preference.measure, o, length)
     for _ in range(2):
-        found.append(preference.held_out(o, batches, chunks, reference, length))
+        found.append(held_out(o, batches, chunks, reference, measure))
         for module in (m for chunk in chunks for m in chunk.modules() if hasattr(m, "lora_dropout")):
             module.lora_dropout = torch.nn.Identity()
     return prepared, alone, found
@@ -152,7 +154,7 @@ def sampled_twice(data: Path, out: Path) -> tuple[list[np.ndarray], list[bool]]:
     asked, videos = case.train.to_sample(o, config, batches.index)[:2], []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        videos.append(np.stack(case.train.sampled(o, config, chunks, batches, asked)))
+        videos.append(np.stack(case.train.sample_videos(o, config, chunks, batches, asked)))
     return videos, [module.training for chunk in chunks for module in chunk.modules()]
 
 

@@ -3,34 +3,21 @@
 - cache attention: a block's self-attention output is computed at every `interval`-th step and reused in between.
 - cache blocks: the same with what a run of blocks adds to its input.
 - sparse: each block of queries attends to the key blocks it seems to need (RainFusion's rule, MindIE-SD's v2).
-- int8: the blocks' linears keep weights of one byte, with a scale per output channel.
 
-They read where the sampler is from a `Moment` and count nothing themselves: a cached value is keyed by block, branch
-of guidance, video and the step it was computed at, and is never taken for another.
+When a value is reused, the order of tokens and int8 weights are in common/diffusion/caches.py.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from common import device, ops, parallel
+from common.diffusion.caches import Moment, Reuse, Schedule, window_order
 
 from .config import WanConfig
-from .model import WanBlock, WanDiT
+from .model import WanDiT
 from .options import InferOptions
 
-BLOCK, WINDOW = 128, 8  # tokens attended to or left out together; side of the spatial windows they are made of
-
-
-@dataclass
-class Moment:
-    """Where the sampler is; it writes, the modules here read."""
-
-    video: int = -1
-    step: int = 0
-    branch: int = 0  # of the guidance: 0 with the prompt, 1 without
+BLOCK = 128  # tokens attended to or left out together: two windows of 8x8
 
 
 def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> Moment:
@@ -50,41 +37,7 @@ def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tup
     return moment
 
 
-# ------------------------------------------------------------------------------------------------------------- caches
-
-
-@dataclass
-class Schedule:
-    """Values are kept from step `start` on at every `interval`-th step and given back at the steps between, up to and
-    including `end` (MindIE-SD's rule)."""
-
-    start: int | None
-    interval: int | None
-    end: int | None
-
-
-class Reuse:
-    """The last computed value of each branch, and when it may stand for a new one."""
-
-    def __init__(self, schedule: Schedule, moment: Moment):
-        self.schedule, self.moment = schedule, moment
-        self.kept: dict[int, tuple[int, int, torch.Tensor]] = {}  # branch -> video, step, value
-
-    def get(self) -> torch.Tensor | None:
-        """The value to use at this moment instead of computing; None: compute."""
-        plan, now = self.schedule, self.moment
-        age = (now.step - plan.start) % plan.interval
-        if not plan.start < now.step <= plan.end or age == 0 or now.branch not in self.kept:
-            return None
-        video, step, value = self.kept[now.branch]
-        return value if (video, step) == (now.video, now.step - age) else None
-
-    def put(self, value: torch.Tensor) -> None:
-        """Keep a computed value if a later step may want it; drop the one it replaces."""
-        plan, now = self.schedule, self.moment
-        self.kept.pop(now.branch, None)
-        if plan.interval > 1 and plan.start <= now.step < plan.end:
-            self.kept[now.branch] = now.video, now.step, value
+# ---- caches ----
 
 
 class CachedAttention(nn.Module):
@@ -138,7 +91,7 @@ def cache_blocks(chunk: WanDiT, run: range, schedule: Schedule, moment: Moment) 
         chunk.blocks[mine[0]] = together
 
 
-# ---------------------------------------------------------------------------------------------------- sparse attention
+# ---- sparse attention ----
 
 
 class SparseAttention(nn.Module):
@@ -168,42 +121,3 @@ class SparseAttention(nn.Module):
         blocks = ops.select_blocks(q, k, self.keep, BLOCK, self.first_frame, self.first_frame)
         out = ops.block_sparse_attention(q, k, v, blocks, BLOCK)[self.back]
         return parallel.gather_heads(out, group) if group.size() > 1 else out
-
-
-def window_order(frames: int, rows: int, columns: int) -> torch.Tensor:
-    """Token indices [F*H*W], frame by frame, within a frame by 8x8 windows (smaller at the far edges), row by row."""
-    t, y, x = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
-    place = t
-    for value, values in ((y // WINDOW, rows), (x // WINDOW, columns), (y % WINDOW, WINDOW), (x % WINDOW, WINDOW)):
-        place = place * values + value
-    return place.flatten().argsort()
-
-
-# --------------------------------------------------------------------------------------------------------------- int8
-
-
-class Int8Weight(nn.Module):
-    """How a linear keeps its weight [outputs, inputs]: int8 rounded to nearest, times an fp32 scale per output.
-
-    A parametrisation: the linear goes on reading `weight`, which is made from the bytes whenever it is read. It saves
-    memory, not time. Under tensor parallelism each rank rounds the slice it holds.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (rounded * scale).to(self.dtype)
-
-    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return (weight.float() / scale).round().to(torch.int8), scale
-
-
-def quantize(chunks: list[nn.Module]) -> None:
-    """Keep the weights of the blocks' linears as int8; biases, norms, embeddings and the head stay as they are."""
-    for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, WanBlock)):
-        for linear in [m for m in block.modules() if isinstance(m, (parallel.ColumnLinear, parallel.RowLinear))]:
-            linear.weight.requires_grad_(False)
-            parametrize.register_parametrization(linear, "weight", Int8Weight(linear.weight.dtype))

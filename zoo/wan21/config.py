@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import release, weights
+from common.diffusion.buckets import Bucket
 from common.release import is_sharded
-
-from . import data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +261,7 @@ def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     return out | {"head.modulation": (1, 2, D)} | linear("head.head", D, config.out_dim * patch)
 
 
-def latent_grid(bucket: data.Bucket) -> tuple[int, int, int]:
+def latent_grid(bucket: Bucket) -> tuple[int, int, int]:
     """Frames, rows, columns of the latents; the VAE's strides are 4, 8, 8 and the first frame stands alone."""
     return (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8
 

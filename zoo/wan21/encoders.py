@@ -55,7 +55,7 @@ class VideoCodec:
         self.vae.requires_grad_(False)
         if tiling:  # pictures in overlapping tiles of 256x256 pixels, blended: less memory, not quite the same values
             self.vae.enable_tiling()
-        self.decoder = lambda latents: self.vae.decode(latents).sample  # or over several ranks: vae.split_decoder
+        self.decoder = lambda latents: self.vae.decode(latents).sample  # or over several ranks: see vae_parallel.py
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=device).view(shape)
         self.std = torch.tensor(self.vae.config.latents_std, device=device).view(shape)

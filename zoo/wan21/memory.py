@@ -17,11 +17,12 @@ from common import device  # isort: skip  (before megatron)
 import torch
 
 from common import cli, lora, memory
+from common.diffusion.buckets import Bucket
 
-from . import data, model
+from . import model
 from .config import SIZES, WanConfig, latent_grid, memory_estimate
 from .model import WanBlock, build
-from .options import HERE, LORA_RANK, TrainOptions, trained_parameters
+from .options import HERE, LORA_RANK, TrainOptions, parse_buckets, trained_parameters
 from .train import forward_step
 
 FEATURES = {  # name -> (ranks, options)
@@ -38,7 +39,7 @@ FEATURES = {  # name -> (ranks, options)
 }
 
 
-def steps(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> Iterator[list[dict]]:
+def steps(o: TrainOptions, config: WanConfig, bucket: Bucket) -> Iterator[list[dict]]:
     """The micro-batches of each step: one, of one video a sample."""
     with device.current():
         B, grid, t = o.micro_batch, latent_grid(bucket), torch.zeros(o.micro_batch)
@@ -55,7 +56,7 @@ def adapt(chunks: list[torch.nn.Module], o: TrainOptions) -> None:
     lora.add(chunks, o.lora_targets.split(","), rank=o.lora_rank, alpha=o.lora_alpha, seed=0)
 
 
-def measure(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> tuple[int, int]:
+def measure(o: TrainOptions, config: WanConfig, bucket: Bucket) -> tuple[int, int]:
     """(bytes at the peak of a step, bytes that stay between steps) of rank 0."""
     split = o.cp * (o.tp if o.sp else 1)
     model._ROPE_CACHE.clear()  # what it holds of the run before is no tensor of this one
@@ -68,7 +69,7 @@ def measure(o: TrainOptions, config: WanConfig, bucket: data.Bucket) -> tuple[in
     return found
 
 
-def options(ranks: int, layout: dict, config: WanConfig, bucket: data.Bucket) -> TrainOptions:
+def options(ranks: int, layout: dict, config: WanConfig, bucket: Bucket) -> TrainOptions:
     """Checked options of one micro-batch of one video."""
     o, tokens = memory.options(TrainOptions, ranks, **layout), config.tokens(latent_grid(bucket))
     return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
@@ -90,7 +91,7 @@ def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, dict, str]]:
 
 def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
     """A row of perf.jsonl."""
-    config, (bucket,) = SIZES[layout["size"]], data.parse_buckets(shape)
+    config, (bucket,) = SIZES[layout["size"]], parse_buckets(shape)
     o = options(ranks, layout, config, bucket)
     found = measure(o, config, bucket)
     estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))

@@ -37,15 +37,16 @@ import torch.distributed as dist
 
 from common import bench, checkpoint, device, perf, release
 from common.bench import OURS, rounded
+from common.diffusion.buckets import Bucket
+from common.diffusion.videos import write_video
 from common.video import decord_refusal, read_frames
 
-from . import convert, data
+from . import convert
 from .config import SIZES, WanConfig, latent_grid, model_config
 from .model import WanBlock, build, draw
-from .options import HERE, PerfOptions
+from .options import HERE, PerfOptions, parse_buckets
 from .perf_generation import generation
 from .train import FlowMatching, forward_step
-from .videos import write
 
 
 def main(o: PerfOptions) -> None:
@@ -74,7 +75,7 @@ def facts(o: PerfOptions) -> dict:
 
 def batch_of(o: PerfOptions, config: WanConfig) -> dict:
     """A micro-batch of random latents and text, [B, C, F, H, W] and [B, T, D], as training sees them."""
-    grid = latent_grid(data.parse_buckets(o.buckets)[0])
+    grid = latent_grid(parse_buckets(o.buckets)[0])
     where, generator = device.current(), torch.Generator().manual_seed(0)
     latents = torch.randn(o.micro_batch, config.out_dim, *grid, generator=generator).to(where)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
@@ -101,7 +102,7 @@ def batches_of(o: PerfOptions, config: WanConfig) -> list[dict]:
 
 def ours(o: PerfOptions, config: WanConfig) -> Callable[[list[dict]], list[dict]]:
     """This model's training step."""
-    tokens, split = config.tokens(latent_grid(data.parse_buckets(o.buckets)[0])), o.cp * (o.tp if o.sp else 1)
+    tokens, split = config.tokens(latent_grid(parse_buckets(o.buckets)[0])), o.cp * (o.tp if o.sp else 1)
     length = (tokens // split + config.context_rows) * split
     return bench.own_step(o, build(o, config), draw_all, WanBlock, forward_step, length)
 
@@ -131,7 +132,7 @@ def peer(o: PerfOptions, config: WanConfig, compiled: bool) -> Callable[[], torc
 
 
 def workload(o: PerfOptions, config: WanConfig) -> bench.Workload:
-    flops = config.flops(latent_grid(data.parse_buckets(o.buckets)[0]))
+    flops = config.flops(latent_grid(parse_buckets(o.buckets)[0]))
     return bench.Workload(library="diffusers", unit="SPS", units=1, digits=3, flops=flops)
 
 
@@ -209,11 +210,11 @@ def load(o: PerfOptions) -> list[dict]:
 
 def decode(o: PerfOptions) -> list[dict]:
     """Frames per second of each decoder at windows of 17 frames, at random places of a clip of 10 s and 480x832."""
-    bucket, frames = data.Bucket(17, 480, 832), 300
+    bucket, frames = Bucket(17, 480, 832), 300
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.default_rng(0).integers(0, 256, (frames // 10, 30, 52, 3), dtype=np.uint8)
         clip = np.stack([np.kron(noise[i // 10], np.ones((16, 16, 1), np.uint8)) for i in range(frames)])
-        [path] = write(clip, Path(folder) / "clip", 30, "mp4")
+        [path] = write_video(clip, Path(folder) / "clip", 30, "mp4")
         decoders = ["pyav"] + (["decord"] if find_spec("decord") and decord_refusal(path) is None else [])
         rates: dict[str, list[float]] = {name: [] for name in decoders}
         for start in np.random.default_rng(1).integers(0, 10 * 16 - bucket.frames, 20).tolist():

@@ -1,4 +1,4 @@
-"""Benchmark of sampling: each setup against a named baseline, seconds beside quality.
+"""Benchmark of sampling: each setup against a named baseline, seconds beside scores.
 
     bash zoo/wan21/perf.sh --only generation               what one process can do
     NPROC=2 bash zoo/wan21/perf.sh --only generation       what several can: each layout against one process
@@ -23,8 +23,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from common import device, parallel, perf
+from common.diffusion import scores
+from common.diffusion.requests import Request
 
-from . import images, infer, quality
+from . import infer
 from .config import WanConfig, model_config
 from .options import DEMO_WEIGHTS, InferOptions, PerfOptions, parse
 
@@ -171,7 +173,7 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     raw |= {"baseline s": spread(seconds["baseline"]), "options": s.options, "baseline options": s.baseline}
     if s.model == "demo":
         pairs = list(zip(made["setup"], made["baseline"], strict=True))
-        decibel, alike = min(quality.psnr(*p) for p in pairs), min(quality.ssim(*p) for p in pairs)
+        decibel, alike = min(scores.psnr(*p) for p in pairs), min(scores.ssim(*p) for p in pairs)
         raw |= {"PSNR dB": "equal" if math.isinf(decibel) else round(decibel, 2), "SSIM": round(alike, 4)}
     row = {
         "task": "generation",
@@ -205,7 +207,7 @@ def load(options: str, s: Setup, own: list[str]) -> tuple[InferOptions, WanConfi
 def timed(o: InferOptions, config: WanConfig, parts: infer.Parts, s: Setup, i: int) -> tuple[float, torch.Tensor]:
     """Seconds of video number i, and the video, uint8 [1, 3, F, H, W]."""
     started = time.perf_counter()
-    latents = infer.latents_of(o, config, parts, [images.Request(PROMPTS[i % len(PROMPTS)])], [i % s.videos])
+    latents = infer.latents_of(o, config, parts, [Request(PROMPTS[i % len(PROMPTS)])], [i % s.videos])
     device.synchronize()
     sampled = time.perf_counter()
     video = infer.pixels_of(o, parts, latents)

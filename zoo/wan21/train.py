@@ -4,10 +4,8 @@
     bash zoo/wan21/pretrain_i2v.sh                                                    # the same, from a first frame
     NPROC=8 bash zoo/wan21/pretrain_t2v.sh --size 1.3B --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl
 
-Every rank of a tensor x context x pipeline group trains on the same samples: each encodes its share of the step's
-micro-batches (VAE, text, given frames) and hands them to the others. Noise, timesteps and caption dropout are drawn
-from generators seeded by (seed, step, place in the global batch), so they do not depend on the layout and need no state
-to resume.
+Noise, timesteps and caption dropout are drawn from generators seeded by (seed, step, place in the global batch), so they
+do not depend on the layout and need no state to resume.
 """
 
 import dataclasses
@@ -20,27 +18,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state as mpu
 
-from common import checkpoint, cli, device, lora, parallel, release, resume
+from common import checkpoint, cli, lora, parallel, release
 from common import train as loop
-from common.data import BucketSampler, Step, check_drops, note_drops, prefetch
-from common.video import probe_video, read_frames
+from common.data import Step
+from common.diffusion import sampling
+from common.diffusion.dataset import Index
+from common.diffusion.preference import Margins, describe, held_out, with_reference
+from common.diffusion.requests import Request, read_requests
+from common.diffusion.videos import write_video
 
-from . import convert, data, features, images, preference
+from . import convert, preference
 from .config import WanConfig, latent_grid, model_config
-from .encoders import Encoders
-from .evaluate import compare, in_words, judge_demo
+from .data import Batches, build_index
+from .demo.report import demo_rows, report_demo
 from .infer import condition_on, sample
 from .model import WanBlock, build, draw, velocity_tokens
-from .options import DEMO_CAPTIONS, HERE, TrainOptions, is_demo, run_facts, starts_from
-from .videos import write
+from .options import HERE, TrainOptions, has_encoders, is_demo, run_facts, starts_from
 
 SAMPLE_BATCH = 16
 HELD_OUT = ("held-out.jsonl", "held-out-drops.jsonl")  # the index of --validation, and what it leaves out
 
-# --------------------------------------------------------------------------------------------------------- objective
+# ---- objective ----
 
 
 def sigma(index: torch.Tensor, shift: float) -> torch.Tensor:
@@ -107,7 +106,7 @@ def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[tor
     return value, {"loss": value.detach().clone()}  # the schedule scales the first one in place
 
 
-# ---------------------------------------------------------------------------------------------------------- adapters
+# ---- adapters ----
 
 
 def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: WanConfig) -> None:
@@ -136,219 +135,56 @@ def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Mod
         print(f"merged      {o.merge}", flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ---- samples ----
 
 
-class Batches:
-    """Steps of encoded micro-batches for this rank, from the user's videos."""
-
-    def __init__(self, o: TrainOptions, config: WanConfig, index: data.Index, drops: str = "drops.jsonl"):
-        self.o, self.config, self.index, self.drops = o, config, index, o.out / drops
-        self.device = device.current()
-        self.videos = 2 if o.job == "dpo" else 1  # of a unit of the data, which a pair is
-        self.sampler = BucketSampler(
-            [row.bucket for row in index.rows[:: self.videos]],
-            o.global_batch // self.videos,
-            o.micro_batch // self.videos,
-            mpu.get_data_parallel_rank(),
-            o.dp,
-            o.seed,
-        )
-        self.flow = FlowMatching(o)
-        self.encoders = Encoders(o.weights, config, o.precision, o.vae_tiling)
-        if o.features:
-            self.dataset = features.FeatureDataset(o.features, index)
-            self.empty = self._padded(features.empty_text(o.features))
-        else:
-            encoder = " ".join(features.encoders(o, config).values())
-            kind = data.PairDataset if o.job == "dpo" else data.VideoTextDataset
-            self.dataset = kind(index, cache_dir=o.cache, encoder=encoder)
-            self.empty = self.encoders.text.encode([""])[0]
-
-    def __call__(self, start: int, end: int | None = None) -> Iterator[Step]:
-        """Decoded or cached micro-batches of the steps from `start` on, this rank's share of each."""
-        group = parallel.sample_group()
-        share = (group.rank(), group.size())
-        return prefetch(self.dataset, self.sampler, start, end or self.o.steps, self.o.workers, share)
-
-    def prepare(self, loaded: Step) -> list[dict]:
-        """A loaded step -> its training batches, whole on every rank of the sample group."""
-        if self.o.adapts:
-            lora.seed_dropout(self.o.seed, loaded.step)
-        group = parallel.sample_group()
-        ranks = dist.get_process_group_ranks(group)
-        mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
-        for batch in mine.values():
-            if batch["dropped"]:
-                note_drops(self.drops, self.dataset.drops(batch["dropped"]), len(self.index.rows), self.o.max_drop)
-        shape = (self.o.micro_batch, self.config.out_dim, *latent_grid(self.index.buckets[loaded.bucket]))
-        batches = []
-        for i in range(self.o.micro_batches):
-            latents, text, condition = self._encoded(mine.get(i), shape)
-            if group.size() > 1:
-                for tensor in (latents, text, *condition.values()):
-                    dist.broadcast(tensor, ranks[i % group.size()], group=group)
-            if self.videos == 2:  # both videos of a pair are conditioned on the chosen one's frames
-                condition = {name: torch.cat([value.chunk(2)[0]] * 2) for name, value in condition.items()}
-            slots = [*self.sampler.slots(i)] * self.videos  # the videos of a pair have the same noise and timestep
-            batch = self.flow.noised(latents, text, self.empty, loaded.step, slots) | condition
-            if i in mine:
-                batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
-            batches.append(batch)
-        return batches
-
-    def _encoded(self, batch: dict | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """(latents [B, C, F, H, W] fp32, text [B, text_len, D], of image-to-video the condition: y [B, 4 + C, F, H, W]
-        and image [B, I, image_dim] fp32); empty to be filled if not this rank's."""
-        config, condition = self.config, {}
-        if batch is None:
-            latents = torch.empty(shape, device=self.device)
-            if config.given_frames:
-                condition["y"] = latents.new_empty(shape[0], config.in_dim - config.out_dim, *shape[2:])
-                condition["image"] = latents.new_empty(shape[0], config.image_rows, config.image_dim)
-            return latents, self.empty.new_empty(shape[0], *self.empty.shape), condition
-        if batch["latents"] is not None:
-            condition = {name: batch[name].to(self.device) for name in (("y", "image") if config.given_frames else ())}
-            return batch["latents"].to(self.device), self._padded(batch["text"]), condition
-        latents, text, condition = self.encoders.encode(batch["pixels"], batch["captions"])
-        for i, key in enumerate(batch["keys"] or []):
-            data.store(self.o.cache, key, latents[i], text[i], {name: value[i] for name, value in condition.items()})
-        return latents, text, condition
-
-    def _padded(self, text: torch.Tensor) -> torch.Tensor:
-        """[..., n, D] of captions with at most n tokens -> [..., text_len, D] on the device."""
-        return F.pad(text.to(self.device), (0, 0, 0, self.config.text_len - text.shape[-2]))
-
-
-def indexed(o: TrainOptions, source: Path, name: str = "index.jsonl", drops: str = "drops.jsonl") -> data.Index:
-    """The run's index of a list of videos: made by rank 0 once, then read by all, also after a resume. One that is kept
-    of another list, other buckets or another rate, and that no checkpoint was trained on, is made again. drops: where the
-    rows left out are listed."""
-    path = o.out / name
-    if getattr(o, "features", None):
-        index = o.features / "index.jsonl"
-        if path.is_file() and path.read_bytes() != index.read_bytes():
-            raise ValueError(f"{path} is of other data than {index}; fix: --features, or another --out")
-        dist.barrier()  # all have looked before one writes
-        if dist.get_rank() == 0:
-            o.out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(index, path)
-            print(check_drops(o.features / drops, len(data.Index.load(index).rows), o.max_drop), flush=True)
-        return data.Index.load(index)
-    if dist.get_rank() == 0 and not _still_holds(path, source, o):
-        read, scan = (
-            (data.read_pairs, data.scan_pairs) if getattr(o, "job", "") == "dpo" else (data.read_rows, data.scan)
-        )
-        rows, report = read(source)
-        index = scan(rows, data.parse_buckets(o.buckets), o.fps or None, report, decoder=o.decoder)
-        o.out.mkdir(parents=True, exist_ok=True)
-        report.save(o.out, drops)
-        print(report, flush=True)
-        report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
-        print(data.fill(index, o.global_batch), flush=True)
-        dataclasses.replace(index, list_content=resume.content([source])).save(path)
-    dist.barrier()
-    return data.Index.load(path)
-
-
-def _still_holds(path: Path, source: Path, o: TrainOptions) -> bool:
-    """Whether the index kept in a run folder is of the list, buckets and rate asked for now; says so if it is not. That a
-    run with checkpoints goes on with the same ones `options.run_facts` has checked."""
-    if not path.is_file():
-        return False
-    kept = data.Index.load(path)
-    now = (resume.content([source]), data.parse_buckets(o.buckets), o.fps or None, o.decoder)
-    if now == (kept.list_content, kept.buckets, kept.fps, kept.decoder):
-        return True
-    print(f"{path} is of another list, --buckets, --fps or --decoder: scanning again", flush=True)
-    return False
-
-
-# -------------------------------------------------------------------------------------------------------------- samples
-
-
-def demo_rows(o: TrainOptions) -> list[data.Row]:
-    """Real clips never trained on, every digit in every direction."""
-    path = o.data.with_name("test.jsonl")
-    rows = data.read_pairs(path)[0][::2] if o.job == "dpo" else data.read_rows(path)[0]
-    return rows[:DEMO_CAPTIONS]
-
-
-def to_sample(o: TrainOptions, config: WanConfig, index: data.Index) -> list[images.Request]:
+def to_sample(o: TrainOptions, config: WanConfig, index: Index) -> list[Request]:
     """What is asked for; else captions, and for image-to-video the first (and last) frames, of videos."""
     if o.sample_prompts:
-        return images.read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
+        return read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
     rows = demo_rows(o) if is_demo(o.data) else index.rows[:: 2 if o.job == "dpo" else 1][:4]
-    return [images.Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
+    return [Request(row.caption, *[Path(row.path)] * config.given_frames) for row in rows]
 
 
-def sampled(
-    o: TrainOptions, config: WanConfig, chunks, batches: Batches, asked: list[images.Request]
+def sample_videos(
+    o: TrainOptions, config: WanConfig, chunks, batches: Batches, requests: list[Request]
 ) -> list[np.ndarray]:
     """A video uint8 [F, H, W, 3] for each, on every rank."""
-    bucket = batches.index.buckets[0]
-    pieces = []
+    bucket, encoders, pieces = batches.index.buckets[0], batches.encoders, []
     for chunk in chunks:
         chunk.eval()  # an adapter's dropout
-    share = -(-len(asked) // o.dp)  # each data-parallel rank samples its share, all the same number (FSDP gathers)
-    mine = [asked[min(mpu.get_data_parallel_rank() * share + i, len(asked) - 1)] for i in range(share)]
-    for start in range(0, share, SAMPLE_BATCH):
-        some = mine[start : start + SAMPLE_BATCH]
-        seeds = [
-            checkpoint.stable_seed(o.seed, mpu.get_data_parallel_rank() * share + start + i) for i in range(len(some))
-        ]
+    mine = sampling.share_samples(requests, o.dp)
+    for start in range(0, len(mine), SAMPLE_BATCH):
+        numbers, some = zip(*mine[start : start + SAMPLE_BATCH], strict=True)
+        seeds = [checkpoint.stable_seed(o.seed, number) for number in numbers]
         latents = sample(
-            chunks, o, config, batches.encoders.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
+            chunks, o, config, encoders.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
             sampler="unipc", shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
-            condition=condition_on(batches.encoders.frames, some, bucket, "crop"),
+            condition=condition_on(encoders.frames, some, bucket, "crop"),
         )  # fmt: skip
-        pieces.append(batches.encoders.codec.decode(latents))
+        pieces.append(encoders.codec.decode(latents))
     for chunk in chunks:
         chunk.train()
-    videos = torch.cat(pieces).to(device.current())  # [share, 3, F, H, W] uint8
-    gathered = [torch.empty_like(videos) for _ in range(o.dp)]
-    dist.all_gather(gathered, videos, group=mpu.get_data_parallel_group())
-    return [v.permute(1, 2, 3, 0).cpu().numpy() for v in torch.cat(gathered)[: len(asked)]]
+    return sampling.gather_samples(torch.cat(pieces), o, len(requests))
 
 
 def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict, before: list) -> None:
     """Sample the trained model and, on the demo data, let the judge score it. before: the demo's samples without
     adapters, if those were trained."""
-    asked = to_sample(o, config, batches.index)
+    requests = to_sample(o, config, batches.index)
     if dist.get_rank() == 0:
-        cli.say(f"sampling {len(asked)} videos")
-    videos, captions = sampled(o, config, chunks, batches, asked), [request.prompt for request in asked]
+        cli.say(f"sampling {len(requests)} videos")
+    videos = sample_videos(o, config, chunks, batches, requests)
     if dist.get_rank() > 0:
         return
-    folder = o.out / "samples"
+    folder, captions = o.out / "samples", [request.prompt for request in requests]
     folder.mkdir(exist_ok=True)
     for i, (video, caption) in enumerate(zip(videos[:8], captions, strict=False)):
-        write(video, folder / f"{i:04d}", o.fps or 16, "gif", {"prompt": caption})
+        write_video(video, folder / f"{i:04d}", o.fps or 16, "gif", {"prompt": caption})
     if is_demo(o.data) and not o.sample_prompts:
-        report_demo(o, videos, captions, result, before)
+        report_demo(o, videos, captions, result["steps"], before)
     else:
         print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder}", flush=True)
-
-
-def report_demo(o: TrainOptions, videos: list, captions: list[str], result: dict, before: list) -> None:
-    """The judge's score of the samples beside that of real clips, a GIF of both, and the run's one line of result."""
-    from .demo import judge
-
-    rows = demo_rows(o)
-    real = [read_frames(r.path, range(probe_video(r.path).frames)) for r in rows]
-    scores, folder = judge_demo(videos, real, captions), o.out / "samples"
-    words = f"result: step {result['steps']}, {in_words(scores)}"
-    compare(folder, videos, real, o.fps)
-    if before:
-        clips = {"samples": videos, "before": before, "real": real}
-        blinking = {what: sum(map(judge.blinks, found)) / len(found) for what, found in clips.items()}
-        scores.append({"score": "blinking"} | blinking | {"n": len(videos)})
-        words += f", blinking {blinking['samples']:.0%} (before {blinking['before']:.0%}, real {blinking['real']:.0%})"
-        strip = np.concatenate([np.concatenate(side[:8], axis=2) for side in (before, videos)], axis=1)
-        write(strip, folder / "before_above_after_below", o.fps or 16, "gif")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-    print(f"run folder  {o.out}\nloss curve  {o.out / 'loss.png'}\nsamples     {folder} (clips above, sampled below)")
-    print(words, flush=True)
 
 
 def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -> str:
@@ -361,12 +197,12 @@ def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -
     return f"{launcher} {made} --video {o.buckets.split(',')[0]}{given} --prompt TEXT"
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# ---- main ----
 
 
 def main(o: TrainOptions) -> None:
     config = model_config(o)
-    index = indexed(o, o.data)
+    index = build_index(o, o.data)
     o = loop.count_epochs(o, len(index.rows))
     chunks = build(o, config)
     convert.fill(chunks, o, config, draw)
@@ -388,18 +224,19 @@ def main(o: TrainOptions) -> None:
 
     grid = latent_grid(index.buckets[0])
     header = loop.run_header(o, HERE.name, o.job, config.parameters, flops(grid), starts_from(o))
-    batches = Batches(o, config, index)
+    flow = FlowMatching(o)
+    batches = Batches(o, config, index, flow)
     # What the demo's adapters are to bring, the base lacks.
     blinking = o.adapts and is_demo(o.data) and not o.sample_prompts
-    before = sampled(o, config, wrapped, batches, to_sample(o, config, index)) if blinking else []
+    before = sample_videos(o, config, wrapped, batches, to_sample(o, config, index)) if blinking else []
     step, prepare, margins = forward_step, batches.prepare, None
     if o.job == "dpo":
-        reference, margins = preference.reference_model(o, config, wrapped), preference.Margins()
+        reference, margins = preference.reference_model(o, config, wrapped), Margins()
+        measure = functools.partial(preference.measure, o, sequence_length)
         step = functools.partial(preference.forward_step, o, margins)
 
         def prepare(loaded: Step) -> list[dict]:
-            micro_batches = batches.prepare(loaded)
-            return preference.with_reference(o, reference, micro_batches, sequence_length(micro_batches))
+            return with_reference(reference, measure, batches.prepare(loaded))
 
     if dist.get_rank() == 0:
         cli.say("first step: loads the encoders and encodes its videos, which takes longer than the steps after it")
@@ -421,16 +258,16 @@ def main(o: TrainOptions) -> None:
         with torch.no_grad():
             for name, parameter in checkpoint.trained(wrapped):
                 parameter.copy_(result["ema"][name])
-    if finished and features.has_encoders(o.weights, config):
+    if finished and has_encoders(o.weights, config):
         finish(o, config, wrapped, batches, result, before)
     elif finished and dist.get_rank() == 0:
         print(f"note: no samples: {o.weights} has no VAE and text encoder; see infer_t2v.sh", flush=True)
     if finished and o.job == "dpo" and o.validation:
-        pairs = Batches(o, config, indexed(o, o.validation, *HELD_OUT), HELD_OUT[1])
-        found = preference.held_out(o, pairs, wrapped, reference, sequence_length)
+        pairs = Batches(o, config, build_index(o, o.validation, *HELD_OUT), flow, HELD_OUT[1])
+        found = held_out(o, pairs, wrapped, reference, measure)
         if dist.get_rank() == 0:
             (o.out / "held-out.json").write_text(json.dumps(found, indent=2))
-            print(preference.in_words(found), flush=True)
+            print(describe(found), flush=True)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:

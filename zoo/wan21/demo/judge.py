@@ -17,7 +17,6 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from sklearn.svm import SVC
 
 from . import make_data
 
@@ -52,8 +51,11 @@ def look(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 @cache
-def classifier() -> SVC:
-    """Fitted on train scans at random sub-pixel places, three each: as rendered, blurred, and blurred with noise."""
+def classifier():
+    """A support vector machine of scikit-learn's, fitted on train scans at random sub-pixel places, three each: as rendered,
+    blurred, and blurred with noise."""
+    from sklearn.svm import SVC  # here: training imports this module whatever its data
+
     images, labels = make_data.digit_images(train=True)
     rng = np.random.default_rng(0)
     features, targets = [], []

@@ -22,7 +22,6 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from common import processes
@@ -59,6 +58,8 @@ def caption(digit: int, direction: str) -> str:
 def digit_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 8, 8) in 0..1 and labels (N,) of the train or of the held-out part; the split does not depend on a
     seed, so that weights, judge and data of different runs agree on what was never seen."""
+    from sklearn.datasets import load_digits  # here: training imports this module whatever its data
+
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)
     order = np.random.default_rng(1797).permutation(len(images))
@@ -167,6 +168,16 @@ def _build(out: Path, settings: str, train: int, test: int, seed: int, blinking:
         os.replace(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def make_lists(folder: Path, plain: Path, blinking: Path, pairs: Path) -> None:
+    """Make what `folder` needs, which is one of the others: plain clips, blinking ones, or pairs of the two."""
+    if folder != blinking:
+        make(plain)
+    if folder != plain:
+        make(blinking, train=320, test=80, blinking=True)
+    if folder == pairs:
+        make_pairs(pairs, chosen=blinking, rejected=plain)
 
 
 def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:

@@ -1,13 +1,18 @@
-"""Scores of generated videos by frozen models that are given as folders: a Fréchet distance, the CLIP score, VBench.
+"""Scores of videos: by frozen models that are given as folders, and of two videos against each other.
 
-Both distances of videos here are of the kind published ones are, and comparable only among themselves: published FVD
-(arXiv:1812.01717) has the features of an I3D network, trained on Kinetics and released as a TorchScript file, of
-16 frames of 224x224; here the features are those of the model that is given.
+- A Fréchet distance of features and the CLIP score, by transformers' models; VBench.
+- PSNR and SSIM (Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"), as a faster
+  way of sampling is judged against the plain one.
+
+The Fréchet distance is of the kind published ones are, and comparable only to others by the same model. Published FVD
+(arXiv:1812.01717) has the features of an I3D network, trained on Kinetics and released as a TorchScript file, of 16 frames
+of 224x224. Here the features are those of the model that is given.
 
 Shapes: N clips, F frames, H height, W width, D features.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+PEAK = 255.0  # of uint8 pixels
+
+# ---- frozen models ----
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,7 +87,7 @@ class ClipScore:
         return 100 * torch.cosine_similarity(frames, words).mean().item()
 
 
-# -------------------------------------------------------------------------------------------------------------- VBench
+# ---- VBench ----
 
 VBENCH = """
 import json, sys, torch
@@ -92,7 +102,7 @@ judge.evaluate(videos_path=facts["videos"], name="vbench", prompt_list=facts["ca
 def vbench(python: Path, dimensions: list[str], captions: dict[str, str], videos: Path, out: Path, device: str) -> dict:
     """VBench's scores (arXiv:2311.17982) of the files of a folder, by dimension. captions: file name -> caption.
 
-    Run by an interpreter of its own: vbench 0.1.5 wants numpy < 2 and transformers 4.33, this recipe newer ones.
+    Run by an interpreter of its own: vbench 0.1.5 wants numpy < 2 and transformers 4.33, we newer ones.
 
     Raises:
         ValueError: that interpreter has no vbench, or it failed; its own messages stand above.
@@ -107,3 +117,48 @@ def vbench(python: Path, dimensions: list[str], captions: dict[str, str], videos
         )
     found = json.loads((out / "vbench_eval_results.json").read_text())
     return {dimension: float(found[dimension][0]) for dimension in dimensions}
+
+
+# ---- two videos ----
+
+
+def psnr(got: torch.Tensor, want: torch.Tensor) -> float:
+    """10 log10(255^2 / mean squared error) in dB over all pixels of two uint8 tensors of one shape; inf if equal.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes(got, want)
+    error = (got.double() - want.double()).square().mean().item()
+    return 10 * math.log10(PEAK**2 / error) if error else math.inf
+
+
+def ssim(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Mean SSIM of two uint8 tensors [..., H, W], every channel and frame by itself: means, variances and covariance
+    under an 11x11 Gaussian window of sigma 1.5, where it fits inside the frame; K1 = 0.01, K2 = 0.03. 1 if equal.
+
+    Raises:
+        ValueError: the shapes differ, or a frame is smaller than the window.
+    """
+    _check_shapes(got, want)
+    if min(got.shape[-2:]) < 11:
+        raise ValueError(f"frames of {tuple(got.shape[-2:])} pixels; expected at least 11x11, the window of SSIM")
+    x, y = (t.double().reshape(-1, 1, *t.shape[-2:]) for t in (got, want))  # [N, 1, H, W]
+    offsets = torch.arange(11, dtype=torch.float64, device=x.device) - 5
+    bell = torch.exp(-offsets.square() / (2 * 1.5**2))
+    bell = bell / bell.sum()
+
+    def blur(image: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(image, bell.view(1, 1, 11, 1)), bell.view(1, 1, 1, 11))  # [N, 1, H-10, W-10]
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    ratio = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (ratio / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean().item()
+
+
+def _check_shapes(got: torch.Tensor, want: torch.Tensor) -> None:
+    if got.shape != want.shape:
+        raise ValueError(f"videos of shapes {tuple(got.shape)} and {tuple(want.shape)}; expected one shape")

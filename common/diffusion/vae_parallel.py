@@ -1,9 +1,11 @@
-"""The Wan VAE's decoder over several ranks: each decodes a strip of the latents' rows, with the result of one.
+"""A causal VAE's decoder over several ranks: each decodes a strip of the latents' rows. The result is that of one rank.
 
-A convolution of three rows needs one row of each neighbouring strip, so every such convolution of diffusers'
-AutoencoderKLWan first exchanges them (the zeros it would pad with stand outside the first and the last strip). The one
-attention, over a whole frame at latent resolution, gathers the strips and is computed by every rank. All else works
-row by row, the causal feature cache included: it holds rows of the strip, and goes through the same exchange.
+A convolution of three rows needs one row of each neighbouring strip, so every such convolution first exchanges them. The
+zeros it would pad with stand outside the first and the last strip. An attention over a whole frame at latent resolution
+gathers the strips and is computed by every rank. All else works row by row, the causal feature cache included: it holds
+rows of the strip, and goes through the same exchange.
+
+It is for diffusers' decoders whose convolutions are called as conv(x, cache_x), with the frames before x in cache_x.
 """
 
 from collections.abc import Callable
@@ -11,19 +13,21 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
 from torch import nn
 
 
-def split_decoder(vae: AutoencoderKLWan, group: dist.ProcessGroup) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Turn `vae`'s decoder, in place, into one that works on strips; from now on decode with what this returns:
-    latents [B, C, f, h, w] -> pixels [B, 3, 4f-3, 8h, 8w], both whole on every rank of `group`; h of at least its size.
+def split_decoder(
+    vae: nn.Module, attention: type[nn.Module], group: dist.ProcessGroup
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Turn `vae`'s decoder, in place, into one that works on strips. attention: the class of its attention blocks.
+
+    From now on decode with what this returns: latents [B, C, f, h, w] -> pixels [B, 3, F, H, W], both whole on every rank
+    of `group`; h is at least the number of ranks.
     """
     rows: list[int] = []  # of each rank's strip, set at every call
     for parent in list(vae.decoder.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, WanAttentionBlock):
+            if isinstance(child, attention):
                 setattr(parent, name, GatheredAttention(child, rows, group))
             elif isinstance(child, nn.Conv2d | nn.Conv3d) and child.kernel_size[-2] > 1:
                 setattr(parent, name, StripConv(child, group))
@@ -51,11 +55,11 @@ class StripConv(nn.Module):
         convolution of the whole, [B, C', F, h, W] or [B, C', h, W]."""
         weight, bias = self.conv.weight, self.conv.bias
         if x.ndim == 4:
-            return F.conv2d(F.pad(with_neighbours(x, self.group), (1, 1)), weight, bias)
+            return F.conv2d(F.pad(add_neighbours(x, self.group), (1, 1)), weight, bias)
         before = self.conv.kernel_size[0] - 1  # causal: frames it looks back at
         if cache_x is not None:
             x, before = torch.cat((cache_x, x), 2), before - cache_x.shape[2]
-        return F.conv3d(F.pad(with_neighbours(x, self.group), (1, 1, 0, 0, before, 0)), weight, bias)
+        return F.conv3d(F.pad(add_neighbours(x, self.group), (1, 1, 0, 0, before, 0)), weight, bias)
 
 
 class GatheredAttention(nn.Module):
@@ -68,7 +72,7 @@ class GatheredAttention(nn.Module):
         return self.attention(gather_rows(x, self.rows, self.group)).split(self.rows, 3)[self.group.rank()]
 
 
-def with_neighbours(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def add_neighbours(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """[..., h, W] -> [..., h + 2, W]: the last row of the strip above and the first of the one below; zeros at the
     edges of the picture."""
     above, below = (torch.zeros_like(x[..., :1, :], memory_format=torch.contiguous_format) for _ in range(2))

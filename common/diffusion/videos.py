@@ -10,39 +10,45 @@ from PIL import Image
 
 from common import weights
 
-from .images import Request
-from .options import InferOptions
+from .requests import Request
 
 SPEED = ("cfg_parallel", "vae_parallel", "compile", "cpu_offload")  # what changes the pixels by no more than rounding
 _FREE = {*SPEED, "out", "format", "prompts", "task", "prompt", "image", "last_image"}  # files, and a request's own
 
 
-def write(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | None = None) -> list[Path]:
-    """uint8 [F, H, W, 3] -> stem.mp4 (H.264), stem.gif or both; `made` becomes the comment in their metadata, as JSON.
+def write_video(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | None = None) -> list[Path]:
+    """uint8 [F, H, W, 3] -> stem.mp4 (H.264), stem.gif or both. `made` becomes the comment in their metadata, as JSON.
     A file appears under its name only when it is whole."""
     written, comment = [], json.dumps(made or {}, ensure_ascii=False, sort_keys=True)
     if kind in ("mp4", "both"):
-        unfinished = stem.with_suffix(".part.mp4")
-        with av.open(str(unfinished), "w") as file:
+        partial = stem.with_suffix(".part.mp4")
+        with av.open(str(partial), "w") as file:
             file.metadata["comment"] = comment
             stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             for frame in frames:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             file.mux(stream.encode())
-        written.append(unfinished.rename(stem.with_suffix(".mp4")))
+        written.append(partial.rename(stem.with_suffix(".mp4")))
     if kind in ("gif", "both"):
-        unfinished = stem.with_suffix(".part.gif")
+        partial = stem.with_suffix(".part.gif")
         first, *rest = [Image.fromarray(frame) for frame in frames]
         first.save(
-            unfinished, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, comment=comment.encode()
+            partial, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, comment=comment.encode()
         )
-        written.append(unfinished.rename(stem.with_suffix(".gif")))
+        written.append(partial.rename(stem.with_suffix(".gif")))
     return written
 
 
+def write_strips(sides: list[list[np.ndarray]], stem: Path, fps: float) -> None:
+    """A GIF of rows of videos, one row below another, each uint8 [F, H, W, 3] and all of one shape."""
+    strips = [np.concatenate(side, axis=2) for side in sides]  # [F, H, n * W, 3]
+    thin = max(1, strips[0].shape[1] // 128)
+    write_video(np.concatenate(strips, axis=1)[:, ::thin, ::thin], stem, fps or 16, "gif")
+
+
 def read_metadata(path: Path) -> dict | None:
-    """What `write` put into a file's metadata; None if that is not there or the file cannot be read."""
+    """What `write_video` put into a file's metadata. None if it is not there or the file cannot be read."""
     try:
         if path.suffix == ".mp4":
             with av.open(str(path)) as file:
@@ -55,16 +61,16 @@ def read_metadata(path: Path) -> dict | None:
         return None
 
 
-def finished(stem: Path, kind: str, made: dict) -> bool:
-    """Whether all files `write` would write are there, made in this way.
+def is_written(stem: Path, kind: str, made: dict) -> bool:
+    """Whether all files that `write_video` would write are there, made in this way.
 
     Raises:
         ValueError: one is there that was made in another way; it is named with what differs.
     """
     suffixes = {"both": (".mp4", ".gif")}.get(kind, (f".{kind}",))
-    found = [path for path in map(stem.with_suffix, suffixes) if path.exists()]
+    present = [path for path in map(stem.with_suffix, suffixes) if path.exists()]
     wanted = json.loads(json.dumps(made))
-    for path in found:
+    for path in present:
         there = read_metadata(path)
         if there != wanted:
             keys = sorted(set(there) | set(wanted)) if there else []
@@ -73,12 +79,12 @@ def finished(stem: Path, kind: str, made: dict) -> bool:
                 f"{path} was made in another way ({'; '.join(differs) or 'it does not say how'}); expected a folder of "
                 "this run's videos or an empty one; fix: --out"
             )
-    return len(found) == len(suffixes)
+    return len(present) == len(suffixes)
 
 
-def settings(o: InferOptions) -> dict:
-    """What the pixels of a run's videos follow from: every option but those of layout, speed and files, and what the
-    weights hold, which their path alone does not say."""
+def describe(o) -> dict:
+    """What the pixels of a run's videos follow from: every option but those of layout, speed and files, and the content of
+    the weights, which their path alone does not say."""
     groups = {f.name: f.metadata["group"] for f in dataclasses.fields(o)}
     kept = [n for n, group in groups.items() if group in ("model", "job", "acceleration") and n not in _FREE]
     values = {n: getattr(o, n) for n in [*kept, "precision"]}
@@ -91,13 +97,13 @@ def settings(o: InferOptions) -> dict:
     return values
 
 
-def how_made(values: dict, i: int, request: Request) -> dict:
-    """The `settings` of request number i, with its own, as JSON can hold them."""
+def describe_request(values: dict, i: int, request: Request) -> dict:
+    """`describe` and request number i, as JSON can hold them."""
     values = values | dataclasses.asdict(request) | {"seed": values["seed"] + i}
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
 
 
-def unfinished(o: InferOptions, asked: list[Request]) -> list[int]:
+def list_missing(o, requests: list[Request]) -> list[int]:
     """Indices of the requests whose videos are not in --out yet. ValueError: one is, made in another way."""
-    stems, same = [o.out / f"{i:04d}" for i in range(len(asked))], settings(o)
-    return [i for i, r in enumerate(asked) if not finished(stems[i], o.format, how_made(same, i, r))]
+    stems, values = [o.out / f"{i:04d}" for i in range(len(requests))], describe(o)
+    return [i for i, r in enumerate(requests) if not is_written(stems[i], o.format, describe_request(values, i, r))]
