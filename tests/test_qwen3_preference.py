@@ -18,6 +18,7 @@ from test_qwen3_layouts import whole_gradients
 from common import parallel
 from common import train as loop
 from common.language import packing, preference
+from common.margins import Margins
 
 TOLERANCE = 1e-5
 LOSSES = {
@@ -120,7 +121,7 @@ def beside_trl(folder, which: str, values: dict) -> dict:
     batch = joined(rows)
     want = trl_loss(o, theirs, [pair for each in rows for pair in each], batch["reference"])
     want.backward()
-    margins = preference.Margins()
+    margins = Margins()
     (batch,) = case.train.weighted([batch], 1)
     output, loss = preference.forward_step(o, margins, iter([batch]), model)
     got, reported = loss(output)
@@ -163,7 +164,7 @@ def run_layout(values: dict) -> dict:
     chunks = case.model.build(o, config)
     case.load(chunks, case.random_state(config))
     wrapped = parallel.wrap(chunks, o, case.model.Qwen3Block)
-    optimizer, margins = loop.build_optimizer(o, wrapped), preference.Margins()
+    optimizer, margins = loop.build_optimizer(o, wrapped), Margins()
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     rank = parallel.mpu.get_data_parallel_rank()
     starts = [(micro * o.dp + rank) * o.micro_batch for micro in range(o.micro_batches)]

@@ -23,7 +23,8 @@ from common import train as loop
 from common.diffusion.buckets import Bucket
 from common.diffusion.dataset import Index, IndexRow, PairDataset, VideoTextDataset
 from common.diffusion.lists import read_pairs
-from common.diffusion.preference import Margins, with_reference, without_adapters
+from common.diffusion.preference import with_reference, without_adapters
+from common.margins import Margins
 
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
 TOLERANCE = 1e-5

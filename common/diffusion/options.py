@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from common import adapters, cli, resume, weights
+from common import cli, resume, weights
 from common.cli import option
+from common.jobs import LORA_SETTINGS, flag_of
 from common.video import VideoError, probe_video, resampled_length
 
 from .lists import CAPTION_KEYS, PATH_KEYS, check_list, read_rows
@@ -24,8 +25,6 @@ DATA_HELP = (  # the keys of `read_rows` and `read_pairs`
     "rejected and a caption (default: the demo's)"
 )
 DECODER = "decord reads the videos on which it agrees with PyAV, and PyAV the others; it has to be installed"
-LORA_RANK = 16  # where nothing else is asked
-LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 # What VBench 0.1.5 says of videos that were not sampled from its own prompts and named by them.
 VBENCH = ("subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality", "temporal_style",
           "overall_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree")  # fmt: skip
@@ -63,19 +62,6 @@ class TrainOptions(ClipOptions, cli.TrainOptions):
     from_scratch: bool = option("draw the transformer's weights instead of loading them", False, group="model")
     cache: Path | None = option("folder that keeps latents and text embeddings once computed", group="data")
     features: Path | None = option("folder that extract_features.sh made, instead of --data", group="data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterOptions(JobOptions):
-    lora_rank: int | None = option(
-        f"rank of the adapters ({LORA_RANK} if not given)", group="adapters", within="[1, inf)"
-    )
-    lora_alpha: float = option("their output is scaled by alpha / rank", 16.0, group="adapters", within="(0, inf)")
-    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
-    lora_targets: str = option("linears to adapt, by the ends of their names", None, group="adapters")
-    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
-    adapter: Path | None = option("adapter folder or file to start from; its settings decide", group="adapters")
-    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,10 +233,6 @@ def check_job(o, asked: set[str], launchers: dict[str, str]) -> None:
             )
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def check_targets(targets: str, linears: list[str]) -> None:
     """Every target is the end of a linear's name. linears: their names, those of blocks as WORD.INDEX.REST."""
     unknown = [t for t in targets.split(",") if not any(f".{name}".endswith(f".{t}") for name in linears)]
@@ -399,20 +381,6 @@ def videos_of(folder: Path) -> list[Path]:
 
 
 # ---- what a run and a checkpoint began with ----
-
-
-def starting_point(o, pairs: dict[str, adapters.Pair]) -> dict:
-    """What a run starts from, told by content: it does not go on beside other weights. pairs: of --adapter."""
-    folder = o.weights / "transformer" if (o.weights / "transformer").is_dir() else o.weights
-    base = f"drawn with seed {o.seed}" if o.from_scratch else weights.fingerprint(folder)
-    start = {"weights": str(o.weights.absolute()), "base": base}
-    if o.adapter:
-        settings = [pair.settings for pair in pairs.values()]
-        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
-        return start | {"adapter": weights.fingerprint(o.adapter), "r": r, "alpha": alpha}
-    if not o.adapts:
-        return start
-    return start | {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": o.lora_targets}
 
 
 def run_facts(o, start: dict, frozen: dict[str, str]) -> dict:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
 from common import device
+from common.margins import Margins
 
 DRAWS = 4  # of noise and timestep for each held-out pair
 
@@ -50,22 +51,6 @@ def pair_losses(o, error: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
     chosen, rejected = (-o.beta / 2 * (error - reference)).chunk(2)
     margin = chosen - rejected
     return o.sft_weight * error.chunk(2)[0] - F.logsigmoid(margin), margin.detach()
-
-
-class Margins:
-    """Collects the reward margins of a step. The call returns their mean and the share of pairs above 0."""
-
-    def __init__(self):
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self) -> dict[str, float]:
-        """Collective. Ranks of one sample count alike, or (earlier pipeline stages) not at all."""
-        margins = torch.cat([torch.zeros(0, device=device.current()), *self.seen])
-        numbers = torch.stack((margins.sum(), (margins > 0).sum(), torch.ones_like(margins).sum()))
-        dist.all_reduce(numbers)
-        self.seen.clear()
-        total, right, pairs = numbers.tolist()
-        return {"margin": total / pairs, "accuracy": right / pairs}
 
 
 def mean_loss(o, margins: Margins, error: torch.Tensor, reference: torch.Tensor, mc) -> tuple[torch.Tensor, dict]:

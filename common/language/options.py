@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import adapters, cli, resume, weights
+from common import cli, jobs, resume
 from common.cli import option
+from common.jobs import LORA_RANK, LORA_SETTINGS
 from common.language import megatron_import
 from common.language.chat import to_question, to_tools
 from common.language.files import CHATS, largest_token, list_files, read_rows, tokenizer_hash
 from common.records import BadRow, read_prompts
 from common.release import is_sharded
 
-LORA_RANK = 16  # of lora.sh, where nothing else is asked
-LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
 # Named layouts are for training: generation and conversion take these of one only if --layout names it.
 ONE_DEVICE = {
@@ -70,20 +69,15 @@ class RoutingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(jobs.AdapterOptions):
     lora_rank: int | None = option(
         f"rank of the adapters (lora: {LORA_RANK} if not given; dpo: all parameters train if not given)",
         group="adapters", within="[1, inf)",
     )  # fmt: skip
-    lora_alpha: float = option("their output is scaled by alpha / rank", 32.0, group="adapters", within="(0, inf)")
-    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
     lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
-    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
-    adapter: Path | None = option("PEFT adapter to start from, folder or file; its settings decide", group="adapters")
     quantize: Literal["none", "nf4"] = option(
         "how the frozen weights below adapters are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
     )
-    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
 
     @property
     def adapts(self) -> bool:
@@ -230,30 +224,6 @@ def run_facts(o: TrainOptions, start: dict) -> dict:
         "data": {"path": str(o.data), "content": resume.content(files) if made else None},
         "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
     }  # fmt: skip
-
-
-def starting_point(o: TrainOptions, pairs: dict[str, adapters.Pair], targets: list[str]) -> dict:
-    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
-    beside other weights. pairs: --adapter's; targets: ends of the names of the linears that get new ones."""
-    start = {
-        "weights": str(o.weights and o.weights.absolute()),
-        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(o.weights),
-    }
-    if o.quantize != "none":
-        start["base"] += f" as {o.quantize}"
-    if o.adapter:
-        settings = [pair.settings for pair in pairs.values()]
-        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
-        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
-    elif o.adapts:
-        start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": targets}
-    return start
-
-
-def content(folder: Path) -> str:
-    """A short name for what a released folder, an adapter's or a checkpoint holds."""
-    manifest = folder / "manifest.json"
-    return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
 
 
 def starts_from(o: TrainOptions, demo: Demo) -> str:

@@ -33,6 +33,7 @@ from megatron.core import parallel_state as mpu
 from common import device, parallel
 from common.language.options import PreferenceOptions, TrainOptions
 from common.language.packing import PackedRows
+from common.margins import Margins
 
 # --------------------------------------------------------------------------------------------------------- objective
 
@@ -75,14 +76,14 @@ def sum_answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, tor
     return sums[pairs], tokens[pairs]
 
 
-def forward_step(o: PreferenceOptions, margins: "Margins", iterator: Iterator[dict], model: torch.nn.Module):
+def forward_step(o: PreferenceOptions, margins: Margins, iterator: Iterator[dict], model: torch.nn.Module):
     """One micro-batch through one model chunk, as megatron-core's schedules want it once o and margins are given."""
     batch = next(iterator)
     output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels")))
     return output, functools.partial(loss, o, margins, batch, parallel.unwrapped(model))
 
 
-def loss(o: PreferenceOptions, margins: "Margins", batch: dict, chunk: torch.nn.Module, output: tuple):
+def loss(o: PreferenceOptions, margins: Margins, batch: dict, chunk: torch.nn.Module, output: tuple):
     """The losses of this micro-batch's pairs, weighted by batch["weight"] [P] so that averaging over micro-batches and data
     parallel ranks gives the mean over every pair of the global batch."""
     policy, tokens = sum_answers(output[0], batch)
@@ -95,22 +96,6 @@ def loss(o: PreferenceOptions, margins: "Margins", batch: dict, chunk: torch.nn.
     return value, {
         "loss": reported / (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
     }
-
-
-class Margins:
-    """The reward margins seen since the last call, which returns their mean and the share of pairs above 0."""
-
-    def __init__(self):
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self) -> dict[str, float]:
-        """Collective. Ranks of one sample count alike, or (earlier pipeline stages) not at all."""
-        margins = torch.cat([torch.zeros(0, device=device.current()), *self.seen])
-        numbers = torch.stack((margins.sum(), (margins > 0).sum(), torch.ones_like(margins).sum()))
-        dist.all_reduce(numbers)
-        self.seen.clear()
-        total, right, pairs = numbers.tolist()
-        return {"margin": total / pairs, "accuracy": right / pairs}
 
 
 # --------------------------------------------------------------------------------------------------------- reference

@@ -7,8 +7,9 @@ NPROC=8 bash zoo/qwen3/evaluate.sh --weights Qwen3-8B --tasks mmlu,gsm8k --task-
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from common.jobs import content
 from common.language.evaluate import Answers, HarnessModel, answer, broadcast, report, run
-from common.language.options import EvaluateOptions, content
+from common.language.options import EvaluateOptions
 
 from .config import model_config
 from .infer import end_tokens, load_model

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, resume, weights
+from common import cli, jobs, resume
 from common.cli import option
 from common.language import megatron_import, preprocess
 from common.language import options as language
-from common.language.options import LORA_RANK, Demo, EvaluateOptions
+from common.language.options import Demo, EvaluateOptions
+from common.weights import refuse_existing
 
 from . import convert
 from .config import (
@@ -146,12 +147,8 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     language.check_data(o, DEMO)
     if o.adapts:
         _check_adapters(o, config)
-    if o.merge and o.from_scratch:
-        raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
     resume.check(o, run_facts(o))
-    for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
-        if folder:
-            weights.refuse_existing(folder, flag)
+    jobs.check_written(o)
     return o
 
 
@@ -200,7 +197,7 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
         _check_weights(o, config)
     if o.to is None:
         raise ValueError("nothing to convert to; fix: --to released or sharded")
-    weights.refuse_existing(o.out, "--out")
+    refuse_existing(o.out, "--out")
     if o.adapter:
         convert.adapter(o.adapter, config)
     return o
@@ -277,17 +274,16 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
     """What the job, and the demo where no data are named, have unlike the layout; what was asked for stays."""
     usual = {"cache": DEMO_DATA.with_name(f"{HERE.name}-cache")}
     if o.job == "lora" and not o.adapts:
-        usual |= {"lora_rank": LORA_RANK}
-    changes = {}
+        usual |= {"lora_rank": jobs.LORA_RANK}
+    demo = {}
     if o.data is None:
-        changes["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
+        demo["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
         usual |= {"validation": validation}
         usual |= DEMO_RUN.get(o.job, {}) if o.size.startswith("tiny") else {}
     if not o.size.startswith("tiny") and o.job in RATES and not _layout_is_of_job(o, asked):
         rate = RATES[o.job] * (10 if o.job == "dpo" and o.adapts else 1)
         usual |= {"lr": rate, "min_lr": (o.lr if "--lr" in asked else rate) / 10}
-    changes |= {name: value for name, value in usual.items() if "--" + name.replace("_", "-") not in asked}
-    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+    return jobs.fill_defaults(o, asked, usual, demo)
 
 
 def _layout_is_of_job(o: TrainOptions, asked: set[str]) -> bool:
@@ -318,7 +314,7 @@ def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content."""
     config = model_config(o)
     pairs = convert.adapter(o.adapter, config) if o.adapter else {}
-    return language.starting_point(o, pairs, o.targets(config))
+    return jobs.starting_point(o, o.weights, pairs, o.targets(config))
 
 
 def run_facts(o: TrainOptions) -> dict:

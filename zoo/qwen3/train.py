@@ -23,6 +23,7 @@ from common import lora, parallel, release
 from common import train as loop
 from common.language import preference
 from common.language.options import starts_from
+from common.margins import Margins
 
 from . import convert
 from .config import Qwen3Config, model_config
@@ -181,7 +182,7 @@ def main(o: TrainOptions) -> None:
     batches, held_out = Batches(o), held_out_rows(o)
     step, margins = forward_step, None
     if o.job == "dpo":
-        margins = preference.Margins()
+        margins = Margins()
         step = functools.partial(preference.forward_step, o, margins)
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:

@@ -18,11 +18,12 @@ import torch
 
 from common import cli, lora, memory
 from common.diffusion.buckets import Bucket
+from common.jobs import LORA_RANK
 
 from . import model
 from .config import SIZES, WanConfig, latent_grid, memory_estimate
 from .model import WanBlock, build
-from .options import HERE, LORA_RANK, TrainOptions, parse_buckets, trained_parameters
+from .options import HERE, TrainOptions, parse_buckets, trained_parameters
 from .train import forward_step
 
 FEATURES = {  # name -> (ranks, options)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, resume, weights
+from common import cli, jobs, resume, weights
 from common.cli import option
 from common.diffusion import buckets, features
 from common.diffusion import options as shared
 from common.diffusion.buckets import Bucket
 from common.diffusion.lists import check_list
-from common.diffusion.options import LORA_RANK, flag_of
 from common.diffusion.requests import Request, check_clip, check_requests, choose_requests, read_requests
 
 from . import convert
@@ -69,7 +68,8 @@ class ObjectiveOptions(shared.TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(shared.PreferenceOptions, shared.AdapterOptions, ObjectiveOptions):
+class TrainOptions(shared.PreferenceOptions, jobs.AdapterOptions, ObjectiveOptions):
+    lora_alpha: float = option("their output is scaled by alpha / rank", 16.0, group="adapters", within="(0, inf)")
     lora_targets: str = option("linears to adapt, by the ends of their names", LORA_TARGETS, group="adapters")
     sample_prompts: Path | None = option(
         "file of prompts sampled at the end, in the forms of infer's --prompts", group="samples"
@@ -168,13 +168,8 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     if o.adapts:
         linears = [name.removesuffix(".weight") for name, shape in shapes(config).items() if len(shape) == 2]
         shared.check_targets(o.lora_targets, linears)
-    if o.adapts and o.merge:
-        if o.from_scratch:
-            raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: no --merge")
-        weights.refuse_existing(o.merge, "--merge")
     resume.check(o, run_facts(o, config))
-    if o.export:
-        weights.refuse_existing(o.export, "--export")
+    jobs.check_written(o)
     return o
 
 
@@ -386,20 +381,19 @@ def feature_settings(o: ExtractOptions, config: WanConfig) -> dict:
 
 def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
     """What the job, and the demo where no data are named, have unlike the layout; what was asked for stays."""
-    demo, usual, changes = o.data is None and o.features is None, {}, {}
+    usual, demo = {}, {}
     if o.adapts and o.adapter is None:
-        usual |= {"lora_rank": LORA_RANK}
+        usual |= {"lora_rank": jobs.LORA_RANK}
     if o.job == "dpo":
         usual |= DPO | {"micro_batch": max(2, o.micro_batch // 2 * 2)}
-    if demo:
+    if o.data is None and o.features is None:
         usual |= {"buckets": DEMO_BUCKET, "cache": DEMO_DATA.with_name(DEMO_DATA.name + "-latents")}
         usual |= {"validation": demo_list("test", "pairs")} if o.job == "dpo" else {}
         usual |= {"lora": DEMO_LORA, "dpo": DEMO_DPO}.get(o.job, {}) if o.size.startswith("tiny") else {}
-        changes |= {"data": demo_list("train", {"lora": "blinking", "dpo": "pairs"}.get(o.job, ""))}
+        demo = {"data": demo_list("train", {"lora": "blinking", "dpo": "pairs"}.get(o.job, ""))}
     if o.adapts and not o.size.startswith("tiny") and o.job not in o.layout.split("-"):
         usual |= {"lr": RATES[o.job]}
-    changes |= {name: value for name, value in usual.items() if flag_of(name) not in asked}
-    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+    return jobs.fill_defaults(o, asked, usual, demo)
 
 
 def starts_from(o: TrainOptions) -> str:
@@ -412,7 +406,8 @@ def starts_from(o: TrainOptions) -> str:
 
 def starting_point(o: TrainOptions) -> dict:
     """What a run starts from, told by content."""
-    return shared.starting_point(o, convert.adapter(o.adapter, model_config(o))[0] if o.adapter else {})
+    pairs = convert.adapter(o.adapter, model_config(o))[0] if o.adapter else {}
+    return jobs.starting_point(o, convert.located(o.weights, model_config(o))[0], pairs, o.lora_targets)
 
 
 def run_facts(o: TrainOptions, config: WanConfig) -> dict:

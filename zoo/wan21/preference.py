@@ -15,7 +15,8 @@ import torch
 
 from common import parallel
 from common import train as loop
-from common.diffusion.preference import Margins, mean_loss, sum_over_tokens, without_adapters
+from common.diffusion.preference import mean_loss, sum_over_tokens, without_adapters
+from common.margins import Margins
 
 from . import convert
 from .config import WanConfig

@@ -24,9 +24,10 @@ from common import train as loop
 from common.data import Step
 from common.diffusion import sampling
 from common.diffusion.dataset import Index
-from common.diffusion.preference import Margins, describe, held_out, with_reference
+from common.diffusion.preference import describe, held_out, with_reference
 from common.diffusion.requests import Request, read_requests
 from common.diffusion.videos import write_video
+from common.margins import Margins
 
 from . import convert, preference
 from .config import WanConfig, latent_grid, model_config

@@ -1,0 +1,74 @@
+"""What the jobs of every recipe share in their options, whatever they train. No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import adapters, cli, weights
+from common.cli import TrainOptions, option
+from common.release import is_sharded
+
+LORA_RANK = 16  # of adapters, where nothing else is asked
+LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """A recipe restates those that have other defaults there."""
+
+    lora_rank: int | None = option(
+        f"rank of the adapters ({LORA_RANK} if not given)", group="adapters", within="[1, inf)"
+    )
+    lora_alpha: float = option("their output is scaled by alpha / rank", 32.0, group="adapters", within="(0, inf)")
+    lora_dropout: float = option("dropout of their input", 0.0, group="adapters", within="[0, 1)")
+    lora_targets: str = option("linears to adapt, by the ends of their names", "", group="adapters")
+    rslora: bool = option("scale by alpha / sqrt(rank)", False, group="adapters")
+    adapter: Path | None = option("adapter folder or file to start from; its settings decide", group="adapters")
+    merge: Path | None = option("write released weights with the adapters added here at the end", group="adapters")
+
+
+def flag_of(name: str) -> str:
+    """'lora_rank' -> '--lora-rank'."""
+    return "--" + name.replace("_", "-")
+
+
+def fill_defaults(o: TrainOptions, asked: set[str], usual: dict[str, Any], demo: dict[str, Any]) -> TrainOptions:
+    """The options with a job's own values in place of the layout's. usual: those that give way to what was asked for on
+    the command line (`asked`, its flags); demo: those that the embedded demo always has."""
+    changes = demo | {name: value for name, value in usual.items() if flag_of(name) not in asked}
+    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+
+
+def check_written(o) -> None:
+    """What a training run writes at its end. ValueError: there is something already, or nothing that could be merged."""
+    if o.merge and o.from_scratch:
+        raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
+    for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
+        if folder:
+            weights.refuse_existing(folder, flag)
+
+
+def content(folder: Path) -> str:
+    """A short name for what a released folder, an adapter's or a checkpoint holds."""
+    manifest = folder / "manifest.json"
+    return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
+
+
+def starting_point(o, base: Path, pairs: dict[str, adapters.Pair], targets: list[str] | str) -> dict:
+    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
+    beside other weights.
+
+    base: the folder of the weights that train or are adapted; pairs: of --adapter; targets: of new adapters.
+    """
+    start = {
+        "weights": str(o.weights and o.weights.absolute()),
+        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(base),
+    }
+    if o.adapter:
+        settings = [pair.settings for pair in pairs.values()]
+        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
+        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
+    elif o.adapts:
+        start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": targets}
+    return start
