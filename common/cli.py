@@ -49,8 +49,17 @@ def _count(variable: str) -> int:
     return int(text)
 
 
+class JobOptions:
+    """What is read of any job's options, where it has no option of that name: class attributes, so that a misspelt name
+    fails. An option dataclass extends this, and an option takes the place of the attribute."""
+
+    job = data = out = export = merge = adapter = global_batch = None
+    from_scratch = adapts = compile = offload_activations = False
+    moments, quantize = "fp32", "none"
+
+
 @dataclass(frozen=True, kw_only=True)
-class LayoutOptions:
+class LayoutOptions(JobOptions):
     """Which model on how many devices."""
 
     size: str = option("published size, or tiny", group="model")
@@ -105,8 +114,6 @@ class LayoutOptions:
     )
     dry_run: bool = option("say what would run, check everything checkable, run nothing", False, group="run")
     print_config: bool = option("print the resolved options as TOML and stop", False, group="run")
-
-    from_scratch = False  # whether the weights are drawn: an option of the jobs that train
 
     @property
     def world(self) -> int:
@@ -250,7 +257,7 @@ def parse_options(cls: type, argv: list[str], description: str, layouts: Path, d
         if rule:
             raise ValueError(f"{f.name}={values[f.name]!r}; expected {rule}; fix: --{f.name.replace('_', '-')}")
     o = cls(**values)
-    if getattr(o, "global_batch", None) and o.global_batch >= o.dp > 0:
+    if o.global_batch and o.global_batch >= o.dp > 0:
         o = dataclasses.replace(o, micro_batch=min(o.micro_batch, o.global_batch // o.dp))
     return o
 
@@ -518,10 +525,10 @@ def main() -> None:
         os.environ.pop(name, None)
     job = importlib.import_module(f"{recipe}.options")
     options = exit_on_bad_input(job.parse, script, argv)
-    if getattr(options, "print_config", False):
+    if options.print_config:
         print(to_toml(options), end="")
         return
-    if getattr(options, "dry_run", False):
+    if options.dry_run:
         print(job.dry_run(options))
         return
     if "ZOO_LAUNCHER" in os.environ:  # a benchmark's worker starts launchers of its own
@@ -543,7 +550,7 @@ def main() -> None:
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
     """What a job writes, as `processes.hold` wants to know it: where, what is made, and whether another process that makes
     the same is waited for. Of two trainings the second is refused: it would only go on where the first has ended."""
-    places = (getattr(options, name, None) for name in ("out", "export", "merge"))
+    places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()
     return [(place, doing, not isinstance(options, TrainOptions)) for place in places if place is not None]
 

@@ -334,7 +334,7 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
         chunk.pre_process = chunk.share_embeddings_and_output_weights = hasattr(
             chunk, "shared_embedding_or_output_weight"
         )
-    if getattr(o, "compile", False):
+    if o.compile:
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
             block.compile()
     if o.fsdp:  # reduces gradients itself, and has no tensor or pipeline parallel ranks to agree with

@@ -492,7 +492,9 @@ def test_a_width_that_no_layer_uses_does_not_make_another_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CODER))
     assert case.config.size_of(tmp_path) == "30B-A3B"
     found = case.config.Qwen3Config.from_folder(tmp_path)
-    o = argparse.Namespace(size="30B-A3B", weights=tmp_path)
+    o = argparse.Namespace(
+        size="30B-A3B", weights=tmp_path, yarn=None, layers=None, vocabulary=None, from_scratch=False
+    )
     assert case.config.model_config(o) == found and found.parameters == case.config.SIZES["30B-A3B"].parameters
     written = found.to_released()
     assert {k: written[k] for k in CODER if k in written} == {k: v for k, v in CODER.items() if k in written}

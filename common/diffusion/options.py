@@ -34,9 +34,8 @@ VBENCH = ("subject_consistency", "background_consistency", "aesthetic_quality", 
 class JobOptions(cli.LayoutOptions):
     """What a job without these options reads in their place. They are class attributes, not options."""
 
-    job = task = data = features = buckets = video = None
-    decoder, workers, cache = "pyav", 0, "none"
-    from_scratch = adapts = False
+    task = features = buckets = video = None
+    decoder, workers, cache, full = "pyav", 0, "none", False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,16 @@ RUNS_CODE = ("humaneval", "mbpp")  # benchmarks that run what the model wrote, b
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(cli.TrainOptions):
+class JobOptions(cli.LayoutOptions):
+    """What a job without these options reads in their place. They are class attributes, not options. seq_len: of the dry
+    run."""
+
+    yarn = layers = vocabulary = None
+    seq_len, dispatch, aux, aux_over, z_loss = 4096, "alltoall", 0.0, "model", 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(JobOptions, cli.TrainOptions):
     job: str = option("which launcher this is: pretrain, sft, lora or dpo", "pretrain", group="job")
     from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
@@ -103,9 +112,7 @@ class PreferenceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(cli.LayoutOptions):
-    data, adapts, seq_len = None, False, 4096  # what other jobs choose; seq_len: of the dry run
-
+class InferOptions(JobOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     adapter: Path | None = option("PEFT adapter's folder or file, as lora.sh or peft write it", group="model")
     prompt: str = option("what to answer", group="job")
@@ -124,9 +131,7 @@ class InferOptions(cli.LayoutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(cli.LayoutOptions):
-    data, adapts, seq_len, adapter = None, False, 4096, None
-
+class EvaluateOptions(JobOptions):
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="model")
     tasks: str | None = option(
         "benchmarks by the harness' names, e.g. mmlu,c-eval,boolq,bbh,agieval,humaneval,gsm8k (default: the demo's)",

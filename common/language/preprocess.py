@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import processes
+from common import cli, processes
 from common.cli import option
 from common.data import DropReport, partial_name
 from common.language.files import list_files, tokenizer_hash
@@ -53,8 +53,10 @@ FEW = 10_000  # rows; of fewer, a share dropped says little about the rest
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
+class PreprocessOptions(cli.JobOptions):
     """A recipe gives `end` its default."""
+
+    yarn = layers = vocabulary = None  # which the architecture is asked for, too
 
     size: str = option("the model whose vocabulary must hold the tokenizer's", "tiny", group="model")
     weights: Path | None = option("released Hugging Face folder, instead of --size and --tokenizer", group="model")

@@ -264,7 +264,7 @@ def _sharded_config(folder: Path) -> Qwen3Config:
 
 def model_config(o) -> Qwen3Config:
     """The architecture: the weights folder's own, or the size's, its positions lengthened by --yarn."""
-    config, factor = _own_config(o), getattr(o, "yarn", None)
+    config, factor = _own_config(o), o.yarn
     return config if factor is None else dataclasses.replace(config, rope_factor=factor)
 
 
@@ -272,12 +272,12 @@ def _own_config(o) -> Qwen3Config:
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     if o.weights is None:
-        changes = {"num_hidden_layers": getattr(o, "layers", None), "vocab_size": getattr(o, "vocabulary", None)}
+        changes = {"num_hidden_layers": o.layers, "vocab_size": o.vocabulary}
         return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
     if _architecture_unsaid(o.weights):
         return SIZES[o.size]
     found = _sharded_config(o.weights) if is_sharded(o.weights) else Qwen3Config.from_folder(o.weights)
-    if not getattr(o, "from_scratch", False) and (differs := _differs(found, SIZES[o.size])):
+    if not o.from_scratch and (differs := _differs(found, SIZES[o.size])):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return found
 
@@ -304,9 +304,9 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     share_trained = trained / config.parameters
-    moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
+    moments = 4 if o.moments == "bf16" else 8
     kept_weights = gradients = master = 0.0
-    if getattr(o, "quantize", "none") == "nf4":
+    if o.quantize == "nf4":
         kept_weights -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
@@ -330,7 +330,7 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
         "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + 2 * mlp + copies * rows),
         "full": tokens * D * dtype / sp,
     }
-    offload, vocabulary = getattr(o, "offload_activations", False), config.vocab_size / o.tp
+    offload, vocabulary = o.offload_activations, config.vocab_size / o.tp
     blocks = 0 if offload else max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
     # Logits become their own gradient; in bf16 an fp32 copy of them does, and two bf16 ones are beside it.
     loss = vocabulary * D * (4 + dtype % 4) + min(2**26, tokens * vocabulary) * (4 + 2 * (dtype % 4))

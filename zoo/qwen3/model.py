@@ -442,8 +442,8 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
         experts=config.num_experts,
     )
     share = 1 / config.num_hidden_layers
-    by_layer = share * getattr(o, "aux", 0.0) if getattr(o, "aux_over", "") == "layer" else 0.0
-    router = RouterOptions(getattr(o, "dispatch", "alltoall"), by_layer, share * getattr(o, "z_loss", 0.0))
+    by_layer = share * o.aux if o.aux_over == "layer" else 0.0
+    router = RouterOptions(o.dispatch, by_layer, share * o.z_loss)
     chunks = []
     with where or device.current():
         for i in range(o.vpp):
@@ -451,7 +451,7 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
             last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
             layers = parallel.stage_layers(o, config.num_hidden_layers, i)
-            offload = getattr(o, "offload_activations", False)
+            offload = o.offload_activations
             chunks.append(Qwen3(config, mc, layers, first, last, o.recompute, offload, router))
             chunks[-1].vp_stage = stage
     return chunks

@@ -85,9 +85,7 @@ class InferOptions(YarnOptions, language.InferOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(cli.LayoutOptions):
-    data, adapts, seq_len = None, False, 4096  # what other jobs choose
-
+class ConvertOptions(language.JobOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
     adapter: Path | None = option("PEFT adapter merged into what is written, folder or file", group="job")

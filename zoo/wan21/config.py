@@ -299,13 +299,13 @@ def model_config(o) -> WanConfig:
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
     found = _sharded_config(o.weights) if is_sharded(o.weights) else WanConfig.from_folder(o.weights)
-    if getattr(o, "features", None) and not is_sharded(o.weights):  # they decide, as the tokenizer may not be there
+    if o.features and not is_sharded(o.weights):  # they decide, as the tokenizer may not be there
         saved = weights.read_json(o.features / "settings.json")
         found = dataclasses.replace(found, text_len=saved["text_len"], image_tokens=saved["image_tokens"])
     wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
     if None not in (wanted.image_dim, found.image_dim):
         wanted = dataclasses.replace(wanted, image_dim=found.image_dim, image_tokens=found.image_tokens)
-    if not getattr(o, "from_scratch", False) and (differs := release.differences(found, wanted)):
+    if not o.from_scratch and (differs := release.differences(found, wanted)):
         raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
     return wanted
 
@@ -326,9 +326,9 @@ def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
     trained = share * trained / config.parameters
     shards = o.dp * o.cp
     kept_weights = share * dtype / (shards if o.fsdp else 1)
-    kept_weights *= 2 if getattr(o, "full", False) else 1  # dpo's frozen copy
+    kept_weights *= 2 if o.full else 1  # dpo's frozen copy
     gradients = trained * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-    moments = 4 if getattr(o, "moments", "fp32") == "bf16" else 8
+    moments = 4 if o.moments == "bf16" else 8
     master = trained * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
 
     tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # as bytes
@@ -339,7 +339,7 @@ def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
     # rows twice. Of the context's rows: keys twice and values.
     everything = tokens * (5 * D / sp + 3 * D + (8 + attentions) * D / tp + 2 * Fd / tp) + rows * 3 * D / tp
     products = tokens * (3 * D + 4 * D / tp + Fd / tp) + rows * 2 * D / tp  # what linears put out
-    adapts = getattr(o, "adapts", False)  # adapters put as much out again
+    adapts = o.adapts  # adapters put as much out again
     kept = {
         "none": everything,
         "selective": tokens * (D / sp + attentions * D / tp) + products * (2 if adapts else 1),
@@ -347,7 +347,7 @@ def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
     }[o.recompute]
     hidden = 2 * tokens * Fd / tp
     again = {"none": 0.0, "selective": everything - kept, "full": everything}[o.recompute]
-    if getattr(o, "offload_activations", False):
+    if o.offload_activations:
         held, again = 0, max(again, hidden)
     else:
         held = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))

@@ -327,9 +327,7 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
             first = parallel.mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
             last = parallel.mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
             layers = parallel.stage_layers(o, config.num_layers, i)
-            chunks.append(
-                WanDiT(config, mc, layers, first, last, o.recompute, getattr(o, "offload_activations", False))
-            )
+            chunks.append(WanDiT(config, mc, layers, first, last, o.recompute, o.offload_activations))
             chunks[-1].vp_stage = stage
     return chunks
 
