@@ -1,0 +1,317 @@
+"""The proofs that every recipe owes, over its own `case.py`: what a copied folder is held to before it is its author's.
+
+L1  every published size has the parameters, keys and shapes of its release
+L2  loss and gradients are the oracle's; a release survives loading and writing; what does not fit is refused
+L3  loss, gradients and two steps of every layout are those of one process
+L4  a run that is stopped and goes on is the unbroken one, bit for bit
+"""
+
+import functools
+import importlib
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_conformance import RECIPES
+
+from common import checkpoint, parallel, release, weights, worker
+from common import train as loop
+
+TOLERANCE = 1e-5  # of the largest entry of a tensor, relative for a loss; fp32
+TRAJECTORY = 1e-6  # relative, of the losses of two steps
+
+
+@functools.cache
+def case(recipe: str):
+    return importlib.import_module(f"zoo.{recipe}.case")
+
+
+@functools.cache
+def part(recipe: str, name: str):
+    return importlib.import_module(f"zoo.{recipe}.{name}")
+
+
+ARCHITECTURES = [(recipe, name) for recipe in RECIPES for name in case(recipe).CONFIGS]
+PUBLISHED = [(recipe, size) for recipe in RECIPES for size in case(recipe).PUBLISHED]
+LAYOUTS = [(r, name, which) for r in RECIPES for name, (_, _, these) in case(r).LAYOUTS.items() for which in these]
+REFUSED = [(recipe, name) for recipe in RECIPES for name in case(recipe).REFUSED]
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Every parameter random, norms, biases and what starts at zero too."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        norm = len(shape) == 1 and name.endswith("weight")
+        state[name] = 1 + 0.1 * noise if norm else 0.12 * noise
+    return state
+
+
+def source(state: dict[str, torch.Tensor]) -> release.Source:
+    return release.Source(lambda name: state[name].element_size(), state.__getitem__)
+
+
+def first_table(recipe: str, config) -> release.Table:
+    return next(iter(case(recipe).tables(config).values()))
+
+
+def filled(recipe: str, config, **values) -> tuple:
+    """(options, this rank's chunks with the shared random weights)."""
+    o = case(recipe).options(config, **values)
+    parallel.initialize(o)
+    chunks = part(recipe, "model").build(o, config)
+    state = random_state(first_table(recipe, config).shapes)
+    with torch.no_grad():
+        for name, parameter in checkpoint.parameters(chunks):
+            whole = state[name]
+            for dim, rank, size in checkpoint.cuts(parameter):
+                whole = whole.chunk(size, dim)[rank]
+            parameter.copy_(whole)
+    return o, chunks
+
+
+def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The tensors that are further apart than the tolerance, and how far."""
+    assert got.keys() == want.keys()
+    apart = {name: ((got[name] - want[name]).abs().max() / want[name].abs().max()).item() for name in want}
+    return {name: value for name, value in apart.items() if not value <= TOLERANCE}
+
+
+# -------------------------------------------------------------------------------------------------- L1: published sizes
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """This process as a group of one."""
+    recipe = RECIPES[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        store = tmp_path_factory.mktemp("store") / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        parallel.initialize(case(recipe).options(next(iter(case(recipe).CONFIGS.values()))))
+        yield
+        parallel.shutdown()
+
+
+@pytest.mark.L1
+@pytest.mark.parametrize(("recipe", "size"), PUBLISHED)
+def test_published_size_has_the_parameters_keys_and_shapes_of_its_release(recipe, size, one_process):
+    config = part(recipe, "config").SIZES[size]
+    o = case(recipe).options(next(iter(case(recipe).CONFIGS.values())))
+    (model,) = part(recipe, "model").build(o, config, torch.device("meta"))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    count, tensors = case(recipe).PUBLISHED[size]
+    assert sum(map(math.prod, shapes.values())) == count == config.parameters
+    with torch.device("meta"):
+        oracle = {name: tuple(p.shape) for name, p in case(recipe).oracle(config).named_parameters()}
+    assert sum(map(math.prod, oracle.values())) == count
+    for name, table in case(recipe).tables(config).items():
+        assert table.shapes == shapes, name
+        found = table.released_shapes()
+        assert len(found) == tensors and sum(map(math.prod, found.values())) == count, name
+
+
+# --------------------------------------------------------------------------------------------- L2: oracle and release
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize(("recipe", "which"), ARCHITECTURES)
+def test_loss_and_gradients_are_the_oracles(recipe, which):
+    got, want = run_ranks(1, beside_oracle, recipe, which)[0]
+    assert got["loss"] == pytest.approx(want["loss"], rel=TOLERANCE)
+    assert not differences(got["gradients"], want["gradients"])
+
+
+def beside_oracle(recipe: str, which: str) -> tuple[dict, dict]:
+    my, config = case(recipe), case(recipe).CONFIGS[which]
+    o, (model,) = filled(recipe, config, micro_batch=2, global_batch=2)
+    samples = [my.sample(config, place, 0) for place in range(2)]
+    batch = my.prepare(o, [my.collate(samples)])
+    output, loss = part(recipe, "train").forward_step(iter(batch), model)
+    value, _ = loss(output)
+    value.backward()
+    gradients = dict(my.theirs(name, p.grad) for name, p in model.named_parameters())
+    oracle, state = my.oracle(config), random_state(first_table(recipe, config).shapes)
+    oracle.load_state_dict(dict(my.theirs(name, tensor) for name, tensor in state.items()), strict=False)
+    missing = dict(oracle.named_parameters()).keys() ^ gradients.keys()
+    assert not missing, f"parameters of one of the two models alone: {sorted(missing)[:5]}"
+    wanted = my.their_loss(oracle, samples)
+    wanted.backward()
+    theirs = {name: p.grad for name, p in oracle.named_parameters()}
+    return {"loss": value.item(), "gradients": gradients}, {"loss": wanted.item(), "gradients": theirs}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("recipe", "which"), ARCHITECTURES)
+def test_a_release_survives_loading_and_writing_bit_exactly(recipe, which, dtype, tmp_path):
+    config = case(recipe).CONFIGS[which]
+    for name, table in case(recipe).tables(config).items():
+        state = {n: t.to(dtype) for n, t in random_state(table.shapes).items()}
+        release.write(tmp_path / name, table, source(state))
+        entries = table.entries(tmp_path / name)  # strictly
+        assert {key: entry.shape for key, entry in entries.items()} == table.released_shapes()
+        loaded = run_ranks(1, loaded_from, recipe, which, name, tmp_path / name, dtype)[0]
+        assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
+        again = release.open_source(tmp_path / name, table)
+        assert all(torch.equal(again.read(n), state[n]) for n in state)
+
+
+def loaded_from(recipe: str, which: str, name: str, folder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    config = case(recipe).CONFIGS[which]
+    o = case(recipe).options(config, precision="fp32" if dtype == torch.float32 else "bf16")
+    parallel.initialize(o)
+    chunks, table = part(recipe, "model").build(o, config), case(recipe).tables(config)[name]
+    release.load(chunks, table.entries(folder), table)
+    return {n: p.detach() for n, p in checkpoint.parameters(chunks)}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_release_that_lacks_a_tensor_or_has_one_too_many_or_of_another_shape_is_refused(recipe, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = next(iter(case(recipe).CONFIGS.values()))
+    table = first_table(recipe, config)
+    release.write(tmp_path, table, source(random_state(table.shapes)))
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = load_file(file)
+    key = sorted(whole)[-1]
+    for changed, says in (
+        ({k: t for k, t in whole.items() if k != key}, f"1 missing: {key}"),
+        (whole | {"stray": torch.ones(1)}, "1 not of this model: stray"),
+        (whole | {key: torch.ones(3)}, f"1 misshaped: {key} is \\[3\\]"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=says):
+            table.entries(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- L3: layouts
+
+
+def trained(recipe: str, which: str, values: dict, steps: int = 2) -> dict:
+    """On every rank: steps from the shared weights. Returns rank 0's whole gradients of the first step, and losses."""
+    my, config = case(recipe), case(recipe).CONFIGS[which]
+    o, chunks = filled(recipe, config, **values)
+    wrapped = parallel.wrap(chunks, o, my.BLOCK)
+    optimizer = loop.build_optimizer(o, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    rank, found = parallel.mpu.get_data_parallel_rank(), {"losses": []}
+    for step in range(steps):
+        starts = [(micro * o.dp + rank) * o.micro_batch for micro in range(o.micro_batches)]
+        samples = [[my.sample(config, start + i, step) for i in range(o.micro_batch)] for start in starts]
+        batches = my.prepare(o, [my.collate(some) for some in samples])
+        shape = {"micro_batch": o.micro_batch, "sequence_length": my.sequence_length(o, config)}
+        loop.zero_gradients(wrapped, optimizer)
+        results = loop.forward(wrapped, part(recipe, "train").forward_step, batches, **shape)
+        if step == 0:
+            found["gradients"] = whole_gradients(o, wrapped)
+        loop.update(optimizer, 0.0, loop.reduce_gradients(optimizer))
+        found["losses"].append(loop.global_loss(o, results, False)[0])
+    return found if dist.get_rank() == 0 else {}
+
+
+def whole_gradients(o, wrapped) -> dict[str, torch.Tensor]:
+    """The gradients of the whole model, put together on every rank."""
+    if not o.fsdp:
+        # The distributed optimizer leaves each rank only its reduced part; the others' are whatever they held.
+        for buffer in (b for chunk in wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets if group.size() > 1 else ():
+                parts = list(bucket.grad_data.chunk(group.size()))
+                gathered = [torch.empty_like(p) for p in parts]
+                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
+                bucket.grad_data.copy_(torch.cat(gathered))
+    mine = {}
+    for name, p in checkpoint.trained(wrapped):
+        value = p.grad if o.fsdp else p.main_grad
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        mine[name] = (checkpoint.cuts(p), value.clone())
+    world = [None] * dist.get_world_size()
+    dist.all_gather_object(world, mine)
+    found: dict[str, torch.Tensor] = {}
+    for name, (cuts, value) in ((name, part) for tensors in world for name, part in tensors.items()):
+        shape = list(value.shape)
+        for dim, _, size in cuts:
+            shape[dim] *= size
+        where = found.setdefault(name, torch.full(shape, float("nan")))
+        for dim, rank, size in cuts:
+            where = where.chunk(size, dim)[rank]
+        where.copy_(value)
+    return found
+
+
+@functools.cache
+def alone(recipe: str, which: str) -> dict:
+    return run_ranks(1, trained, recipe, which, {})[0]
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize(("recipe", "name", "which"), LAYOUTS)
+def test_layout_equals_one_process(recipe, name, which):
+    processes, values, _ = case(recipe).LAYOUTS[name]
+    got, want = run_ranks(processes, trained, recipe, which, values)[0], alone(recipe, which)
+    assert got["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE)
+    assert not differences(got["gradients"], want["gradients"])
+    assert got["losses"] == pytest.approx(want["losses"], rel=TRAJECTORY)
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize(("recipe", "name"), REFUSED)
+def test_layout_that_the_model_cannot_have_is_refused(recipe, name, monkeypatch):
+    processes, values, says = case(recipe).REFUSED[name]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=f"{says}.*fix: "):
+        case(recipe).options(next(iter(case(recipe).CONFIGS.values())), **values)
+
+
+# ------------------------------------------------------------------------------------------------------------ L4: jobs
+
+
+def run(recipe: str, argv: list[str]) -> None:
+    options = part(recipe, "options")
+    try:
+        worker.run(f"zoo.{recipe}", "train", options.parse("train", argv))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def steps_of(folder) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"]
+
+
+@pytest.mark.L4
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ten_steps_of_the_embedded_default_stopped_and_gone_on_with_are_the_unbroken_ones(recipe, tmp_path):
+    options = part(recipe, "options")
+    options.prepare(options.parse("train", ["--out", str(tmp_path / "data")]))
+    argv = [
+        "--steps",
+        "10",
+        "--warmup",
+        "2",
+        "--save-every",
+        "5",
+        "--deterministic",
+        "--lr-schedule",
+        "constant",
+        "--out",
+    ]
+    run_ranks(1, run, recipe, [*argv, str(tmp_path / "whole")])
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it would be had it died after step 5
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000010")
+    rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(rows[:6]))
+    run_ranks(1, run, recipe, [*argv, str(tmp_path / "parts")])
+    whole = steps_of(tmp_path / "whole")
+    assert len(whole) == 10 and whole == steps_of(tmp_path / "parts")
+    assert all(map(math.isfinite, (loss for _, loss, _ in whole)))
+    saved = [weights.read_json(tmp_path / name / "checkpoints/step-000010/state.json") for name in ("whole", "parts")]
+    assert saved[0]["model"] == saved[1]["model"]
