@@ -51,7 +51,7 @@ LAYOUTS = [
 ]
 REQUIRED = [
     "README.md", "config.py", "options.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
-    "perf.jsonl", "convert.sh",
+    "case.py", "perf.jsonl", "convert.sh",
 ]  # fmt: skip
 READING_COST = 1800  # lines
 ALIKE, ALIKE_LINES = 0.90, 150

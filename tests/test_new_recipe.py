@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_conformance import RECIPES, ROOT, tracked
 
+from zoo.new import class_names, with_classes
+
 pytestmark = pytest.mark.L0
 
 NAME = "planted"
@@ -64,9 +66,9 @@ def test_every_module_of_a_new_recipe_imports(made):
     assert done.returncode == 0, done.stderr
 
 
-def code(path: Path) -> str:
+def code(text: str) -> str:
     """The statements of a file without its docstrings."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
@@ -76,6 +78,8 @@ def code(path: Path) -> str:
 def test_only_documents_and_records_differ(made):
     root, nearest = made
     old, copy = root / "zoo" / nearest, root / "zoo" / NAME
+    classes = class_names(old, NAME)
+    assert len(classes) > 3 and all(name.startswith("Planted") for name in classes.values())
     shown = {
         copy / name for name in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "zoo" / nearest / "README.md").read_text())
     }
@@ -84,7 +88,7 @@ def test_only_documents_and_records_differ(made):
         assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source is left alone"
         assert twin.exists() != (twin in shown)
         if twin.suffix == ".py":
-            assert code(twin) == code(path)
+            assert code(twin.read_text()) == code(with_classes(path.read_text(), classes))
         elif twin.exists() and twin.suffix in (".safetensors", ".json", ".toml"):
             assert twin.read_bytes() == path.read_bytes()
         if twin.suffix in (".py", ".sh", ".md"):

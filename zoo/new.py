@@ -1,16 +1,20 @@
 """The work of `bash zoo/new.sh NAME --from NEAREST`.
 
-A copy carries along what was proved of the other model. So it loses the rows of `perf.jsonl`, what stands in its README
+The classes of the model get the new name, too. A copy carries along what was proved of the other model. So it loses the rows of `perf.jsonl`, what stands in its README
 between the `measured` markers, the pictures shown there, and every status; then the tables are rendered anew and the
 tables of recipes in the root README and its translation get their rows.
 """
 
+import ast
 import difflib
+import io
 import keyword
+import os
 import re
 import shutil
 import sys
 import tempfile
+import tokenize
 from pathlib import Path
 
 from common import cli, perf
@@ -48,6 +52,31 @@ def renamed(text: str, old: str, new: str) -> str:
     return re.sub(rf"\b(zoo[/.]|data/|runs/){old}\b", rf"\g<1>{new}", text)
 
 
+def class_names(folder: Path, new: str) -> dict[str, str]:
+    """The classes of a recipe that are named after its model, whatever file they stand in, and their new names: what the
+    classes of its model.py begin with (Qwen3, Wan) becomes NAME in camel case."""
+    defined = {
+        path: [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        for path in folder.glob("*.py")
+    }
+    blocks = [name for name in defined[folder / "model.py"] if name.endswith(("Block", "MLP", "Attention"))]
+    old = os.path.commonprefix(blocks)
+    camel = "".join(word.capitalize() for word in new.split("_"))
+    names = {name for found in defined.values() for name in found if old and name.startswith(old)}
+    return {name: camel + name.removeprefix(old) for name in names}
+
+
+def with_classes(text: str, names: dict[str, str]) -> str:
+    """Python with these names in place of its own; a library's class of the same name, behind a dot, stays."""
+    lines = text.splitlines(keepends=True)
+    for token in reversed(list(tokenize.generate_tokens(io.StringIO(text).readline))):
+        row, start = token.start[0] - 1, token.start[1]
+        if token.type == tokenize.NAME and token.string in names and lines[row][start - 1 : start] != ".":
+            line = lines[row]
+            lines[row] = line[:start] + names[token.string] + line[start + len(token.string) :]
+    return "".join(lines)
+
+
 def unverified(text: str) -> str:
     """Every status of a document: the whole cell in a table, the word in a sentence."""
     text = re.sub(r"(?<=\| )(un)?verified\b[^|\n]*(?= \|)", "unverified", text, flags=re.I)
@@ -64,9 +93,11 @@ def copy(nearest: str, name: str, folder: Path) -> None:
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", record):
             (folder / picture).unlink(missing_ok=True)
     card.write_text(MEASURED.sub("Not measured yet.\n", card.read_text()))
+    classes = class_names(folder, name)
     for path in folder.rglob("*"):
         if path.suffix in (".md", ".py", ".sh", ".toml"):
             text = renamed(path.read_text(), nearest, name)
+            text = with_classes(text, classes) if path.suffix == ".py" else text
             path.write_text(unverified(text) if path.suffix == ".md" else text)
 
 
@@ -92,7 +123,7 @@ def make(argv: list[str]) -> None:
     print(
         f"zoo/{name} is a copy of zoo/{nearest}: nothing in it is verified, its record is empty\n"
         f"next: bash tests/verify.sh {name}        climbs L0-L4, stops at the first thing to mend\n"
-        f"then: config.py, model.py, convert.py for your model, the ladder after each; README.md, demo/"
+        f"then: config.py, model.py, convert.py and case.py for your model, the ladder after each; README.md, demo/"
     )
 
 
