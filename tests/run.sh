@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                       all of them
 #   bash tests/run.sh tests/test_cli.py -x  whatever pytest understands
+#   bash tests/run.sh --changed [COMMIT]    those that a change touches, since COMMIT or not committed yet
 set -euo pipefail
 export ZOO_DEVICE=cpu
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
@@ -18,6 +19,12 @@ sys.exit(not all(map(u.find_spec, ("lm_eval", "pyarrow"))))'; then
     "$ZOO_PYTHON" -m pip list --format=freeze >.venv/.kept
     "$ZOO_PYTHON" -m pip install --quiet -r tests/requirements.txt -c .venv/.kept ||
         echo "tests/requirements.txt could not be installed: tests of lm-eval and parquet will be skipped" >&2
+fi
+if [ "${1:-}" = --changed ]; then
+    files="$(PYTHONPATH="$PYTHONPATH:tests" "$ZOO_PYTHON" tests/changed.py "${2:-HEAD}")"
+    [ -n "$files" ] || { echo "no test is touched"; exit 0; }
+    printf 'touched: %s\n' $files
+    set -- -n 2 --dist loadfile $files
 fi
 # Two files at a time, as a test waits for its processes a third of the time; those that take longest first.
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_npu_library.py tests/test_wan21_layouts.py tests
