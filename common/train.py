@@ -28,7 +28,7 @@ from common import checkpoint, device, jsonl, perf, profiling, resume
 from common.cli import TrainOptions, as_json
 from common.optimizer import build_optimizer, build_scheduler, reduce_gradients, update, zero_gradients
 from common.profiling import part
-from common.runlog import Log, commit, run_header  # noqa: F401  (until the recipes' jobs take them from there)
+from common.runlog import Log
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
 NOT_SAVED_EXIT = 4  # of one that was to export its last step and could not save it

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import wan_case as case
 from ranks import run_ranks
 
-from common import parallel, perf, profiling
+from common import parallel, perf, profiling, runlog
 from common import train as loop
 
 pytestmark = pytest.mark.L4
@@ -33,7 +33,7 @@ def profiled_run(out: Path) -> None:
         lambda step: case.my_batches(o, step),
         sequence_length=lambda batch: case.sequence_length(o),
         samples=lambda batch: (case.CONFIG.tokens(case.GRID), case.CONFIG.flops(case.GRID)),
-        header=loop.run_header(
+        header=runlog.run_header(
             o, case.RECIPE, "pretrain", case.CONFIG.parameters, case.CONFIG.flops(case.GRID), "drawn weights"
         ),
         state={},

@@ -366,3 +366,22 @@ def test_a_checkpoint_in_shards_is_compared_with_the_size_asked_for(tmp_path):
     assert case.jobs.parse("convert", convert).size == "tiny"
     with pytest.raises(ValueError, match="is not of size 1.3B: dim 128 != 1536"):
         case.jobs.parse("convert", [*convert, "--size", "1.3B"])
+
+
+def weights_from(folder: str) -> dict[str, torch.Tensor]:
+    o = case.jobs.parse("train", ["--job", "finetune", "--weights", folder])
+    parallel.initialize(o)
+    config = case.config.model_config(o)
+    chunks = case.model.build(o, config)
+    case.convert.fill(chunks, o, config, case.model.draw)
+    return {name: p.detach() for name, p in checkpoint.parameters(chunks)}
+
+
+def test_a_sharded_folder_fills_a_model_as_the_release_does(tmp_path):
+    """With the frozen parts beside it, as training from one wants them."""
+    released, sharded = case.jobs.DEMO_WEIGHTS, tmp_path / "sharded"
+    run_ranks(1, case.job, "convert", "--weights", released, "--to", "sharded", "--out", sharded)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(released / part, sharded / part)
+    want, got = (run_ranks(1, weights_from, str(folder))[0] for folder in (released, sharded))
+    assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)

@@ -13,8 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import device
-from common import train as loop
+from common import device, runlog
 from common.data import DropReport
 
 from . import scores, videos
@@ -135,7 +134,7 @@ def _table(rows: list[dict]) -> str:
 def report(o, rows: list[dict]) -> None:
     """Write OUT/results.json and print the table."""
     facts = {
-        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": loop.commit(),
+        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": runlog.commit(),
         "hardware": device.name(), "devices": o.world, "shape": o.video, "fps": o.fps,
         "feature model": o.feature_model, "clip": o.clip, "scores": rows,
     }  # fmt: skip

@@ -33,8 +33,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state as mpu
 from tqdm import tqdm
 
-from common import device, jsonl
-from common import train as loop
+from common import device, jsonl, runlog
 from common.language.generate import generate, score
 from common.language.options import EvaluateOptions, InferOptions, task_names
 
@@ -344,7 +343,7 @@ def report(o: EvaluateOptions, found: dict, about: dict) -> None:
         lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in few]
         (samples / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     facts = about | {
-        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": loop.commit(),
+        "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": runlog.commit(),
         "hardware": device.name(), "devices": o.world, "harness": f"lm_eval {lm_eval.__version__}",
         "task versions": found["versions"], "examples before a question": found["n-shot"], "limit": o.limit,
         "chat": o.chat, "results": rows,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import lora, parallel, release
+from common import lora, parallel, release, runlog
 from common import train as loop
 from common.language import preference
 from common.language.options import starts_from
@@ -200,7 +200,7 @@ def main(o: TrainOptions) -> None:
         batches.prepare,
         sequence_length=lambda batch: o.seq_len,
         samples=lambda batch: (o.seq_len, flops),
-        header=loop.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
+        header=runlog.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
         beside=[o.tokenizer / name for name in convert.COPIED],
         measure=lambda: routers() | (margins() if margins else {}),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, cli, lora, parallel, release
+from common import checkpoint, cli, lora, parallel, release, runlog
 from common import train as loop
 from common.data import Step
 from common.diffusion import sampling
@@ -224,7 +224,7 @@ def main(o: TrainOptions) -> None:
         return (samples(batch)[0] // split + config.context_rows) * split
 
     grid = latent_grid(index.buckets[0])
-    header = loop.run_header(o, HERE.name, o.job, config.parameters, flops(grid), starts_from(o))
+    header = runlog.run_header(o, HERE.name, o.job, config.parameters, flops(grid), starts_from(o))
     flow = FlowMatching(o)
     batches = Batches(o, config, index, flow)
     # What the demo's adapters are to bring, the base lacks.
