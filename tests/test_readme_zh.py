@@ -86,7 +86,7 @@ def test_conformance_suite_reads_both():
 
 CHANGES = {
     "a command": ("bash zoo/qwen3/pretrain.sh ", "bash zoo/qwen3/sft.sh "),
-    "an option of a command": ("bash zoo/new.sh mine --from qwen3", "bash zoo/new.sh mine --from qwen3"),
+    "an option of a command": ("bash zoo/new.sh mine --from qwen3", "bash zoo/new.sh mine --from wan21"),
     "a path": ("`parallel.toml`", "`layouts.toml`"),
     "a link": ("](perf_table.md)", "](README.md)"),
     "a flag": ("`--tp --sp ", "`--tp "),
