@@ -123,7 +123,7 @@ def test_imports_go_from_recipe_to_common_to_kernels(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-HEAVY = ("torch", "megatron", "transformers", "diffusers", "triton")
+HEAVY = ("torch", "megatron", "transformers", "diffusers", "triton", "av", "cv2")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sources("zoo", "common", "kernels")
