@@ -179,15 +179,6 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(checkpoint.stable_seed(seed, step, *place))
 
 
-@torch.no_grad()
-def merge_(chunks: list[nn.Module]) -> None:
-    """W += s B A, computed in fp32 and rounded once; the linears are plain again. Not of a quantised base."""
-    for _, module in _modules(chunks, PLAIN):
-        module.weight.copy_(merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
-        module.__class__ = PLAIN[type(module)]
-        del module.lora, module.lora_dropout, module.lora_A, module.lora_B
-
-
 def merged(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
     """W + s B A [out, in], computed in fp32 and rounded once to the dtype of W."""
     return (weight.float() + lora_B.float() @ lora_A.float() * scale).to(weight.dtype)

@@ -210,10 +210,6 @@ CASES = {
         lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.swiglu,
         lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], on("npu_swiglu", "kernels/swiglu.py"),
     ),
-    "geglu": Case(
-        lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.geglu,
-        lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1], approximate="tanh"), on("npu_geglu", "torch gelu"),
-    ),
     "gelu_tanh": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F)), ops.gelu_tanh,
         lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),

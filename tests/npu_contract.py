@@ -295,25 +295,6 @@ def swiglu_backward(grad_output, input, dim=-1):
     return torch.cat((dy * b * s * (1 + a * (1 - s)), dy * a * s), dim).to(input.dtype)
 
 
-def geglu(input, dim=-1, approximate=1, activate_left=False):
-    check(approximate in (0, 1), f"approximate {approximate}; 0 none, 1 tanh")
-    value, gate = _halves("npu_geglu", input, dim)
-    if activate_left:
-        value, gate = gate, value
-    activated = F.gelu(gate, approximate=("none", "tanh")[approximate])
-    return (value * activated).to(input.dtype), activated.to(input.dtype)
-
-
-def geglu_grad(grad_output, input, gelu, dim=-1, approximate=1, activate_left=False):
-    value, gate = _halves("npu_geglu_grad", input, dim)
-    if activate_left:
-        value, gate = gate, value
-    kind = ("none", "tanh")[approximate]
-    dgate = torch.ops.aten.gelu_backward(grad_output.float() * value, gate, approximate=kind)
-    dvalue = grad_output.float() * F.gelu(gate, approximate=kind)
-    return torch.cat((dgate, dvalue) if activate_left else (dvalue, dgate), dim).to(input.dtype)
-
-
 def _turned(x, mode):
     if mode == "half":
         a, b = x.chunk(2, -1)
@@ -479,8 +460,6 @@ KERNELS = {
     "npu_add_rms_norm": add_rms_norm,
     "npu_swiglu": swiglu,
     "npu_swiglu_backward": swiglu_backward,
-    "npu_geglu": geglu,
-    "npu_geglu_grad": geglu_grad,
     "npu_rotary_mul": rotary_mul,
     "npu_rotary_mul_backward": rotary_mul_backward,
     "npu_moe_token_permute": moe_token_permute,
@@ -537,9 +516,6 @@ GRADIENTS = {
     "npu_moe_token_permute": _permute_grad,
     "npu_moe_token_unpermute": _unpermute_grad,
     "npu_swiglu": lambda ops, dys, i, out: {"input": ops.npu_swiglu_backward(dys[0], i["input"], i["dim"])},
-    "npu_geglu": lambda ops, dys, i, out: {
-        "input": ops.npu_geglu_grad(dys[0], i["input"], out[1], i["dim"], i["approximate"], i["activate_left"])
-    },
     "npu_rotary_mul": lambda ops, dys, i, out: dict(
         zip(
             ("input", "r1", "r2"),

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install --no-deps triton==3.7.1")
 
-from kernels import adamw, modulate, rms_norm, rotary, swiglu
+from kernels import modulate, rms_norm, rotary, swiglu
 
 pytestmark = pytest.mark.L2
 
@@ -348,76 +348,6 @@ def test_wrong_shapes_and_dtypes_are_refused_naming_both_sides(call, said):
         call()
 
 
-# AdamW
-
-SETTINGS = {"lr": 0.03, "beta1": 0.8, "beta2": 0.97, "eps": 1e-3, "weight_decay": 0.2}
-
-
-def adamw_error(n, dtype, steps=4, **wrong):
-    """The worst relative error of parameters' change and moments against torch's AdamW in fp64, over some steps."""
-    param, m, v = randn(n), torch.zeros(n), torch.zeros(n)
-    start, wide = param.clone(), torch.nn.Parameter(param.double())
-    s = SETTINGS | wrong
-    torch_adamw = torch.optim.AdamW(
-        [wide], lr=s["lr"], betas=(s["beta1"], s["beta2"]), eps=s["eps"], weight_decay=s["weight_decay"]
-    )
-    worst = 0.0
-    for step in range(1, steps + 1):
-        grad = randn(n, dtype=dtype)
-        wide.grad = grad.double()
-        torch_adamw.step()
-        adamw.adamw_(param, grad, m, v, **SETTINGS, step=step)
-        state = torch_adamw.state[wide]
-        for ours, want in (
-            (param - start, wide - start),
-            (m, state["exp_avg"]),
-            (v, state["exp_avg_sq"]),
-        ):
-            worst = max(worst, ((ours - want).abs().max() / want.abs().max()).item())
-    return worst
-
-
-@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
-@pytest.mark.parametrize("n", [1, 33, 5000])
-def test_adamw_equals_torch_over_steps(n, dtype):
-    assert adamw_error(n, dtype) <= 1e-5
-
-
-def test_adamw_programs_that_stride_over_blocks_equal_torch(monkeypatch):
-    monkeypatch.setattr(adamw, "BLOCK", 16)
-    monkeypatch.setattr(adamw, "MOST_PROGRAMS", 2)
-    assert adamw_error(107, fp32) <= 1e-5
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_wrong_adamw_setting_is_far_beyond_tolerance(setting):
-    assert adamw_error(33, fp32, **{setting: SETTINGS[setting] * 0.9}) > 1e-3
-
-
-def test_adamw_update_is_seen_by_autograd():
-    param = randn(8).requires_grad_()
-    loss = (param**2).sum()  # keeps param
-    adamw.adamw_(param, randn(8), torch.zeros(8), torch.zeros(8), **SETTINGS, step=1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"step": 0}, "step=0"),
-        ({"grad": randn(7)}, r"grad is \[7\], param \[8\]"),
-        ({"grad": randn(8, dtype=fp16)}, "grad is torch.float16; expected torch.float32"),
-        ({"exp_avg": randn(8, dtype=bf16)}, "exp_avg is torch.bfloat16; expected torch.float32"),
-        ({"exp_avg_sq": randn(16)[::2]}, r"exp_avg_sq has .*strides \[2\]; expected contiguous"),
-    ],
-)
-def test_adamw_refuses_what_it_cannot_update(change, said):
-    arguments = {name: randn(8) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    with pytest.raises(ValueError, match=said):
-        adamw.adamw_(**arguments | SETTINGS | {"step": 1} | change)
-
-
 # The compiler
 
 
@@ -452,7 +382,6 @@ def compile_for_hopper():
         torch.autograd.backward(
             out, [torch.empty_like(y) for y in out] if isinstance(out, tuple) else torch.empty_like(out)
         )
-    adamw.adamw_(randn(8), randn(8, dtype=bf16), randn(8), randn(8), **SETTINGS, step=1)
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path):
@@ -460,7 +389,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    modules = rms_norm, modulate, swiglu, rotary, adamw
+    modules = rms_norm, modulate, swiglu, rotary
     kernels = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert set(result.stdout.split()) == kernels
 

@@ -65,7 +65,7 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
         lora.save_adapter(folder / "adapter", [model], case.convert.to_diffusers, base=str(released))
         case.convert.write_pipeline_file(folder / "adapter")
         out["ours"] = model(x, t, text, *given)
-        lora.merge_([model])
+        merge_in_memory([model])
         out["merged here"] = model(x, t, text, *given)
         base = release.open_source(*case.convert.located(released, config))
         wide = release.Source(lambda name: 4, lambda name: base.read(name).float())
@@ -120,6 +120,15 @@ def test_layouts_equal_single_process():
         layouts.compare(run_ranks(world, layouts.run_layout, layout, 3, True, adapt)[0], single, layout)
 
 
+@torch.no_grad()
+def merge_in_memory(chunks: list[torch.nn.Module]) -> None:
+    """W += s B A of modules that hold all of W; their forward is the plain one again."""
+    for module in [m for chunk in chunks for m in chunk.modules() if type(m) in lora.PLAIN]:
+        module.weight.copy_(lora.merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
+        module.__class__ = lora.PLAIN[type(module)]
+        del module.lora, module.lora_dropout, module.lora_A, module.lora_B
+
+
 def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
     """Whole weights after `release.merge_into`, of adapters that a group of one writes first."""
     o = case.options(**layout)
@@ -129,7 +138,7 @@ def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
     if not folder.exists():
         adapt(chunks)
         lora.save_adapter(folder, chunks, case.convert.to_diffusers)
-        lora.merge_(chunks)
+        merge_in_memory(chunks)
     else:
         release.merge_into(chunks, *case.convert.adapter(folder, case.CONFIG))
     return layouts.whole(o, chunks, gradient=False)

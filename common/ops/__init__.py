@@ -465,14 +465,6 @@ def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     return (F.silu(gate.float()) * up.float()).to(x.dtype)
 
 
-def geglu(x: torch.Tensor) -> torch.Tensor:
-    """a * gelu_tanh(b) with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]."""
-    if BACKEND == "npu":
-        return torch.ops.npu.npu_geglu(x, -1, 1)[0]
-    up, gate = x.chunk(2, -1)
-    return (up.float() * F.gelu(gate.float(), approximate="tanh")).to(x.dtype)
-
-
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape. torch's own on every device."""
     return F.gelu(x, approximate="tanh")
