@@ -53,7 +53,6 @@ REQUIRED = [
     "README.md", "config.py", "options.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
     "case.py", "perf.jsonl", "convert.sh",
 ]  # fmt: skip
-READING_COST = 1800  # lines
 ALIKE, ALIKE_LINES = 0.90, 150
 
 
@@ -484,26 +483,6 @@ def test_documentation_has_no_machine_paths(path):
 
 
 # ---------------------------------------------------------------------------------------------------------- size, copies
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_reading_cost_of_one_forward(recipe, capsys):
-    files, waiting = [], [ROOT / "zoo" / recipe / "model.py"]
-    while waiting:  # model.py and what it and they import of common; the reference of an op, not its kernels or checks
-        path = waiting.pop()
-        files.append(path)
-        if path.is_relative_to(ROOT / "common") and path.name != "ops.py":
-            continue  # the primitives are opened for their own sake, not for what they use
-        for name in imports(path):
-            parts = name.split(".")
-            target = ROOT.joinpath(*parts[:2]).with_suffix(".py")
-            if parts[0] == "common" and parts[-1] != "ops_check" and target.is_file() and target not in files + waiting:
-                waiting.append(target)
-    lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
-    total = sum(lines.values())
-    with capsys.disabled():
-        print(f"\nreading cost of {recipe}: {total} lines ({', '.join(f'{k} {v}' for k, v in lines.items())})", end="")
-    assert total <= READING_COST, f"one forward of {recipe} takes {total} lines to read; move out what it does not need"
 
 
 def alike(root: Path, one: str, other: str) -> list[str]:

@@ -6,22 +6,27 @@ L3  loss, gradients and two steps of every layout are those of one process
 L4  a run that is stopped and goes on is the unbroken one, bit for bit
 """
 
+import ast
+import collections
 import functools
 import importlib
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_conformance import RECIPES
+from test_conformance import RECIPES, ROOT, parsed
 
 from common import checkpoint, parallel, release, weights, worker
 from common import train as loop
 
 TOLERANCE = 1e-5  # of the largest entry of a tensor, relative for a loss; fp32
+READING_COST = 1300  # lines
 TRAJECTORY = 1e-6  # relative, of the losses of two steps
 
 
@@ -114,6 +119,56 @@ def test_published_size_has_the_parameters_keys_and_shapes_of_its_release(recipe
         assert table.shapes == shapes, name
         found = table.released_shapes()
         assert len(found) == tensors and sum(map(math.prod, found.values())) == count, name
+
+
+# -------------------------------------------------------------------------------------------------- what there is to read
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_forward_is_soon_read(recipe, capsys):
+    lines = run_ranks(1, lines_of_one_forward, recipe)[0]
+    with capsys.disabled():
+        each = ", ".join(f"{file} {count}" for file, count in sorted(lines.items()))
+        print(f"\none forward of {recipe} reaches {sum(lines.values())} lines: {each}", end="")
+    assert sum(lines.values()) <= READING_COST
+
+
+def lines_of_one_forward(recipe: str) -> dict[str, int]:
+    """By file, the lines of our functions that building each architecture and a forward with its loss call, of the
+    classes that they belong to, other methods aside, and of the config's class. Kernels and references are counted as
+    far as a CPU calls them."""
+    my, model_of, train, codes = case(recipe), part(recipe, "model"), part(recipe, "train"), set()
+    parallel.initialize(my.options(next(iter(my.CONFIGS.values()))))
+    for config in my.CONFIGS.values():
+        o = my.options(config, micro_batch=2, global_batch=2)
+        batch = my.prepare(o, [my.collate([my.sample(config, place, 0) for place in range(2)])])
+        sys.setprofile(lambda frame, event, _: codes.add(frame.f_code))
+        (model,) = model_of.build(o, config)
+        output, loss = train.forward_step(iter(batch), model)
+        loss(output)
+        sys.setprofile(None)
+    lines = collections.defaultdict(set)
+    for code in codes:
+        path = Path(code.co_filename)
+        if any(path.is_relative_to(ROOT / folder) for folder in ("zoo", "common", "kernels")):
+            name = str(path.relative_to(ROOT))
+            last = max(line for *_, line in code.co_lines() if line)
+            lines[name] |= set(range(code.co_firstlineno, last + 1))
+            lines[name] |= of_class(path, code.co_qualname.split(".")[0])
+    name = type(config).__name__
+    lines[f"zoo/{recipe}/config.py"] |= of_class(ROOT / "zoo" / recipe / "config.py", name)
+    return {file: len(numbers) for file, numbers in lines.items()}
+
+
+def of_class(path: Path, name: str) -> set[int]:
+    """The lines of a class that are no method's; none if the name is a function's."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+            return set(range(node.lineno, node.end_lineno + 1)).difference(
+                *(range(m.lineno - len(m.decorator_list), m.end_lineno + 1) for m in methods)
+            )
+    return set()
 
 
 # --------------------------------------------------------------------------------------------- L2: oracle and release
