@@ -122,6 +122,19 @@ def test_imports_go_from_recipe_to_common_to_kernels(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+MODELS = (
+    r"\b(qwen|wan(\d|\b|[-_.])|deepseek|glm|kimi|llama|mixtral|intern|open-?sora|hunyuan|cogvideo|flux|ltx|step-?\d)"
+)
+
+
+@pytest.mark.parametrize("path", sources("common/language", "common/diffusion"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_family_shares_names_no_model(path):
+    """What differs from model to model is a recipe's to decide, or an argument."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    found = [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if re.search(MODELS, line, re.I)]
+    assert not found, "\n".join(found)
+
+
 HEAVY = ("torch", "megatron", "transformers", "diffusers", "triton", "av", "cv2")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
