@@ -100,8 +100,10 @@ def save_oracle(folder, config, seed=0):
 
 def job(*argv) -> None:
     """A training run of the recipe in this process; to be called through `run_ranks`."""
+    o = jobs.parse("train", [*map(str, argv)])
+    jobs.prepare(o)  # as the launcher does: a fresh checkout has no demo data
     try:
-        worker.run(f"zoo.{RECIPE}", "train", jobs.parse("train", [*map(str, argv)]))
+        worker.run(f"zoo.{RECIPE}", "train", o)
     finally:
         torch.use_deterministic_algorithms(False)
 
