@@ -3,8 +3,10 @@ dispatcher and shape functions; level C: the recipe on its `npu` device, whose k
 fake_ascend.py). Nothing here ran on Ascend; it says nothing about an NPU's numerics or speed.
 """
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -242,6 +244,12 @@ RUNS = {
 }
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
 def pretrain(device: str, processes: int, names: list[str], folder, env: dict[str, str]) -> dict[str, list[dict]]:
     """Three steps on the demo clips, encoders, checkpoint and one sample included, under each layout; their records. As the
     launcher starts its processes, but for all layouts once."""
@@ -250,9 +258,15 @@ def pretrain(device: str, processes: int, names: list[str], folder, env: dict[st
     same = "--size tiny --precision fp32 --steps 3 --micro-batch 4 --global-batch 8 --save-every 0 --sample-steps 1"
     same += f" --sample-prompts {prompts} --cache {folder}/latents"
     runs = [f"{same} --out {folder}/{i} {RUNS[name][1]}".split() for i, name in enumerate(names)]
+    ports = free_ports(
+        len(runs)
+    )  # of a store for each layout: in a common one a group meets the keys of the last one's
     (folder / "runs.py").write_text(
-        "from common import worker\nfrom zoo.wan21 import options\n"
-        f"for argv in {runs}: worker.run('zoo.wan21', 'train', options.parse('train', argv))\n"
+        "import os\nfrom common import worker\nfrom zoo.wan21 import options\n"
+        "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'\n"
+        f"for port, argv in {list(zip(ports, runs, strict=True))}:\n"
+        "    os.environ['MASTER_PORT'] = str(port)\n"
+        "    worker.run('zoo.wan21', 'train', options.parse('train', argv))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = env | {"ZOO_DEVICE": device, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,6 @@
-"""Evaluate Qwen3 on benchmarks through lm-eval-harness. How it is done is in common/language/evaluate.py.
+"""Evaluate Qwen3 on benchmarks through lm-eval-harness.
+
+How it is done is in common/language/evaluate.py.
 
     bash zoo/qwen3/evaluate.sh                                                the demo's weights, the demo's tasks
     NPROC=8 bash zoo/qwen3/evaluate.sh --weights Qwen3-8B --tasks mmlu,gsm8k --task-folder benchmarks

@@ -1,4 +1,6 @@
-"""Text -> an indexed data set for pretraining. Formats and mechanics are in common/language/preprocess.py.
+"""Text -> an indexed data set for pretraining.
+
+Formats and mechanics are in common/language/preprocess.py.
 
     bash zoo/qwen3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpus --workers 32
 """
