@@ -108,9 +108,6 @@ def _install_npu() -> None:
 
     # Ascend's private formats reorder a tensor's memory: the flat buffers of megatron's optimizer are views of it.
     torch_npu.npu.config.allow_internal_format = False
-    # megatron sets the state of the device's generator through this private function, which transfer_to_npu leaves as it
-    # is: the calls would wait for CUDA, so for ever.
-    torch.cuda._lazy_call = torch_npu.npu._lazy_call
     _name_types_cuda("torch.npu.")
 
 
