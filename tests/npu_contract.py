@@ -1,6 +1,6 @@
 """Ascend's fused ops on CPU, level A of three: the published schemas over reference kernels, arguments checked strictly.
 
-`install()` registers the ops of `npu_schemas.txt` under `torch.ops.npu`, so that the npu branch of `common/ops.py` runs
+`install()` registers the ops of `npu_schemas.txt` under `torch.ops.npu`, so that the npu branch of `common/ops` runs
 without a device. What is proven: names, order and kinds of arguments, their documented constraints (dtypes, layouts,
 mask polarity, cumulative lists), and that the branch computes what the reference branch does, gradients included.
 What is not: an NPU's numerics or speed. It encodes one reading of the documentation (torch_npu 2.13.0,

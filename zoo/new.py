@@ -78,9 +78,9 @@ def with_classes(text: str, names: dict[str, str]) -> str:
 
 
 def unverified(text: str) -> str:
-    """Every status of a document: the whole cell in a table, the word in a sentence."""
-    text = re.sub(r"(?<=\| )(un)?verified\b[^|\n]*(?= \|)", "unverified", text, flags=re.I)
-    text = re.sub(r"(?<=\| )已验证[^|\n]*(?= \|)", "未验证", text)
+    """Every status of a document: the whole cell in a table, also where it tells of a card, the word in a sentence."""
+    text = re.sub(r"(?<=\| )((un)?verified\b|[^|\n]*\bon one H\d00)[^|\n]*(?= \|)", "unverified", text, flags=re.I)
+    text = re.sub(r"(?<=\| )(已验证|[^|\n]*单张 H\d00)[^|\n]*(?= \|)", "未验证", text)
     return re.sub(r"\bverified\b", "unverified", text).replace("Verified", "Unverified")
 
 
