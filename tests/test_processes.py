@@ -114,9 +114,9 @@ def test_a_worker_whose_launcher_died_before_it_could_ask_ends_itself():
 
 # A recipe whose data take long to make.
 OPTIONS = """
-import dataclasses, os, time
-Options = dataclasses.make_dataclass("Options", [])
-parse = lambda script, argv: Options()
+import os, time
+from common import cli
+parse = lambda script, argv: cli.LayoutOptions(size="tiny", layout="tiny")
 prepare = lambda options: (print(os.getpid(), flush=True), time.sleep(600))
 """
 

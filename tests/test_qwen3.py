@@ -225,7 +225,7 @@ def test_a_config_of_another_model_is_refused(change, message, tmp_path):
 )
 def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path, monkeypatch):
     """... and is of the size; named layouts are for training, and leave generation alone."""
-    monkeypatch.setattr(case.convert, "released_entries", lambda folder, config: {})
+    monkeypatch.setattr(release.Table, "entries", lambda table, folder: {})
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.copy(case.jobs.DEMO_TOKENIZER / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(case.config.SIZES["8B"].to_released() | change))
