@@ -18,6 +18,8 @@ _pool: list = []  # [(process, pipe)]
 
 
 def _serve(pipe) -> None:
+    import common.device  # before a function's module imports megatron  # noqa: F401
+
     while True:
         try:
             function, args, env = pipe.recv()
