@@ -30,7 +30,7 @@ from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, parallel, perf, runlog, train
+from common import checkpoint, parallel, perf, release, runlog, train
 
 CLIP = 1.0
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
@@ -421,6 +421,40 @@ def race(works: dict[str, Callable[[], None]], files: list[Path], made: Path | N
             if made:
                 shutil.rmtree(made, ignore_errors=True)
     return rates, extras
+
+
+def load(o: train.TrainOptions, size: str, chunks: list[torch.nn.Module], table: release.Table) -> list[dict]:
+    """The rows of a released folder of constant weights in bf16: loaded into a model, and written to another folder,
+    against reading and copying the same files.
+
+    chunks: the whole model on the CPU, in bf16, see `unsplit`.
+    """
+    largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
+    halves = release.Source(lambda name: 2, lambda name: torch.full(table.shapes[name], 0.5, dtype=torch.bfloat16))
+    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
+        target, again = Path(folder) / "released", Path(folder) / "again"
+        release.write(target, table, halves)
+        files = sorted(target.glob("*.safetensors"))
+        for p in chunks[0].parameters():
+            p.data.zero_()  # its pages exist before the clock starts
+        works = {
+            "reading": lambda: read_files(files),
+            "loading": lambda: release.load(chunks, table.entries(target), table),
+            "copying": lambda: copy_files(files, again),
+            "converting": lambda: release.write(again, table, release.open_source(target, table)),
+        }
+        rates, extras = race(works, files, made=again)
+    rows, same = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
+    for mine, theirs in (("loading", "reading"), ("converting", "copying")):
+        ratio = median_ratio(rates[mine], rates[theirs])
+        raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (mine, theirs)}
+        task, extra = f"released weights, {mine}", round(max(extras[mine]) / largest, 3)
+        rows += [
+            same | {"task": task, "value": ratio, "unit": f"x {theirs} the files", "raw": raw},
+            same | {"task": f"{task}, memory", "value": extra, "unit": "x largest tensor",
+                    "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
+        ]  # fmt: skip
+    return rows
 
 
 def median_ratio(mine: list[float], theirs: list[float]) -> float:

@@ -23,33 +23,22 @@ Each number is the median of its repeats, with the 10th and the 90th percentile.
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 
-from common import bench, checkpoint, device, perf, release
+from common import bench, checkpoint, device, perf
 from common.bench import OURS, rounded, timed
-from common.language import preprocess
-from common.language.generate import generate as generate_answers
-from common.language.pool import in_order
+from common.language import benchmarks
 
 from . import convert
 from .config import SIZES, Qwen3Config, model_config
 from .demo import make_data
 from .model import Qwen3Block, build, draw
-from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, PreprocessOptions, parse, prepare
+from .options import DEMO, DEMO_DATA, HERE, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted
-
-PROMPT, ANSWER = 128, 64  # tokens
-TEXT = 30_000_000  # characters to tokenize
 
 
 def main(o: PerfOptions) -> None:
@@ -172,96 +161,21 @@ def sft(o: PerfOptions) -> list[dict]:
     return [{"task": "sft step on packed rows", "value": ratio, "unit": "x pretraining's tokens/s", "raw": raw}]
 
 
-# ---------------------------------------------------------------------------------------------------------- generate
+# ------------------------------------------------------------------------------------------------ generate, preprocess
 
 
 def generate(o: PerfOptions) -> list[dict]:
     if o.world > 1:
         return [{"task": "generate", "system": OURS, "refused": "measured in one process; fix: NPROC=1"}]
-    config = model_config(o)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
+    config, dtype = model_config(o), {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     chunks = build(o, config)
     checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
-    mine, theirs, rows = chunks[0].eval(), their_model(o, config, dtype).eval(), []
-    for batch in (1, 8):
-        generator = torch.Generator().manual_seed(batch)
-        prompts = torch.randint(config.vocab_size, (batch, PROMPT), generator=generator).to(device.current())
-        asked = dataclasses.replace(InferOptions(), max_new_tokens=ANSWER, batch=batch)
-        lists, length = prompts.tolist(), {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
-
-        def ours_now(lists=lists, asked=asked):
-            return generate_answers(mine, lists, asked, set())
-
-        @torch.no_grad()
-        def theirs_now(prompts=prompts, length=length):
-            return theirs.generate(prompts, **length, do_sample=False, eos_token_id=None, pad_token_id=0)[:, PROMPT:]
-
-        seconds, theirs_seconds = [], []
-        for _ in range(1 + max(3, o.repeats // 4)):
-            taken, answers = timed(ours_now)
-            theirs_taken, theirs_answers = timed(theirs_now)
-            seconds.append(taken)
-            theirs_seconds.append(theirs_taken)
-        task = f"generate, batch {batch}"
-        same = sum(a == b for a, b in zip(answers, theirs_answers.tolist(), strict=True))
-        if same < batch and o.precision == "fp32":
-            rows.append(
-                {"task": task, "refused": f"{batch - same} of {batch} answers are not transformers'", "system": OURS}
-            )
-            continue
-        rates, theirs_rates = ([batch * ANSWER / s for s in taken[1:]] for taken in (seconds, theirs_seconds))
-        ratio = bench.median_ratio(rates, theirs_rates)
-        shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
-        raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
-        other = {
-            "system": f"transformers {transformers.__version__}",
-            "raw": {"rate": rounded(perf.spread(theirs_rates))},
-        }
-        row = {"task": task, "unit": "tokens/s", "devices": 1} | shape
-        rows += [
-            row | {"value": round(statistics.median(rates), 1), "raw": raw},
-            row | {"value": round(statistics.median(theirs_rates), 1)} | other,
-            shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
-        ]
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------------- preprocess
+    return benchmarks.generate(o, chunks[0].eval(), their_model(o, config, dtype).eval(), config.vocab_size)
 
 
 def tokenize(o: PerfOptions) -> list[dict]:
     """The demo's text, several times over."""
-    text = make_data.make(DEMO_DATA / "text") / "train.jsonl"
-    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    copies = -(-TEXT // sum(map(len, documents)))
-    workers, rates, alone = os.cpu_count(), [], []
-    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
-        file = Path(folder) / "text.jsonl"
-        file.write_text(text.read_text() * copies)
-        size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
-        asked = PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
-        asked = preprocess.check(asked, SIZES["tiny"].vocab_size, DEMO)
-        tokenizer, _ = preprocess.load_tokenizer(asked, SIZES["tiny"].vocab_size)
-
-        def encode(some: list[str]) -> int:
-            few = (some[i : i + preprocess.BATCH] for i in range(0, len(some), preprocess.BATCH))
-            return sum(len(e.ids) for part in few for e in tokenizer.encode_batch_fast(part, add_special_tokens=False))
-
-        shares = [(documents * copies)[i::workers] for i in range(workers)]
-        for _ in range(3):  # turn by turn
-            start = time.perf_counter()
-            # Many shards a worker, as a corpus has, so that none waits for another at the end.
-            found = preprocess.run(asked, SIZES["tiny"].vocab_size, TEXT // (8 * workers))
-            rates.append(size / (time.perf_counter() - start))
-            start = time.perf_counter()
-            tokens = sum(in_order(encode, shares, workers))
-            alone.append(size / (time.perf_counter() - start))
-            assert tokens + found["documents"] == found["tokens"], (tokens, found)
-            for made in Path(folder).glob("out*"):
-                made.unlink()
-    raw = {"MB/s": rounded(perf.spread(rates)), "tokenizer alone MB/s": rounded(perf.spread(alone)), "workers": workers}
-    return [{"task": "preprocess", "size": "demo tokenizer", "layout": None, "precision": "-", "shape": None, "devices": 1,
-             "value": bench.median_ratio(rates, alone), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
+    return benchmarks.tokenize(o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO)
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -272,37 +186,4 @@ def load(o: PerfOptions) -> list[dict]:
     size = "0.6B" if o.size.startswith("tiny") else o.size
     config = dataclasses.replace(SIZES[size], num_hidden_layers=o.layers or SIZES[size].num_hidden_layers)
     chunks = build(bench.unsplit(dataclasses.replace(o, precision="bf16")), config, torch.device("cpu"))
-    largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
-    shapes, table = convert.shapes(config), convert.table(config)
-    halves = release.Source(lambda name: 2, lambda name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16))
-    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
-        target, again = Path(folder) / "released", Path(folder) / "again"
-        release.write(target, table, halves)
-        files = sorted(target.glob("*.safetensors"))
-        for p in chunks[0].parameters():
-            p.data.zero_()  # its pages exist before the clock starts
-
-        def load_released() -> None:
-            release.load(chunks, table.entries(target), table)
-
-        def convert_released() -> None:
-            release.write(again, table, release.open_source(target, table))
-
-        works = {
-            "reading": functools.partial(bench.read_files, files),
-            "loading": load_released,
-            "copying": functools.partial(bench.copy_files, files, again),
-            "converting": convert_released,
-        }
-        rates, extras = bench.race(works, files, made=again)
-    rows, same = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
-    for mine, theirs in (("loading", "reading"), ("converting", "copying")):
-        ratio = bench.median_ratio(rates[mine], rates[theirs])
-        raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (mine, theirs)}
-        task, extra = f"released weights, {mine}", round(max(extras[mine]) / largest, 3)
-        rows += [
-            same | {"task": task, "value": ratio, "unit": f"x {theirs} the files", "raw": raw},
-            same | {"task": f"{task}, memory", "value": extra, "unit": "x largest tensor",
-                    "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
-        ]  # fmt: skip
-    return rows
+    return bench.load(o, size, chunks, convert.table(config))

@@ -14,14 +14,14 @@ run    the launcher as a user starts it: seconds to the first step and for --hel
        for data that is really decoded, and (latents cached) outside data, forward, backward and optimizer
 generation
        sampling with each of its accelerations against a named baseline, seconds beside quality: perf_generation.py
-load   a released folder of 1.3B random weights from disk: rate against reading the same files, memory beyond the model
+load   a released folder of 1.3B constant weights from disk into a model, and converted to another: rates against reading
+       and copying the same files, memory beyond the model
 decode frames per second of PyAV, and of decord where it is installed, at random places of a video
 
 Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
 
 import dataclasses
-import functools
 import statistics
 import tempfile
 import time
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import bench, checkpoint, device, perf, release
+from common import bench, checkpoint, device, perf
 from common.bench import OURS, rounded
 from common.diffusion.buckets import Bucket
 from common.diffusion.videos import write_video
@@ -180,32 +180,7 @@ def load(o: PerfOptions) -> list[dict]:
     config = SIZES["1.3B"]
     single = bench.unsplit(dataclasses.replace(o, size="1.3B", precision="bf16"))
     chunks = build(single, config, torch.device("cpu"))
-    largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
-    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
-        shapes, table, target = (
-            convert.shapes(config),
-            convert.table(config, diffusers=False),
-            Path(folder) / "released",
-        )
-        halves = release.Source(lambda name: 2, lambda name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16))
-        release.write(target, table, halves)
-        files = sorted(target.glob("*.safetensors"))
-        for p in chunks[0].parameters():
-            p.data.zero_()  # its pages exist before the clock starts
-
-        def load_released() -> None:
-            release.load(chunks, table.entries(target), table)
-
-        works = {"reading": functools.partial(bench.read_files, files), "loading": load_released}
-        rates, extras = bench.race(works, files)
-    raw = {"GB/s": rounded(perf.spread(rates["loading"])), "disk GB/s": rounded(perf.spread(rates["reading"]))}
-    return [
-        {"task": "released weights, loading", "size": "1.3B", "layout": None, "precision": "bf16",
-         "value": bench.median_ratio(rates["loading"], rates["reading"]), "unit": "x disk read rate", "raw": raw},
-        {"task": "released weights, memory", "size": "1.3B", "layout": None, "precision": "bf16",
-         "value": round(max(extras["loading"]) / largest, 3), "unit": "x largest tensor",
-         "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
-    ]  # fmt: skip
+    return bench.load(o, "1.3B", chunks, convert.table(config, diffusers=False))
 
 
 def decode(o: PerfOptions) -> list[dict]:

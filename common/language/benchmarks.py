@@ -1,0 +1,110 @@
+"""The benchmarks of a language model that are the same for every one: generating against transformers' generate, and
+preprocessing against the tokenizer alone. Their training step's is in common/bench.py."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from common import bench, device, perf
+from common.bench import OURS, rounded, timed
+
+from . import preprocess
+from .generate import generate as generate_answers
+from .options import InferOptions
+from .pool import in_order
+
+PROMPT, ANSWER = 128, 64  # tokens
+TEXT = 30_000_000  # characters to tokenize
+
+
+def generate(o, mine: torch.nn.Module, theirs: torch.nn.Module, vocabulary: int) -> list[dict]:
+    """The rows of greedy generation with a cache by our model and by transformers', which has the same weights, turn by turn:
+    one prompt, and eight. In fp32, answers that are not the same are refused.
+
+    o: the options of perf.sh. vocabulary: tokens to draw prompts from.
+    """
+    rows = []
+    for batch in (1, 8):
+        generator = torch.Generator().manual_seed(batch)
+        prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).to(device.current())
+        asked = InferOptions(prompt="", max_new_tokens=ANSWER, batch=batch)
+        lists, length = prompts.tolist(), {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
+
+        def ours_now(lists=lists, asked=asked):
+            return generate_answers(mine, lists, asked, set())
+
+        @torch.no_grad()
+        def theirs_now(prompts=prompts, length=length):
+            return theirs.generate(prompts, **length, do_sample=False, eos_token_id=None, pad_token_id=0)[:, PROMPT:]
+
+        seconds, theirs_seconds = [], []
+        for _ in range(1 + max(3, o.repeats // 4)):
+            taken, answers = timed(ours_now)
+            theirs_taken, theirs_answers = timed(theirs_now)
+            seconds.append(taken)
+            theirs_seconds.append(theirs_taken)
+        task = f"generate, batch {batch}"
+        same = sum(a == b for a, b in zip(answers, theirs_answers.tolist(), strict=True))
+        if same < batch and o.precision == "fp32":
+            why = f"{batch - same} of {batch} answers are not transformers'"
+            rows.append({"task": task, "refused": why, "system": OURS})
+            continue
+        rates, theirs_rates = ([batch * ANSWER / s for s in taken[1:]] for taken in (seconds, theirs_seconds))
+        ratio = bench.median_ratio(rates, theirs_rates)
+        shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
+        raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
+        other = {
+            "system": f"transformers {transformers.__version__}",
+            "raw": {"rate": rounded(perf.spread(theirs_rates))},
+        }
+        row = {"task": task, "unit": "tokens/s", "devices": 1} | shape
+        rows += [
+            row | {"value": round(statistics.median(rates), 1), "raw": raw},
+            row | {"value": round(statistics.median(theirs_rates), 1)} | other,
+            shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
+        ]
+    return rows
+
+
+def tokenize(o, text: Path, vocabulary: int, tokenizer_folder: Path) -> list[dict]:
+    """The row of preprocessing a file of documents, several times over, against the tokenizer library's encode_batch_fast
+    alone in as many processes.
+
+    text: a .jsonl of {"text": document}. vocabulary: of the tokenizer in tokenizer_folder.
+    """
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    copies = -(-TEXT // sum(map(len, documents)))
+    workers, rates, alone = os.cpu_count(), [], []
+    with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
+        file = Path(folder) / "text.jsonl"
+        file.write_text(text.read_text() * copies)
+        size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
+        asked = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
+        asked = preprocess.check(asked, vocabulary, tokenizer_folder)
+        tokenizer, _ = preprocess.load_tokenizer(asked, vocabulary)
+
+        def encode(some: list[str]) -> int:
+            few = (some[i : i + preprocess.BATCH] for i in range(0, len(some), preprocess.BATCH))
+            return sum(len(e.ids) for part in few for e in tokenizer.encode_batch_fast(part, add_special_tokens=False))
+
+        shares = [(documents * copies)[i::workers] for i in range(workers)]
+        for _ in range(3):  # turn by turn
+            start = time.perf_counter()
+            # Many shards a worker, as a corpus has, so that none waits for another at the end.
+            made = preprocess.run(asked, vocabulary, TEXT // (8 * workers))
+            rates.append(size / (time.perf_counter() - start))
+            start = time.perf_counter()
+            tokens = sum(in_order(encode, shares, workers))
+            alone.append(size / (time.perf_counter() - start))
+            assert tokens + made["documents"] == made["tokens"], (tokens, made)
+            for path in Path(folder).glob("out*"):
+                path.unlink()
+    raw = {"MB/s": rounded(perf.spread(rates)), "tokenizer alone MB/s": rounded(perf.spread(alone)), "workers": workers}
+    return [{"task": "preprocess", "size": "demo tokenizer", "layout": None, "precision": "-", "shape": None, "devices": 1,
+             "value": bench.median_ratio(rates, alone), "unit": "x the tokenizer's rate", "raw": raw}]  # fmt: skip
