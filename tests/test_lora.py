@@ -12,7 +12,7 @@ import wan_case as case
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from common import adapters, checkpoint, lora, parallel, weights
+from common import adapters, checkpoint, lora, parallel, release, weights
 from common import train as loop
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "mlp.down_proj", "lm_head"]
@@ -220,20 +220,18 @@ def test_only_adapters_train_and_start_as_nothing():
 
 
 def merged(dtype: torch.dtype) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
-    """Weights as they should be and as they are, logits before and after."""
-    model = qwen(dtype)
+    """Weights in exact arithmetic and as `lora.merged` computes them; logits before and after merging."""
+    model, plain = qwen(dtype), qwen(dtype)
     lora.add([model], TARGETS, rank=3, alpha=5, seed=7)
     randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    want = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    for name, a in ((n, p) for n, p in model.named_parameters() if n.endswith("lora_A")):
-        weight, b = name.replace("lora_A", "weight"), model.get_parameter(name.replace("lora_A", "lora_B"))
-        want[weight] = (want[weight].double() + 5 / 3 * (b.double() @ a.double())).to(dtype).detach()
+    want, got = ({n: p.detach().clone() for n, p in plain.named_parameters()} for _ in range(2))
+    for name, a in ((n, p.detach()) for n, p in model.named_parameters() if n.endswith("lora_A")):
+        weight, b = name.replace("lora_A", "weight"), model.get_parameter(name.replace("lora_A", "lora_B")).detach()
+        want[weight] = (want[weight].double() + 5 / 3 * (b.double() @ a.double())).to(dtype)
+        got[weight] = lora.merged(got[weight], a, b, 5 / 3)
+    plain.load_state_dict(got)
     with torch.no_grad():
-        before = model(TOKENS).logits
-        lora.merge_([model])
-        after = model(TOKENS).logits
-    assert all(type(m) not in lora.PLAIN for m in model.modules())
-    return want, {n: p.detach() for n, p in model.named_parameters()}, before, after
+        return want, got, model(TOKENS).logits, plain(TOKENS).logits
 
 
 @pytest.mark.L2
@@ -512,19 +510,20 @@ def test_folders_do_not_know_the_layout(tmp_path):
         assert facts[0] == facts[1]
 
 
-def merged_shards(layout: dict) -> dict:
+def merged_shards(layout: dict, folder: Path) -> dict:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, case.random_state())
-    adapt(chunks)
-    lora.merge_(chunks)
+    release.merge_into(chunks, *case.convert.adapter(folder, case.CONFIG))
     return layouts.whole(o, chunks, gradient=False)
 
 
 @pytest.mark.L3
-def test_merged_shards_equal_single_process():
-    want, got = run_ranks(1, merged_shards, {})[0], run_ranks(2, merged_shards, {"tp": 2})[0]
+def test_merged_shards_equal_single_process(tmp_path):
+    run_ranks(1, written, {}, tmp_path / "adapter")
+    want = run_ranks(1, merged_shards, {}, tmp_path / "adapter")[0]
+    got = run_ranks(2, merged_shards, {"tp": 2}, tmp_path / "adapter")[0]
     assert want.keys() == got.keys() == case.random_state().keys()
     assert all(relative(got[name], want[name]) < 1e-6 for name in want)
     assert not torch.equal(want["blocks.0.ffn.2.weight"], case.random_state()["blocks.0.ffn.2.weight"])
