@@ -1,5 +1,5 @@
-"""Run a function on several gloo ranks. Processes are kept between calls, because importing torch and megatron-core
-takes seconds; a rank that raises shows its own traceback; nothing can hang.
+"""Run a function on several gloo ranks. Processes are forked from one that has imported torch and megatron-core, which
+takes seconds, and are kept between calls; a rank that raises shows its own traceback; nothing can hang.
 
     results = run_ranks(4, some_module_level_function, arg, ...)   # [rank 0's return value, rank 1's, ...]
 """
@@ -12,19 +12,25 @@ from multiprocessing.connection import wait
 
 import torch.distributed as dist
 
-TIMEOUT = 240  # seconds a call may take, the first import included
+TIMEOUT = 240  # seconds a call may take
 THREADS = 400  # of a process; gloo's outlive their groups, and 2,000 of them slow every collective down tenfold
+IMPORTS = [  # before the fork; the device adapter before anything imports megatron
+    "common.device", "common.train", "common.checkpoint", "common.release", "pytest", "safetensors.torch",
+    "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "diffusers.models.transformers.transformer_wan",
+]  # fmt: skip
+_context = get_context("forkserver")
+_context.set_forkserver_preload(IMPORTS)
 _pool: list = []  # [(process, pipe)]
 
 
 def _serve(pipe) -> None:
-    import common.device  # before a function's module imports megatron  # noqa: F401
-
     while True:
         try:
             function, args, env = pipe.recv()
         except EOFError:
             return
+        os.environ.clear()  # the server's are those of the first call
         os.environ.update(env)
         try:
             import torch
@@ -56,18 +62,22 @@ atexit.register(stop)
 
 def run_ranks(world: int, function, *args) -> list:
     """Call `function(*args)` on `world` ranks with torchrun's environment set; the list of their return values."""
-    context = get_context("spawn")
     if any(_threads(process.pid) > THREADS for process, _ in _pool):
         stop()
     while len(_pool) < world:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,))  # no daemon: dist_checkpointing starts writers
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs,))  # no daemon: dist_checkpointing starts writers
         process.start()
         theirs.close()
         _pool.append((process, ours))
     # The store is here, as torchrun's is with its agent: a port that rank 0 was told to listen on may be taken by then.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "OMP_NUM_THREADS": "1",
+    }
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     for rank, (_, pipe) in enumerate(_pool[:world]):
         pipe.send((function, args, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
