@@ -37,7 +37,7 @@ FROM_LAYOUT = "from_layout"
 def option(help: str, default: Any = None, *, group: str = "job", layout: bool = False, within: str = "") -> Any:
     """Return a dataclass field that --help shows under `group`.
 
-    layout: the default comes from parallel.toml. within: the interval in which a number must lie, e.g. "[0, 1)".
+    layout: a layout of parallel.toml may set it. within: the interval in which a number must lie, e.g. "[0, 1)".
     """
     return field(default=default, metadata={"help": help, "group": group, FROM_LAYOUT: layout, "within": within})
 
@@ -428,8 +428,8 @@ def check_run(o: TrainOptions) -> None:
 
     Raises:
         ValueError: --resume names no folder; no step follows the warm-up; --min-lr is above --lr; the steps or ranks to
-            profile are not numbers or lie beyond the run; --compile has no compiler; --compile or --offload-activations
-            is combined with --recompute selective.
+            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler; --compile or
+            --offload-activations is combined with --recompute selective.
     """
     if o.compile:
         check_compile(o)
