@@ -1,5 +1,5 @@
-"""Reads files of low-rank adapters, in the formats of their trainers, from headers alone and without torch. It finds the
-linear to which a tensor belongs, which factor the tensor is, and the scale of the product.
+"""Reads files of low-rank adapters, in the formats of their trainers, from headers alone and without torch. It finds
+the linear to which a tensor belongs, which factor the tensor is, and the scale of the product.
 
 A tensor's name is a prefix, the linear's name in the file, and a suffix. A recipe's `Format` gives the first two;
 `PARTS` lists the suffixes. Every tensor of a file must be recognised. The scale of a linear is alpha / r, from:
@@ -214,7 +214,7 @@ def _first(names: list[str]) -> str:
 
 
 def _facts(path: Path, file: Path, form: Format) -> dict | None:
-    """Return the adapters' settings from the file's header or the adapter_config.json beside it; None if neither has any.
+    """Return the settings of adapters from the file's header or the adapter_config.json beside it; None without both.
 
     Raises:
         ValueError: it is not a plain LoRA.

@@ -1,5 +1,5 @@
-"""The benchmark harness. It measures our training step in turn with a peer's (another library's step), the launcher as a
-user starts it, and the reading of released weights, and makes their rows of the performance record.
+"""The benchmark harness. It measures our training step in turn with a peer's (another library's step), the launcher as
+a user starts it, and the reading of released weights, and makes their rows of the performance record.
 
 A recipe's perf.py chooses the benchmarks and provides the model, the micro-batches and the peer. This module measures
 seconds, memory and ratios, and refuses rows that must not be recorded.
@@ -161,7 +161,7 @@ def peer_step(
 
 
 def own_step_alone(o: train.TrainOptions, config, ours: Callable, batches_of: Callable) -> Callable[[], torch.Tensor]:
-    """Build our step in a process that is not a rank of this job. It is called like a peer's step, without arguments."""
+    """Build our step in a process that is not a rank of this job. It takes no arguments, like a peer's step."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(device.BACKEND, init_method=f"file://{folder}/store", rank=0, world_size=1)
         parallel.initialize(o)
@@ -190,7 +190,7 @@ def serve(pipe, build: Callable, compiled: bool) -> None:
 
 
 class Contender:
-    """A contender in its own process, which runs one step per request. `failure` is None, or why the contender failed."""
+    """A contender in its own process, which runs one step per request. `failure` is None, or says why it failed."""
 
     def __init__(self, name: str, build: Callable, *, mine: bool = False, compiled: bool = False):
         """build: returns the step; it is called in the other process, so it must be a module's function or a partial of
@@ -288,17 +288,17 @@ def step_rows(
         if contender.failure:
             rows.append(labels | {"refused": contender.failure})
             continue
-        error = abs(contender.losses[0] - losses[0]) / abs(losses[0])
-        if not error <= LOSS_BOUND[o.precision]:
+        gap = abs(contender.losses[0] - losses[0]) / abs(losses[0])
+        if not gap <= LOSS_BOUND[o.precision]:
             reason = (
-                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {error:.1e} apart, expected at most "
+                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {gap:.1e} apart, expected at most "
                 f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
             )
             rows += [labels | {"refused": reason}, ratio | {"system": OURS, "refused": reason}]
             if not contender.compiled:
                 own_row["refused"] = reason.replace("its first loss", f"the first loss of {contender.name}")
             continue
-        raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{error:.1e}")}
+        raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{gap:.1e}")}
         rows.append(measured(contender.seconds, contender.memory, o.global_batch / o.dp, 1, raw) | labels)
         if contender.mine:
             own_runs[True] = (contender.seconds, contender.memory, 1)
@@ -316,7 +316,7 @@ def step_rows(
 
 
 def user_environment() -> dict[str, str]:
-    """Return this process's environment without what the launcher and torchrun added, and with its Python interpreter."""
+    """Return this process's environment without what the launcher and torchrun added, but with its Python."""
     added = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_", "ZOO_COMMAND")
     return {k: v for k, v in os.environ.items() if not k.startswith(added)} | {"ZOO_PYTHON": sys.executable}
 
@@ -331,8 +331,8 @@ def time_help(launcher: Path, times: int = 3) -> list[float]:
 
 
 def run_launcher(launcher: Path, out: Path, *options: str) -> tuple[float, list[dict]]:
-    """Train as a user does. Return the seconds until the first step is in metrics.jsonl, and the rows of the steps after
-    the fifth.
+    """Train as a user does. Return the seconds until the first step is in metrics.jsonl, and the rows of the steps
+    after the fifth.
 
     Raises:
         RuntimeError: the run failed; the message ends with the end of its log.

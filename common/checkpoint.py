@@ -41,7 +41,7 @@ READ_AHEAD = 8  # how many tensors before its copy a tensor is requested from th
 
 
 def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (global name, parameter) of this rank's model chunks. Prefixes that wrappers add to the names are removed."""
+    """Yield (global name, parameter) of this rank's model chunks. Names have no prefixes of wrappers."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module."), parameter
@@ -125,8 +125,8 @@ def _set_steps(optimizer, steps: int) -> None:
 def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
     """Return the moments and master weights of the distributed optimizers (of dense parameters, of experts) by their
     index in the chain."""
-    # megatron-core 0.16 joins the buckets without the padding at their ends, but cuts out the parameters at offsets that
-    # include it: each parameter after a padded bucket would be saved shifted. So the padding is declared to be content.
+    # megatron-core 0.16 joins the buckets without the padding at their ends, but cuts out the parameters at offsets
+    # that include it: each parameter after a padded bucket would be saved shifted. So the padding is declared content.
     for buffer in (buffer for inner in optimizer.chained_optimizers for buffer in inner.buffers):
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
@@ -137,7 +137,7 @@ def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
 
 
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
-    """Return the moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's keys."""
+    """Return moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's keys."""
     inner = optimizer.chained_optimizers[0].optimizer
     state = {}
     for name, parameter in trained(chunks):
@@ -162,8 +162,8 @@ def save(
 ) -> Path:
     """Write checkpoint `step` under `folder`.
 
-    state: small JSON (step, model config, what the run began with). beside: small files, a tokenizer's for example, that
-    are copied into the checkpoint if they exist.
+    state: small JSON (step, model config, what the run began with). beside: small files, a tokenizer's for example,
+    that are copied into the checkpoint if they exist.
 
     Raises:
         OSError: some rank could not write its part; earlier checkpoints are untouched.
@@ -330,8 +330,8 @@ def _gathered(problem: str | None) -> str | None:
 
 
 def _unreadable(checkpoint: Path) -> str | None:
-    """Return why this rank cannot read a checkpoint, or None. The files that each rank reads whole must be readable, and
-    all files must be there with their sizes."""
+    """Return why this rank cannot read a checkpoint, or None. The files that each rank reads whole must be readable,
+    and all files must be there with their sizes."""
     try:
         for name in ("state.json", "metadata.json", "common.pt", ".metadata"):
             (checkpoint / name).read_bytes()
@@ -379,8 +379,8 @@ def tensor_sizes(checkpoint: Path) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1)
 def _reader(checkpoint: Path, written: int):
-    """Return a reader that reads the checkpoint's metadata once. `written`, the time of its metadata, makes a new reader
-    for a checkpoint that has replaced another in the same folder."""
+    """Return a reader that reads the checkpoint's metadata once. `written`, the time of its metadata, makes a new
+    reader for a checkpoint that has replaced another in the same folder."""
     from torch.distributed.checkpoint import FileSystemReader
 
     reader = FileSystemReader(checkpoint)
@@ -390,8 +390,8 @@ def _reader(checkpoint: Path, written: int):
 
 
 def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
-    """Return one whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised process
-    group of one rank."""
+    """Return one whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised
+    process group of one rank."""
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -427,7 +427,7 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
 
 def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
     """Fill parameters from scratch, with the same values in every layout. Each parameter (with a `chosen` name) is drawn
-    whole from a generator seeded by (seed, its name), then sliced. draw(name, whole tensor, generator) fills one."""
+    whole from a generator seeded by (seed, name), then sliced. draw(name, whole tensor, generator) fills one."""
     with torch.no_grad():
         for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
             shape, splits = list(parameter.shape), cuts(parameter)

@@ -313,8 +313,8 @@ def divisors(n: int) -> str:
 
 
 def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | None, experts: int = 0) -> LayoutOptions:
-    """Check everything about a layout that can be wrong before a process group exists. Return the options with the values
-    that it implies (ulysses, etp, global_batch).
+    """Check everything about a layout that can be wrong before a process group exists. Return the options with the
+    values that it implies (ulysses, etp, global_batch).
 
     heads: attention heads; layers: transformer blocks; tokens: sequence length of a sample, None if it varies; experts:
     number per layer, 0 for a dense model.
@@ -552,8 +552,8 @@ def main() -> None:
 
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
-    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of what is made, and whether to wait
-    for another process that makes the same. A training never waits: it would only continue the one that has ended."""
+    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of what is made, and whether to
+    wait for another process that makes the same. A training never waits: it would only continue the ended one."""
     places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()
     return [(place, doing, not isinstance(options, TrainOptions)) for place in places if place is not None]

@@ -73,8 +73,8 @@ class DropReport:
 
     @classmethod
     def load(cls, path: str | Path) -> DropReport:
-        """Read a file that `save` and `note_drops` wrote. Without a file there are no drops. A line that a killed process
-        left unfinished is skipped."""
+        """Read a file that `save` and `note_drops` wrote. Without a file there are no drops. A line that a killed
+        process left unfinished is skipped."""
         rows = jsonl.read(Path(path)) if Path(path).is_file() else []
         return cls([row for row in rows if row.pop("kind") == "drop"])
 
@@ -109,8 +109,8 @@ def check_drops(path: Path, rows: int, max_drop: float) -> DropReport:
 
 
 def partial_name(path: Path) -> Path:
-    """Return a temporary path, to be renamed to `path` when it is written. Two hosts or containers that share the folder
-    never choose the same one."""
+    """Return a temporary path, to be renamed to `path` when it is written. Two hosts or containers that share the
+    folder never choose the same one."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
@@ -130,10 +130,10 @@ class BucketSampler:
     whole state.
 
     Every global batch comes from one bucket. The rows of a bucket form an endless stream of permutations, which is cut
-    into global batches. Rows that do not fill a batch begin the bucket's next batch, in the next epoch. A bucket smaller
-    than a batch repeats its rows. Over many epochs every row is seen equally often. Epoch e (bucket sizes n, global
-    batch G) has the sum over buckets of floor((e + 1) n / G) - floor(e n / G) steps, in shuffled bucket order. The rows
-    of a step do not depend on `dp_size` and `micro_batch`; only their distribution over ranks does.
+    into global batches. Rows that do not fill a batch begin the bucket's next batch, in the next epoch. A bucket
+    smaller than a batch repeats its rows. Over many epochs every row is seen equally often. Epoch e (bucket sizes n,
+    global batch G) has the sum over buckets of floor((e + 1) n / G) - floor(e n / G) steps, in shuffled bucket order.
+    The rows of a step do not depend on `dp_size` and `micro_batch`; only their distribution over ranks does.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class BucketSampler:
 
 @dataclass(frozen=True)
 class Step:
-    """The data of one step on this rank: `micro_batches[i]` is the dataset's result for micro-batch number `taken[i]`."""
+    """The data of one step on this rank: `micro_batches[i]` is the dataset's result for micro-batch `taken[i]`."""
 
     step: int
     bucket: int
@@ -232,16 +232,16 @@ class _MicroBatches:
 
 
 def start_decoding(worker: int) -> None:
-    """Prepare a decoding process. It ends with its rank. It gets its own process group, because torchrun signals a rank's
-    whole group, and a decoding process that dies of the signal would fail the rank before its checkpoint is written."""
+    """Prepare a decoding process. It ends with its rank. It gets its own process group, because torchrun signals a
+    rank's whole group, and a decoding process that dies of it would fail the rank before its checkpoint is written."""
     processes.die_with(multiprocessing.parent_process().pid)
     os.setpgrp()
 
 
 @contextlib.contextmanager
 def inheritance_kept() -> Iterator[None]:
-    """Context in which forked processes never garbage-collect the objects that they inherit: destroying a scaler or codec
-    would wait for its threads, which a fork does not copy."""
+    """Context in which forked processes never garbage-collect the objects that they inherit: destroying a scaler or
+    codec would wait for its threads, which a fork does not copy."""
     gc.freeze()
     try:
         yield

@@ -147,8 +147,8 @@ def _install_cpu() -> None:
 
         return call
 
-    # `with torch.device(...)` looks up the factories once and caches them. The call caches the real ones before they are
-    # replaced: each replacement calls the real one, and only that must be recognised.
+    # `with torch.device(...)` looks up the factories once and caches them. This call caches the real ones before they
+    # are replaced: each replacement calls the real one, which must be recognised.
     _device_constructors()
     for factory in ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "as_tensor"):
         setattr(torch, factory, redirect(getattr(torch, factory)))

@@ -18,8 +18,8 @@ if [ -z "${ZOO_DEVICE:-}" ]; then
 fi
 export ZOO_DEVICE
 
-# Install torch first, in the build for the device. As another package's dependency it would bring gigabytes of CUDA to a
-# laptop. Only the first cpu route (a CPU wheel that pip finds) has been run; the others are untested.
+# Install torch first, in the build for the device. As another package's dependency it would bring gigabytes of CUDA to
+# a laptop. Only the first cpu route (a CPU wheel that pip finds) has been run; the others are untested.
 HAS_TORCH='import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))'
 install_torch() {
     local pip="$1 -m pip install --quiet --no-compile"

@@ -6,10 +6,9 @@ in the model changes, and code that reads weights and checkpoints by name still 
 weights, add the adapters, wrap the model.
 
 A linear can be adapted if the model calls it and if it is one matrix of the release, so that names map one to one.
-Matrices that are fused or stacked here (experts) are not linears and are left out. A vocabulary projection that is split
-over tp is left out too, because the loss reads its weight directly. A recipe must not offer a target that its model does
-not call, such as a router whose weight alone is read. The base stays in the precision of the run, or in 4 bits after
-`quantize_`.
+Matrices that are fused or stacked here (experts) are not linears and are left out. A vocabulary projection split over
+tp is left out too, because the loss reads its weight directly. A recipe must not offer a target that its model does not
+call, such as a router whose weight alone is read. The base stays in the run's precision, after `quantize_` in 4 bits.
 """
 
 import collections
@@ -43,8 +42,8 @@ class LoraLinear(nn.Linear):
 
 
 class LoraColumnLinear(parallel.ColumnLinear):
-    """A is whole on every rank and B is split over outputs, so each rank computes its outputs' part of A's gradient. Under
-    sequence parallel megatron-core sums the parts once a step, as for norms; otherwise the backward sums them."""
+    """A is whole on every rank and B is split over outputs, so each rank computes its outputs' part of A's gradient.
+    Under sequence parallel megatron-core sums the parts once a step, as for norms; otherwise the backward sums them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs] -> [L, B, outputs/tp]."""
@@ -93,8 +92,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def quantize_(chunks: list[nn.Module]) -> None:
-    """Convert the frozen weights of the adapted linears to NF4 in blocks of 64 with 8-bit scales: 4.13 bits a weight. Call
-    it before wrapping, at tp = 1 and without FSDP."""
+    """Convert the frozen weights of the adapted linears to NF4 in blocks of 64 with 8-bit scales: 4.13 bits a weight.
+    Call it before wrapping, at tp = 1 and without FSDP."""
     from bitsandbytes.functional import quantize_4bit
 
     for _, module in list(_modules(chunks, PLAIN)):
@@ -123,7 +122,7 @@ def _union(mine: dict) -> dict:
 
 
 def _attach(chunks: list[nn.Module], settings: dict[str, Settings]) -> None:
-    """Freeze the model and add an adapter to each linear named in `settings`. Its memory is allocated but not filled."""
+    """Freeze the model and add an adapter to each linear named in `settings`. Its memory is allocated, not filled."""
     for chunk in chunks:
         chunk.requires_grad_(False)
     for module, lora in [(module, settings[name]) for name, module in _modules(chunks, ADAPTED) if name in settings]:
@@ -176,8 +175,8 @@ def _draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
 
 def seed_dropout(seed: int, step: int) -> None:
     """Seed the dropout masks; call it before each step. A resumed run draws the same masks again. Masks differ between
-    ranks with other tokens or layers and are equal over tp, where copies of a linear must drop the same entries. Another
-    layout draws other masks."""
+    ranks with other tokens or layers and are equal over tp, where copies of a linear must drop the same entries.
+    Another layout draws other masks."""
     place = (mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_pipeline_model_parallel_rank())
     torch.manual_seed(checkpoint.stable_seed(seed, step, *place))
 
@@ -240,8 +239,8 @@ def save_adapter(
     facts = dataclasses.asdict(usual) | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "target_modules": sorted(linears),
-        "rank_pattern": {name: lora.r for name, lora in sorted(linears.items()) if lora.r != usual.r},
-        "alpha_pattern": {n: lora.lora_alpha for n, lora in sorted(linears.items()) if lora.lora_alpha != usual.lora_alpha},
+        "rank_pattern": {name: s.r for name, s in sorted(linears.items()) if s.r != usual.r},
+        "alpha_pattern": {n: s.lora_alpha for n, s in sorted(linears.items()) if s.lora_alpha != usual.lora_alpha},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 

@@ -1,7 +1,7 @@
 """Measures the peak memory of a training step on one rank, in the second optimizer step.
 
-The other ranks of a layout are imaginary: nothing is sent, but this rank holds everything that it would hold in the real
-job. On cpu nothing is computed either: tensors are fake, and the bytes of all live storages are counted at every
+The other ranks of a layout are imaginary: nothing is sent, but this rank holds everything that it would hold in the
+real job. On cpu nothing is computed either: tensors are fake, and the bytes of all live storages are counted at every
 operation. The count is the same on every machine and equals what torch allocates for the reference ops. It leaves out
 memory inside kernels, fragmentation and host copies. On cuda and npu the result is the allocator's own peak.
 """
@@ -193,7 +193,7 @@ def parser(sizes: Iterable[str], description: str, **defaults: int | str) -> arg
 
 
 def report(rows: Iterable[dict], line: str, record: Path | None) -> None:
-    """Print each row, in the format `line`, as soon as it is measured. Then add all rows to the record, if there is one."""
+    """Print each row, in the format `line`, as soon as it is measured. At the end add all to the record, if given."""
     measured = []
     for each in rows:
         print(line.format(**each), flush=True)
