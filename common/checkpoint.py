@@ -426,8 +426,8 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
 
 
 def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
-    """Fill parameters from scratch, with the same values in every layout. Each parameter (with a `chosen` name) is drawn
-    whole from a generator seeded by (seed, name), then sliced. draw(name, whole tensor, generator) fills one."""
+    """Fill parameters from scratch, with the same values in every layout. Each parameter (with a `chosen` name) is
+    drawn whole from a generator seeded by (seed, name), then sliced. draw(name, whole tensor, generator) fills one."""
     with torch.no_grad():
         for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
             shape, splits = list(parameter.shape), cuts(parameter)

@@ -553,7 +553,7 @@ def main() -> None:
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
     """Return what a job writes, as arguments of `processes.hold`: the path, a digest of what is made, and whether to
-    wait for another process that makes the same. A training never waits: it would only continue the ended one."""
+    wait for another process that makes the same. A second training is refused: it would only continue the first."""
     places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()
     return [(place, doing, not isinstance(options, TrainOptions)) for place in places if place is not None]

@@ -7,7 +7,7 @@ from common import device
 
 
 class Margins:
-    """Collects reward margins. A call returns the mean of those seen since the last call, and the share above 0."""
+    """Collects reward margins. A call returns the mean of those since the last call, and the share of pairs above 0."""
 
     def __init__(self):
         self.seen: list[torch.Tensor] = []
