@@ -151,8 +151,7 @@ def spread(values) -> object:
 
 
 def _entries(path: Path) -> dict[str, weights.Entry]:
-    """List the tensors of an adapter's file, or of a folder: of its PEFT files, else its diffusers file, else its only
-    file."""
+    """List the tensors of an adapter's file, or of a folder's PEFT files, else its diffusers file, else its only one."""
     if path.is_dir():
         files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
         if fnmatch.filter(files, weights.PEFT_FILES):
@@ -177,8 +176,7 @@ def _entries(path: Path) -> dict[str, weights.Entry]:
 
 
 def _sort(entries: dict[str, weights.Entry], form: Format) -> tuple[dict, dict, list[str]]:
-    """Sort the tensors by what they are: ({our linear: {part: entry}}, {our parameter: entry}, names unknown to the
-    format)."""
+    """Sort the tensors: ({our linear: {part: entry}}, {our parameter: entry}, names that the format does not know)."""
     ours_of = {linear: ours for ours, linear in form.linears.items()}
     factors, differences, unknown = {}, {}, []
     for key, entry in entries.items():

@@ -54,8 +54,7 @@ def trained(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Param
 
 
 def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
-    """List the cuts that tensor and expert parallelism make in a parameter: (dimension, this rank's part, number of
-    parts)."""
+    """List the cuts of a parameter by tensor and expert parallelism: (dimension, this rank's part, number of parts)."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return []
     splits = [
@@ -123,8 +122,8 @@ def _set_steps(optimizer, steps: int) -> None:
 
 
 def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
-    """Return the moments and master weights of the distributed optimizers (of dense parameters, of experts) by their
-    index in the chain."""
+    """Return moments and master weights of the distributed optimizers (of dense parameters, of experts) by their index
+    in the chain."""
     # megatron-core 0.16 joins the buckets without the padding at their ends, but cuts out the parameters at offsets
     # that include it: each parameter after a padded bucket would be saved shifted. So the padding is declared content.
     for buffer in (buffer for inner in optimizer.chained_optimizers for buffer in inner.buffers):
@@ -390,8 +389,7 @@ def _reader(checkpoint: Path, written: int):
 
 
 def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
-    """Return one whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised
-    process group of one rank."""
+    """Return a whole tensor of a checkpoint, in its stored dtype, on CPU. Collective: needs a process group of one rank."""
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

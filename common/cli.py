@@ -552,7 +552,7 @@ def main() -> None:
 
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
-    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of what is made, and whether to
+    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of the options, and whether to
     wait for another process that makes the same. A second training is refused: it would only continue the first."""
     places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()

@@ -91,8 +91,7 @@ def counted(fake: bool) -> Iterator[Alive]:
 
 
 class OneByOne:
-    """Replaces megatron-core's `_coalescing_manager`, whose joint reduce-scatter takes no fake tensors. The collectives
-    run one by one."""
+    """Replaces megatron-core's `_coalescing_manager`, whose joint reduce-scatter does not take fake tensors."""
 
     def __init__(self, group, async_ops):
         pass
