@@ -151,7 +151,7 @@ def spread(values) -> object:
 
 
 def _entries(path: Path) -> dict[str, weights.Entry]:
-    """List the tensors of an adapter's file, or of a folder's PEFT files, else its diffusers file, else its only one."""
+    """List the tensors of an adapter's file, or of a folder's PEFT files, else diffusers file, else only file."""
     if path.is_dir():
         files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
         if fnmatch.filter(files, weights.PEFT_FILES):

@@ -170,7 +170,7 @@ def own_step_alone(o: train.TrainOptions, config, ours: Callable, batches_of: Ca
 
 
 def serve(pipe, build: Callable, compiled: bool) -> None:
-    """Run a contender's process: one step for each request, then send its peak memory in GiB."""
+    """Run a contender's process: one step for each request, then send by how many GiB its peak memory grew."""
     before, step = device.memory_gib(), None
     while pipe.recv():
         try:

@@ -389,7 +389,7 @@ def _reader(checkpoint: Path, written: int):
 
 
 def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
-    """Return a whole tensor of a checkpoint, in its stored dtype, on CPU. Collective: needs a process group of one rank."""
+    """Return a whole tensor of a checkpoint, in its stored dtype, on CPU. Collective: needs a group of one rank."""
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
