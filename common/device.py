@@ -105,7 +105,7 @@ def _install_npu() -> None:
     import torch_npu
     from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
-    # Ascend's private formats reorder a tensor's memory, but megatron's optimizer reads it through views (flat buffers).
+    # Ascend's private formats reorder a tensor's memory; the flat buffers of megatron's optimizer need it in order.
     torch_npu.npu.config.allow_internal_format = False
     _name_types_cuda("torch.npu.")
 
