@@ -191,7 +191,7 @@ class BucketSampler:
         return bucket, [int(self._order(bucket, place // size)[place % size]) for place in places]
 
     def slots(self, micro: int) -> range:
-        """Return the places of this rank's micro-batch `micro` in the global batch. Noise is seeded with (step, place)."""
+        """Places of this rank's micro-batch `micro` in the global batch. Noise is seeded with (step, place)."""
         start = (micro * self.dp_size + self.dp_rank) * self.micro_batch
         return range(start, start + self.micro_batch)
 
