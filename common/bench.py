@@ -1,11 +1,11 @@
-"""The harness of the benchmarks: our training step and a peer's by turns, the launcher as a user starts it, the reading of
-released weights, and the rows that all of them leave in the performance record.
+"""The benchmark harness. It measures our training step in turn with a peer's (another library's step), the launcher as
+a user starts it, and the reading of released weights, and makes their rows of the performance record.
 
-A recipe's perf.py says which benchmarks it has, and hands in its model, its micro-batches and its peer. Seconds, memory,
-ratios and refusals are taken here.
+A recipe's perf.py chooses the benchmarks and provides the model, the micro-batches and the peer. This module measures
+seconds, memory and ratios, and refuses rows that must not be recorded.
 
-Each contender of a step runs in a process of its own, so that its memory is its own. The first thing that such a process
-imports is this module.
+Each contender of a step runs in its own process, so that its memory is measured alone. Such a process imports this
+module before anything else.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ OURS, COMPILED = "this zoo", "torch.compile"
 
 
 def rounded(values: dict) -> dict:
-    """The values with four significant digits."""
+    """Round the floats among the values to four significant digits."""
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 def timed(step: Callable) -> tuple[float, Any]:
-    """Seconds of one call, the device's queue empty before and after, and what it returned."""
+    """Call `step`; return its seconds and its result. The device's queue is empty before and after the call."""
     device.synchronize()
     start = time.perf_counter()
     result = step()
@@ -52,7 +52,7 @@ def timed(step: Callable) -> tuple[float, Any]:
 
 
 def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
-    """What all rows of one call of perf.sh have in common. A row's own facts replace these."""
+    """Return the fields that all rows of one call of perf.sh share. A row's own fields replace these."""
     return {
         "source": "measured",
         "system": OURS + (f" + {COMPILED}" if o.compile else ""),
@@ -71,8 +71,8 @@ def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
 
 
 def report(rows: list[dict], record: Path, append: bool) -> None:
-    """Print every row, and beside a step the published rows of its workload. With append, add to the record (a recipe's
-    perf.jsonl) all rows that are not refused."""
+    """Print every row and, below a row of our step, the published rows of the same workload. With append, add all rows
+    that are not refused to the record (a recipe's perf.jsonl)."""
     for row in rows:
         if "refused" in row:
             print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
@@ -92,13 +92,13 @@ def report(rows: list[dict], record: Path, append: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What the rows of a step say of its model."""
+    """The facts about a model that the rows of its step need."""
 
-    library: str  # of the peer, e.g. "diffusers"
-    unit: str  # of a rate
-    units: int  # in one sample: 1 for samples per second, its tokens for tokens per second
-    digits: int  # of a rate, after the decimal point
-    flops: int  # of one sample's forward
+    library: str  # the peer's library, e.g. "diffusers"
+    unit: str  # the unit of the rate
+    units: int  # units in one sample: 1 for samples per second, its tokens for tokens per second
+    digits: int  # digits of the rate after the decimal point
+    flops: int  # FLOPs of one sample's forward
 
 
 def own_step(
@@ -109,8 +109,8 @@ def own_step(
     forward_step: Callable,
     sequence_length: int,
 ) -> Callable[[list[dict]], list[dict]]:
-    """Our training step on the micro-batches that it is given, as `train.train` does it: everything between preparing
-    them and logging. The step returns this rank's losses, still on the device.
+    """Return our training step, a function of its micro-batches. It does what `train.train` does between preparing them
+    and logging, and returns this rank's losses, still on the device.
 
     draw: fills one parameter, as `checkpoint.initialize` calls it. block, forward_step, sequence_length: as
     `parallel.wrap` and `train.forward` take them.
@@ -134,21 +134,21 @@ def own_step(
 def peer_step(
     o: train.TrainOptions, model: torch.nn.Module, loss: Callable, compiled: bool
 ) -> Callable[[], torch.Tensor]:
-    """The same step by plain torch on one device. It returns the loss, still on the device. bf16: fp32 weights under
-    autocast, as the library's trainers have them.
+    """Return the peer's training step: the same step in plain torch on one device. It returns the loss, still on the
+    device. In bf16 the weights are fp32 under autocast, as in the library's trainers.
 
-    loss(forward): the mean loss of a micro-batch, forward being the model to call.
+    loss(forward): computes the mean loss of a micro-batch with `forward`, which calls the model.
     """
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-    run, where = torch.compile(model) if compiled else model, device.current()
+    run, current = torch.compile(model) if compiled else model, device.current()
 
     def forward(*args, **kwargs):
-        with torch.autocast(where.type, torch.bfloat16, enabled=o.precision == "bf16"):
+        with torch.autocast(current.type, torch.bfloat16, enabled=o.precision == "bf16"):
             return run(*args, **kwargs)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
-        total = torch.zeros((), device=where)
+        total = torch.zeros((), device=current)
         for _ in range(o.micro_batches):
             part = loss(forward) / o.micro_batches
             part.backward()
@@ -161,7 +161,7 @@ def peer_step(
 
 
 def own_step_alone(o: train.TrainOptions, config, ours: Callable, batches_of: Callable) -> Callable[[], torch.Tensor]:
-    """Our step in a process that is no rank of this job, as a step of a peer is called."""
+    """Build our step in a process that is not a rank of this job. It takes no arguments, like a peer's step."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(device.BACKEND, init_method=f"file://{folder}/store", rank=0, world_size=1)
         parallel.initialize(o)
@@ -170,7 +170,7 @@ def own_step_alone(o: train.TrainOptions, config, ours: Callable, batches_of: Ca
 
 
 def serve(pipe, build: Callable, compiled: bool) -> None:
-    """What a contender's process runs: a step for each request, then its peak memory."""
+    """Run a contender's process: one step for each request, then send by how many GiB its peak memory grew."""
     before, step = device.memory_gib(), None
     while pipe.recv():
         try:
@@ -180,7 +180,7 @@ def serve(pipe, build: Callable, compiled: bool) -> None:
         except torch.OutOfMemoryError as error:
             pipe.send(f"does not fit: {error}".splitlines()[0])
             return
-        except Exception as error:  # torch.compile fails at its first call, in as many ways as there are machines
+        except Exception as error:  # torch.compile fails at its first call, with errors that depend on the machine
             if not compiled:
                 raise
             pipe.send(f"torch.compile does not work here: {type(error).__name__}: {error}".splitlines()[0])
@@ -190,17 +190,18 @@ def serve(pipe, build: Callable, compiled: bool) -> None:
 
 
 class Contender:
-    """A contender in a process of its own, asked for one step at a time. It has failed once `failure` says why."""
+    """A contender in its own process, which runs one step per request. `failure` is None, or says why it failed."""
 
     def __init__(self, name: str, build: Callable, *, mine: bool = False, compiled: bool = False):
-        """build: returns the step, in the other process. It must be a function of a module, or a partial of one."""
+        """build: returns the step; it is called in the other process, so it must be a module's function or a partial of
+        one. mine: the step is ours, not a peer's."""
         self.name, self.mine, self.compiled = name + f" + {COMPILED}" * compiled, mine, compiled
         self.seconds, self.losses, self.memory, self.failure = [], [], None, None
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, build, compiled), daemon=True)
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(other_end, build, compiled), daemon=True)
         self.process.start()
-        theirs.close()  # so that a process that dies is noticed
+        other_end.close()  # then `recv` fails here, and does not wait, when the process dies
 
     def step(self) -> None:
         if self.failure is None:
@@ -229,82 +230,83 @@ def step(
     peer: Callable,
     compiled: bool,
 ) -> list[dict]:
-    """The rows of a training step of this model, of the peer's model, and where `compiled` of both under torch.compile,
-    all of them turn by turn on the same device. Several ranks measure ours under torch.compile with --compile.
+    """Measure a training step of this model, of the peer's model and, with `compiled`, of both under torch.compile.
+    Return the rows. All steps run in turn on the same device. With several ranks, ours runs under torch.compile only if
+    the whole job has --compile.
 
     ours(o, config): our step, from `own_step`. batches_of(o, config): this rank's micro-batches of a step.
     peer(o, config, compiled): the peer's step, from `peer_step`. Another process imports all three by their names.
     """
     before = device.memory_gib()
-    mine, batches = ours(o, config), batches_of(o, config)
-    main, contenders = dist.get_rank() == 0, []
-    if main and compiled and o.world == 1 and not o.compile:
+    own, batches = ours(o, config), batches_of(o, config)
+    is_main, contenders = dist.get_rank() == 0, []
+    if is_main and compiled and o.world == 1 and not o.compile:
         build = functools.partial(own_step_alone, dataclasses.replace(o, compile=True), config, ours, batches_of)
         contenders.append(Contender(OURS, build, mine=True, compiled=True))
-    for also in (False, True)[: 1 + compiled] if main else ():
-        build = functools.partial(peer, o, config, also)
-        contenders.append(Contender(f"{workload.library} {version(workload.library)}", build, compiled=also))
+    for peer_compiled in (False, True)[: 1 + compiled] if is_main else ():
+        build = functools.partial(peer, o, config, peer_compiled)
+        contenders.append(Contender(f"{workload.library} {version(workload.library)}", build, compiled=peer_compiled))
     seconds, losses = [], []
     for _ in range(perf.WARMUP + o.repeats):
         dist.barrier()
-        taken, results = timed(functools.partial(mine, batches))
-        seconds.append(taken)
+        elapsed, results = timed(functools.partial(own, batches))
+        seconds.append(elapsed)
         losses.append(train.global_loss(o, results, False)[0])
         for contender in contenders:
             contender.step()
-        dist.barrier()  # nobody computes while another does
+        dist.barrier()  # our ranks wait while the contenders compute
     memory = device.memory_gib() - before
     for contender in contenders:
         contender.finish()
-    return step_rows(o, workload, seconds, losses, memory, contenders) if main else []
+    return step_rows(o, workload, seconds, losses, memory, contenders) if is_main else []
 
 
 def step_rows(
     o: train.TrainOptions, workload: Workload, seconds: list, losses: list, memory: float, contenders: list[Contender]
 ) -> list[dict]:
-    """The rows of one `step`. What must not be recorded says why in `refused`. Plain is compared with plain, and compiled
-    with compiled where ours was run so."""
+    """Return the rows of one `step`. A row that must not be recorded has the reason under `refused`. A plain peer is
+    compared with our plain step and a compiled one with our compiled step; if ours ran in one way only, with that."""
     task, unit = "pretrain step", workload.unit
     versions = {"torch": torch.__version__, workload.library: version(workload.library)}
     peak = perf.peak_tflops(device.name(), o.precision)
 
     def measured(seconds: list, memory: float, samples: float, devices: int, raw: dict) -> dict:
-        taken = perf.spread(seconds[perf.WARMUP :])
-        tflops = 3 * workload.flops * samples / taken["median"] / devices / 1e12
-        raw = {"step s": rounded(taken), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)} | raw
-        value = round(samples * workload.units / taken["median"], workload.digits)
+        stats = perf.spread(seconds[perf.WARMUP :])
+        tflops = 3 * workload.flops * samples / stats["median"] / devices / 1e12
+        raw = {"step s": rounded(stats), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)} | raw
+        value = round(samples * workload.units / stats["median"], workload.digits)
         mfu = round(tflops / peak, 4) if peak else None
         return {"task": task, "unit": unit, "value": value, "mfu": mfu, "raw": raw | versions}
 
-    mine = measured(seconds, memory, o.global_batch, o.world, {"first loss": losses[0]})
-    rows, alike = [mine], {o.compile: (seconds, memory, o.world)}
+    own_row = measured(seconds, memory, o.global_batch, o.world, {"first loss": losses[0]})
+    rows, own_runs = [own_row], {o.compile: (seconds, memory, o.world)}  # own_runs: by whether it was compiled
     for contender in contenders:
-        who = {"task": task, "unit": unit, "system": contender.name}
-        who |= {} if contender.mine else {"devices": 1, "layout": None}
+        labels = {"task": task, "unit": unit, "system": contender.name}
+        labels |= {} if contender.mine else {"devices": 1, "layout": None}
         ratio = {"task": f"{task}, ratio to {workload.library}" + f" + {COMPILED}" * contender.compiled}
         ratio |= {"unit": "x per device"}
         if contender.failure:
-            rows.append(who | {"refused": contender.failure})
+            rows.append(labels | {"refused": contender.failure})
             continue
-        apart = abs(contender.losses[0] - losses[0]) / abs(losses[0])
-        if not apart <= LOSS_BOUND[o.precision]:
-            why = (
-                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {apart:.1e} apart, expected at most "
+        gap = abs(contender.losses[0] - losses[0]) / abs(losses[0])
+        if not gap <= LOSS_BOUND[o.precision]:
+            reason = (
+                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {gap:.1e} apart, expected at most "
                 f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
             )
-            rows += [who | {"refused": why}, ratio | {"system": OURS, "refused": why}]
+            rows += [labels | {"refused": reason}, ratio | {"system": OURS, "refused": reason}]
             if not contender.compiled:
-                mine["refused"] = why.replace("its first loss", f"the first loss of {contender.name}")
+                own_row["refused"] = reason.replace("its first loss", f"the first loss of {contender.name}")
             continue
-        raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{apart:.1e}")}
-        rows.append(measured(contender.seconds, contender.memory, o.global_batch / o.dp, 1, raw) | who)
+        raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{gap:.1e}")}
+        rows.append(measured(contender.seconds, contender.memory, o.global_batch / o.dp, 1, raw) | labels)
         if contender.mine:
-            alike[True] = (contender.seconds, contender.memory, 1)
+            own_runs[True] = (contender.seconds, contender.memory, 1)
             continue
-        compiled = contender.compiled if contender.compiled in alike else o.compile
-        ours_seconds, ours_memory, devices = alike[compiled]
+        compiled = contender.compiled if contender.compiled in own_runs else o.compile
+        ours_seconds, ours_memory, devices = own_runs[compiled]
         pairs = zip(contender.seconds[perf.WARMUP :], ours_seconds[perf.WARMUP :], strict=True)
-        value = round(statistics.median(theirs / s for theirs, s in pairs) * o.dp / devices, 3)  # turn by turn
+        value = round(statistics.median(peer_s / own_s for peer_s, own_s in pairs) * o.dp / devices, 3)  # of each turn
         raw = {"memory ratio": round(ours_memory / contender.memory, 3)}
         rows.append(ratio | {"system": OURS + f" + {COMPILED}" * compiled, "value": value, "raw": raw})
     return rows
@@ -314,13 +316,13 @@ def step_rows(
 
 
 def user_environment() -> dict[str, str]:
-    """This process's environment without what torchrun added."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_", "ZOO_COMMAND")
-    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"ZOO_PYTHON": sys.executable}
+    """Return this process's environment without what the launcher and torchrun added, but with its Python."""
+    added = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_", "ZOO_COMMAND")
+    return {k: v for k, v in os.environ.items() if not k.startswith(added)} | {"ZOO_PYTHON": sys.executable}
 
 
 def time_help(launcher: Path, times: int = 3) -> list[float]:
-    """Seconds that a launcher takes for --help."""
+    """Run a launcher with --help several times and return the seconds of each run."""
     command = ["bash", str(launcher), "--help"]
     return [
         timed(lambda: subprocess.run(command, env=user_environment(), check=True, stdout=subprocess.DEVNULL))[0]
@@ -329,36 +331,36 @@ def time_help(launcher: Path, times: int = 3) -> list[float]:
 
 
 def run_launcher(launcher: Path, out: Path, *options: str) -> tuple[float, list[dict]]:
-    """Train as a user does. Returns the seconds until the first step is in metrics.jsonl, and the rows of the steps after
-    the fifth.
+    """Train as a user does. Return the seconds until the first step is in metrics.jsonl, and the rows of the steps
+    after the fifth.
 
     Raises:
-        RuntimeError: the run failed; with the end of its log.
+        RuntimeError: the run failed; the message ends with the end of its log.
     """
     command, log = ["bash", str(launcher), *options, "--out", str(out)], out.with_name(f"{out.name}.log")
-    metrics, first, start = out / "metrics.jsonl", None, time.perf_counter()
+    metrics, first_step, start = out / "metrics.jsonl", None, time.perf_counter()
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=user_environment(), stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if first is None and metrics.is_file() and '"kind": "step"' in metrics.read_text():
-                first = time.perf_counter() - start
+            if first_step is None and metrics.is_file() and '"kind": "step"' in metrics.read_text():
+                first_step = time.perf_counter() - start
             time.sleep(0.05)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return first, perf.steady_rows(perf.read_metrics(metrics)[1], warmup=5)
+    return first_step, perf.steady_rows(perf.read_metrics(metrics)[1], warmup=5)
 
 
 # -------------------------------------------------------------------------------------------------------------- load
 
 
 def unsplit(o: train.TrainOptions) -> train.TrainOptions:
-    """The options with the whole model on one rank: the layout with the most to read."""
+    """Return the options with the whole model on one rank: the layout in which a rank reads the most weights."""
     layout = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ep": 1, "etp": 1, "fsdp": False}
     return dataclasses.replace(o, **layout)
 
 
 class PeakMemory:
-    """The largest anonymous memory of this process while inside, in bytes: mapped files do not count."""
+    """Context that records this process's largest anonymous memory, in bytes. Memory-mapped files do not count."""
 
     def __enter__(self):
         self.peak, self._done = 0, threading.Event()
@@ -381,7 +383,7 @@ class PeakMemory:
 
 
 def forget(files: list[Path]) -> None:
-    """Make the kernel drop the files' pages, so that the next read is from disk."""
+    """Make the kernel drop the files' pages, so that the next read comes from disk."""
     for file in files:
         with open(file, "rb") as f:
             os.fsync(f.fileno())
@@ -389,7 +391,7 @@ def forget(files: list[Path]) -> None:
 
 
 def read_files(files: list[Path]) -> None:
-    """The peer of loading."""
+    """Read the files and keep nothing: the peer of loading."""
     buffer = bytearray(2**24)
     for file in files:
         with open(file, "rb", buffering=0) as f:
@@ -398,7 +400,7 @@ def read_files(files: list[Path]) -> None:
 
 
 def copy_files(files: list[Path], target: Path) -> None:
-    """The peer of converting."""
+    """Copy the files to a new folder: the peer of converting."""
     target.mkdir()
     for file in files:
         with open(file, "rb", buffering=0) as f, open(target / file.name, "wb", buffering=0) as copy:
@@ -406,11 +408,12 @@ def copy_files(files: list[Path], target: Path) -> None:
 
 
 def race(works: dict[str, Callable[[], None]], files: list[Path], made: Path | None = None) -> tuple[dict, dict]:
-    """Five turns of every work on the files, which are read from disk each time. By work: GB of the files per second, and
-    bytes of memory beyond what the process held before. The folder `made` is removed after each turn."""
+    """Run each of the works (name -> function) five times, in turn, on the files, which are read from disk each time.
+    Return two dicts by name: GB of the files per second, and bytes of memory beyond what the process held before. The
+    folder `made` is removed after each run."""
     total = sum(file.stat().st_size for file in files)
     rates, extras = ({name: [] for name in works} for _ in range(2))
-    for _ in range(5):  # turn by turn: a disk's rate wanders
+    for _ in range(5):  # in turn, because a disk's rate changes over time
         for name, work in works.items():
             forget(files)
             before, start = PeakMemory.now(), time.perf_counter()
@@ -424,39 +427,39 @@ def race(works: dict[str, Callable[[], None]], files: list[Path], made: Path | N
 
 
 def load(o: train.TrainOptions, size: str, chunks: list[torch.nn.Module], table: release.Table) -> list[dict]:
-    """The rows of a released folder of constant weights in bf16: loaded into a model, and written to another folder,
-    against reading and copying the same files.
+    """Write a released folder of constant bf16 weights, and measure loading it into a model and writing it to another
+    folder, against reading and copying the same files. Return the rows.
 
     chunks: the whole model on the CPU, in bf16, see `unsplit`.
     """
     largest = max(p.numel() * p.element_size() for p in chunks[0].parameters())
-    halves = release.Source(lambda name: 2, lambda name: torch.full(table.shapes[name], 0.5, dtype=torch.bfloat16))
+    constant = release.Source(lambda name: 2, lambda name: torch.full(table.shapes[name], 0.5, dtype=torch.bfloat16))
     with tempfile.TemporaryDirectory(dir=o.out.parent if o.out.parent.is_dir() else None) as folder:
-        target, again = Path(folder) / "released", Path(folder) / "again"
-        release.write(target, table, halves)
-        files = sorted(target.glob("*.safetensors"))
+        released, copy = Path(folder) / "released", Path(folder) / "again"
+        release.write(released, table, constant)
+        files = sorted(released.glob("*.safetensors"))
         for p in chunks[0].parameters():
-            p.data.zero_()  # its pages exist before the clock starts
+            p.data.zero_()  # allocates its pages before the clock starts
         works = {
             "reading": lambda: read_files(files),
-            "loading": lambda: release.load(chunks, table.entries(target), table),
-            "copying": lambda: copy_files(files, again),
-            "converting": lambda: release.write(again, table, release.open_source(target, table)),
+            "loading": lambda: release.load(chunks, table.entries(released), table),
+            "copying": lambda: copy_files(files, copy),
+            "converting": lambda: release.write(copy, table, release.open_source(released, table)),
         }
-        rates, extras = race(works, files, made=again)
-    rows, same = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
-    for mine, theirs in (("loading", "reading"), ("converting", "copying")):
-        ratio = median_ratio(rates[mine], rates[theirs])
-        raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (mine, theirs)}
-        task, extra = f"released weights, {mine}", round(max(extras[mine]) / largest, 3)
+        rates, extras = race(works, files, made=copy)
+    rows, shared = [], {"size": size, "layout": None, "precision": "bf16", "shape": None, "devices": 1}
+    for work, peer in (("loading", "reading"), ("converting", "copying")):
+        ratio = median_ratio(rates[work], rates[peer])
+        raw = {f"{name} GB/s": rounded(perf.spread(rates[name])) for name in (work, peer)}
+        task, extra = f"released weights, {work}", round(max(extras[work]) / largest, 3)
         rows += [
-            same | {"task": task, "value": ratio, "unit": f"x {theirs} the files", "raw": raw},
-            same | {"task": f"{task}, memory", "value": extra, "unit": "x largest tensor",
-                    "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
+            shared | {"task": task, "value": ratio, "unit": f"x {peer} the files", "raw": raw},
+            shared | {"task": f"{task}, memory", "value": extra, "unit": "x largest tensor",
+                      "raw": {"largest tensor MiB": round(largest / 2**20, 1)}},
         ]  # fmt: skip
     return rows
 
 
 def median_ratio(mine: list[float], theirs: list[float]) -> float:
-    """The median of the ratios turn by turn."""
+    """Return the median over the turns of `mine / theirs`."""
     return round(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)), 3)

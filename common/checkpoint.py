@@ -1,12 +1,12 @@
 """Checkpoints through megatron-core dist_checkpointing: layout-independent, atomic, verified before they are read.
 
     checkpoints/step-000100/   model and optimizer shards, state.json, manifest.json
-    checkpoints/latest         the name of the newest complete one
+    checkpoints/latest         the name of the newest complete checkpoint
 
 A checkpoint is written into `.partial-…`, its files are listed with their sizes in manifest.json, and only then it is
-renamed. What a kill, a full disk or a lost file leaves behind is therefore never taken for a checkpoint: `find` says
-what is wrong with it and falls back to the one before. Tensors are stored under their global names (`blocks.7.ffn.0.
-weight`, `optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads what any other wrote.
+renamed. So what a kill, a full disk or a lost file leaves behind is never taken for a checkpoint: `find` says what is
+wrong with it and falls back to the one before. Tensors are stored under their global names (`blocks.7.ffn.0.weight`,
+`optimizer.state.exp_avg.…`), so any layout, FSDP2 included, reads what any other layout wrote.
 """
 
 import functools
@@ -35,33 +35,33 @@ from common.resume import checkpoints
 FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,  # the experts' optimizer is one of its own; names stay the parameters'
+    "chained_optim_avoid_prefix": True,  # experts have their own optimizer in a chain; keys name only the parameters
 }
-READ_AHEAD = 8  # tensors asked of the disk before they are copied
+READ_AHEAD = 8  # how many tensors before its copy a tensor is requested from the disk
 
 
 def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(global name, parameter) of this rank's model chunks, without the names wrappers add."""
+    """Yield (global name, parameter) of this rank's model chunks. Names have no prefixes of wrappers."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module."), parameter
 
 
 def trained(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Those of `parameters` that train, which is what a checkpoint holds: frozen ones come from where they came from."""
+    """Yield those of `parameters` that train. Frozen parameters are not stored: resume takes them from --weights, or
+    draws them again, as the start did."""
     return ((name, parameter) for name, parameter in parameters(chunks) if parameter.requires_grad)
 
 
 def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
-    """(dimension, this rank's part, number of parts) of the cuts that tensor and expert parallelism make in a
-    parameter."""
+    """List the cuts of a parameter by tensor and expert parallelism: (dimension, this rank's part, number of parts)."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return []
-    found = [
+    splits = [
         (parameter.partition_dim, mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
     ]
     if not getattr(parameter, "allreduce", True):  # experts, see parallel.mark_expert
-        found = [
+        splits = [
             (0, mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()),
             (
                 parameter.partition_dim,
@@ -69,25 +69,25 @@ def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
                 mpu.get_expert_tensor_parallel_world_size(),
             ),
         ]
-    return [cut for cut in found if cut[2] > 1]
+    return [cut for cut in splits if cut[2] > 1]
 
 
 def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> ShardedTensor:
-    """`data`, laid out like the parameter `owner`, as dist_checkpointing wants to see it."""
+    """Wrap `data`, which is laid out like the parameter `owner`, for dist_checkpointing."""
     if isinstance(owner, DTensor):  # FSDP2: rows of dimension 0, unevenly cut
         local = data.to_local()
         rank, size = owner.device_mesh.get_local_rank(), owner.device_mesh.size()
         rows = -(-owner.shape[0] // size)
         offset = (min(rank * rows, owner.shape[0]), *(0 for _ in owner.shape[1:]))
-        # An empty shard is not stored; as a non-main replica of the whole start it is not expected either.
+        # The shards of the ranks do not overlap, so the replica id is always 0. Callers leave out empty shards.
         return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
-    twin = int(getattr(owner, "shared", False))  # of the first pipeline stage's
+    copy = int(getattr(owner, "shared", False))  # 1: a copy of the first pipeline stage's, see parallel.mark_tied
     if not getattr(owner, "allreduce", True):
-        replica = (twin, 0, mpu.get_expert_data_parallel_rank())
+        replica = (copy, 0, mpu.get_expert_data_parallel_rank())
     else:
         split = getattr(owner, "tensor_model_parallel", False)
         tp = 0 if split else mpu.get_tensor_model_parallel_rank()
-        replica = (twin, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
+        replica = (copy, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
     return ShardedTensor.from_rank_offsets(name, data, *cuts(owner), replica_id=replica)
 
 
@@ -102,9 +102,10 @@ def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
 
 
 def _allocate_moments(optimizer) -> None:
-    """Zero moments where torch's AdamW, which makes them in its first step, has none yet: a place to load into."""
+    """Create zero moments for parameters that have none, so that there are tensors to load into. torch's AdamW itself
+    creates them only in its first step."""
     for inner in (each.optimizer for each in optimizer.chained_optimizers):
-        dtype = getattr(inner, "moments", None)  # else the parameter's
+        dtype = getattr(inner, "moments", None)  # None: the parameter's
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter] = {
@@ -121,21 +122,21 @@ def _set_steps(optimizer, steps: int) -> None:
 
 
 def _optimizer_state(optimizer, model: dict, is_loading: bool = False) -> dict:
-    """Moments and master weights of the distributed optimizers (of dense parameters, of experts), by their place in the
-    chain."""
-    # megatron-core 0.16 joins the buckets without the padding at their ends, and then cuts the parameters out where they
-    # lie with it: after a padded bucket every one would be saved shifted. So padding is made to count as content.
+    """Return moments and master weights of the distributed optimizers (of dense parameters, of experts) by their index
+    in the chain."""
+    # megatron-core 0.16 joins the buckets without the padding at their ends, but cuts out the parameters at offsets
+    # that include it: each parameter after a padded bucket would be saved shifted. So the padding is declared content.
     for buffer in (buffer for inner in optimizer.chained_optimizers for buffer in inner.buffers):
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
-    whole = {name: s for name, s in model.items() if not name.startswith("ema.")}
+    shards = {name: s for name, s in model.items() if not name.startswith("ema.")}
     chain = enumerate(optimizer.chained_optimizers)
-    return {i: each.sharded_state_dict(whole, is_loading, metadata=FORMAT) for i, each in chain}
+    return {i: each.sharded_state_dict(shards, is_loading, metadata=FORMAT) for i, each in chain}
 
 
 def _fsdp_optimizer_state(chunks, optimizer) -> dict:
-    """Moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's own keys."""
+    """Return moments and master weights of a torch optimizer over DTensors, under the distributed optimizer's keys."""
     inner = optimizer.chained_optimizers[0].optimizer
     state = {}
     for name, parameter in trained(chunks):
@@ -158,11 +159,13 @@ def save(
     keep: int = 2,
     fsdp: bool = False,
 ) -> Path:
-    """Write checkpoint `step` under `folder`; `state` is small JSON (step, model config, what the run began with).
-    beside: small files that are copied into it, as far as they exist: a tokenizer's.
+    """Write checkpoint `step` under `folder`.
+
+    state: small JSON (step, model config, what the run began with). beside: small files, a tokenizer's for example,
+    that are copied into the checkpoint if they exist.
 
     Raises:
-        OSError: the checkpoint could not be written whole on some rank; the ones before it are untouched.
+        OSError: some rank could not write its part; earlier checkpoints are untouched.
     """
     model = _model_state(chunks, ema)
     shards = {"model": model}
@@ -175,27 +178,28 @@ def save(
     target = folder / f"step-{step:06d}"
     _write(target, shards, state, beside)
     if dist.get_rank() == 0:
-        # Never the one just written, which a run that began anew numbers below those that it found here.
+        # A run that starts anew in a used folder numbers its checkpoints below the old ones: keep the one just written.
         others = [path for path in checkpoints(folder) if path != target]
         for old in others[keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)  # what is left of it is torn, and goes with the next one
+            shutil.rmtree(old, ignore_errors=True)  # a part that stays is a torn checkpoint; the next save removes it
         try:
             _write_atomically(folder / "latest", target.name)
-        except OSError as error:  # it is saved all the same, on every rank
+        except OSError as error:  # only a warning: the checkpoint itself is complete
             print(f"warning: {folder / 'latest'} still names an older one: {error}", file=sys.stderr, flush=True)
     return target
 
 
 def _write(target: Path, shards: dict, state: dict, beside: Iterable[Path] = ()) -> None:
-    """Write aside, list the files with their sizes, rename. OSError on every rank if any rank failed."""
+    """Write to a partial folder, list its files with their sizes, then rename it. If any rank fails, raise OSError on
+    every rank."""
     partial = target.with_name(f".partial-{target.name}")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     problem = None
-    # Where a writer leaves its results. This process reads them itself, so a plain queue does; megatron-core's own is
-    # served by a spawned process that imports the whole program again (seconds) and outlives a killed rank.
+    # The queue for the writers' results. This process reads it itself, so a plain queue is enough. megatron-core's own
+    # queue needs a spawned process, which imports the whole program again (seconds) and outlives a killed rank.
     filesystem_async._results_queue = queue.SimpleQueue()
     try:
         dist_checkpointing.save(shards, str(partial), content_metadata=FORMAT)
@@ -210,7 +214,7 @@ def _write(target: Path, shards: dict, state: dict, beside: Iterable[Path] = ())
                     os.fsync(f.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-    except (Exception, CheckpointException) as error:  # every rank must learn of it before anyone goes on
+    except (Exception, CheckpointException) as error:  # every rank must learn of the failure before any goes on
         problem = error
     failed = torch.tensor([problem is not None], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(failed)
@@ -229,14 +233,14 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def problem_with(checkpoint: Path) -> str | None:
-    """Why this folder is not a whole checkpoint, or None."""
+    """Return why this folder is not a whole checkpoint, or None."""
     name = "manifest.json"
     try:
         sizes = json.loads((checkpoint / name).read_text())
         for name, size in sizes.items():
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
+            actual = (checkpoint / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes, expected {size}"
     except ValueError:
         return "manifest.json is cut short"
     except (FileNotFoundError, NotADirectoryError):
@@ -245,7 +249,7 @@ def problem_with(checkpoint: Path) -> str | None:
 
 
 def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from: the newest whole one for `auto`, the named one, or None.
+    """Return the checkpoint to continue from: the newest whole one for `auto`, none for `never`, else the named one.
 
     Raises:
         ValueError: an explicitly named checkpoint is missing or torn, or checkpoints exist and none is whole.
@@ -275,25 +279,27 @@ def find(folder: Path, resume: str) -> Path | None:
 def load_found(
     folder: Path, resume: str, chunks, optimizer, *, ema=None, fsdp: bool = False
 ) -> tuple[Path | None, dict]:
-    """(checkpoint, its state.json) of `find`, read into this layout: rank 0 looks for all. One that vanishes before it is
-    read is passed over like a torn one, by all ranks alike.
+    """Find the checkpoint to continue from (`find`, on rank 0 for all ranks), load it into this layout and return
+    (checkpoint, its state.json). Without a checkpoint, return (None, the state of step 0). If a checkpoint vanishes
+    before it is read, all ranks skip it like a torn one.
 
     Raises:
-        ValueError: as `find`; or what is there cannot be read, or nothing is left to take the place of what vanished.
+        ValueError: as `find`; the checkpoint is there but cannot be read; it vanished and there is no other.
     """
     vanished = None
-    while found := _on_rank_0(find, folder, resume):
-        problem = _gathered(_unreadable(found))  # of any rank: one that fails alone in `load` leaves the others waiting
+    while candidate := _on_rank_0(find, folder, resume):
+        # The ranks agree first, because a rank that fails alone in `load` leaves the others waiting.
+        problem = _gathered(_unreadable(candidate))
         if not problem:
             try:
-                return found, load(found, chunks, optimizer, ema=ema, fsdp=fsdp)
+                return candidate, load(candidate, chunks, optimizer, ema=ema, fsdp=fsdp)
             except CheckpointException as error:  # raised on every rank
                 problem = " ".join(str(error).split())
-        if _on_rank_0(problem_with, found) is None:
+        if _on_rank_0(problem_with, candidate) is None:
             raise ValueError(
-                f"{found} cannot be read: {problem}; expected it whole on every node; fix: --resume, or --out"
+                f"{candidate} cannot be read: {problem}; expected it whole on every node; fix: --resume, or --out"
             )
-        vanished = found
+        vanished = candidate
     if vanished:
         raise ValueError(
             f"{vanished} vanished while it was read, and no other is in {folder}; fix: --resume never to start again"
@@ -302,28 +308,29 @@ def load_found(
 
 
 def _on_rank_0(function: Callable, *args):
-    """What `function(*args)` returns there, on every rank; a ValueError, too."""
-    said = [None, None]
+    """Call `function(*args)` on rank 0; return its result, or raise its ValueError, on every rank."""
+    outcome = [None, None]  # result, message
     if dist.get_rank() == 0:
         try:
-            said[0] = function(*args)
+            outcome[0] = function(*args)
         except ValueError as error:
-            said[1] = str(error)
-    dist.broadcast_object_list(said, src=0)
-    if said[1] is not None:
-        raise ValueError(said[1])
-    return said[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 def _gathered(problem: str | None) -> str | None:
-    """A problem that some rank has, or None."""
+    """Return, on every rank, the problem of the first rank that has one, or None."""
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), None)
 
 
 def _unreadable(checkpoint: Path) -> str | None:
-    """Why this rank cannot read a checkpoint, or None: its files are there, those that every rank reads whole too."""
+    """Return why this rank cannot read a checkpoint, or None. The files that each rank reads whole must be readable,
+    and all files must be there with their sizes."""
     try:
         for name in ("state.json", "metadata.json", "common.pt", ".metadata"):
             (checkpoint / name).read_bytes()
@@ -333,7 +340,7 @@ def _unreadable(checkpoint: Path) -> str | None:
 
 
 def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = False) -> dict:
-    """Read model, and optimizer unless None, into this layout; returns the saved state.json."""
+    """Read the model, and the optimizer unless it is None, into this layout. Return the saved state.json."""
     model = _model_state(chunks, ema)
     request = {"model": model}
     if optimizer is not None:
@@ -353,8 +360,8 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
             target.copy_(loaded["optimizer"][key])
     if optimizer is not None:
         if not fsdp:
-            # Not `load_state_dict`: in megatron-core 0.16 it puts torch AdamW's `step` where only tensors of this
-            # format may be. The rest of what it would restore (learning rate, decay) follows from the schedule.
+            # Not `load_state_dict`: in megatron-core 0.16 it puts torch AdamW's `step` into a state that may hold only
+            # tensors of this format. The other values that it restores (learning rate, decay) follow from the schedule.
             for i, inner in enumerate(optimizer.chained_optimizers):
                 for values in inner.optimizer.state.values():
                     del values["step"]
@@ -364,24 +371,25 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
 
 
 def tensor_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every tensor a checkpoint holds."""
-    found = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    return {key: math.prod(t.global_shape) * t.dtype.itemsize for key, t in found.items()}
+    """Return the bytes of every tensor in a checkpoint, by key."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {key: math.prod(t.global_shape) * t.dtype.itemsize for key, t in tensors.items()}
 
 
 @functools.lru_cache(maxsize=1)
 def _reader(checkpoint: Path, written: int):
-    """A reader that reads the checkpoint's table of contents once; `written` tells a checkpoint from a later one."""
+    """Return a reader that reads the checkpoint's metadata once. `written`, the time of its metadata, makes a new
+    reader for a checkpoint that has replaced another in the same folder."""
     from torch.distributed.checkpoint import FileSystemReader
 
     reader = FileSystemReader(checkpoint)
-    contents = reader.read_metadata()
-    reader.read_metadata = lambda *args, **kwargs: contents
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda *args, **kwargs: metadata
     return reader
 
 
 def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
-    """One whole tensor of a checkpoint, in its stored dtype, on the CPU. Collective: needs an initialised group of one."""
+    """Return a whole tensor of a checkpoint, in its stored dtype, on CPU. Collective: needs a group of one rank."""
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -394,15 +402,15 @@ def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict, beside: Iterable[Path] = ()) -> None:
-    """A checkpoint of whole tensors, each given by exactly one rank; without an optimizer."""
+    """Write a checkpoint of whole tensors, each given by exactly one rank, without an optimizer."""
     _write(folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state, beside)
 
 
 def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
-    """Copy released tensors into this rank's parameters: each rank reads only its slice.
+    """Copy released tensors into this rank's parameters. Each rank reads only its slices.
 
-    entries: what `weights.index` found, already checked; rename: our parameter name -> released key, or None for a
-    parameter that the recipe puts together itself.
+    entries: the result of `weights.index`, already checked; rename: our parameter name -> released key, or None for a
+    parameter that is not filled here.
     """
     reader = weights.Reader()
     named = ((rename(name), parameter) for name, parameter in parameters(chunks))
@@ -411,27 +419,28 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
         for i, (entry, parameter) in enumerate(targets):
             for ahead, _ in targets[i + READ_AHEAD : i + READ_AHEAD + 1]:
                 reader.expect(ahead)
-            parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))  # no stack of experts
+            # At most one cut: only stacks of experts have two, and they are not filled here.
+            parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))
 
 
 def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
-    """Fill parameters from scratch, the same whatever the layout: every parameter (with a `chosen` name) is drawn whole
-    from a generator seeded by (seed, its name) and sliced. draw(name, whole tensor, generator) fills one."""
+    """Fill parameters from scratch, with the same values in every layout. Each parameter (with a `chosen` name) is
+    drawn whole from a generator seeded by (seed, name), then sliced. draw(name, whole tensor, generator) fills one."""
     with torch.no_grad():
         for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
-            shape, here = list(parameter.shape), cuts(parameter)
-            for dim, _, parts in here:
+            shape, splits = list(parameter.shape), cuts(parameter)
+            for dim, _, parts in splits:
                 shape[dim] *= parts
             generator = torch.Generator().manual_seed(stable_seed(seed, name))
             whole = torch.empty(shape)
             draw(name, whole, generator)
-            for dim, part, parts in here:
+            for dim, part, parts in splits:
                 whole = whole.chunk(parts, dim)[part]
             parameter.copy_(whole)
 
 
 def stable_seed(*parts) -> int:
-    """A 63-bit seed from anything printable, the same in every process and version of Python."""
+    """Return a 63-bit seed made from anything printable, the same in every process and version of Python."""
     import hashlib
 
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -1,14 +1,14 @@
-"""The option contract every launcher keeps (design in README.md, "Options"), and the way from a shell to workers.
+"""The options that all launchers share (design in README.md, "Options"), and the start of a job's processes.
 
     python -m common.cli zoo.wan21 train --size tiny --steps 10
 
-checks the options in one light process (no torch: `--help` and every refusal take well under two seconds and come
-before any process group), then has torchrun start `common.worker zoo.wan21 train` on every device, which reads the resolved
-options from the environment.
+checks the options in one process without torch, so that `--help` and every refusal take well under two seconds and come
+before any process group. Then torchrun starts `common.worker zoo.wan21 train` on every device. The workers read the
+resolved options from the environment.
 
-A recipe's `options.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. Values come
-from, in this order: the command line, the named layout of `parallel.toml`, the dataclass default. Bad input is
-`ValueError("<what is wrong>; expected <rule>; fix: <flag or file>")`: printed as one line, exit code 2.
+A recipe's `options.py` holds its option dataclasses, built on the ones here, and `parse(script, argv)`. A value comes
+from the first of these that sets it: the command line, the named layout of `parallel.toml`, the dataclass default. Bad
+input raises `ValueError("<what is wrong>; expected <rule>; fix: <flag or file>")`: printed as one line, exit code 2.
 """
 
 import argparse
@@ -35,9 +35,9 @@ FROM_LAYOUT = "from_layout"
 
 
 def option(help: str, default: Any = None, *, group: str = "job", layout: bool = False, within: str = "") -> Any:
-    """A dataclass field shown by --help under `group`. layout=True: its default stands in parallel.toml.
+    """Return a dataclass field that --help shows under `group`.
 
-    within: the interval a number must lie in, e.g. "[0, 1)".
+    layout: a layout of parallel.toml may set it. within: the interval in which a number must lie, e.g. "[0, 1)".
     """
     return field(default=default, metadata={"help": help, "group": group, FROM_LAYOUT: layout, "within": within})
 
@@ -50,8 +50,8 @@ def _count(variable: str) -> int:
 
 
 class JobOptions:
-    """What is read of any job's options, where it has no option of that name: class attributes, so that a misspelt name
-    fails. An option dataclass extends this, and an option takes the place of the attribute."""
+    """Values of options that shared code reads from every job, for jobs without an option of that name. An option
+    dataclass extends this class, and its options replace the class attributes. A misspelt name still fails."""
 
     job = data = out = export = merge = adapter = global_batch = None
     from_scratch = adapts = compile = offload_activations = False
@@ -60,7 +60,7 @@ class JobOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutOptions(JobOptions):
-    """Which model on how many devices."""
+    """Options that choose the model and its layout over the devices."""
 
     size: str = option("published size, or tiny", group="model")
     weights: Path | None = option("released Hugging Face / diffusers folder (safetensors)", group="model")
@@ -130,12 +130,12 @@ class LayoutOptions(JobOptions):
         return self.cp // self.ulysses
 
     def chunk_layers(self, layers: int) -> list[int]:
-        """Layers of every model chunk, in the network's order: chunk v of stage p is the v*pp + p-th."""
+        """Number of layers of every model chunk, in the network's order: chunk v of stage p has index v*pp + p."""
         chunks = self.pp * self.vpp
         return [int(n) for n in self.stages.split(",")] if self.stages else [layers // chunks] * chunks
 
     def stage_layers(self, layers: int) -> list[int]:
-        """Layers of every pipeline stage."""
+        """Number of layers of every pipeline stage."""
         return [sum(self.chunk_layers(layers)[stage :: self.pp]) for stage in range(self.pp)]
 
     @property
@@ -146,7 +146,7 @@ class LayoutOptions(JobOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(LayoutOptions):
-    """What the training loop of common/train.py reads. A recipe's own training options extend this."""
+    """The options of the training loop in common/train.py. A recipe's own training options extend this class."""
 
     data: Path | None = option("your data; formats in the recipe's README (default: the demo data)", group="data")
     max_drop: float = option(
@@ -208,7 +208,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
-    """One dataclass field as one option; None stays None, so that the layout can fill it."""
+    """Add one dataclass field as one option. An option that is not given is None, so that the layout can fill it."""
     kind = _kind(f)
     if get_origin(f.type) is Literal:
         kwargs = {"choices": get_args(f.type)}
@@ -222,7 +222,7 @@ def _add(parser: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
 
 
 def parse_options(cls: type, argv: list[str], description: str, layouts: Path, default_size: Callable) -> Any:
-    """argv -> a filled instance of the option dataclass `cls`.
+    """Return the option dataclass `cls`, filled from argv, the layout and the defaults.
 
     `--help` prints the grouped options and exits 0. default_size(weights folder or None) names the size if neither
     --size nor --layout does.
@@ -246,11 +246,11 @@ def parse_options(cls: type, argv: list[str], description: str, layouts: Path, d
     values = {name: f.default for name, f in fields.items()}
     if "layout" in fields:
         table = tomllib.loads(layouts.read_text())
-        named_by_layout = table.get(given.layout, {}).get("size")
-        size = given.size or named_by_layout or default_size(given.weights)
+        layout_size = table.get(given.layout, {}).get("size")
+        size = given.size or layout_size or default_size(given.weights)
         layout = given.layout or size
-        named = _pick(table, layout, size, layouts)
-        values.update({k: v for k, v in named.items() if k in fields}, size=size, layout=layout)
+        layout_values = _pick(table, layout, size, layouts)
+        values.update({k: v for k, v in layout_values.items() if k in fields}, size=size, layout=layout)
     values.update({k: v for k, v in vars(given).items() if v is not None})
     for f in fields.values():
         rule = _broken_rule(f, values[f.name])
@@ -267,7 +267,7 @@ def _kind(f: dataclasses.Field) -> type:
 
 
 def _broken_rule(f: dataclasses.Field, value: Any) -> str | None:
-    """What the value of an option should have been, if it is not; argparse checks no value of a layout."""
+    """Return the rule that an option's value breaks, or None. argparse does not check the values of a layout."""
     if value is None:
         return None
     if get_origin(f.type) is Literal:
@@ -285,21 +285,23 @@ def _broken_rule(f: dataclasses.Field, value: Any) -> str | None:
 
 
 def _pick(table: dict, layout: str, size: str, path: Path) -> dict:
-    """The named layout, checked: its keys must be layout options of some job, its size the one asked for."""
+    """Return the named layout. Its keys must be layout options of some job, and its size must be `size`."""
     if layout not in table:
         near = difflib.get_close_matches(layout, table, n=1) or [", ".join(table)]
         raise ValueError(f"unknown layout or size {layout!r} in {path}; did you mean {near[0]}?")
-    named = table[layout]
+    layout_values = table[layout]
     allowed = {f.name for c in _subclasses(LayoutOptions) for f in dataclasses.fields(c) if f.metadata[FROM_LAYOUT]}
-    for key in named:
+    for key in layout_values:
         if key not in allowed | {"size", "source"}:
             near = difflib.get_close_matches(key, allowed, n=1)
             raise ValueError(
                 f"unknown key {key!r} in layout {layout!r}; fix: {path}" + (f" ({near[0]}?)" if near else "")
             )
-    if named.get("size") != size:
-        raise ValueError(f"layout {layout!r} is for size {named.get('size')}, not {size}; fix: --size or --layout")
-    return named
+    if layout_values.get("size") != size:
+        raise ValueError(
+            f"layout {layout!r} is for size {layout_values.get('size')}, not {size}; fix: --size or --layout"
+        )
+    return layout_values
 
 
 def _subclasses(cls: type) -> list[type]:
@@ -311,13 +313,14 @@ def divisors(n: int) -> str:
 
 
 def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | None, experts: int = 0) -> LayoutOptions:
-    """Everything about a layout that can be wrong before a process group exists; fills what it implies.
+    """Check everything about a layout that can be wrong before a process group exists. Return the options with the
+    values that it implies (ulysses, etp, global_batch).
 
     heads: attention heads; layers: transformer blocks; tokens: sequence length of a sample, None if it varies; experts:
-    of a layer, 0 for a dense model.
+    number per layer, 0 for a dense model.
 
     Raises:
-        ValueError: what does not divide what, and what would.
+        ValueError: says which number does not divide which, and which numbers would.
     """
     ulysses = o.cp if o.ulysses is None else o.ulysses
     if o.cp % ulysses:
@@ -347,10 +350,10 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
         )
     if o.stages and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", o.stages):
         raise ValueError(f"stages={o.stages!r}; expected numbers of layers, e.g. 10,12,14; fix: --stages")
-    given = o.chunk_layers(layers)
-    if (len(given), sum(given)) != (o.pp * o.vpp, layers):
+    sizes = o.chunk_layers(layers)
+    if (len(sizes), sum(sizes)) != (o.pp * o.vpp, layers):
         raise ValueError(
-            f"stages={o.stages}: {len(given)} numbers with sum {sum(given)}; expected pp*vpp = {o.pp * o.vpp} with sum "
+            f"stages={o.stages}: {len(sizes)} numbers with sum {sum(sizes)}; expected pp*vpp = {o.pp * o.vpp} with sum "
             f"{layers} (layers of size {o.size}); fix: --stages"
         )
     etp = o.tp if o.etp is None else o.etp
@@ -393,7 +396,7 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
 
 
 def check_compile(o) -> None:
-    """ValueError: `--compile` has no compiler here, or does not go with --recompute."""
+    """Raise ValueError if `--compile` has no compiler here or is combined with --recompute selective."""
     if os.environ.get("ZOO_DEVICE") == "npu":
         raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
     if o.recompute == "selective":
@@ -407,7 +410,8 @@ def check_compile(o) -> None:
 
 
 def shorten_warmup(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    """A layout's warm-up is meant for its own number of steps: a shorter run warms up for at most a tenth.
+    """Limit the warm-up to a tenth of the steps, unless --warmup is given: a layout's warm-up is meant for the layout's
+    own number of steps. asked: the flags on the command line.
 
     Raises:
         ValueError: both --steps and --epochs.
@@ -420,12 +424,12 @@ def shorten_warmup(o: TrainOptions, asked: set[str]) -> TrainOptions:
 
 
 def check_run(o: TrainOptions) -> None:
-    """What a training run would only stumble over later.
+    """Check what would otherwise stop a training run only later.
 
     Raises:
-        ValueError: --resume names no folder, no step follows the warm-up, the rate would rise to --min-lr, the steps or
-            ranks to profile are not numbers, --compile has no compiler, or --compile or --offload-activations does not go
-            with --recompute.
+        ValueError: --resume names no folder; no step follows the warm-up; --min-lr is above --lr; the steps or ranks to
+            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler; --compile or
+            --offload-activations is combined with --recompute selective.
     """
     if o.compile:
         check_compile(o)
@@ -452,8 +456,8 @@ def check_run(o: TrainOptions) -> None:
 
 
 def rank_map(o: LayoutOptions) -> str:
-    """Which coordinates each rank has, in megatron-core's order tp-cp-dp-pp (fastest first); experts have their own,
-    etp-ep-(copies)-pp."""
+    """Return the coordinates of the ranks as text, a line each, in megatron-core's order tp-cp-dp-pp (fastest first).
+    Experts have their own order, etp-ep-(copies)-pp. Of more than 16 ranks only the first and last 8 are shown."""
     rows = []
     for rank in range(o.world):
         tp, rest = rank % o.tp, rank // o.tp
@@ -464,7 +468,7 @@ def rank_map(o: LayoutOptions) -> str:
 
 
 def to_toml(options: Any) -> str:
-    """A resolved option dataclass as TOML; unset options are left out."""
+    """Return a resolved option dataclass as TOML. Unset options are left out."""
     lines = []
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
@@ -481,13 +485,13 @@ def to_toml(options: Any) -> str:
 
 
 def as_json(options: Any) -> dict[str, Any]:
-    """Every option, as JSON can hold it."""
+    """Return the value of every option in a type that JSON can hold."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def from_json(cls: type, text: str) -> Any:
-    """The options whose `as_json` was written as this text."""
+    """Return options of class `cls` from the JSON text of their `as_json`."""
     values = json.loads(text)
     paths = {f.name for f in dataclasses.fields(cls) if _kind(f) is Path}
     return cls(**{n: Path(v) if n in paths and v is not None else v for n, v in values.items()})
@@ -498,13 +502,13 @@ def default_out(recipe: str, job: str) -> Path:
 
 
 def note(text: str) -> None:
-    """A line on stderr, from the launcher and not again from each of its processes."""
+    """Print a line on stderr from the launcher; its worker processes do not print it again."""
     if "RANK" not in os.environ:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
-    """What is being done where seconds pass before the next output: on stderr, as bars are."""
+    """Print on stderr, where progress bars go too, what is being done while seconds pass before the next output."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -514,14 +518,14 @@ def exit_on_bad_input(function, *args):
         return function(*args)
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         if "RANK" in os.environ and "fix: " not in str(error):
-            raise  # in a worker, and not one of our messages: some library's, whose traceback is wanted
+            raise  # in a worker, an error without our wording comes from a library: its traceback is needed
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def main() -> None:
     recipe, script, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # some clusters set them by node; the workers get torchrun's
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # some clusters set them per node; torchrun sets the workers'
         os.environ.pop(name, None)
     job = importlib.import_module(f"{recipe}.options")
     options = exit_on_bad_input(job.parse, script, argv)
@@ -531,32 +535,32 @@ def main() -> None:
     if options.dry_run:
         print(job.dry_run(options))
         return
-    if "ZOO_LAUNCHER" in os.environ:  # a benchmark's worker starts launchers of its own
+    if "ZOO_LAUNCHER" in os.environ:  # a benchmark's worker has started this launcher
         processes.die_with(os.getppid())
-    where = exit_on_bad_input(_rendezvous)
+    rendezvous = exit_on_bad_input(_rendezvous)
     writes = _writes(options)
     if os.environ.get("NODE_RANK", "0") == "0":
         for out, doing, wait in writes:
             exit_on_bad_input(processes.hold, out, doing, wait, "launcher.")
-            if exit_on_bad_input(processes.hold, out, doing, wait):  # nor has a rank 0 outlived its launcher
+            if exit_on_bad_input(processes.hold, out, doing, wait):  # refused if a rank 0 has outlived its launcher
                 processes.release(out)
     exit_on_bad_input(job.prepare, options)
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
-    where_it_runs = f"NPROC={_count('NPROC')} on {os.environ.get('ZOO_DEVICE', 'cpu')}"
-    say(f"starting {where_it_runs}; importing torch takes seconds, up to a minute on busy cores")
-    sys.exit(_torchrun(where, recipe, script, options, writes))
+    devices = f"NPROC={_count('NPROC')} on {os.environ.get('ZOO_DEVICE', 'cpu')}"
+    say(f"starting {devices}; importing torch takes seconds, up to a minute on busy cores")
+    sys.exit(_torchrun(rendezvous, recipe, script, options, writes))
 
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
-    """What a job writes, as `processes.hold` wants to know it: where, what is made, and whether another process that makes
-    the same is waited for. Of two trainings the second is refused: it would only go on where the first has ended."""
+    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of the options, and whether to
+    wait for another process that makes the same. A second training is refused: it would only continue the first."""
     places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()
     return [(place, doing, not isinstance(options, TrainOptions)) for place in places if place is not None]
 
 
 def _rendezvous() -> list[str]:
-    """torchrun's options for where the nodes meet."""
+    """Return torchrun's options that say where the nodes meet."""
     env = os.environ
     if _count("NNODES") == 1:
         return ["--standalone"]
@@ -570,10 +574,10 @@ def _rendezvous() -> list[str]:
 
 
 def _torchrun(where: list[str], recipe: str, script: str, options: Any, writes: list[tuple]) -> int:
-    """Start one process per device, which runs the job with these options; return the exit code of the first rank that
-    failed, 128+N if by signal N.
+    """Start one process per device, which runs the job with these options. Return 0, or the exit code of the first rank
+    that failed, 128+N if signal N ended it.
 
-    writes: see `_writes`. The processes end with this one, see worker.py.
+    where: see `_rendezvous`. writes: see `_writes`. The processes end with this one, see worker.py.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

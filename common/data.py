@@ -1,11 +1,11 @@
-"""What every data loader needs: the drop report, seeded resumable sampling by bucket, and worker processes that hand over
-one training step at a time.
+"""The shared parts of data loaders: a report of dropped rows, seeded and resumable sampling by bucket, and worker
+processes that deliver one training step at a time.
 
     sampler = BucketSampler(bucket_of_row, global_batch=8, micro_batch=1, dp_rank=0, dp_size=4, seed=0)
     for step in prefetch(dataset, sampler, start_step=100, end_step=200, workers=4):
         train(step.micro_batches)
 
-Importing this module does not import torch: data files and options are checked before it is loaded.
+Importing this module does not import torch, because data files and options are checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from common import jsonl, processes
 
 
 class DropReport:
-    """Rows left out, each with a reason. Nothing is dropped without being counted, named and written down."""
+    """The rows left out, each with a reason. Every dropped row is counted, named and written down."""
 
     def __init__(self, drops: Sequence[dict[str, str]] = ()) -> None:
         self.drops = list(drops)
 
     def add(self, reason: str, where: str, detail: str = "") -> None:
-        """`where` finds the row again: `data.jsonl:17` or a path."""
+        """Add a dropped row. `where` identifies it: `data.jsonl:17` or a path."""
         detail = detail.encode(errors="replace").decode()  # a lone surrogate cannot be printed
         self.drops.append({"reason": reason, "where": where, "detail": detail})
 
@@ -48,7 +48,7 @@ class DropReport:
 
     @property
     def reasons(self) -> str:
-        """Each with its count and its first row."""
+        """Each reason with its count and its first row, as text."""
         first = {drop["reason"]: drop for drop in reversed(self.drops)}
         return ", ".join(
             f"{count} {reason} (first: {' '.join(filter(None, (first[reason]['where'], first[reason]['detail'])))})"
@@ -59,7 +59,7 @@ class DropReport:
         return f"dropped {len(self.drops)} rows" + (f": {self.reasons}" if self.drops else "")
 
     def check(self, total: int, max_drop: float = 0.05) -> None:
-        """Raises ValueError when more than the fraction `max_drop` of `total` rows was dropped, or no row is left."""
+        """Raise ValueError if more than the fraction `max_drop` of `total` rows was dropped, or no row is left."""
         dropped = len(self.drops)
         if total == 0 or dropped >= total or dropped > max_drop * total:
             raise ValueError(
@@ -67,21 +67,23 @@ class DropReport:
             )
 
     def save(self, folder: str | Path, name: str = "drops.jsonl") -> None:
-        """Writes a file of a summary line, then a line a drop."""
+        """Write a file of one summary line, then one line per drop."""
         summary = {"kind": "summary", "dropped": len(self.drops), "reasons": self.counts}
         write_lines(Path(folder) / name, [summary, *({"kind": "drop", **drop} for drop in self.drops)])
 
     @classmethod
     def load(cls, path: str | Path) -> DropReport:
-        """Of a file by `save` and `note_drops`; none, if there is no file. A line that a killed process left unfinished is
-        passed over."""
+        """Read a file that `save` and `note_drops` wrote. Without a file there are no drops. A line that a killed
+        process left unfinished is skipped."""
         rows = jsonl.read(Path(path)) if Path(path).is_file() else []
         return cls([row for row in rows if row.pop("kind") == "drop"])
 
 
 def note_drops(path: Path, found: Sequence[dict], rows: int, max_drop: float) -> None:
-    """Adds drops that decoding found, as `DropReport` has them and with their `file`, to the file of a run's drops: each
-    once, however many epochs, processes and nodes that share the folder come upon it, and prints those that are new.
+    """Add drops found while decoding to a run's file of drops, and print the new ones. Each drop is added once, however
+    many epochs, processes and nodes that share the folder find it.
+
+    found: dicts as in `DropReport`, with the `file` of each. rows: see `check_drops`.
 
     Raises:
         ValueError: as `check_drops`.
@@ -89,29 +91,31 @@ def note_drops(path: Path, found: Sequence[dict], rows: int, max_drop: float) ->
     known = {(drop["where"], drop.get("file")) for drop in DropReport.load(path).drops}
     new = [drop for drop in found if (drop["where"], drop["file"]) not in known]
     if new:
-        whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+        last_line_ends = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
         lines = "".join(json.dumps({"kind": "drop", **drop}) + "\n" for drop in new)
         with open(path, "a", encoding="utf-8") as file:  # one short write, so that the ranks' lines do not mix
-            file.write(lines if whole else "\n" + lines)
+            file.write(lines if last_line_ends else "\n" + lines)
     for drop in new:
         print(f"dropped {drop['where']}: {drop['reason']}: {drop['detail']}", flush=True)
     check_drops(path, rows, max_drop)
 
 
 def check_drops(path: Path, rows: int, max_drop: float) -> DropReport:
-    """The drops of a run, before it went over `rows` and on its way. ValueError: more than the fraction `max_drop`."""
+    """Return all drops of a run: those made before its `rows` rows were listed, and those found while decoding. Raise
+    ValueError if they are more than the fraction `max_drop`."""
     report = DropReport.load(path)
     report.check(rows + sum("file" not in drop for drop in report.drops), max_drop)
     return report
 
 
 def partial_name(path: Path) -> Path:
-    """Where to write what is then renamed to `path`; no two hosts or containers that share the folder choose the same."""
+    """Return a temporary path, to be renamed to `path` when it is written. Two hosts or containers that share the
+    folder never choose the same one."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def write_lines(path: Path, records: Sequence[dict]) -> None:
-    """Writes a jsonl file that is there whole or not at all."""
+    """Write a jsonl file atomically: it exists whole or not at all."""
     partial = partial_name(path)
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
@@ -122,13 +126,14 @@ def write_lines(path: Path, records: Sequence[dict]) -> None:
 
 
 class BucketSampler:
-    """Which rows train in which step: a pure function of the step, so the number of finished steps is all its state.
+    """Chooses the rows of each step. The choice is a pure function of the step, so the number of finished steps is the
+    whole state.
 
-    Every global batch comes from one bucket. The rows of a bucket form an endless stream of permutations, one after
-    another, cut into global batches: rows that do not fill a batch open the bucket's next one, in the next epoch, and
-    a bucket smaller than a batch wraps around. Over many epochs every row is seen equally often. Epoch e (N rows,
-    bucket sizes n, global batch G) has sum of floor((e + 1) n / G) - floor(e n / G) steps, in shuffled bucket order.
-    The rows of a step do not depend on `dp_size` and `micro_batch`; only who gets which does.
+    Every global batch comes from one bucket. The rows of a bucket form an endless stream of permutations, which is cut
+    into global batches. Rows that do not fill a batch begin the bucket's next batch, in the next epoch. A bucket
+    smaller than a batch repeats its rows. Over many epochs every row is seen equally often. Epoch e (bucket sizes n,
+    global batch G) has the sum over buckets of floor((e + 1) n / G) - floor(e n / G) steps, in shuffled bucket order.
+    The rows of a step do not depend on `dp_size` and `micro_batch`; only their distribution over ranks does.
     """
 
     def __init__(
@@ -157,14 +162,14 @@ class BucketSampler:
         self._order = functools.lru_cache(maxsize=2 * len(self._rows))(self._make_order)
 
     def _make_plan(self, epoch: int) -> np.ndarray:
-        """[steps of the epoch, 2]: bucket, and which batch of that bucket's stream."""
+        """Return the steps of an epoch, [steps, 2]: the bucket, and the index of the batch in the bucket's stream."""
         size = self.global_batch
         spans = {b: np.arange(epoch * len(r) // size, (epoch + 1) * len(r) // size) for b, r in self._rows.items()}
         plan = np.concatenate([np.stack([np.full_like(span, b), span], axis=1) for b, span in spans.items()])
         return np.random.default_rng([self.seed, epoch]).permutation(plan) if self.shuffle else plan
 
     def _make_order(self, bucket: int, turn: int) -> np.ndarray:
-        """The rows of a bucket in the order of its `turn`-th permutation."""
+        """Return the rows of a bucket in the order of its `turn`-th permutation."""
         rows = self._rows[bucket]
         return np.random.default_rng([self.seed, turn, bucket]).permutation(rows) if self.shuffle else rows
 
@@ -172,26 +177,26 @@ class BucketSampler:
         return sum(epoch * len(rows) // self.global_batch for rows in self._rows.values())
 
     def epoch(self, step: int) -> int:
-        epoch = step * self.global_batch // self._total  # never too late, early by the remainders carried over
+        epoch = step * self.global_batch // self._total  # a lower bound: rows carried over make epochs shorter
         while self._steps_before(epoch + 1) <= step:
             epoch += 1
         return epoch
 
     def batch(self, step: int) -> tuple[int, list[int]]:
-        """Bucket and the row ids of the whole global batch of `step` (counted from 0)."""
+        """Return the bucket and the row ids of the whole global batch of `step` (counted from 0)."""
         epoch = self.epoch(step)
-        bucket, number = self._plan(epoch)[step - self._steps_before(epoch)].tolist()
+        bucket, index = self._plan(epoch)[step - self._steps_before(epoch)].tolist()
         size = len(self._rows[bucket])
-        places = range(number * self.global_batch, (number + 1) * self.global_batch)
+        places = range(index * self.global_batch, (index + 1) * self.global_batch)
         return bucket, [int(self._order(bucket, place // size)[place % size]) for place in places]
 
     def slots(self, micro: int) -> range:
-        """Places in the global batch of this rank's micro-batch `micro`: seed per-sample noise with (step, place)."""
+        """Places of this rank's micro-batch `micro` in the global batch. Noise is seeded with (step, place)."""
         start = (micro * self.dp_size + self.dp_rank) * self.micro_batch
         return range(start, start + self.micro_batch)
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Row ids of each micro-batch of this data-parallel rank."""
+        """Return the row ids of each micro-batch of this data-parallel rank."""
         rows = self.batch(step)[1]
         count = self.global_batch // (self.micro_batch * self.dp_size)
         return [[rows[place] for place in self.slots(micro)] for micro in range(count)]
@@ -202,7 +207,7 @@ class BucketSampler:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's data on this rank: `micro_batches[i]` is what the dataset made of micro-batch number `taken[i]`."""
+    """The data of one step on this rank: `micro_batches[i]` is the dataset's result for micro-batch `taken[i]`."""
 
     step: int
     bucket: int
@@ -211,7 +216,7 @@ class Step:
 
 
 class _MicroBatches:
-    """Adapts `fetch` to DataLoader, whose index is here (rows, epoch), and names the rows when it fails."""
+    """Adapts a dataset's `fetch` to DataLoader, whose index is (rows, epoch) here. An error names the rows."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -226,16 +231,16 @@ class _MicroBatches:
 
 
 def start_decoding(worker: int) -> None:
-    """What a decoding process does first. It ends with its rank. torchrun signals a rank's whole process group, though, and
-    a decoding process that died of it would take the checkpoint along: so it has a group of its own."""
+    """Prepare a decoding process. It ends with its rank. It gets its own process group, because torchrun signals a
+    rank's whole group, and a decoding process that dies of it would fail the rank before its checkpoint is written."""
     processes.die_with(multiprocessing.parent_process().pid)
     os.setpgrp()
 
 
 @contextlib.contextmanager
 def inheritance_kept() -> Iterator[None]:
-    """Processes that are forked inside never collect the garbage they inherit: the end of a scaler or codec would wait for
-    its threads, which did not come along."""
+    """Context in which forked processes never garbage-collect the objects that they inherit: destroying a scaler or
+    codec would wait for its threads, which a fork does not copy."""
     gc.freeze()
     try:
         yield
@@ -253,11 +258,11 @@ def prefetch(
     ahead: int = 2,
     timeout: float = 600,
 ) -> Iterator[Step]:
-    """Steps start_step .. end_step - 1 in order, read `ahead` micro-batches per worker process in advance.
+    """Yield the steps start_step .. end_step - 1 in order. Each worker process reads `ahead` micro-batches in advance.
 
     The data do not depend on `workers` (0 reads in this process). The dataset has `fetch(rows, epoch)`, which makes a
-    micro-batch, and `where(row)`, which names a row. `share=(i, n)` takes the micro-batches i, i + n, … only, for the
-    n ranks of a model-parallel group that divide the work. A worker silent for `timeout` seconds is an error.
+    micro-batch, and `where(row)`, which names a row. `share=(i, n)` takes only the micro-batches i, i + n, …, so that
+    the n ranks of a model-parallel group divide the work. A worker silent for `timeout` seconds is an error.
     """
     from torch import Generator
     from torch.utils.data import DataLoader
@@ -274,7 +279,7 @@ def prefetch(
         prefetch_factor=ahead if workers else None,
         timeout=timeout if workers else 0,
         worker_init_fn=start_decoding,
-        generator=Generator(),  # else it draws its base seed from the training's random state
+        generator=Generator(),  # else DataLoader draws its base seed from the random state of training
     )
     with inheritance_kept():
         loader = iter(loader)

@@ -1,4 +1,4 @@
-"""Which device this process runs on, and the one adapter that lets unmodified megatron-core run there.
+"""Detects the device of this process and adapts torch so that unmodified megatron-core runs there.
 
 Importing this module is the zoo's only import-time side effect. It is idempotent, reads no argv, and must come
 before the first `import megatron`:
@@ -7,7 +7,7 @@ before the first `import megatron`:
     cuda  nothing is changed
     cpu   the handful of `torch.cuda` calls megatron-core makes get CPU stand-ins (`_install_cpu`)
 
-It is also all that a script of one's own needs, which trains megatron-core's own models: tests/megatron_gpt.py is one.
+A script that trains megatron-core's own models needs nothing else from the zoo; tests/megatron_gpt.py is an example.
 
 `ZOO_DEVICE=npu|cuda|cpu` overrides detection.
 """
@@ -18,15 +18,14 @@ import os
 import resource
 import sys
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # every loader reads local folders; a name is never fetched behind the back
+# Every loader reads local folders. A model's name must not start a download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 
 def _detect() -> str:
-    """'npu', 'cuda' or 'cpu': `ZOO_DEVICE` if set, else what the machine has."""
+    """Return 'npu', 'cuda' or 'cpu': `ZOO_DEVICE` if it is set, else what the machine has."""
     chosen = os.environ.get("ZOO_DEVICE", "")
     if chosen not in ("", "npu", "cuda", "cpu"):
         raise ValueError(f"ZOO_DEVICE={chosen!r}; expected npu, cuda or cpu; fix: export ZOO_DEVICE=cpu")
@@ -47,7 +46,7 @@ def current() -> torch.device:
 
 
 def name() -> str:
-    """Human-readable hardware name, for the performance record."""
+    """Return the human-readable hardware name, for the performance record."""
     if KIND == "cpu":
         with open("/proc/cpuinfo") as f:
             model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "unknown CPU")
@@ -61,9 +60,9 @@ def synchronize() -> None:
 
 
 def memory_gib() -> float:
-    """Peak memory so far: allocated on the device, or the resident set of the process on cpu. GiB."""
+    """Return the peak memory so far in GiB: allocated on the device, or on cpu the resident set of the process."""
     if KIND == "cpu":
-        if sys.platform == "linux":  # getrusage gives a process what the one that started it held
+        if sys.platform == "linux":  # getrusage's peak includes the memory of the process that started this one
             with open("/proc/self/status") as file:
                 return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
@@ -71,7 +70,7 @@ def memory_gib() -> float:
 
 
 class _Stream:
-    """A CUDA stream or event where everything is already in order."""
+    """Stands in for a CUDA stream or event. On cpu everything runs in order, so its methods do nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -89,12 +88,12 @@ class _Stream:
 
 
 def _name_types_cuda(prefix: str) -> None:
-    """`x.type()` says torch.cuda.FloatTensor for what this device names `prefix` + FloatTensor: megatron's optimizers
-    compare it with "torch.cuda.BFloat16Tensor" and friends."""
-    kind_of = torch.Tensor.type
+    """Make `x.type()` return torch.cuda.FloatTensor where this device returns `prefix` + FloatTensor, and so for every
+    type: megatron's optimizers compare it with "torch.cuda.BFloat16Tensor" and other names."""
+    original = torch.Tensor.type
 
     def type_name(self, *args, **kwargs):
-        result = kind_of(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         return result.replace(prefix, "torch.cuda.") if isinstance(result, str) else result
 
     torch.Tensor.type = type_name
@@ -106,18 +105,18 @@ def _install_npu() -> None:
     import torch_npu
     from torch_npu.contrib import transfer_to_npu  # noqa: F401
 
-    # Ascend's private formats reorder a tensor's memory: the flat buffers of megatron's optimizer are views of it.
+    # Ascend's private formats reorder a tensor's memory; the flat buffers of megatron's optimizer need it in order.
     torch_npu.npu.config.allow_internal_format = False
     _name_types_cuda("torch.npu.")
 
 
 def _install_cpu() -> None:
-    """Stand-ins for what megatron-core 0.16 asks of torch.cuda. Values are those of a one-device machine."""
+    """Replace what megatron-core 0.16 calls in torch.cuda by CPU stand-ins. Their values are a one-device machine's."""
     from torch.utils._device import _device_constructors
 
     cpu, cuda = torch.device("cpu"), torch.cuda
 
-    def always(value):  # a new function per name: torch.compile's tables refuse one object under two names
+    def always(value):  # a new function for each name, because torch.compile's tables refuse one object under two names
         return lambda *args, **kwargs: value
 
     cuda.current_device, cuda.device_count = always(cpu), always(1)
@@ -125,8 +124,8 @@ def _install_cpu() -> None:
     cuda.is_current_stream_capturing = always(False)
     cuda.Stream = cuda.Event = cuda.stream = _Stream
     cuda.current_stream, cuda.default_stream = always(_Stream()), always(_Stream())
-    # The device's random numbers are the CPU's. megatron sets their state through `_lazy_call`, and warns where numbers
-    # drawn on the device change the CPU's generator.
+    # torch.cuda's generator is the CPU's. megatron sets its state through `_lazy_call`. It warns when numbers drawn on
+    # the device change the CPU's generator, as they do here; that warning is silenced below.
     cuda.default_generators = {cpu: torch.default_generator}
     cuda._lazy_call = lambda call, **kwargs: call()
     for module in (cuda, cuda.random):
@@ -148,7 +147,8 @@ def _install_cpu() -> None:
 
         return call
 
-    # `with torch.device(...)` looks its factories up once: let it remember the real ones, which `redirect` ends in.
+    # `with torch.device(...)` looks up the factories once and caches them. This call caches the real ones before they
+    # are replaced: each replacement calls the real one, which must be recognised.
     _device_constructors()
     for factory in ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "as_tensor"):
         setattr(torch, factory, redirect(getattr(torch, factory)))
@@ -166,7 +166,7 @@ def _install_cpu() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     _name_types_cuda("torch.")
 
-    # transfer_to_npu makes hccl of nccl, and this makes gloo of it.
+    # gloo takes the place of nccl, as hccl does in transfer_to_npu.
     join = torch.distributed.init_process_group
 
     @functools.wraps(join)

@@ -8,7 +8,7 @@ set -euo pipefail
 
 ZOO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ZOO_ROOT${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export PYTHONSAFEPATH=1 # a folder named common or zoo where the user stands is not ours
+export PYTHONSAFEPATH=1 # never import a folder named common or zoo from the user's working directory
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 
 if [ -z "${ZOO_DEVICE:-}" ]; then
@@ -18,8 +18,8 @@ if [ -z "${ZOO_DEVICE:-}" ]; then
 fi
 export ZOO_DEVICE
 
-# Set-up: torch first and by device, because asked for by another package it would bring gigabytes of CUDA to a laptop.
-# Only the first cpu route (a CPU wheel that pip finds) has been run; the others are untested.
+# Install torch first, in the build for the device. As another package's dependency it would bring gigabytes of CUDA to
+# a laptop. Only the first cpu route (a CPU wheel that pip finds) has been run; the others are untested.
 HAS_TORCH='import torch, sys; sys.exit(not torch.__version__.startswith("2.13."))'
 install_torch() {
     local pip="$1 -m pip install --quiet --no-compile"
@@ -37,7 +37,7 @@ setup() {
         echo "setting up $venv (once, about a minute; more where cores are busy)" >&2
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: python3 is missing or too old; expected Python 3.11 or newer" >&2; exit 2; }
-        # An image's own torch of the right version (CANN containers have one) is kept.
+        # Keep an image's own torch of the right version; CANN containers have one.
         local site=""
         if python3 -c "$HAS_TORCH" 2>/dev/null; then site=--system-site-packages; fi
         [ -x "$venv/bin/python" ] || python3 -m venv $site "$venv"
@@ -49,17 +49,17 @@ setup() {
             echo "error: CUDA packages arrived on $ZOO_DEVICE; fix: remove $venv, install a CPU build of torch first" >&2
             exit 2
         fi
-        # Compiled now, on all cores: images that forbid Python to write bytecode would compile 10 s at every start.
-        "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true  # some packages ship templates
+        # Compile now, on all cores: where an image forbids Python to write bytecode, each start would compile for 10 s.
+        "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true  # packages' templates do not compile
         echo "$stamp" >"$venv/.stamp"
     fi
     ZOO_PYTHON="$venv/bin/python"
 }
-# torch_npu installed but CANN not loaded would break a plain `import torch`.
+# If torch_npu is installed but CANN is not loaded, a plain `import torch` would fail.
 if [ -z "${ASCEND_HOME_PATH:-}" ]; then export TORCH_DEVICE_BACKEND_AUTOLOAD=0; fi
 if [ -z "${ZOO_PYTHON:-}" ]; then setup; fi
 
-# Topology: Slurm's if this is a Slurm step, else one node. NPROC defaults to every accelerator, or one CPU process.
+# The topology is Slurm's in a Slurm step, else one node. NPROC defaults to all accelerators, or to one CPU process.
 if [ -n "${SLURM_NNODES:-}" ]; then
     export NNODES="${NNODES:-$SLURM_NNODES}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
     export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
@@ -72,12 +72,12 @@ if [ -z "${NPROC:-}" ]; then
     esac
 fi
 export NPROC NNODES="${NNODES:-1}"
-if [ "$ZOO_DEVICE" = cpu ]; then # malloc keeps what a step frees: giving it back and touching it again takes a sixth of the step
+if [ "$ZOO_DEVICE" = cpu ]; then # malloc keeps freed memory: returning and faulting it in again takes a sixth of a step
     export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-2000000000}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > NPROC ? $(nproc) / NPROC : 1 ))}"
 fi
 
-ZOO_ARGUMENTS="$([ $# -eq 0 ] || printf ' %q' "$@")" # sourced without arguments of its own, this file sees the launcher's
+ZOO_ARGUMENTS="$([ $# -eq 0 ] || printf ' %q' "$@")" # "$@" is the launcher's: launchers source this without arguments
 launch() {
     local recipe launcher="${BASH_SOURCE[1]}"
     recipe="$(basename "$(cd "$(dirname "$launcher")" && pwd)")"

@@ -1,4 +1,4 @@
-"""What the jobs of every recipe share in their options, whatever they train. No torch here."""
+"""Options, and checks of them, that the jobs of every recipe share. This module does not import torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from common import adapters, cli, weights
 from common.cli import TrainOptions, option
 from common.release import is_sharded
 
-LORA_RANK = 16  # of adapters, where nothing else is asked
+LORA_RANK = 16  # rank of adapters if no other is given
 LORA_SETTINGS = ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--rslora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """A recipe restates those that have other defaults there."""
+    """The options of adapters. A recipe redefines those that have another default there."""
 
     lora_rank: int | None = option(
         f"rank of the adapters ({LORA_RANK} if not given)", group="adapters", within="[1, inf)"
@@ -34,14 +34,18 @@ def flag_of(name: str) -> str:
 
 
 def fill_defaults(o: TrainOptions, asked: set[str], usual: dict[str, Any], demo: dict[str, Any]) -> TrainOptions:
-    """The options with a job's own values in place of the layout's. usual: those that give way to what was asked for on
-    the command line (`asked`, its flags); demo: those that the embedded demo always has."""
+    """Return the options with a job's own values in place of the layout's.
+
+    asked: the flags on the command line. usual: values for options without such a flag. demo: values that the embedded
+    demo always has.
+    """
     changes = demo | {name: value for name, value in usual.items() if flag_of(name) not in asked}
     return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
 
 
 def check_written(o) -> None:
-    """What a training run writes at its end. ValueError: there is something already, or nothing that could be merged."""
+    """Check what a training run writes at its end. Raise ValueError if it exists already, or if --merge has no released
+    weights to merge into."""
     if o.merge and o.from_scratch:
         raise ValueError("--merge adds adapters to released weights, and these are drawn; fix: leave --merge out")
     for folder, flag in ((o.export, "--export"), (o.merge, "--merge")):
@@ -50,16 +54,16 @@ def check_written(o) -> None:
 
 
 def content(folder: Path) -> str:
-    """A short name for what a released folder, an adapter's or a checkpoint holds."""
+    """Return a short name for the content of a released folder, an adapter or a checkpoint."""
     manifest = folder / "manifest.json"
     return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
 
 
 def starting_point(o, base: Path, pairs: dict[str, adapters.Pair], targets: list[str] | str) -> dict:
-    """What a run starts from, told by content: checkpoints of adapters and a reference's log-probabilities are of no use
-    beside other weights.
+    """Return what a run starts from, identified by content: checkpoints of adapters, and log-probabilities of a
+    reference, are valid only for the same weights.
 
-    base: the folder of the weights that train or are adapted; pairs: of --adapter; targets: of new adapters.
+    base: folder of the weights that train or are adapted; pairs: the adapters of --adapter; targets: of new adapters.
     """
     start = {
         "weights": str(o.weights and o.weights.absolute()),

@@ -1,4 +1,4 @@
-"""Our own JSON-lines files, which grow by a line at a time: a kill or a full disk may leave half of the last one."""
+"""Reads and repairs JSON-lines files that grow line by line. A kill or a full disk may leave half of the last line."""
 
 import json
 import os
@@ -10,7 +10,8 @@ BLOCK = 1 << 16  # bytes read at a time from the end of a file
 
 
 def read(path: Path) -> list[Any]:
-    """The values of the lines. One that is no JSON is passed over: without a word the last, which may just be written."""
+    """Return the values of the lines. A line that is not JSON is skipped, with a warning unless it is the last one and
+    unfinished: another process may be writing it."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -23,8 +24,7 @@ def read(path: Path) -> list[Any]:
 
 
 def mend(path: Path) -> None:
-    """Cut off the torn line at the end of a file, if there is one, before lines are added to it; a line that only lacks its
-    newline gets it."""
+    """Cut off a torn last line before lines are added to a file. A last line that only lacks its newline gets it."""
     if not path.is_file():
         return
     with open(path, "r+b") as file:

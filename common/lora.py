@@ -1,13 +1,14 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) on linears, plain and tensor parallel, in PEFT's folder format.
 
 y = W x + b becomes y = W x + b + s B A x with A [r, in], B [out, r], s = alpha / r (rank-stabilised, arXiv:2312.03732:
-alpha / sqrt(r)); only A and B train. They are parameters `lora_A` and `lora_B` of the linear itself, so every other
-name of the model, and what reads weights and checkpoints by it, stays. Order: released weights, adapters, wrapping.
+alpha / sqrt(r)); only A and B train. They are parameters `lora_A` and `lora_B` of the linear itself, so no other name
+in the model changes, and code that reads weights and checkpoints by name still works. The order is: load the released
+weights, add the adapters, wrap the model.
 
-What can be adapted is a linear that the model calls and that is one matrix of the release: names map one to one.
-Matrices fused or stacked here (experts) are no linears and are left out; so is a vocabulary projection split over tp,
-whose weight the loss reads. A recipe must not offer as target what its model does not call (a router read as weight).
-The base stays in the precision of the run, or after `quantize_` in 4 bits.
+A linear can be adapted if the model calls it and if it is one matrix of the release, so that names map one to one.
+Matrices that are fused or stacked here (experts) are not linears and are left out. A vocabulary projection split over
+tp is left out too, because the loss reads its weight directly. A recipe must not offer a target that its model does not
+call, such as a router whose weight alone is read. The base stays in the run's precision, after `quantize_` in 4 bits.
 """
 
 import collections
@@ -31,7 +32,7 @@ from common.adapters import Pair, Settings, matches
 
 
 def _narrow(module: nn.Module, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-    """s A dropout(x): [..., in] -> [..., r]. Scaled here, where the tensor is small."""
+    """Return s A dropout(x): [..., in] -> [..., r]. The scale is applied here, where the tensor is small."""
     return F.linear(module.lora_dropout(x), lora_A) * module.lora.scale
 
 
@@ -41,8 +42,8 @@ class LoraLinear(nn.Linear):
 
 
 class LoraColumnLinear(parallel.ColumnLinear):
-    """A is whole on every rank, B split over outputs: each rank has its outputs' part of A's gradient. Under sequence
-    parallel megatron-core sums those once a step, together with the norms'; else the backward does."""
+    """A is whole on every rank and B is split over outputs, so each rank computes its outputs' part of A's gradient.
+    Under sequence parallel megatron-core sums the parts once a step, as for norms; otherwise the backward sums them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs] -> [L, B, outputs/tp]."""
@@ -51,7 +52,7 @@ class LoraColumnLinear(parallel.ColumnLinear):
 
 
 class LoraRowLinear(parallel.RowLinear):
-    """A is split over inputs, B whole on every rank: what the ranks sum is only r wide."""
+    """A is split over inputs and B is whole on every rank, so the tensor that the ranks sum is only r wide."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
@@ -64,21 +65,21 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 class LoraQuantized(nn.Module):
-    """Any of them, at tp = 1, whose frozen weight is kept as NF4 (QLoRA, arXiv:2305.14314)."""
+    """Any of the adapted linears, at tp = 1, with its frozen weight in NF4 (QLoRA, arXiv:2305.14314)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenLinear.apply(x, self) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
 
 
 def unpacked(module: LoraQuantized) -> torch.Tensor:
-    """[out, in]."""
+    """Return the weight [out, in], dequantised."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(*module.nf4).view(len(module.lora_B), -1)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T + b; W is unpacked where it is used, once forward and once backward, and never kept."""
+    """Computes x W^T + b. W is unpacked once in the forward and once in the backward, and never kept."""
 
     @staticmethod
     def forward(ctx, x, module):
@@ -91,12 +92,12 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def quantize_(chunks: list[nn.Module]) -> None:
-    """The frozen weights of the adapted linears become NF4 in blocks of 64, their scales 8-bit: 4.13 bits a weight. To be
-    called before wrapping, at tp = 1 and without FSDP."""
+    """Convert the frozen weights of the adapted linears to NF4 in blocks of 64 with 8-bit scales: 4.13 bits a weight.
+    Call it before wrapping, at tp = 1 and without FSDP."""
     from bitsandbytes.functional import quantize_4bit
 
     for _, module in list(_modules(chunks, PLAIN)):
-        # Flat: bitsandbytes 0.50.2 on CPU unpacks a matrix wrongly if its rows are no multiple of a block.
+        # Flat, because bitsandbytes 0.50.2 on CPU unpacks a matrix wrongly if a row is not a multiple of a block.
         weight = module.weight.data.flatten()
         packed = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
         del module.weight
@@ -104,14 +105,14 @@ def quantize_(chunks: list[nn.Module]) -> None:
 
 
 def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
-    """(global name, module) of exactly these types, but for plain linears whose weight is split over tp."""
+    """Yield (global name, module) of exactly these types, except plain linears whose weight is split over tp."""
     for name, module in ((n, m) for chunk in chunks for n, m in chunk.named_modules() if type(m) in types):
         if not isinstance(module, nn.Linear) or not getattr(module.weight, "tensor_model_parallel", False):
             yield name.removeprefix("module."), module
 
 
 def _union(mine: dict) -> dict:
-    """The pipeline stages' dicts as one; in a rehearsal without real groups, this stage's."""
+    """Merge the dicts of all pipeline stages. With fake process groups (common/memory.py) return this stage's alone."""
     group = mpu.get_pipeline_model_parallel_group()
     if group.size() == 1 or dist.get_backend() == "fake":
         return mine
@@ -121,22 +122,22 @@ def _union(mine: dict) -> dict:
 
 
 def _attach(chunks: list[nn.Module], settings: dict[str, Settings]) -> None:
-    """Freeze the model and give the linears named adapters, memory allocated and not filled."""
+    """Freeze the model and add an adapter to each linear named in `settings`. Its memory is allocated, not filled."""
     for chunk in chunks:
         chunk.requires_grad_(False)
-    for module, its in [(module, settings[name]) for name, module in _modules(chunks, ADAPTED) if name in settings]:
+    for module, lora in [(module, settings[name]) for name, module in _modules(chunks, ADAPTED) if name in settings]:
         weight = module.weight
         split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
-        module.__class__, module.lora = ADAPTED[type(module)], its
-        module.lora_dropout = nn.Dropout(its.lora_dropout) if its.lora_dropout else nn.Identity()
-        module.lora_A = nn.Parameter(weight.new_empty(its.r, weight.shape[1]))
-        module.lora_B = nn.Parameter(weight.new_empty(weight.shape[0], its.r))
+        module.__class__, module.lora = ADAPTED[type(module)], lora
+        module.lora_dropout = nn.Dropout(lora.lora_dropout) if lora.lora_dropout else nn.Identity()
+        module.lora_A = nn.Parameter(weight.new_empty(lora.r, weight.shape[1]))
+        module.lora_B = nn.Parameter(weight.new_empty(weight.shape[0], lora.r))
         for parameter, dim in ((module.lora_A, 1), (module.lora_B, 0)):
             if dim == split:
                 parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
             elif split is not None:
                 parallel.mark_replicated([parameter], module.config)
-            else:  # like the linear's own weight: the same on all tokens, or on this rank's
+            else:  # as for the linear's own weight: it is applied to all tokens, or only to this rank's
                 parameter.sequence_parallel = getattr(weight, "sequence_parallel", False)
 
 
@@ -151,10 +152,10 @@ def add(
     seed: int,
 ) -> None:
     """Freeze the model and give each linear whose name ends in one of `targets` ("q_proj", "self_attn.o", "ffn.0") an
-    adapter that trains: A drawn as PEFT does, the same in every layout, B zero. With dropout, see `seed_dropout`.
+    adapter that trains. A is drawn as in PEFT, the same in every layout; B is zero. With dropout, see `seed_dropout`.
 
     Raises:
-        ValueError: a target that no linear of the model is called; lists those that there are.
+        ValueError: no linear of the model has the name of a target; lists the linears that can be adapted.
     """
     names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
     unknown = [target for target in targets if not any(matches(name, [target]) for name in names)]
@@ -173,14 +174,15 @@ def _draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """To be called before each step: masks that a resumed run draws again, different where tokens or layers differ and
-    equal over tp, where copies of a linear must drop the same entries. Another layout draws others."""
+    """Seed the dropout masks; call it before each step. A resumed run draws the same masks again. Masks differ between
+    ranks with other tokens or layers and are equal over tp, where copies of a linear must drop the same entries.
+    Another layout draws other masks."""
     place = (mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_pipeline_model_parallel_rank())
     torch.manual_seed(checkpoint.stable_seed(seed, step, *place))
 
 
 def merged(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + s B A [out, in], computed in fp32 and rounded once to the dtype of W."""
+    """Return W + s B A [out, in], computed in fp32 and rounded once to the dtype of W."""
     return (weight.float() + lora_B.float() @ lora_A.float() * scale).to(weight.dtype)
 
 
@@ -191,8 +193,8 @@ def added(
     reader: weights.Reader,
     cut: tuple[int | None, int, int] = (None, 0, 1),
 ) -> torch.Tensor:
-    """A parameter, or the part that a cut (see `checkpoint.cuts`) leaves of it, with an adapter and a difference added
-    that lie in files: computed in fp32 and rounded once."""
+    """Return a parameter, or the part that a cut (see `checkpoint.cuts`) leaves of it, plus an adapter and a difference
+    that are read from files. The sum is computed in fp32 and rounded once."""
     dim, part, parts = cut
     if difference:
         weight, dtype = weight.float() + reader.read(difference, *cut).to(weight.device), weight.dtype
@@ -212,7 +214,7 @@ def _released(linear: str, rename: Callable[[str], str]) -> str:
 
 
 def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, tuple[str, nn.Parameter]]:
-    """Our name -> (PEFT's key, parameter)."""
+    """Return {our name: (PEFT's key, parameter)}."""
     return {
         f"{name}.{part}": (f"base_model.model.{_released(name, rename)}.{part}.weight", getattr(module, part))
         for name, module in _modules(chunks, (*PLAIN, LoraQuantized))
@@ -223,10 +225,10 @@ def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str
 def save_adapter(
     folder: Path, chunks: list[nn.Module], rename: Callable[[str], str], *, base: str = "", task: str | None = None
 ) -> None:
-    """Write a new folder as PEFT would, from rank 0; every rank calls.
+    """Write a new adapter folder in PEFT's format. Every rank must call it; rank 0 writes.
 
-    rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type,
-    "CAUSAL_LM" for one.
+    rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type, for
+    example "CAUSAL_LM".
     """
     linears = {_released(name, rename): module.lora for name, module in _modules(chunks, (*PLAIN, LoraQuantized))}
     linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
@@ -237,14 +239,14 @@ def save_adapter(
     facts = dataclasses.asdict(usual) | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "target_modules": sorted(linears),
-        "rank_pattern": {name: its.r for name, its in sorted(linears.items()) if its.r != usual.r},
-        "alpha_pattern": {n: its.lora_alpha for n, its in sorted(linears.items()) if its.lora_alpha != usual.lora_alpha},
+        "rank_pattern": {name: s.r for name, s in sorted(linears.items()) if s.r != usual.r},
+        "alpha_pattern": {n: s.lora_alpha for n, s in sorted(linears.items()) if s.lora_alpha != usual.lora_alpha},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    """Put together over FSDP or tensor parallel, on the CPU."""
+    """Return the whole parameter on the CPU, gathered over FSDP or tensor parallel ranks."""
     value = parameter.detach()
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
@@ -257,14 +259,14 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def load_adapter(pairs: dict[str, Pair], chunks: list[nn.Module]) -> None:
-    """Freeze the model and give it adapters from files (`adapters.read`), which train; each rank reads its slices.
+    """Freeze the model and add trainable adapters from files (`adapters.read`). Each rank reads only its slices.
 
     Raises:
-        ValueError: of a linear that the model has not, or does not call.
+        ValueError: an adapter is for a linear that the model does not have or does not call.
     """
-    called = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
-    if lost := sorted(pairs.keys() - called.keys()):
-        raise ValueError(f"adapters of {len(lost)} linears that the model does not call: {lost[:5]}; fix: --adapter")
+    names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
+    if extra := sorted(pairs.keys() - names.keys()):
+        raise ValueError(f"adapters of {len(extra)} linears that the model does not call: {extra[:5]}; fix: --adapter")
     _attach(chunks, {name: pair.settings for name, pair in pairs.items()})
     entries = {f"{name}.lora_{part}": getattr(pair, part) for name, pair in pairs.items() for part in "AB"}
     checkpoint.load_released(chunks, entries, lambda name: name if name in entries else None)

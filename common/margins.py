@@ -1,4 +1,4 @@
-"""How far preferred answers, or videos, are ahead of the others while a preference is trained."""
+"""Reward margins of preference training: how far the preferred answer or video is ahead of the other."""
 
 import torch
 import torch.distributed as dist
@@ -7,13 +7,13 @@ from common import device
 
 
 class Margins:
-    """The reward margins seen since the last call, which returns their mean and the share of pairs above 0."""
+    """Collects reward margins. A call returns the mean of those since the last call, and the share of pairs above 0."""
 
     def __init__(self):
         self.seen: list[torch.Tensor] = []
 
     def __call__(self) -> dict[str, float]:
-        """Collective. Ranks of one sample count alike, or (earlier pipeline stages) not at all."""
+        """Collective. All ranks that work on a sample have seen the same margins, or (earlier pipeline stages) none."""
         margins = torch.cat([torch.zeros(0, device=device.current()), *self.seen])
         numbers = torch.stack((margins.sum(), (margins > 0).sum(), torch.ones_like(margins).sum()))
         dist.all_reduce(numbers)

@@ -1,9 +1,9 @@
-"""Peak memory of a training step on one rank: its second optimizer step, counted.
+"""Measures the peak memory of a training step on one rank, in the second optimizer step.
 
-The other ranks of a layout are imaginary: nothing is sent, but everything that a rank holds is there. On cpu nothing is
-computed either: tensors are fake, and the bytes of all storages alive are counted at every operation. That is the same
-on every machine, and what torch allocates for the reference ops. Left out are what a kernel keeps inside, fragmentation,
-and host copies. On cuda and npu it is the allocator's own peak.
+The other ranks of a layout are imaginary: nothing is sent, but this rank holds everything that it would hold in the
+real job. On cpu nothing is computed either: tensors are fake, and the bytes of all live storages are counted at every
+operation. The count is the same on every machine and equals what torch allocates for the reference ops. It leaves out
+memory inside kernels, fragmentation and host copies. On cuda and npu the result is the allocator's own peak.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Options = TypeVar("Options", bound=train.TrainOptions)
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of storages from the operation that makes them until they are freed."""
+    """Counts the bytes of storages from the operation that creates them until they are freed."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Alive(TorchDispatchMode):
             del self.known[address]
 
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        """FSDP empties and fills the storages of gathered weights."""
+        """Resize a storage and count its new size: FSDP empties and refills the storages of gathered weights."""
         _resize_(storage, size)
         if storage._cdata in self.known:
             self._count(storage._cdata, size)
@@ -67,16 +67,16 @@ _resize_, _to_host, _from_group = torch.UntypedStorage.resize_, offload.to_host,
 
 @contextlib.contextmanager
 def counted(fake: bool) -> Iterator[Alive]:
-    """Tensors made inside are counted, and are fake where `fake` says so."""
+    """Context that counts the tensors created in it. With `fake`, they are fake tensors."""
 
     def mode():
         return FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
 
-    def to_host(flat):  # not counted
+    def to_host(flat):  # host copies are not counted
         with _disable_current_modes(), mode():
             return _to_host(flat)
 
-    def from_group(*args, **kwargs):  # reads its ranks
+    def from_group(*args, **kwargs):  # reads the ranks from a tensor, which must be real
         with unset_fake_temporarily():
             return _from_group(*args, **kwargs)
 
@@ -91,7 +91,7 @@ def counted(fake: bool) -> Iterator[Alive]:
 
 
 class OneByOne:
-    """For megatron-core's `_coalescing_manager`: its joint reduce-scatter takes no fake tensors."""
+    """Replaces megatron-core's `_coalescing_manager`, whose joint reduce-scatter does not take fake tensors."""
 
     def __init__(self, group, async_ops):
         pass
@@ -117,7 +117,7 @@ def measure(
     adapt: Callable[[list[torch.nn.Module]], None] | None = None,
     fake: bool = True,
 ) -> tuple[int, int]:
-    """(bytes at the peak of a step, bytes that stay between steps) of rank 0.
+    """Return (bytes at the peak of a step, bytes that stay between steps) of rank 0.
 
     build: makes this rank's model chunks. adapt: adds adapters to them. steps: yields the micro-batches of each step.
     block, forward_step, sequence_length: as `parallel.wrap` and `train.forward` take them. fake=False computes on cpu too,
@@ -128,7 +128,7 @@ def measure(
     parallel.initialize(o)
     counting = counted(fake) if cpu else contextlib.nullcontext()
 
-    def alike(out, mine, group=None):  # every rank says what this one does
+    def alike(out, mine, group=None):  # every imaginary rank sends the same as this one
         out[:] = [mine] * len(out)
 
     one_by_one = mock.patch.object(param_and_grad_buffer, "_coalescing_manager", OneByOne)
@@ -154,13 +154,13 @@ def measure(
             optimizer.prepare_grads()
             optimizer.step_with_ready_grads()
             train.zero_gradients(wrapped, optimizer)
-        found = (alive.peak, alive.bytes) if cpu else (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated())
+        sizes = (alive.peak, alive.bytes) if cpu else (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated())
     parallel.shutdown()
-    return found
+    return sizes
 
 
 def options(cls: type[Options], ranks: int, **values) -> Options:
-    """Rank 0's options of a run on so many imaginary ranks, its layout still to be checked."""
+    """Return rank 0's options of a run on this number of imaginary ranks. The caller still checks the layout."""
     os.environ.update(WORLD_SIZE=str(ranks), RANK="0", LOCAL_RANK="0")
     return cls(**{f.name: f.default for f in dataclasses.fields(cls)} | values | {"steps": 2, "lr": 1e-6})
 
@@ -168,7 +168,7 @@ def options(cls: type[Options], ranks: int, **values) -> Options:
 def row(
     o: train.TrainOptions, *, model: str, layout: str, shape: int | str, sample: str, found: tuple, estimate: float
 ) -> dict:
-    """A row of perf.jsonl. found: what `measure` returns. sample: what one rank has in a micro-batch, in words."""
+    """Return a row of perf.jsonl. found: the result of `measure`. sample: what a rank's micro-batch holds, in words."""
     counts = {"peak": found[0], "between steps": found[1], "estimate": estimate}
     gib = {key: round(value / 2**30, 2) for key, value in counts.items()}
     return {
@@ -181,8 +181,8 @@ def row(
 
 
 def parser(sizes: Iterable[str], description: str, **defaults: int | str) -> argparse.ArgumentParser:
-    """The command line of a recipe's memory.py: --size, --precision, --record, and the shape's options. Each keyword is an
-    option's default."""
+    """Return the argument parser of a recipe's memory.py: --size, --precision, --record, and the options of the shape.
+    Each keyword is an option's default."""
     made = argparse.ArgumentParser(description=description)
     choices = {"size": list(sizes), "precision": ("fp32", "bf16")}
     for name, default in defaults.items():
@@ -192,10 +192,10 @@ def parser(sizes: Iterable[str], description: str, **defaults: int | str) -> arg
 
 
 def report(rows: Iterable[dict], line: str, record: Path | None) -> None:
-    """Print each row once it is measured, as the format `line` says, and add them all to the record if there is one."""
-    done = []
+    """Print each row, in the format `line`, as soon as it is measured. At the end add all to the record, if given."""
+    measured = []
     for each in rows:
         print(line.format(**each), flush=True)
-        done.append(each)
-    for each in done if record else ():  # at the end: a row in the record is an uncommitted change
+        measured.append(each)
+    for each in measured if record else ():  # at the end: a call that fails records nothing
         perf.append(record, each)
