@@ -54,9 +54,9 @@ class SmallMoments(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        steps_done = next(
+        done = next(
             (int(state["step"]) for state in self.state.values() if state), 0
-        )  # the same for all parameters
+        )  # steps, equal for all parameters
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
@@ -66,10 +66,8 @@ class SmallMoments(torch.optim.AdamW):
                 flat = [ops.local(t).view(-1) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
                 for weight, grad, *moments in zip(*(t.split(self.PIECE) for t in flat), strict=True):
                     moments_fp32 = [moment.float() for moment in moments]
-                    ops.adamw_(weight, grad, *moments_fp32, steps_done, group)
-                    noise = (
-                        grad.view(torch.int32) * -1640531535 + steps_done * 97
-                    )  # Fibonacci hashing; int32 wraps around
+                    ops.adamw_(weight, grad, *moments_fp32, done, group)
+                    noise = grad.view(torch.int32) * -1640531535 + done * 97  # Fibonacci hashing; int32 wraps around
                     noise = (noise ^ (noise >> 15)) * -2048144789
                     for i, (moment, exact) in enumerate(zip(moments, moments_fp32, strict=True)):
                         exact.view(torch.int32).add_(noise >> 16 * i & 0xFFFF).bitwise_and_(-0x10000)
