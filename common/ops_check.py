@@ -251,7 +251,7 @@ CASES = {
 
 
 def outputs_and_gradients(function: Callable, inputs: dict) -> tuple[list, dict[str, torch.Tensor]]:
-    """Returns the outputs, and the gradients by input name for a fixed random direction of each differentiable output."""
+    """Returns outputs, and gradients by input name for a fixed random direction of every differentiable output."""
     outputs = function(**inputs)
     outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(1)

@@ -54,9 +54,7 @@ class SmallMoments(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        done = next(
-            (int(state["step"]) for state in self.state.values() if state), 0
-        )  # steps, equal for all parameters
+        done = next((int(state["step"]) for state in self.state.values() if state), 0)  # equal for all parameters
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
