@@ -59,7 +59,7 @@ class Log:
 
 
 def write_config(o: TrainOptions) -> None:
-    """Writes this call's config.toml. Those of earlier calls with other options become config.1.toml, config.2.toml, …"""
+    """Writes config.toml. That of an earlier call with other options is renamed to config.1.toml, config.2.toml, …"""
     path, text = o.out / "config.toml", to_toml(o)
     if path.is_file() and path.read_text() != text:
         earlier = len(list(o.out.glob("config.*.toml")))
