@@ -453,7 +453,7 @@ class _GateResidual(torch.autograd.Function):
 
 
 def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns silu(a) * b with (a, b) the halves of x's last dimension, [..., 2F] -> [..., F]. If up is given, (a, b) is
+    """Returns silu(a) * b with (a, b) the halves of x's last dimension, [..., 2F] -> [..., F]. With up, (a, b) is
     (x, up), each [..., F], which are concatenated for the fused kernels."""
     if BACKEND != "cpu" and up is not None:
         x = torch.cat((x, up), -1)
