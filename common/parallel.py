@@ -115,11 +115,9 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """y = x W^T + b with the outputs split over tp.
-
-    The input comes through `enter_tensor_parallel`, once for all linears that share it. So the layer itself does not
-    communicate: it is a plain linear, with the bias in the same kernel (megatron-core's own forward adds it apart).
-    """
+    """y = x W^T + b with the outputs split over tp. The input comes through `enter_tensor_parallel`, once for all
+    linears that share it. So the layer itself does not communicate: it is a plain linear, with the bias in the same
+    kernel (megatron-core's own forward adds it apart)."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True, bias=bias)
@@ -131,8 +129,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """y = (sum over tp of x_r W_r^T) + b. The sum is an all-reduce, or under sequence parallel a reduce-scatter over
-    the tokens."""
+    """y = (sum over tp of x_r W_r^T) + b, by all-reduce, or under sequence parallel by reduce-scatter over tokens."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(
@@ -149,8 +146,7 @@ class RowLinear(RowParallelLinear):
 
 
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """Under sequence parallel gathers the tokens, [L/tp, B, D] -> [L, B, D] (backward: reduce-scatter); else returns x
-    (backward: all-reduce)."""
+    """[L/tp, B, D] -> [L, B, D] under sequence parallel (backward: reduce-scatter), else x (backward: all-reduce)."""
     if config.tensor_model_parallel_size == 1:
         return x
     if config.sequence_parallel:
@@ -169,17 +165,13 @@ def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
 
 
 def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """Returns a weight that every tp rank holds whole and applies to its own heads or columns. The backward sums its
-    gradient over tp."""
+    """Returns a weight that all tp ranks hold and apply to their own heads or columns. Backward sums its gradient."""
     return weight if config.tensor_model_parallel_size == 1 else copy_to_tensor_model_parallel_region(weight)
 
 
 def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """Looks up an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3).
-
-    Each rank looks up the rows that it holds and takes zeros for the others; the sum over tp is the result.
-    tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D].
-    """
+    """Looks up an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): sums over tp the rows that
+    each rank holds, with zeros for the others. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
     if config.tensor_model_parallel_size == 1:
         return F.embedding(tokens, weight)
     local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]

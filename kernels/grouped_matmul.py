@@ -5,8 +5,8 @@ dx[t] = dy[t] @ weight[g]^T,    dweight[g] = x[rows of g]^T @ dy[rows of g]
 
 Unusual: `ends` stays on the device, so nothing waits for it, and the grid follows from shapes alone. Group g owns the
 tiles from ends[g-1] // ROWS + g on. Until group g + 1 begins, these are ends[g] // ROWS - ends[g-1] // ROWS + 1 tiles,
-never fewer than the group needs. So a tile finds its group without a prefix sum: it counts the groups that begin at or
-below it. At most one tile a group has nothing to do. The rows behind ends[-1] are one more group, of zeros.
+never fewer than it needs, whatever the ends. So a tile finds its group without a prefix sum: it counts the groups that
+begin at or below it. At most one tile a group has nothing to do. The rows behind ends[-1] are one more group, of zeros.
 
 T rows, G matrices [D, F], s bytes an element: 2 T D F FLOPs for the forward, twice that for the backward. Each of the
 three products moves about T (D + F) s + G D F s bytes, if tiles that share an operand find it in the cache.

@@ -192,8 +192,7 @@ def attention_backward(
     lse: torch.Tensor,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients (dq, dk, dv) of one key block, given the output and lse over *all* blocks. Shapes as in
-    `attention_with_lse`."""
+    """Returns gradients (dq, dk, dv) of one key block, given out and lse of *all*. Shapes: see `attention_with_lse`."""
     if BACKEND == "npu":
         peak = lse.unsqueeze(-1).expand(*lse.shape, 8).contiguous()
         return torch.ops.npu.npu_fusion_attention_grad(
@@ -593,13 +592,11 @@ def linear_cross_entropy(
 
     hidden [N, D], weight [V/tp, D] (this rank's rows of the vocabulary), labels [N] int64 in [0, V) or negative (no
     loss), token_weight fp32 [N] -> (sum_i token_weight_i loss_i, losses fp32 [N] without gradient) with loss_i =
-    log sum_v exp(hidden_i weight_v) - hidden_i weight_label.
-
-    The vocabulary-parallel merge is Megatron-LM's (arXiv:1909.08053, section 3), the chunking Liger-Kernel's
-    (arXiv:2410.10989): the forward computes the gradients, and the backward only scales them. Logits have the dtype of
-    hidden, their softmax is fp32, and the weight's gradient is summed over chunks in fp32. Under tensor parallelism
-    each rank returns its vocabulary's part of the gradient of hidden, so hidden must come through
-    `parallel.enter_tensor_parallel`.
+    log sum_v exp(hidden_i weight_v) - hidden_i weight_label. The vocabulary-parallel merge is Megatron-LM's
+    (arXiv:1909.08053, section 3), the chunking Liger-Kernel's (arXiv:2410.10989): the forward computes the gradients,
+    and the backward only scales them. Logits have the dtype of hidden, their softmax is fp32, and the weight's gradient
+    is summed over chunks in fp32. Under tensor parallelism each rank returns its vocabulary's part of the gradient of
+    hidden, so hidden must come through `parallel.enter_tensor_parallel`.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size)
 
@@ -664,8 +661,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the losses fp32 [n] of one chunk of logits [n, V/tp], and token_weight times their gradient, in the
-    logits' dtype."""
+    """Returns losses fp32 [n] of a chunk of logits [n, V/tp] and token_weight times their gradient, in logits.dtype."""
     if BACKEND == "npu" and tp_size == 1:
         labels = labels.clamp(min=0)
         loss, log_prob, *_ = torch.ops.npu.npu_cross_entropy_loss(logits.float(), labels, reduction="none")
