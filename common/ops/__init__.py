@@ -146,7 +146,7 @@ def _arguments(function) -> tuple[str, ...]:
 
 
 def _attention_varlen(q, k, v, window, cu_seqlens):
-    """Calls torch's variable-length flash attention. torch 2.13 has an argument for shared key heads; 2.11 takes such
+    """Calls torch's variable-length flash attention. torch 2.13 needs an argument for shared key heads; 2.11 takes such
     heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -396,7 +396,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """adaLN: returns LayerNorm without affine(x) * (1 + scale) + shift. x [L, B, D], scale and shift fp32 [B, D]."""
+    """adaLN: returns LN(x) * (1 + scale) + shift, with LN without affine. x [L, B, D], scale and shift fp32 [B, D]."""
     if BACKEND == "cuda":
         from kernels import modulate as kernel
 
