@@ -1,8 +1,8 @@
 """Self-test and speed table of `common.ops` on the device it runs on: `python -m common.ops`.
 
-A case is an op with inputs that exercise it (unequal dimensions, ragged blocks) and the same thing written in plain
-torch. The self-test runs both, the plain one in fp64, forward and backward; the tests run the same cases over the npu
-contract and Triton's interpreter.
+A case is an op, inputs that exercise it (unequal dimensions, ragged blocks) and the same computation in plain torch.
+The self-test runs both forward and backward, the plain one in fp64. The tests run the same cases over the npu contract
+and in Triton's interpreter.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common import device, ops
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest entry; bf16 keeps 8 bits
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest entry; bf16 keeps 8 bits
 HALF = (torch.bfloat16,)
 SMALL = dict(L=37, S=41, B=2, H=4, K=2, E=16, D=48, F=40, N=29, G=5, TOP=3, V=101, BLOCK=16)
 MEDIUM = dict(L=1024, S=1024, B=1, H=8, K=4, E=64, D=512, F=1024, N=1024, G=8, TOP=2, V=8192, BLOCK=128)
@@ -23,7 +23,7 @@ LARGE = dict(L=8192, S=8192, B=1, H=16, K=8, E=128, D=2048, F=6144, N=8192, G=64
 
 
 class Draw:
-    """Random inputs of a case: floats come in the dtype under test, what is fp32 by contract stays fp32."""
+    """Draws the random inputs of a case. Floats have the dtype under test; `wide` draws those that are always fp32."""
 
     def __init__(self, sizes: dict[str, int], dtype: torch.dtype, where: torch.device):
         self.__dict__.update(sizes)
@@ -46,8 +46,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """make(draw): the arguments by name. backends: what the op runs on, by device. dtypes: those that every device
-    takes. fixed: sizes that a device's constraints dictate. comparable: whether `plain` fits in memory at full size."""
+    """An op, its inputs and its reference.
+
+    make(draw): returns the arguments by name. backends: device -> what the op runs on. dtypes: those that every device
+    takes. fixed: sizes that a device's constraints dictate. comparable: whether `plain` fits in memory at full size.
+    """
 
     make: Callable[[Draw], dict]
     op: Callable
@@ -95,7 +98,7 @@ def plain_rotary_half(x, cos, sin):
 
 
 def plain_experts(tokens, experts, probs, weight):
-    """Every token through each of its experts, weighted: what permute, grouped matmul and unpermute do together."""
+    """Sums each token's expert outputs, weighted by probs: what permute, grouped matmul and unpermute do together."""
     out = tokens.new_zeros(len(tokens), weight.shape[2])
     for k in range(experts.shape[1]):
         out = out + probs[:, k, None] * torch.einsum("nd,ndf->nf", tokens, weight[experts[:, k]])
@@ -140,7 +143,7 @@ def interleaved(d: Draw) -> dict:
     return dict(x=d.floats(d.L, d.B, d.H, d.E), rope=torch.stack(d.angles(d.L, 1, 1, d.E // 2), -1))
 
 
-def halves(d: Draw) -> dict:  # every sample its own angles, as mrope has them
+def halves(d: Draw) -> dict:  # every sample has its own angles, as in mrope
     cos, sin = (torch.cat((t, t), -1) for t in d.angles(d.L, d.B, 1, d.E // 2))
     return dict(x=d.floats(d.L, d.B, d.H, d.E), cos=cos, sin=sin)
 
@@ -248,7 +251,7 @@ CASES = {
 
 
 def outputs_and_gradients(function: Callable, inputs: dict) -> tuple[list, dict[str, torch.Tensor]]:
-    """Outputs, and gradients by input name for a fixed random direction of every differentiable output."""
+    """Returns outputs, and gradients by input name for a fixed random direction of every differentiable output."""
     outputs = function(**inputs)
     outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(1)
@@ -264,27 +267,28 @@ def gradients(outputs: list, directions: list, inputs: dict) -> dict[str, torch.
 
 
 def errors(case: Case, dtype: torch.dtype, where: torch.device, sizes: dict[str, int] = SMALL) -> dict[str, float]:
-    """Largest difference from the plain fp64 reference, of the largest entry, for each output and each gradient."""
+    """Returns, for each output and gradient, the largest difference from the plain fp64 reference, divided by the
+    reference's largest entry."""
     draw = Draw(sizes | case.fixed, dtype, where)
     inputs = case.make(draw)
     exact = {n: exactly(t) if torch.is_tensor(t) else t for n, t in inputs.items()}
-    got, got_gradients = outputs_and_gradients(case.op, inputs)
-    want, want_gradients = outputs_and_gradients(case.plain, exact)
+    outputs, grads = outputs_and_gradients(case.op, inputs)
+    expected, expected_grads = outputs_and_gradients(case.plain, exact)
 
     def error(a: torch.Tensor, b: torch.Tensor) -> float:
         return ((a.cpu().double() - b).abs().max() / b.abs().max()).item()
 
-    found = {f"output {i}": error(a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))}
-    return found | {f"gradient of {n}": error(g, want_gradients[n]) for n, g in got_gradients.items()}
+    relative = {f"output {i}": error(a, b) for i, (a, b) in enumerate(zip(outputs, expected, strict=True))}
+    return relative | {f"gradient of {n}": error(g, expected_grads[n]) for n, g in grads.items()}
 
 
 def exactly(t: torch.Tensor) -> torch.Tensor:
-    """On the host, where fp64 always exists."""
+    """Copies t to the host, where fp64 always exists, with floats as fp64."""
     return t.detach().cpu().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t.cpu()
 
 
 def milliseconds(function: Callable, inputs: dict, repeats: int) -> float:
-    """Median time of forward and backward."""
+    """Returns the median time of forward and backward, without the first 3 runs."""
     times, directions = [], None
     for _ in range(repeats + 3):
         device.synchronize()

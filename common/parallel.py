@@ -1,8 +1,7 @@
 """Process groups, context parallelism and the wrapping of a model, on megatron-core.
 
-megatron-core does tensor, sequence, pipeline and data parallelism; here are the shares of the tokens, attention
-over the context-parallel group (its ring is in `common/ring.py`) and the one place that says in which order everything
-wraps.
+megatron-core does tensor, sequence, pipeline and data parallelism. This module splits the tokens over ranks, computes
+attention over the context-parallel group (its ring is in `common/ring.py`) and sets the order of all wrapping.
 
 Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim, D hidden, cp = ulysses * ring.
 """
@@ -44,7 +43,7 @@ _SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work o
 
 
 def initialize(o: LayoutOptions) -> None:
-    """Join the job torchrun started and build megatron-core's groups for the layout."""
+    """Joins the job that torchrun started and builds megatron-core's groups for the layout."""
     global _SAMPLE_GROUP
     if device.KIND != "cpu":
         getattr(torch, device.KIND).set_device(int(os.environ["LOCAL_RANK"]))
@@ -76,12 +75,12 @@ def shutdown() -> None:
 
 
 def sample_group() -> dist.ProcessGroup:
-    """The ranks that work on the same samples (all of tensor, context and pipeline parallel)."""
+    """Returns the group of ranks that work on the same samples (all of tensor, context and pipeline parallel)."""
     return _SAMPLE_GROUP
 
 
 def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, experts: int = 0) -> TransformerConfig:
-    """What megatron-core's layers and schedules want to know. experts: of a layer, 0 for a dense model."""
+    """Builds the config of megatron-core's layers and schedules. experts: experts per layer, 0 for a dense model."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     return TransformerConfig(
         num_layers=layers,
@@ -93,8 +92,8 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
         context_parallel_size=o.cp,
         expert_model_parallel_size=o.ep,
         expert_tensor_parallel_size=o.etp,
-        num_moe_experts=experts or None,  # the schedule then scales what routers add to the loss
-        moe_ffn_hidden_size=hidden if experts else None,  # asked for, and read by megatron-core's own layers alone
+        num_moe_experts=experts or None,  # makes the schedule scale the routers' auxiliary loss
+        moe_ffn_hidden_size=hidden if experts else None,  # required, but only megatron-core's own layers read it
         add_bias_linear=not experts,
         sequence_parallel=o.sp,
         params_dtype=dtype,
@@ -103,7 +102,7 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
         # Interleaved with pp=2, a batch would hold two messages between the same two ranks and could swap them.
         overlap_p2p_comm=o.vpp > 1,
         batch_p2p_comm=o.vpp == 1,
-        use_cpu_initialization=True,  # allocate where `with torch.device(...)` says, the meta device included
+        use_cpu_initialization=True,  # allocates on the device of `with torch.device(...)`, the meta device included
         perform_initialization=False,  # weights are loaded, or drawn independently of the layout (checkpoint.py)
         transformer_impl="local",
         recompute_granularity="full" if o.recompute == "full" else None,
@@ -116,9 +115,9 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """y = x W^T + b with the outputs split over tp. Its input comes through `enter_tensor_parallel`, once for several
-    linears that share it, so the layer itself communicates nothing and is a plain linear (the bias in the same
-    kernel, which megatron-core's own forward adds apart)."""
+    """y = x W^T + b with the outputs split over tp. The input comes through `enter_tensor_parallel`, once for all
+    linears that share it. So the layer itself does not communicate: it is a plain linear, with the bias in the same
+    kernel (megatron-core's own forward adds it apart)."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True, bias=bias)
@@ -130,7 +129,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """y = sum over tp of x_r W_r^T, + b: all-reduce, or reduce-scatter over the tokens under sequence parallel."""
+    """y = (sum over tp of x_r W_r^T) + b, by all-reduce, or under sequence parallel by reduce-scatter over tokens."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(
@@ -156,54 +155,55 @@ def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
 
 
 def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """The sum over tp of each rank's part: [L, B, D] -> [L/tp, B, D] under sequence parallel, else [L, B, D]."""
+    """Sums each rank's part over tp: [L, B, D] -> [L/tp, B, D] under sequence parallel, else [L, B, D]."""
     if config.tensor_model_parallel_size == 1:
         return x
     if config.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x)
-    # megatron-core sums in place, and x may be a product that selective recompute has kept, to be summed again.
+    # megatron-core sums in place. Selective recompute may keep x, and recomputation would then sum it a second time.
     return reduce_from_tensor_model_parallel_region(x.clone() if x.requires_grad else x)
 
 
 def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """A weight that every tp rank holds whole and applies to its own heads or columns: backward sums its gradient."""
+    """Returns a weight that all tp ranks hold and apply to their own heads or columns. Backward sums its gradient."""
     return weight if config.tensor_model_parallel_size == 1 else copy_to_tensor_model_parallel_region(weight)
 
 
 def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """Rows of an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): each rank looks up what it
-    holds and the rest is zero. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
+    """Looks up an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): sums over tp the rows that
+    each rank holds, with zeros for the others. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
     if config.tensor_model_parallel_size == 1:
         return F.embedding(tokens, weight)
     local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]
-    held = (local >= 0) & (local < weight.shape[0])
-    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * held.unsqueeze(-1)
+    is_held = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * is_held.unsqueeze(-1)
     return leave_tensor_parallel(rows, config)
 
 
 def mark_replicated(parameters, config: TransformerConfig) -> None:
-    """Parameters every tp rank holds whole but applies to its own tokens: their gradients are summed over tp."""
+    """Marks parameters that every tp rank holds whole but, under sequence parallel, applies to its own tokens:
+    megatron-core sums their gradients over tp."""
     for parameter in parameters:
         parameter.sequence_parallel = config.sequence_parallel
 
 
 def mark_expert(parameter: torch.nn.Parameter, columns: int, config: TransformerConfig) -> None:
-    """An expert stack [G/ep, ...]: cut over experts, and at dimension `columns` over expert tensor parallel. megatron-core
-    reduces its gradient, and shards its optimizer, over the ranks that hold the same part."""
+    """Marks an expert stack [G/ep, ...], which is split over experts and, at dimension `columns`, over expert tensor
+    parallel. megatron-core reduces its gradient, and shards its optimizer, over the ranks that hold the same part."""
     set_tensor_model_parallel_attributes(parameter, True, columns, 1)
     cut = (config.expert_model_parallel_size, config.expert_tensor_parallel_size)
-    parameter.allreduce = cut == (1, config.tensor_model_parallel_size)  # its name for "like any other parameter"
+    parameter.allreduce = cut == (1, config.tensor_model_parallel_size)  # True: reduced like a dense parameter
 
 
 def mark_tied(parameter: torch.nn.Parameter, copy: bool) -> None:
-    """An embedding that the first and the last pipeline stage hold alike: `wrap` sums its gradient over the two; the
-    last one's is the `copy`, which neither the gradient norm nor a checkpoint counts again."""
+    """Marks an embedding that both the first and the last pipeline stage hold. megatron-core sums its gradient over the
+    two (`wrap`). The last stage holds the `copy`, which the gradient norm and checkpoints leave out."""
     parameter.shared_embedding, parameter.shared = True, copy
 
 
 def context_tokens(x: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    """This context-parallel rank's share of the first dimension, [L, ...] -> [L/cp, ...]: contiguous, or for causal
-    attention cut from the `zigzag` order. Positions, labels and whatever else belongs to a token are split alike."""
+    """Returns this context-parallel rank's share of the first dimension, [L, ...] -> [L/cp, ...]: a contiguous part,
+    for causal attention of the `zigzag` order. Positions, labels and everything else per token are split alike."""
     if mpu.get_context_parallel_world_size() > 1:
         x = zigzag(x, ring_size()) if causal else x
         x = x.chunk(mpu.get_context_parallel_world_size())[mpu.get_context_parallel_rank()]
@@ -211,7 +211,8 @@ def context_tokens(x: torch.Tensor, causal: bool = False) -> torch.Tensor:
 
 
 def local_tokens(x: torch.Tensor, config: TransformerConfig, causal: bool = False) -> torch.Tensor:
-    """This rank's share of the first dimension: `context_tokens`, under sp split over tp: [L, ...] -> [L/cp(/tp), ...]."""
+    """Returns this rank's share of the first dimension, [L, ...] -> [L/cp(/tp), ...]: `context_tokens`, under sp split
+    over tp too."""
     x = context_tokens(x, causal)
     if config.sequence_parallel:
         x = x.chunk(config.tensor_model_parallel_size)[mpu.get_tensor_model_parallel_rank()]
@@ -232,7 +233,7 @@ def gather_tokens(x: torch.Tensor, config: TransformerConfig, causal: bool = Fal
 
 
 def ring_size() -> int:
-    """Ranks of the attention ring: cp = ulysses * ring."""
+    """Returns the number of ranks in the attention ring: cp = ulysses * ring."""
     return mpu.get_hierarchical_context_parallel_groups()[1].size() if mpu.get_context_parallel_world_size() > 1 else 1
 
 
@@ -242,11 +243,11 @@ def ring_size() -> int:
 def context_parallel_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, cu_seqlens: list[int] | None = None
 ) -> torch.Tensor:
-    """`ops.attention` over all tokens of the context-parallel group. q and the result [L/cp, B, H, E], k and v
-    [L/cp, B, K, E], the tokens as `context_tokens` splits them; cu_seqlens bounds all L.
+    """Computes `ops.attention` over all tokens of the context-parallel group.
 
-    Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group, ring attention (arXiv:2310.01889)
-    passes keys and values around the outer one; each is nothing where its group has one rank.
+    q and the result are [L/cp, B, H, E], k and v [L/cp, B, K, E], with tokens split as by `context_tokens`; cu_seqlens
+    bounds all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
+    (arXiv:2310.01889) passes keys and values around the outer group. Each does nothing if its group has one rank.
     """
     if mpu.get_context_parallel_world_size() == 1:
         return ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
@@ -268,8 +269,8 @@ def context_parallel_attention(
 def scatter_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and k and v likewise, whose K
-    heads are first repeated until n divides them: lcm(K, n) heads, which the H query heads still share evenly."""
+    """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and k and v likewise. Their K
+    heads are first repeated to lcm(K, n) heads, which n divides and the H query heads still share evenly."""
     n = group.size()
     copies = n // math.gcd(n, k.shape[2])
     if copies > 1:
@@ -295,9 +296,9 @@ EXPENSIVE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten:
 
 
 def recomputed(block: torch.nn.Module, kind: str, offload: bool = False):
-    """The block's forward under activation recompute. selective: matmul and attention outputs are kept, and what lies
-    between them (norms, activations, rotary, residuals, permutations) is done again; full: only the block's input is
-    kept. offload: what is kept waits on the host."""
+    """Returns the block's forward under activation recomputation. kind: selective keeps the outputs of matmuls and
+    attention, and recomputes what lies between them (norms, activations, rotary, residuals, permutations); full keeps
+    only the block's input; none recomputes nothing. offload: kept tensors stay on the host until the backward."""
     if offload:
 
         def run(*args):
@@ -313,31 +314,31 @@ def recomputed(block: torch.nn.Module, kind: str, offload: bool = False):
         return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
     extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}
-    # Only an adapter's dropout (lora.py) draws random numbers; without it there is no RNG state to carry.
-    drops = any(isinstance(module, torch.nn.Dropout) for module in block.modules())
-    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=drops, **extra)
+    # Only an adapter's dropout (lora.py) draws random numbers; without it there is no RNG state to restore.
+    has_dropout = any(isinstance(module, torch.nn.Dropout) for module in block.modules())
+    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout, **extra)
 
 
 def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
-    """Global indices of the blocks in this rank's model chunk."""
+    """Returns the global indices of the blocks in one of this rank's model chunks."""
     sizes = o.chunk_layers(layers)
-    place = chunk * o.pp + mpu.get_pipeline_model_parallel_rank()
-    return range(sum(sizes[:place]), sum(sizes[: place + 1]))
+    position = chunk * o.pp + mpu.get_pipeline_model_parallel_rank()
+    return range(sum(sizes[:position]), sum(sizes[: position + 1]))
 
 
 def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
-    """What goes around the model chunks, from the inside out: torch.compile of every block if asked for, (in the
-    model's forward: recompute,) then data parallelism, by megatron's DDP with the distributed optimizer's buffers and
-    overlapped gradient reduction, or by FSDP2 over every block."""
+    """Wraps the model chunks. From the inside out: torch.compile of every block with --compile, then data parallelism.
+    That is megatron-core's DDP, with the distributed optimizer's buffers and overlapped gradient reduction, or FSDP2
+    over every block. Recomputation lies between the two, in the model's own forward."""
     config = chunks[0].config
-    for chunk in chunks:  # what megatron-core asks where the first and the last stage share an embedding (`mark_tied`)
+    for chunk in chunks:  # megatron-core reads these to find an embedding that two stages share (`mark_tied`)
         chunk.pre_process = chunk.share_embeddings_and_output_weights = hasattr(
             chunk, "shared_embedding_or_output_weight"
         )
     if o.compile:
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
             block.compile()
-    if o.fsdp:  # reduces gradients itself, and has no tensor or pipeline parallel ranks to agree with
+    if o.fsdp:  # FSDP2 reduces gradients itself; tensor and pipeline parallel are 1, so nothing else needs reducing
         ddp = TorchFullyShardedDataParallelConfig(reshard_after_forward=True, use_distributed_optimizer=False)
         return [TorchFullyShardedDataParallel(config, ddp, chunks[0], sub_modules_to_wrap={block_type})]
     ddp = DistributedDataParallelConfig(
@@ -348,17 +349,17 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    # Nothing to reduce with nobody, nor to divide by dp * cp, and gloo would copy it in a thread that slows down ours.
-    for w in wrapped if o.dp * o.cp == 1 else ():
-        w.bucket_groups = []
+    # One rank has nothing to reduce or to divide by. gloo would still copy it, in a thread that slows down ours.
+    for model in wrapped if o.dp * o.cp == 1 else ():
+        model.bucket_groups = []
         if mpu.get_expert_data_parallel_world_size() == 1:
-            w.expert_parallel_bucket_groups = []
-    config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+            model.expert_parallel_bucket_groups = []
+    config.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
-        config.grad_sync_func = [w.start_grad_sync for w in wrapped]
+        config.grad_sync_func = [model.start_grad_sync for model in wrapped]
     return wrapped
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The recipe's own module inside DDP or FSDP."""
+    """Returns the recipe's own module inside DDP or FSDP."""
     return model.module if hasattr(model, "module") else model

@@ -1,4 +1,4 @@
-"""Device figures, steady-state statistics, loss curves, and the performance record with the tables rendered from it.
+"""Device figures, steady-state statistics, loss curves, and the performance record and its rendered tables.
 
 python -m common.perf            rewrite perf_table.md and the tables in the recipes' READMEs from zoo/*/perf.jsonl
 python -m common.perf --check    exit code 1 if they differ from what would be written
@@ -16,12 +16,12 @@ from common import jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """An accelerator's figures as its maker prints them. None: the source does not say."""
+    """An accelerator's figures as its vendor publishes them. None: the source does not give the figure."""
 
-    name: str  # regular expression searched in the name the driver reports
+    name: str  # regular expression, searched in the name that the driver reports
     bf16: float  # dense tensor-core TFLOP/s, half of what NVIDIA's sheets print with sparsity
     fp16: float
-    fp32: float | None  # without TF32: what torch computes in by default
+    fp32: float | None  # without TF32, as torch computes by default
     memory_gb: int
     memory_tb_s: float | None
     link_gb_s: int | None  # NVLink, HCCS or UB, both directions together
@@ -32,9 +32,8 @@ _A100 = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
 _H100 = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
 _H100_NVL = {"bf16": 835.0, "fp16": 835.0, "fp32": 60.0}
 _SHEET = "NVIDIA {} Tensor Core GPU data sheet"
-# The first match counts. Left out for want of a public sheet that pairs the reported name with figures: H20, B200 and
-# later, Ascend910B1, B2 and B4 (the Atlas 800T A2 comes with 313 or 376 TFLOP/s), the lower bins of Ascend910_93xx.
-# No row, no MFU.
+# The first match counts. No public sheet pairs these names with figures: H20, B200 and later, Ascend910B1, B2 and B4
+# (the Atlas 800T A2 comes with 313 or 376 TFLOP/s), the lower bins of Ascend910_93xx. They have no row, so no MFU.
 DEVICES = [
     Device(name=r"\bH200 NVL", **_H100_NVL, memory_gb=141, memory_tb_s=4.8, link_gb_s=900, source=_SHEET.format("H200")),
     Device(name=r"\bH200\b", **_H100, memory_gb=141, memory_tb_s=4.8, link_gb_s=900, source=_SHEET.format("H200")),
@@ -57,18 +56,18 @@ DEVICES = [
 
 
 def find_device(hardware: str) -> Device | None:
-    """The row of a reported device name, None if the table has none."""
+    """Returns the row for a reported device name, None if the table has none."""
     return next((d for d in DEVICES if re.search(d.name, hardware)), None)
 
 
 def peak_tflops(hardware: str, precision: str) -> float | None:
-    """The device's dense peak for the precision, None where the table has none."""
+    """Returns the device's dense peak for the precision, None where the table has none."""
     device = find_device(hardware)
     return getattr(device, precision) if device else None
 
 
 def figures(hardware: str) -> str:
-    """A device's row in words."""
+    """Describes a device's row in one line."""
     device = find_device(hardware)
     if device is None:
         return f"{hardware}: no vendor figures in common/perf.py"
@@ -82,33 +81,33 @@ def figures(hardware: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------- statistics
 
-WARMUP = 3  # steps left out of every summary: allocators, caches and autotuning settle in them
+WARMUP = 3  # first steps, left out of every summary: allocators, caches and autotuning settle in them
 
 
 def spread(values: list[float]) -> dict:
-    """Median, 10th and 90th percentile (between neighbours by rank), and how many."""
+    """Returns the median, the 10th and 90th percentile (interpolated between ranks), and the count."""
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[8], "n": len(values)}
 
 
 def steady_rows(rows: list[dict], warmup: int = WARMUP) -> list[dict]:
-    """The step rows of one process that count: after its warm-up, and not slowed by the profiler."""
+    """Returns the step rows of one process that count: after its warm-up, and not slowed by the profiler."""
     return [row for row in rows[warmup:] if not row.get("profiled")]
 
 
 def steady(rows: list[dict], warmup: int = WARMUP) -> dict | None:
-    """What a run did once settled: {"window", "step_time_ms": spread, "samples_per_second", "mfu": medians}.
+    """Summarises a run after its warm-up: {"window", "step_time_ms": spread, "samples_per_second", "mfu": medians}.
 
-    rows: step rows of metrics.jsonl, of one process. None: it ended within its warm-up.
+    rows: step rows of metrics.jsonl, from one process. Returns None if the run ended within its warm-up.
     """
     rows = steady_rows(rows, warmup)
     if not rows:
         return None
     first, last = rows[0]["step"], rows[-1]["step"]
-    left_out = last - first + 1 - len(rows)
+    profiled = last - first + 1 - len(rows)
     mfu = [row["mfu"] for row in rows if row["mfu"] is not None]
     return {
-        "window": f"steps {first}-{last}" + (f" without {left_out} profiled" if left_out else ""),
+        "window": f"steps {first}-{last}" + (f" without {profiled} profiled" if profiled else ""),
         "step_time_ms": spread([row["step_time_ms"] for row in rows]),
         "samples_per_second": statistics.median(row["samples_per_second"] for row in rows),
         "mfu": statistics.median(mfu) if mfu else None,
@@ -116,7 +115,7 @@ def steady(rows: list[dict], warmup: int = WARMUP) -> dict | None:
 
 
 def steady_line(found: dict | None) -> str:
-    """`steady` for the console."""
+    """Formats the result of `steady` for the console."""
     if found is None:
         return f"steady state: the run ended within its {WARMUP} steps of warm-up"
     time, mfu = found["step_time_ms"], "-" if found["mfu"] is None else f"{found['mfu']:.3f}"
@@ -127,14 +126,14 @@ def steady_line(found: dict | None) -> str:
 
 
 def read_metrics(path: Path) -> tuple[dict, list[dict]]:
-    """(header, step rows) of a metrics.jsonl; after a resume the later row of a step counts."""
+    """Returns (header, step rows) of a metrics.jsonl. After a resume, the later row of a step counts."""
     rows = jsonl.read(path)
     steps = {row["step"]: row for row in rows if row["kind"] == "step"}
     return next((row for row in rows if row["kind"] == "run"), {}), [steps[k] for k in sorted(steps)]
 
 
 def plot_loss(metrics: Path, target: Path) -> None:
-    """The loss curve, every step and its running mean, as a PNG."""
+    """Plots the loss of every step and its running mean as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,10 +163,10 @@ BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 
 
 def append(record: Path, row: dict) -> None:
-    """Add a measured row to a recipe's perf.jsonl.
+    """Adds a measured row to a recipe's perf.jsonl.
 
     Raises:
-        ValueError: the row's commit is unknown or of a tree with uncommitted changes: nobody could reproduce it.
+        ValueError: the row's commit is unknown, or its tree has uncommitted changes: nobody could reproduce the row.
     """
     if row["commit"] == "unknown" or row["commit"].endswith("-dirty"):
         raise ValueError(f"commit {row['commit']}: a row must be reproducible; fix: commit your changes, then --record")
@@ -177,20 +176,20 @@ def append(record: Path, row: dict) -> None:
 
 
 def read(record: Path) -> list[dict]:
-    """The rows of a perf.jsonl."""
+    """Returns the rows of a perf.jsonl."""
     return jsonl.read(record)
 
 
 def compare(row: dict, record: Path) -> list[str]:
-    """A measured row beside the published ones of the same workload, whole and per device, a line each."""
+    """Compares a measured row with each published row of the same workload, in total and per device: one line each."""
     task = row["task"].removesuffix(" step")
     same = {k: row[k] for k in ("model", "size", "shape", "precision", "unit")} | {"source": "published", "task": task}
     published = [r for r in read(record) if all(r[k] == value for k, value in same.items())]
-    mine = row["value"] / row["devices"]
+    per_device = row["value"] / row["devices"]
     lines = [
         f"published {r['value']} {r['unit']} on {r['devices']} x {r['hardware']} ({r['system']}) = "
         f"{r['value'] / r['devices']:.3g} per device; ours {row['value']} on {row['devices']} x {row['hardware']} = "
-        f"{mine:.3g} per device, {mine * r['devices'] / r['value']:.3g} x"
+        f"{per_device:.3g} per device, {per_device * r['devices'] / r['value']:.3g} x"
         for r in published
     ]
     if not lines:
@@ -203,48 +202,48 @@ def compare(row: dict, record: Path) -> list[str]:
 
 
 def _spreads(raw: dict) -> str:
-    """Every spread in a row's raw facts, 'name median (p10-p90)'."""
-    found = {"": raw} | {k: v for k, v in raw.items() if isinstance(v, dict)}
+    """Formats every spread in a row's raw facts as 'name median (p10-p90)'."""
+    groups = {"": raw} | {k: v for k, v in raw.items() if isinstance(v, dict)}
     return (
-        ", ".join(f"{k} {v['median']} ({v['p10']}-{v['p90']})".strip() for k, v in found.items() if "p10" in v) or "-"
+        ", ".join(f"{k} {v['median']} ({v['p10']}-{v['p90']})".strip() for k, v in groups.items() if "p10" in v) or "-"
     )
 
 
 def table(record: Path) -> str:
-    """One recipe's record as Markdown, a table per model, task and unit, ours last; 'not measured' where we have no row.
-    Where a speed-up is stated, what over and at which quality stand beside it."""
+    """Renders one recipe's record as Markdown: one table per model, task and unit, with our measured rows last, or 'not
+    measured'. Tables that state a speed-up also show its baseline and quality."""
     rows, text = read(record), []
     if not rows:
         return "Nothing recorded yet.\n"
-    for kind in dict.fromkeys((r["model"], r["task"], r["unit"]) for r in rows):
-        mine = [r for r in rows if (r["model"], r["task"], r["unit"]) == kind]
-        more = QUALITY if any("speed-up" in r["raw"] for r in mine) else ()
-        head = [
+    for group in dict.fromkeys((r["model"], r["task"], r["unit"]) for r in rows):
+        group_rows = [r for r in rows if (r["model"], r["task"], r["unit"]) == group]
+        quality = QUALITY if any("speed-up" in r["raw"] for r in group_rows) else ()
+        header = [
             "system",
             "size",
             "hardware",
             "devices",
             "setup",
             "precision",
-            kind[2],
+            group[2],
             "median (p10-p90)",
-            *more,
+            *quality,
             "MFU",
             "commit",
         ]
-        text += [f"**{kind[0]}, {kind[1]}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for r in sorted(mine, key=lambda r: r["source"] == "measured"):
+        text += [f"**{group[0]}, {group[1]}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for r in sorted(group_rows, key=lambda r: r["source"] == "measured"):
             cells = [r[k] for k in ("system", "size", "hardware", "devices", "layout", "precision", "value")]
-            cells += [_spreads(r["raw"]), *(r["raw"].get(k) for k in more), r["mfu"], (r["commit"] or "-")[:7]]
+            cells += [_spreads(r["raw"]), *(r["raw"].get(k) for k in quality), r["mfu"], (r["commit"] or "-")[:7]]
             text.append(f"| {' | '.join('-' if c is None else str(c) for c in cells)} |")
-        if not any(r["source"] == "measured" for r in mine):
+        if not any(r["source"] == "measured" for r in group_rows):
             text.append("| this zoo | | | | | | not measured | | | |")
         text.append("")
     return "\n".join(text)
 
 
 def rendered() -> dict[Path, str]:
-    """Every file that holds a rendered table, as it should be."""
+    """Returns every file that holds a rendered table, with the text that it should have."""
     head = (
         "# Performance record\n\nGenerated from `zoo/*/perf.jsonl` by `python -m common.perf`; never edited by hand.\n\n"
         "SPS and FPS are samples and frames per second of the whole cluster, TPS tokens per second per device. MFU counts\n"

@@ -1,11 +1,11 @@
-"""Processes that end together, and places that one run at a time writes to.
+"""Processes that end together, and locks on what only one process at a time may write.
 
-    die_with(os.getppid())                       this process does not outlive the one that started it
-    die_with_me()                                nor does what it forks outlive this process
-    with alone(Path("data/demo"), "settings"):   nobody else makes this folder meanwhile
+    die_with(os.getppid())                       this process is killed when the one that started it ends
+    die_with_me()                                what this process forks is killed when this process ends
+    with alone(Path("data/demo"), "settings"):   no other process writes this folder meanwhile
 
-Workers must be tied before they import anything heavy, and folders are locked before a process group is built, so there
-is no torch here.
+Workers call `die_with` before they import anything heavy, and folders are locked before a process group is built. So
+this module does not import torch.
 """
 
 import atexit
@@ -26,20 +26,20 @@ from pathlib import Path
 # ---- ending together ----
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
-GRACE = 2.0  # seconds after which nothing of a killed run is left
+GRACE = 2.0  # seconds after which no process of a killed run is left
 
-_forking: int | None = None  # the process that is forking, from its main thread
+_forking: int | None = None  # id of the process that is forking; None if another thread than the main one forks
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when `parent`, which has started it, is dead, in whatever way that died.
+    """Has this process killed when `parent`, which started it, dies for any reason.
 
-    Linux does it itself, so it does not matter what this process is busy with; elsewhere a thread looks.
+    On Linux the kernel does so, whatever this process is busy with. Elsewhere a thread watches the parent.
     """
-    asked = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-    if not asked:
+    requested = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    if not requested:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # dead before this process could ask
+    if os.getppid() != parent:  # the parent died before the request
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -50,8 +50,9 @@ def _watch(parent: int) -> None:
 
 
 def die_with_me() -> None:
-    """Have everything killed with this process that it forks from now on: decoders, writers of checkpoints, and what
-    those fork. Not what another thread than the main one forks: Linux takes the end of that thread for its parent's."""
+    """Has everything that this process forks after this call killed with it: decoders, writers of checkpoints, and
+    what those fork. Only forks of the main thread count: for another thread's, Linux would take the end of that thread
+    for the end of the parent."""
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
@@ -71,23 +72,25 @@ _held: dict[Path, tuple[int, int]] = {}  # lock file -> (its descriptor, the pro
 
 
 def lock_file(out: Path, kind: str = "") -> Path:
-    """Where the lock of a folder or file to write lies: beside it, for some must not exist before they are whole; in it
-    where its own folder is not ours to write to."""
+    """Returns the path of the lock for a folder or file to write. It lies beside `out`, because some outputs must not
+    exist before they are complete, or inside `out` if the parent folder is not writable."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.with_name(f".{out.name}.{kind}lock") if os.access(out.parent, os.W_OK) else out / f".{kind}lock"
 
 
 def hold(out: Path, doing: str = "", wait: bool = False, kind: str = "") -> bool:
-    """Lock `out` for this process, until `release` or its end: the lock dies with it, and no fork inherits it.
+    """Locks `out` for this process until `release` or the end of the process. No fork inherits the lock.
 
-    doing: what is being made, as others are told. wait: whoever does the same is waited for, and has then made it. kind:
-    names a lock of its own. Returns False if this process has it already. Where there are no locks, that is said.
+    doing: what this process makes, stored in the lock file. wait: waits for a process with the same `doing`, which has
+    then made `out`. kind: names a separate lock. Returns False if this process has the lock already, or with a warning
+    if `out` cannot be locked.
 
     Raises:
-        ValueError: another process has it, named with its host; a killed one's has GRACE seconds to disappear.
+        ValueError: another process, named with its host, has the lock. A killed process's lock has GRACE seconds to
+            disappear.
     """
-    said, until = False, time.monotonic() + GRACE
+    announced, deadline = False, time.monotonic() + GRACE
     try:
         path = lock_file(out, kind)
         if path in _held:
@@ -96,10 +99,10 @@ def hold(out: Path, doing: str = "", wait: bool = False, kind: str = "") -> bool
             holder = _holder(path)
             who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'another host')}"
             same = wait and holder.get("doing") == doing
-            if same and not said:
+            if same and not announced:
                 print(f"{out}: waiting for {who}, which makes the same", file=sys.stderr, flush=True)
-                said = True
-            if not same and time.monotonic() > until:
+                announced = True
+            if not same and time.monotonic() > deadline:
                 raise ValueError(
                     f"{out} is in use by {who}; expected one run at a time; fix: another folder, or end it"
                 )
@@ -108,10 +111,10 @@ def hold(out: Path, doing: str = "", wait: bool = False, kind: str = "") -> bool
         print(f"warning: {out} cannot be locked ({error}): a second run in it would not be noticed", file=sys.stderr)
         return False
     facts = {"host": socket.gethostname(), "pid": os.getpid(), "doing": doing}
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without its words
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without these facts
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(facts).encode(), 0)
-        os.fsync(descriptor)  # for other hosts
+        os.fsync(descriptor)  # makes the facts visible to other hosts
     _held[path] = descriptor, os.getpid()
     return True
 
@@ -122,23 +125,24 @@ def release(out: Path) -> None:
 
 @contextlib.contextmanager
 def alone(out: Path, doing: str) -> Iterator[None]:
-    """Makes `out` while nobody else does; whoever makes the same is waited for, so look then whether it is there.
+    """Holds the lock of `out`. If another process makes the same, waits for it: check then whether `out` exists.
 
     Raises:
-        ValueError: another process makes something else of it.
+        ValueError: another process makes something else at `out`.
     """
-    mine = hold(out, doing, wait=True)
+    acquired = hold(out, doing, wait=True)
     try:
         yield
     finally:
-        if mine:
+        if acquired:
             release(out)
 
 
 def _locked(path: Path) -> int | None:
-    """The descriptor of the locked file; None: another process has it. OSError: there are no locks here.
+    """Returns the descriptor of the locked file, or None if another process has the lock. OSError: no locks here.
 
-    POSIX locks: they belong to one process alone, and work over NFS. Closing any descriptor of the file ends them.
+    These are POSIX locks: they belong to one process alone and work over NFS. Closing any descriptor of the file ends
+    them.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -152,20 +156,20 @@ def _locked(path: Path) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # removed by who had it before
+        os.close(descriptor)  # the previous holder has removed this file
 
 
 def _holder(path: Path) -> dict:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # it has not written yet, or has just ended
+    except (OSError, ValueError):  # the holder has not written it yet, or has just ended
         return {}
 
 
 def _release(path: Path) -> None:
     descriptor, owner = _held.pop(path, (None, None))
     if owner == os.getpid():
-        path.unlink(missing_ok=True)  # while it is ours, so that no other's is removed
+        path.unlink(missing_ok=True)  # before the lock ends, so that no other process's file is removed
         os.close(descriptor)
 
 

@@ -1,11 +1,11 @@
-"""Where a training step's time goes: the profile of --profile-steps, as a chrome trace and as a table.
+"""Shows where a training step's time goes: --profile-steps writes a chrome trace and a table.
 
-torch.profiler sees the CPU and CUDA; on an NPU torch_npu.profiler takes its place, because torch's does not see that
-device. Both are read back from the chrome trace they write, so one reader serves all three. The NPU path follows the
-trace format in torch_npu 2.13's published sources and has not been run on one.
+torch.profiler sees the CPU and CUDA. On an NPU torch_npu.profiler takes its place, because torch's does not see that
+device. Both write a chrome trace, so one reader serves all three devices. The NPU path follows the trace format in
+torch_npu 2.13's published sources and has not been run on an NPU.
 
-A step's parts are named by ranges: `part(...)` in common/train.py, and megatron-core's own marks around forward,
-backward and gradient synchronisation (`megatron_timer`). A range is a note on the host and never waits for the device.
+Ranges name a step's parts: `part(...)` in common/train.py, and megatron-core's own marks around forward, backward and
+gradient synchronisation (`megatron_timer`). A range is a note on the host and never waits for the device.
 """
 
 import json
@@ -23,14 +23,14 @@ from common.cli import TrainOptions
 
 PREFIX = "zoo/"
 PARTS = ("data", "prepare", "forward", "backward", "gradients", "optimizer")
-ELSEWHERE = "elsewhere"  # the schedule, the read of the loss, logging
+ELSEWHERE = "elsewhere"  # outside PARTS: the schedule, the read of the loss, logging
 COMMUNICATION = re.compile(r"^(nccl|hcom|gloo|c10d::)", re.IGNORECASE)
 CPU_OP = re.compile(r"(?!autograd::|torch::|FSDP::)\w+::")
 OPERATORS = 20  # rows of the table of operators
 
 
 def part(name: str) -> torch.profiler.record_function:
-    """A range of the step, one of PARTS, in a `with`."""
+    """Returns a context manager that marks a range of the step as one of PARTS."""
     return torch.profiler.record_function(PREFIX + name)
 
 
@@ -39,7 +39,7 @@ class _Timer:
         self.name = name
 
     def start(self, barrier: bool = False) -> None:
-        """megatron-core's own timers would wait here for the device, and for all ranks."""
+        """Opens the range. megatron-core's own timers would wait here for the device, and for all ranks."""
         self.range = part(self.name)
         self.range.__enter__()
 
@@ -58,20 +58,20 @@ _TIMERS = {
 
 
 def megatron_timer(name: str, log_level: int = 0) -> _Timer:
-    """What megatron-core calls as `config.timers(name)` around the pieces of its schedules."""
+    """Returns the timer that megatron-core gets by `config.timers(name)` around the pieces of its schedules."""
     return _TIMERS.setdefault(name, _Timer(name))
 
 
 def profiler():
-    """A profiler of this device, started; `write` ends it."""
+    """Starts and returns a profiler of this device; `write` ends it."""
     if device.KIND == "npu":
         import torch_npu
 
-        found = torch_npu.profiler.profile()
+        started = torch_npu.profiler.profile()
     else:
-        found = torch.profiler.profile()  # recording shapes as well would slow a CPU step down twice as much
-    found.start()
-    return found
+        started = torch.profiler.profile()  # recording shapes as well would slow a CPU step down twice as much
+    started.start()
+    return started
 
 
 class Window:
@@ -86,30 +86,31 @@ class Window:
         self.running = None
 
     def begin(self, step: int, began: float) -> float:
-        """To be called before the step after `step`; when that began: starting the profiler is not part of it."""
+        """Starts the profiler if the step after `step` is the first profiled one. began: when that step began. Returns
+        when it begins, which is after the start of the profiler."""
         if not self.here or self.running or not self.first <= step < self.last:
             return began
         self.running = profiler()
         return time.perf_counter()
 
     def mark(self, step: int) -> dict:
-        """What the row of a step says of it."""
+        """Returns what a step's row of metrics.jsonl says of the profiler."""
         return {"profiled": True} if self.first < step <= self.last else {}
 
     def end(self, step: int, rows: list[dict]) -> str:
-        """After the last profiled step writes the profile and returns its table; rows: of the steps so far."""
+        """Writes the profile after the last profiled step and returns its table, else "". rows: of the steps so far."""
         if not self.running or step != self.last:
             return ""
-        found, self.running = self.running, None
-        return write(found, self.folder, dist.get_rank(), self.steps, perf.steady(rows))
+        running, self.running = self.running, None
+        return write(running, self.folder, dist.get_rank(), self.steps, perf.steady(rows))
 
 
 def write(found, folder: Path, rank: int, steps: str, usual: dict | None) -> str:
-    """End a profiler; writes rank<N>.json (chrome trace) and rank<N>.md (the table) into `folder`. Returns the table.
+    """Ends a profiler and writes rank<N>.json (chrome trace) and rank<N>.md (table) into `folder`. Returns the table.
 
-    usual: `perf.steady` of the steps before, without the profiler, which itself takes time: on a CPU half of a step.
+    usual: `perf.steady` of the earlier steps, without the profiler, which itself takes time: on a CPU half of a step.
     """
-    device.synchronize()  # the last step's kernels belong to it
+    device.synchronize()  # the last step's kernels belong to the profile
     found.stop()
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"rank{rank}.json"
@@ -120,14 +121,14 @@ def write(found, folder: Path, rank: int, steps: str, usual: dict | None) -> str
 
 
 def profile_table(trace: Path, title: str, hardware: str, usual: dict | None = None) -> str:
-    """A chrome trace of whole steps as Markdown: the parts of a step, then the operators with the most time."""
-    found = breakdown(trace)
-    wall = found["step_ms"]
+    """Renders a chrome trace of whole steps as Markdown: the parts of a step, then the operators with the most time."""
+    summary = breakdown(trace)
+    wall = summary["step_ms"]
 
     def share(ms: float) -> str:
         return f"{ms:.2f} | {100 * ms / wall:.1f} %"
 
-    lines = [f"{title}: {wall:.2f} ms a step, mean of {found['steps']}", "", perf.figures(hardware), ""]
+    lines = [f"{title}: {wall:.2f} ms a step, mean of {summary['steps']}", "", perf.figures(hardware), ""]
     if usual:
         median = usual["step_time_ms"]["median"]
         lines += [
@@ -135,25 +136,26 @@ def profile_table(trace: Path, title: str, hardware: str, usual: dict | None = N
             "",
         ]
     lines += ["| part of a step | operators run, ms | share | range on the host, ms |", "|---|---|---|---|"]
-    lines += [f"| {name} | {share(ms)} | {found['host'].get(name, 0):.2f} |" for name, ms in found["parts"].items()]
-    lines += [f"| communication, nothing else running | {share(found['communication'])} | |"]
-    lines += [f"| nothing running: waiting for the host | {share(found['idle'])} | |"]
+    lines += [f"| {name} | {share(ms)} | {summary['host'].get(name, 0):.2f} |" for name, ms in summary["parts"].items()]
+    lines += [f"| communication, nothing else running | {share(summary['communication'])} | |"]
+    lines += [f"| nothing running: waiting for the host | {share(summary['idle'])} | |"]
     lines += [f"| the step | {share(wall)} | |", ""]
-    lines += [f"Communication behind other work: {found['hidden']:.2f} ms a step.", ""]
+    lines += [f"Communication behind other work: {summary['hidden']:.2f} ms a step.", ""]
     lines += ["| operator | calls a step | self time, ms a step | share |", "|---|---|---|---|"]
-    lines += [f"| {name} | {calls:.1f} | {share(ms)} |" for name, calls, ms in found["operators"]]
+    lines += [f"| {name} | {calls:.1f} | {share(ms)} |" for name, calls, ms in summary["operators"]]
     return "\n".join(lines) + "\n"
 
 
 def breakdown(trace: Path) -> dict:
-    """Where the steps of a chrome trace spent their time, in ms a step.
+    """Sums up where the steps of a chrome trace spent their time, in ms per step.
 
-    {"steps", "step_ms", "parts": operators by part, "communication": nothing but collectives running, "idle": nothing
-    running, "hidden": collectives beside other work, "host": length of the parts' ranges on the host, "operators":
-    [(name, calls, self time)]}. parts, communication and idle add up to step_ms: no instant is counted twice.
+    Returns {"steps", "step_ms", "parts": time of operators by part, "communication": time in which only collectives
+    run, "idle": time in which nothing runs, "hidden": time of collectives beside other work, "host": length of the
+    parts' ranges on the host, "operators": [(name, calls, self time)]}. parts, communication and idle add up to
+    step_ms: no instant is counted twice.
 
-    Operators are the device's kernels, each in the part that launched it; on a CPU the ops themselves, and idle is the
-    time outside them (Python, waiting for data).
+    Operators are the device's kernels, each in the part that launched it. On a CPU they are the ops themselves, and
+    idle is the time outside them (Python, waiting for data).
     """
     events = json.loads(trace.read_text())
     events = events if isinstance(events, list) else events["traceEvents"]  # torch_npu writes the bare list
@@ -185,26 +187,26 @@ def breakdown(trace: Path) -> dict:
         operators[task["name"]][1] += task["self"]
 
     ms = 1e-3 / len(begins)  # microseconds of all steps -> ms of one
-    parts, both = _covered(work), sum(_covered(work + collectives).values())
-    busy, talking = sum(parts.values()), sum(_covered(collectives).values())
+    parts, covered = _covered(work), sum(_covered(work + collectives).values())
+    busy, communicating = sum(parts.values()), sum(_covered(collectives).values())
     lengths = Counter()
     for start, stop, name in ranges:
         lengths[name] += stop - start
-    most = sorted(operators.items(), key=lambda item: -item[1][1])[:OPERATORS]
+    top = sorted(operators.items(), key=lambda item: -item[1][1])[:OPERATORS]
     return {
         "steps": len(begins),
         "step_ms": (end - begin) * ms,
         "parts": {name: parts[name] * ms for name in (*PARTS, ELSEWHERE)},
-        "communication": (both - busy) * ms,
-        "hidden": (talking + busy - both) * ms,
-        "idle": (end - begin - both) * ms,
+        "communication": (covered - busy) * ms,
+        "hidden": (communicating + busy - covered) * ms,
+        "idle": (end - begin - covered) * ms,
         "host": {name: length * ms for name, length in lengths.items()},
-        "operators": [(name, calls / len(begins), time * ms) for name, (calls, time) in most],
+        "operators": [(name, calls / len(begins), time * ms) for name, (calls, time) in top],
     }
 
 
 def _covered(intervals: list[tuple[float, float, str]]) -> Counter:
-    """Time covered by each label; where intervals overlap, the one that began first has it."""
+    """Returns the time that each label covers. Where intervals overlap, the one that began first gets the time."""
     total, until = Counter(), float("-inf")
     for start, stop, label in sorted(intervals):
         total[label] += max(0.0, stop - max(start, until))
@@ -213,7 +215,7 @@ def _covered(intervals: list[tuple[float, float, str]]) -> Counter:
 
 
 def _cuda_tasks(done: list[dict]) -> list[tuple[float, dict]]:
-    """(when launched, task) of every kernel and copy of a CUDA trace."""
+    """Returns (launch time, task) for every kernel and copy of a CUDA trace."""
     launches = {
         e["args"]["correlation"]: e["ts"]
         for e in done
@@ -224,7 +226,7 @@ def _cuda_tasks(done: list[dict]) -> list[tuple[float, dict]]:
 
 
 def _npu_tasks(events: list[dict], done: list[dict]) -> list[tuple[float, dict]]:
-    """The same of an Ascend trace: tasks of its hardware that a torch op launched, and its collectives."""
+    """Does the same for an Ascend trace: tasks of its hardware that a torch op launched, and its collectives."""
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M" and e.get("name") == "process_name"}
     flows = [e for e in events if e.get("name") == "torch_to_npu"]
     starts = {e["id"]: float(e["ts"]) for e in flows if e["ph"] == "s"}
@@ -239,8 +241,8 @@ def _npu_tasks(events: list[dict], done: list[dict]) -> list[tuple[float, dict]]
 
 
 def _cpu_tasks(host: list[dict]) -> list[tuple[float, dict]]:
-    """The same of a CPU trace: its ops, each with its time less that of the ops inside it on the same thread."""
-    # Not autograd's nodes, Python functions and FSDP's notes around the ops: in those a thread also waits for ranks.
+    """Does the same for a CPU trace: its ops. An op's self time leaves out the ops inside it on the same thread."""
+    # Autograd's nodes, Python functions and FSDP's notes are left out: in those a thread also waits for other ranks.
     ops = [e for e in host if CPU_OP.match(e["name"]) or COMMUNICATION.search(e["name"])]
     open_ops: dict[tuple, list[dict]] = defaultdict(list)
     tasks = []

@@ -1,13 +1,13 @@
-"""The rows of text files that users bring, each with the line it begins on: JSON lines, JSON lists, CSV, prompts, and the
+"""Reads the rows of files that users bring, each with the line it begins on: JSON lines, JSON lists, CSV, prompts, and
 columns of parquet and Arrow files.
 
     for line, row in read_json("chats.jsonl"):
         if isinstance(row, BadRow):
             report.add(row.args[0], f"chats.jsonl:{line}", row.args[1])
 
-Files are UTF-8; a byte order mark at the start is no content. A line ends at \\n or \\r\\n and nowhere else: U+2028, U+0085
-and the form feed are content, and stand unescaped in JSON that other programs write. A row that is whole but cannot be
-read comes as a BadRow, and the reader goes on; where rows cannot be told apart any more, the file is an error.
+Files are UTF-8; a byte order mark at the start is not content. A line ends at \\n or \\r\\n and nowhere else: U+2028,
+U+0085 and the form feed are content, which other programs write unescaped into JSON. A complete row that cannot be read
+comes as a BadRow, and the reader goes on. Where the reader cannot tell where a row ends, it raises an error.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20  # bytes read at a time
-DEPTH = 100  # of JSON: deeper rows end in RecursionError here, or later where they are printed or sent to a process
-CELL = 131_072  # characters of a CSV cell, unless more are asked for: a lost quote swallows the lines after it
+DEPTH = 100  # of nested JSON: deeper rows raise RecursionError here, or later when printed or sent to a process
+CELL = 131_072  # default limit of characters in a CSV cell: without its closing quote, it takes in the next lines
 LONGEST_CELL = 1 << 30
 PROMPT_SUFFIXES = (".txt", ".tsv", "", ".jsonl", ".json")
 
 
 class BadRow(Exception):
-    """A row that cannot be used: (reason, detail) of the drop report."""
+    """A row that cannot be used. Its arguments are (reason, detail) for the drop report."""
 
 
 # ---- lines ----
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, line without its end) of every line. ValueError: no such file, or not UTF-8; names the line."""
+    """Yields (number, line without its end) of every line. ValueError: no such file, or not UTF-8; names the line."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -55,19 +55,19 @@ def _decode(line: bytes, path: str | Path, number: int) -> str:
 
 
 def _not_utf8(path: str | Path, line: int, error: UnicodeDecodeError) -> ValueError:
-    found = error.object[error.start : error.start + 4]
-    return ValueError(f"{path}:{line}: the bytes {found.hex(' ')} ({error.reason}); expected UTF-8 text; fix: {path}")
+    wrong = error.object[error.start : error.start + 4]
+    return ValueError(f"{path}:{line}: the bytes {wrong.hex(' ')} ({error.reason}); expected UTF-8 text; fix: {path}")
 
 
 # ---- JSON ----
 
 
 def parse_json(text: str) -> Any:
-    """The value of a text.
+    """Parses a JSON text.
 
     Raises:
-        json.JSONDecodeError: malformed.
-        BadRow: it is JSON that is nested too deep, or holds a number too long to read.
+        json.JSONDecodeError: the text is malformed.
+        BadRow: the JSON is nested too deep, or holds a number too long to read.
     """
     try:
         value = json.loads(text)
@@ -84,7 +84,7 @@ def _unreadable(error: Exception) -> Exception:
 
 
 def _shallow(value: Any, text: str) -> Any:
-    """The value that stands in the text. BadRow: it is nested more than DEPTH deep."""
+    """Returns the value parsed from the text. BadRow: it is nested more than DEPTH deep."""
     level = [value] if text.count("[") + text.count("{") > DEPTH else []
     for _ in range(DEPTH):
         children = (v.values() if isinstance(v, dict) else v for v in level)
@@ -95,7 +95,7 @@ def _shallow(value: Any, text: str) -> Any:
 
 
 def read_json(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line, value, or BadRow) of a .jsonl file, or of the items of the list that a .json file is.
+    """Yields (line, value or BadRow) for the lines of a .jsonl file, or for the items of the list in a .json file.
 
     Raises:
         ValueError: no such file, not UTF-8, or malformed; names the line.
@@ -118,7 +118,7 @@ def _read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """In pieces, as a list need not fit into memory."""
+    """Reads the file in pieces, because a list may not fit into memory."""
     decoder, separator = json.JSONDecoder(), re.compile(r"\s*([\[,\]]?)\s*")
     chunks = _read_chunks(path)
     text, at, line, wanted = next(chunks, ""), 0, 1, "["
@@ -140,18 +140,18 @@ def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
                 raise
             except (RecursionError, ValueError, BadRow) as error:
                 item, end = error if isinstance(error, BadRow) else _unreadable(error), _end_of(text, start)
-            if NUMBER.match(text, end):  # which may go on
+            if NUMBER.match(text, end):  # the item ends with the text so far, and a number may go on
                 raise json.JSONDecodeError("the list is not closed", text, end)
         except json.JSONDecodeError as error:
-            more, size, wanted = [], 0, expected
-            while size < max(1, len(text) - at) and (piece := next(chunks, "")):  # at least twice as much as before
-                more.append(piece)
+            pieces, size, wanted = [], 0, expected
+            while size < max(1, len(text) - at) and (piece := next(chunks, "")):  # at least doubles the text
+                pieces.append(piece)
                 size += len(piece)
-            if not more:
+            if not pieces:
                 where = line + text.count("\n", at, error.pos)
                 rule = f"malformed JSON, {error.msg}; expected a list of objects"
                 raise ValueError(f"{path}:{where}: {rule}; fix: {path}") from None
-            text, at = text[at:] + "".join(more), 0
+            text, at = text[at:] + "".join(pieces), 0
             continue
         line += text.count("\n", at, start)
         yield line, item
@@ -163,15 +163,15 @@ def _read_json_list(path: str | Path) -> Iterator[tuple[int, Any]]:
         )
 
 
-NUMBER = re.compile(r"[-+.\deE]*\Z")  # what may belong to a number at the end of a text
+NUMBER = re.compile(r"[-+.\deE]*\Z")  # characters that may belong to a number, up to the end of a text
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]|[^\s,:"\[\]{}]+', re.DOTALL)
 
 
 def _end_of(text: str, start: int) -> int:
-    """Where the JSON value at `start` ends, whatever it holds; the end of the text if it does not end in it."""
+    """Returns where the JSON value at `start` ends, whatever it holds; the text's end if it goes on beyond the text."""
     depth = 0
     for token in TOKEN.finditer(text, start):
-        if token[0] == '"':  # of a string that is not closed
+        if token[0] == '"':  # opens a string that is not closed
             break
         depth += (token[0] in "[{") - (token[0] in "]}")
         if depth == 0:
@@ -180,15 +180,15 @@ def _end_of(text: str, start: int) -> int:
 
 
 def _read_chunks(path: str | Path) -> Iterator[str]:
-    """The text of a file in pieces of CHUNK bytes. ValueError as of `read_lines`."""
+    """Yields the text of a file in pieces of CHUNK bytes. Raises ValueError as `read_lines` does."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
         with open(path, "rb") as file:
-            more = True
-            while more:
-                more = file.read(CHUNK)
+            data = True
+            while data:
+                data = file.read(CHUNK)
                 try:
-                    text = decoder.decode(more, final=not more)
+                    text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
                     raise _not_utf8(path, line + error.object.count(b"\n", 0, error.start), error) from None
                 if text:
@@ -204,15 +204,15 @@ def _read_chunks(path: str | Path) -> Iterator[str]:
 def read_csv(
     path: str | Path, columns: Sequence[Sequence[str]], longest: int = CELL, fix: str = ""
 ) -> Iterator[tuple[int, dict | BadRow]]:
-    """(line, row by the names of the header) of a .csv file; what a row has beyond the header stands under None.
+    """Yields (line, {column of the header: cell}) of a .csv file. Cells beyond the header stand under the key None.
 
     Args:
-        columns: of each group of names the header must have one.
-        longest: characters of a cell; a row with a longer one is a BadRow.
+        columns: groups of names; the header must have one name of each group.
+        longest: most characters of a cell; a row with a longer cell is a BadRow.
         fix: the option that says which columns are read (default: the file itself).
 
     Raises:
-        ValueError: no such file, not UTF-8, another header, or a quote that is not closed; names the line.
+        ValueError: no such file, not UTF-8, a header without these columns, or an unclosed quote; names the line.
     """
     csv.field_size_limit(LONGEST_CELL)
     lines = (line + "\n" for _, line in read_lines(path))
@@ -236,7 +236,7 @@ def read_csv(
             continue
         if cells is None:
             return
-        if lines.gi_frame is None:  # the row asked for a line after the last one
+        if lines.gi_frame is None:  # the row goes on beyond the last line
             raise ValueError(f"{path}:{first}: a quote is opened and never closed; expected a closing one; fix: {path}")
         row = dict(zip(header, cells + [None] * (len(header) - len(cells)), strict=False))
         if len(cells) > len(header):
@@ -252,7 +252,7 @@ def read_csv(
 
 
 def import_pyarrow(path: Path):
-    """The package that reads these files. ValueError: it is not installed."""
+    """Imports the package that reads these files. ValueError: it is not installed."""
     try:
         import pyarrow
     except ImportError:
@@ -261,10 +261,10 @@ def import_pyarrow(path: Path):
 
 
 def read_column(path: Path, column: str, fix: str = "") -> Iterator[tuple[int, dict]]:
-    """(number, {column: value}) of the rows of a .parquet or .arrow file, from 1.
+    """Yields (number, {column: value}) for the rows of a .parquet or .arrow file, counted from 1.
 
     Raises:
-        ValueError: none of its kind, or without the column; `fix` is the option that named it.
+        ValueError: the file is of another kind, or lacks the column; `fix` is the option that named the column.
     """
     pyarrow = import_pyarrow(path)
     try:
@@ -277,12 +277,12 @@ def read_column(path: Path, column: str, fix: str = "") -> Iterator[tuple[int, d
             try:
                 file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
                 names, batches = file.schema.names, lambda: map(file.get_batch, range(file.num_record_batches))
-            except pyarrow.ArrowInvalid:  # what the datasets library writes is a stream
+            except pyarrow.ArrowInvalid:  # the datasets library writes a stream
                 file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
                 names, batches = file.schema.names, lambda: file
         if column not in names:
-            found = ", ".join(names)
-            raise ValueError(f"{path} has the columns {found}; expected {column!r}; fix: {fix or path}")
+            present = ", ".join(names)
+            raise ValueError(f"{path} has the columns {present}; expected {column!r}; fix: {fix or path}")
         number = 0
         for batch in batches():
             for value in batch.column(column):
@@ -296,8 +296,8 @@ def read_column(path: Path, column: str, fix: str = "") -> Iterator[tuple[int, d
 
 
 def read_prompts(path: Path, flag: str) -> list[tuple[str, dict]]:
-    """(file:line, row) of what a model is asked: the objects of a .jsonl or .json file; of a text file, which has a prompt
-    on each line that is not blank, {"prompt": line}. What the keys of a row may be is the recipe's.
+    """Returns (file:line, row) for every prompt. A row is an object of a .jsonl or .json file, or {"prompt": line} for
+    each line of a text file that is not blank. The recipe decides which keys a row may have.
 
     Raises:
         ValueError: no such file, another kind of file, no prompt in it, or a row that cannot be read; names the line.
@@ -308,15 +308,15 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, dict]]:
     if path.suffix not in PROMPT_SUFFIXES:
         raise ValueError(f"unknown kind of file: {flag} {path}; expected {rule}; fix: {flag}")
     rows = read_json(path) if path.suffix in (".jsonl", ".json") else _read_text_prompts(path)
-    found = [(f"{path}:{line}", row) for line, row in rows]
-    for where, row in found:
+    prompts = [(f"{path}:{line}", row) for line, row in rows]
+    for where, row in prompts:
         if isinstance(row, BadRow):
             raise ValueError(f"{where}: {row.args[0]}, {row.args[1]}; expected an object; fix: {path}")
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {str(row)[:60]!r}; expected an object; fix: {path}")
-    if not found:
+    if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt; expected {rule}; fix: {flag}")
-    return found
+    return prompts
 
 
 def _read_text_prompts(path: Path) -> Iterator[tuple[int, dict]]:

@@ -1,9 +1,9 @@
 """Released weights by a recipe's table: read strictly into any layout, written back, merged with adapters.
 
-A recipe's `convert.py` holds the `Table` of a model: its parameters, their keys in the release and, for tensors that are
-stacked here (experts), their pieces. Everything that is done with released weights follows from it.
+A recipe's `convert.py` holds the `Table` of a model: its parameters, their keys in the release and, for tensors that
+are stacked here (experts), their pieces. Everything done with released weights follows from this table.
 
-The launcher reads tables and headers too, so torch is imported where a tensor is needed and not before.
+The launcher reads tables and headers too, so functions import torch only where they need a tensor.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ Shape = tuple[int, ...]
 class Table:
     """How a release stores a model.
 
-    shapes: of every parameter, by our name, in the order in which they are written
-    rename: our name -> key, of a tensor that is the release's own
-    pieces: our name -> {key: index}, of a tensor that is stacked here: the key's transpose lies at this index
-    copies: key -> the key it must equal, of tensors that some releases store twice
-    ignored: ends of keys that some releases hold and no version of the model reads
-    stem: start of the names of the release's files
+    shapes: our name -> shape, for every parameter, in the order in which they are written
+    rename: our name -> key, for a tensor that the release stores as it is
+    pieces: our name -> {key: index}, for a tensor that is stacked here: tensor[index] is the transpose of the key's
+    copies: key -> the key whose tensor it must equal, for tensors that some releases store twice
+    ignored: suffixes of keys that some releases hold and no version of the model reads
+    stem: prefix of the names of the release's files
     """
 
     shapes: dict[str, Shape]
@@ -42,54 +42,54 @@ class Table:
     ignored: tuple[str, ...] = ()
 
     def released_shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor of the release, by its key."""
-        found = {}
+        """Returns the shape of every tensor of the release, by its key."""
+        shapes = {}
         for name, shape in self.shapes.items():
             stacked = {key: _transposed(shape, index) for key, index in self.pieces.get(name, {}).items()}
-            found |= stacked or {self.rename(name): shape}
-        return found
+            shapes |= stacked or {self.rename(name): shape}
+        return shapes
 
     def entries(self, folder: Path) -> dict[str, weights.Entry]:
-        """The tensors of a released folder, by key.
+        """Returns the tensors of a released folder, by key.
 
         Raises:
-            ValueError: missing, extra or misshaped tensors, quantised ones, pickled or torn files.
+            ValueError: tensors are missing, extra, misshaped or quantised, or files are pickled or cut short.
         """
-        found = weights.index(folder)
+        entries = weights.index(folder)
         if self.ignored:
-            found = {key: entry for key, entry in found.items() if not key.endswith(self.ignored)}
+            entries = {key: entry for key, entry in entries.items() if not key.endswith(self.ignored)}
         expected = self.released_shapes()
-        expected |= {copy: expected[key] for copy, key in self.copies.items() if copy in found}
-        weights.check(found, expected, folder)
-        return found
+        expected |= {copy: expected[key] for copy, key in self.copies.items() if copy in entries}
+        weights.check(entries, expected, folder)
+        return entries
 
 
 def _transposed(shape: Shape, index: tuple) -> Shape:
-    """Of the transpose of a tensor's part at an index of integers and whole slices."""
-    rest = [n for n, at in zip(shape, (*index, *[slice(None)] * len(shape)), strict=False) if at == slice(None)]
-    return tuple(reversed(rest))
+    """Returns the shape of the transpose of tensor[index]; the index holds integers and whole slices."""
+    sizes = [n for n, at in zip(shape, (*index, *[slice(None)] * len(shape)), strict=False) if at == slice(None)]
+    return tuple(reversed(sizes))
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a folder is one of our sharded checkpoints."""
+    """Returns whether a folder is one of our sharded checkpoints."""
     return (folder / "manifest.json").is_file()
 
 
 def differences(found: Any, wanted: Any, free: Iterable[str] = ()) -> list[str]:
-    """In which fields two architectures of one dataclass differ, those that may be otherwise left out, in words."""
+    """Describes the fields in which two architectures of one dataclass differ. free: fields that may differ."""
     names = [f.name for f in dataclasses.fields(found) if f.name not in free]
     pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in names}
-    return [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    return [f"{name} {value} != {expected}" for name, (value, expected) in pairs.items() if value != expected]
 
 
 def name_size(folder: Path, differs: dict[str, list[str]]) -> str:
-    """The published size whose architecture a folder has. differs: by size, in what the folder's is another.
+    """Returns the published size whose architecture a folder has. differs: size -> fields in which the folder differs.
 
     Raises:
-        ValueError: none has it; the nearest is named.
+        ValueError: no size has it; names the nearest.
     """
     nearest = min(differs, key=lambda name: len(differs[name]))
     if differs[nearest]:
@@ -101,7 +101,7 @@ def name_size(folder: Path, differs: dict[str, list[str]]) -> str:
 
 
 def copy_files(names: Iterable[str], source: Path | None, out: Path) -> None:
-    """Copies files and folders of these names, as far as `source` has them."""
+    """Copies the files and folders of these names that `source` has."""
     for path in (source / name for name in names if source):
         if path.is_dir():
             shutil.copytree(path, out / path.name)
@@ -114,14 +114,14 @@ def copy_files(names: Iterable[str], source: Path | None, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """The parameters of a model in a folder, by our names: bytes of an element, and the whole tensor."""
+    """The parameters of a model in a folder, by our names. element: bytes of one element; read: the whole tensor."""
 
     element: Callable[[str], int]
     read: Callable[[str], "torch.Tensor"]
 
 
 def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
-    """A released folder, strictly checked, or a sharded checkpoint (ema: its averaged weights)."""
+    """Opens a released folder, strictly checked, or a sharded checkpoint (ema: its averaged weights)."""
     if is_sharded(folder):
         from common import checkpoint
 
@@ -149,8 +149,8 @@ def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
 
 
 def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None) -> None:
-    """A model's memory: a released folder's weights or a checkpoint's, each rank its slice; or with --from-scratch drawn
-    ones. draw(name, whole tensor, generator) fills one; folder: where the release's files lie (default: --weights)."""
+    """Fills a model's parameters from a released folder or a checkpoint, each rank with its slices; with --from-scratch
+    draws them. draw(name, whole tensor, generator) fills one. folder: the release's folder (default: --weights)."""
     from common import checkpoint
 
     if o.from_scratch:
@@ -162,7 +162,7 @@ def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None) ->
 
 
 def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
-    """Copies released tensors into this rank's parameters: each rank reads only its slices.
+    """Copies released tensors into this rank's parameters. Each rank reads only its slices.
 
     Raises:
         ValueError: a tensor that is stored twice differs from its copy.
@@ -186,17 +186,17 @@ def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
 
 
 def _load_piece(parameter, index: tuple, entry: weights.Entry, cuts: list, reader: weights.Reader) -> None:
-    """One piece into this rank's part of a stacked tensor, if it holds it: the first dimension (of experts) is cut into
-    whole pieces, another one cuts every piece alike."""
+    """Copies one piece into this rank's part of a stacked tensor, if this rank holds it. A cut of the first dimension
+    (experts) keeps pieces whole; a cut of another dimension cuts every piece alike."""
     first, (g, *where) = 0, index
     dim, part, parts = None, 0, 1
     for cut, rank, size in cuts:
         if cut == 0:
             first = rank * len(parameter)
             continue
-        whole = [i for i, at in enumerate((*index, *[slice(None)] * parameter.ndim)) if at == slice(None)]
-        whole = whole[: len(entry.shape)]  # the dimensions of ours that the piece has, in reverse
-        dim, part, parts = len(whole) - 1 - whole.index(cut), rank, size
+        piece_dims = [i for i, at in enumerate((*index, *[slice(None)] * parameter.ndim)) if at == slice(None)]
+        piece_dims = piece_dims[: len(entry.shape)]  # the piece has these dimensions, in reverse
+        dim, part, parts = len(piece_dims) - 1 - piece_dims.index(cut), rank, size
     if first <= g < first + len(parameter):
         parameter[g - first, *where].copy_(reader.read(entry, dim, part, parts).t())
 
@@ -205,8 +205,9 @@ def _load_piece(parameter, index: tuple, entry: weights.Entry, cuts: list, reade
 
 
 def write(out: Path, table: Table, source: Source) -> None:
-    """Writes the tensors of a new folder; one file's are held at a time, and a stacked one while its pieces are written."""
-    pieces: dict[str, tuple[str, tuple | None]] = {}  # key -> (our name, where in it)
+    """Writes the tensors of a new folder. It holds one file's tensors at a time, and a stacked tensor while it writes
+    its pieces."""
+    pieces: dict[str, tuple[str, tuple | None]] = {}  # key -> (our name, index)
     for name in table.shapes:
         stacked = {key: (name, index) for key, index in table.pieces.get(name, {}).items()}
         pieces |= stacked or {table.rename(name): (name, None)}
@@ -225,9 +226,10 @@ def write(out: Path, table: Table, source: Source) -> None:
 
 
 def write_sharded(out: Path, table: Table, source: Source, state: dict, beside: Iterable[Path] = ()) -> None:
-    """A sharded checkpoint at step 0: every rank reads and writes its share of the tensors; any layout reads the result.
+    """Writes a sharded checkpoint at step 0, which any layout can read. Collective: every rank reads and writes its
+    share of the tensors.
 
-    state: what the checkpoint remembers of the model; beside: small files that are copied into it. Collective.
+    state: facts about the model that the checkpoint stores; beside: small files that are copied into it.
     """
     import torch.distributed as dist
 
@@ -243,21 +245,21 @@ def write_sharded(out: Path, table: Table, source: Source, state: dict, beside: 
 def merged(
     source: Source, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry] | None = None
 ) -> Source:
-    """`source` with an adapter (`adapters.read`) merged into each tensor as it passes: W + s B A and whole differences in
-    fp32, rounded once to the dtype of W."""
+    """Returns `source` with an adapter (`adapters.read`) merged into each tensor when it is read: s B A and full-weight
+    differences are added to W in fp32, and the sum is rounded once to the dtype of W."""
     from common import lora
 
-    reader, whole = weights.Reader(), differences or {}
+    reader, full = weights.Reader(), differences or {}
 
     def read(name: str) -> "torch.Tensor":
-        return lora.added(source.read(name), pairs.get(name.removesuffix(".weight")), whole.get(name), reader)
+        return lora.added(source.read(name), pairs.get(name.removesuffix(".weight")), full.get(name), reader)
 
     return Source(source.element, read)
 
 
 def merge_into(chunks, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry]) -> None:
-    """An adapter added to a model's weights: each rank reads the rows of B, or columns of A, of the outputs, or inputs,
-    it holds."""
+    """Adds an adapter to a model's weights. Each rank reads only the rows of B, or the columns of A, that belong to the
+    outputs, or inputs, that it holds."""
     import torch
 
     from common import checkpoint, lora

@@ -1,4 +1,4 @@
-"""Ring attention: the order of its tokens, which blocks of it a rank computes, and the round of keys and values.
+"""Ring attention: the order of its tokens, the blocks that a rank computes, and the passing of keys and values.
 
 Shape legend: L tokens of the whole ring, n its ranks, B batch, H heads, K heads of keys and values, E head dim.
 """
@@ -12,8 +12,8 @@ from common import ops
 
 
 def zigzag(x: torch.Tensor, n: int) -> torch.Tensor:
-    """Reorder [L, ...] so that the r-th of n equal parts holds chunks r and 2n-1-r of 2n: an early one, whose queries see
-    little, with a late one, so that causal attention is the same work for every rank."""
+    """Reorders [L, ...] so that the r-th of n equal parts holds chunks r and 2n-1-r of 2n. This pairs an early chunk,
+    whose queries see few keys, with a late one, so that causal attention is the same work for every rank."""
     if n == 1:
         return x
     if x.shape[0] % (2 * n):
@@ -35,16 +35,17 @@ def unzigzag(x: torch.Tensor, n: int) -> torch.Tensor:
 def ring_blocks(
     mine: int, theirs: int, n: int, held: int, causal: bool, bounds: tuple[int, ...]
 ) -> list[tuple[slice, slice, bool]]:
-    """Which of the `held` queries of rank `mine` see which keys of rank `theirs` in a ring of n: (queries, keys,
-    whether with the causal mask between them), at most one per document of `bounds`.
+    """Returns which of the `held` queries of rank `mine` see which keys of rank `theirs` in a ring of n, as (queries,
+    keys, whether the causal mask applies between them): at most one such block per document of `bounds`.
 
-    One is enough because ranks hold their tokens in rising order: a document's are contiguous in every rank, and of two
-    ranks' chunks r < s < 2n-1-s < 2n-1-r, r's late queries see all keys of s, and all queries of s see r's early keys.
+    One block is enough because ranks hold their tokens in rising order, so a document's tokens are contiguous on every
+    rank. If causal, ranks r < s hold the chunks r < s < 2n-1-s < 2n-1-r: the late queries of r see all keys of s, and
+    all queries of s see the early keys of r.
     """
     width = held // 2 if causal else held
 
     def before(rank: int, bound: int) -> int:
-        """How many of the rank's tokens come before this one."""
+        """Returns how many of the rank's tokens come before token `bound`."""
         chunks = (rank, 2 * n - 1 - rank) if causal else (rank,)
         return sum(min(max(bound - chunk * width, 0), width) for chunk in chunks)
 
@@ -62,16 +63,16 @@ def ring_blocks(
 
 
 class RingAttention(torch.autograd.Function):
-    """Attention whose keys and values travel a ring while each rank keeps its queries. q [B, H, L/n, E], k and v
-    [B, K, L/n, E], in `zigzag` order if causal; bounds: (0, ..., L), of the packed documents or of the one there is.
+    """Attention in which keys and values travel around the ring while each rank keeps its queries. q [B, H, L/n, E], k
+    and v [B, K, L/n, E], in `zigzag` order if causal. bounds (0, ..., L): of the packed documents, (0, L) for one.
 
-    Blocks are merged by their log-sum-exp; the backward gives every block the lse of the whole row, which makes
-    each block's gradient exact, and lets the key and value gradients travel home with their block, in fp32.
+    The forward merges blocks by their log-sum-exp. The backward gives every block the lse of the whole row, which makes
+    each block's gradient exact. The gradients of keys and values travel with their block, in fp32, back to its owner.
 
-    A step costs one kernel call per document that has queries here and keys in the block: one if nothing is packed,
-    and a document that lies in one chunk has its only call in the first step. Every block makes the whole round even
-    so. Work is the same on every rank for one document; short ones of mixed lengths (log-normal, mean a quarter of a
-    chunk) leave the busiest of 4 ranks 1.5 times the mean.
+    A step costs one kernel call per document that has queries here and keys in the block: one if nothing is packed. A
+    document that lies in one chunk has its only call in the first step; still, every block makes the whole round. With
+    one document, all ranks do the same work. With short documents of mixed lengths (log-normal, mean a quarter of a
+    chunk), the busiest of 4 ranks does 1.5 times the mean.
     """
 
     @staticmethod
@@ -111,25 +112,25 @@ class RingAttention(torch.autograd.Function):
                 dq[:, :, rows] += dq_part
                 added[0, :, :, columns] += dk_part
                 added[1, :, :, columns] += dv_part
-            if step > 0:  # what the ranks before have added travels while this one computes
+            if step > 0:  # the gradient that earlier ranks summed has travelled while this rank computed
                 wait_gradient()
                 added += arriving
-            dblock = added  # kept while it is being sent
+            dblock = added  # keeps the tensor alive while it is being sent
             arriving, wait_gradient = _pass_on(dblock, ctx.group)
             if wait:
                 wait()
                 block = incoming
-        wait_gradient()  # after n passes it is home
+        wait_gradient()  # after n passes the gradient is back at the block's owner
         return dq.to(q.dtype), arriving[0].to(k.dtype), arriving[1].to(v.dtype), None, None, None
 
 
 def _cut(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """These tokens of [B, H, L, ...] tensors, as the kernels want them: contiguous (no copy if that is all of them)."""
+    """Cuts these tokens out of [B, H, L, ...] tensors, contiguous for the kernels (no copy if these are all tokens)."""
     return [t[:, :, tokens].contiguous() for t in tensors]
 
 
 def _pass_on(x: torch.Tensor, group: dist.ProcessGroup):
-    """Send x to the next rank of the ring while receiving the previous one's; returns (incoming, wait)."""
+    """Sends x to the next rank of the ring while receiving that of the previous rank; returns (incoming, wait)."""
     ranks, me, incoming = dist.get_process_group_ranks(group), group.rank(), torch.empty_like(x)
     works = dist.batch_isend_irecv(
         [

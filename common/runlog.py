@@ -1,4 +1,4 @@
-"""What a run leaves to read: console lines, log.txt, config.toml, metrics.jsonl with its header, TensorBoard events."""
+"""Writes the logs of a run: console lines, log.txt, config.toml, metrics.jsonl with its header, TensorBoard events."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from tqdm import tqdm
 from common import device
 from common.cli import TrainOptions, to_toml
 
-# What of the options says how the work is laid out: runs that differ in it are not measured as one.
+# Options that say how the work is laid out. Runs that differ in one of them are not measured as one.
 LAYOUT = ("layout", "tp", "sp", "pp", "vpp", "stages", "cp", "ulysses", "ep", "etp", "fsdp", "dp", "micro_batch",
           "global_batch", "recompute", "compile", "offload_activations", "moments")  # fmt: skip
 
 
 class Log:
-    """Rank 0's view of a run: console, log.txt, metrics.jsonl, TensorBoard. Silent on other ranks."""
+    """Rank 0's log of a run: console, log.txt, metrics.jsonl, TensorBoard. It does nothing on other ranks."""
 
     def __init__(self, o: TrainOptions, header: dict, append: bool):
         self.main = dist.get_rank() == 0
@@ -59,7 +59,7 @@ class Log:
 
 
 def write_config(o: TrainOptions) -> None:
-    """config.toml, of this call; that of an earlier call with other options stays as config.1.toml, config.2.toml, …"""
+    """Writes config.toml. That of an earlier call with other options is renamed to config.1.toml, config.2.toml, …"""
     path, text = o.out / "config.toml", to_toml(o)
     if path.is_file() and path.read_text() != text:
         earlier = len(list(o.out.glob("config.*.toml")))
@@ -68,7 +68,7 @@ def write_config(o: TrainOptions) -> None:
 
 
 def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
-    """The line people's awk scripts read: field 5 by ':' is the step time in ms."""
+    """Formats the line that users' awk scripts read: field 5, split at ':', holds the step time in ms."""
     mfu = "-" if row["mfu"] is None else f"{row['mfu']:.3f}"
     return (
         f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {row['step']:8d}/{o.steps:8d} |"
@@ -85,7 +85,7 @@ def console_line(row: dict, o: TrainOptions, nan_steps: int) -> str:
 def run_header(
     o: TrainOptions, recipe: str, job: str, parameters: int, flops_per_sample: int, starts_from: str
 ) -> dict:
-    """The header line of metrics.jsonl."""
+    """Returns the header row of metrics.jsonl."""
     import megatron.core
 
     return {
@@ -106,8 +106,8 @@ def run_header(
 
 
 def commit() -> str:
-    """The commit of the checkout, '-dirty' appended if tracked files differ, other than the performance records, which
-    nothing that is measured reads; 'unknown' outside a checkout."""
+    """Returns the commit of the checkout, with '-dirty' appended if tracked files differ; 'unknown' outside a checkout.
+    The performance records may differ, because nothing that is measured reads them."""
     try:
         git = ["git", "-C", str(Path(__file__).parents[1])]
         revision = subprocess.check_output(

@@ -1,11 +1,11 @@
-"""The training loop every recipe runs: megatron-core's optimizer and schedules, and what a person wants around them
-(checkpoints, resume, metrics, a guard against bad steps, signals, profiles).
+"""The training loop of every recipe: megatron-core's optimizer and schedules, with checkpoints, resume, metrics, a
+guard against bad steps, signals and profiles.
 
-The recipe hands in its model chunks, a `forward_step` for megatron-core's schedules and a function that yields each
-step's micro-batches; losses, models and data stay in the recipe.
+The recipe passes its model chunks, a `forward_step` for megatron-core's schedules and a function that yields each
+step's micro-batches. Losses, models and data stay in the recipe.
 
-One host synchronisation per step, on purpose: loss, gradient norm and the stop flag are read together after the
-backward, to decide whether the step is applied.
+Each step has one host synchronisation, on purpose: the loop reads the loss, the gradient norm and the stop flag
+together after the backward, to decide whether to apply the step.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from common.profiling import part
 from common.runlog import Log
 
 BAD_STEPS_EXIT = 3  # exit code of a run stopped by the guard
-NOT_SAVED_EXIT = 4  # of one that was to export its last step and could not save it
+NOT_SAVED_EXIT = 4  # exit code of a run that was to export its last step but could not save it
 
 
 def forward(
@@ -43,17 +43,17 @@ def forward(
     sequence_length: int,
     backward: bool = True,
 ) -> list[dict]:
-    """Micro-batches through this rank's model chunks, and unless told otherwise back, by megatron-core's schedule.
+    """Runs micro-batches forward, and by default backward, through this rank's chunks, by megatron-core's schedule.
 
-    forward_step: as that schedule calls it. micro_batch: samples of each; sequence_length: of one, as the pipeline tensor
-    has it times what megatron-core divides it by. Returns what the loss function reports of each micro-batch: nothing on
-    the earlier pipeline stages.
+    forward_step: as that schedule calls it. micro_batch: samples per micro-batch. sequence_length: length of the
+    pipeline tensor, times cp and under sp times tp, by which megatron-core divides it. Returns what the loss function
+    reports of each micro-batch: nothing on the earlier pipeline stages.
     """
-    several = len(chunks) > 1
+    has_several_chunks = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks] if several else iter(micro_batches),
-        model=chunks if several else chunks[0],
+        data_iterator=[iter(micro_batches) for _ in chunks] if has_several_chunks else iter(micro_batches),
+        model=chunks if has_several_chunks else chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=sequence_length,
         micro_batch_size=micro_batch,
@@ -62,15 +62,16 @@ def forward(
 
 
 def count_epochs(o: TrainOptions, samples: int) -> TrainOptions:
-    """Says how many steps it takes to see `samples` once. Of --epochs makes the steps, a tenth of which may warm up."""
-    of_epoch = samples / o.global_batch
+    """Prints how many steps one epoch of `samples` takes. With --epochs, returns options with the steps of that many
+    epochs and a warm-up of at most a tenth of them; else returns o."""
+    steps_per_epoch = samples / o.global_batch
     if o.epochs is not None:
-        steps = math.ceil(o.epochs * of_epoch)
+        steps = math.ceil(o.epochs * steps_per_epoch)
         o = dataclasses.replace(o, steps=steps, warmup=min(o.warmup, steps // 10))
     if dist.get_rank() == 0:
         print(
-            f"an epoch is {of_epoch:,.1f} steps ({samples:,} samples, {o.global_batch} a step): {o.steps} steps, "
-            f"{o.warmup} of them warm-up, are {o.steps / of_epoch:.2f} epochs",
+            f"an epoch is {steps_per_epoch:,.1f} steps ({samples:,} samples, {o.global_batch} a step): {o.steps} steps, "
+            f"{o.warmup} of them warm-up, are {o.steps / steps_per_epoch:.2f} epochs",
             flush=True,
         )
     return o
@@ -91,19 +92,18 @@ def train(
     ema_decay: float = 0.0,
     measure: Callable[[], dict] | None = None,
 ) -> dict:
-    """Train until o.steps, SIGTERM, or the guard stops it.
+    """Trains until o.steps, SIGTERM, or the guard stops it.
 
-    chunks: this rank's wrapped model chunks. forward_step: as megatron-core's schedules call it, its loss function
-    returning (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
+    chunks: this rank's wrapped model chunks. forward_step: as megatron-core's schedules call it. Its loss function
+    returns (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
-    sequence_length(batch): the length that megatron-core multiplies out to the pipeline tensor. samples(batch):
-    (tokens, model FLOPs) of one sample of it. header: run facts; state: what checkpoints remember of the recipe; beside:
-    files that each checkpoint holds a copy of. measure, called on every rank after each backward: what else belongs into
-    the step's row; reading it waits for the device.
+    sequence_length(batch): as in `forward`. samples(batch): (tokens, model FLOPs) of one sample. header: run facts.
+    state: facts of the recipe that checkpoints store. beside: files that are copied into each checkpoint. measure():
+    called on every rank after each backward; returns more values for the step's row, and may wait for the device.
 
-    Returns {"steps", "reason", "checkpoint", "ema"}, the checkpoint being the one of the last step, None if it could not
-    be written; exits the process with code 3 after o.max_bad_steps consecutive non-finite steps, having saved the batch
-    that caused the last one.
+    Returns {"steps", "reason", "checkpoint", "ema"}. The checkpoint is that of the last step, None if it could not be
+    written. After o.max_bad_steps consecutive non-finite steps, exits the process with code 3; the batch of the last
+    one is saved.
     """
     if o.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -114,17 +114,17 @@ def train(
     chunks[0].config.timers = profiling.megatron_timer
     ema = {name: p.detach().float().clone() for name, p in checkpoint.trained(chunks)} if ema_decay else None
 
-    if dist.get_rank() == 0:  # before the ranks meet, and any of their processes adds a line
+    if dist.get_rank() == 0:  # before the ranks synchronise, so before any process adds a line
         for name in ("metrics.jsonl", "drops.jsonl"):
             jsonl.mend(o.out / name)
-    found, saved = checkpoint.load_found(folder, o.resume, chunks, optimizer, ema=ema, fsdp=o.fsdp)
+    resumed_from, saved = checkpoint.load_found(folder, o.resume, chunks, optimizer, ema=ema, fsdp=o.fsdp)
     start, applied = saved["step"], saved["optimizer_steps"]
-    scheduler.step(applied + 1)  # step k of the run uses the schedule at k, so the first is not wasted at rate 0
-    log = Log(o, header, append=bool(found))
-    log.say(f"resumed from {found} at step {start}" if found else f"starts from {header['starts_from']}")
-    if found and (changed := resume.changes(saved.get("options", {}), o)):
+    scheduler.step(applied + 1)  # step k uses the schedule at k, so that the first does not train at rate 0
+    log = Log(o, header, append=bool(resumed_from))
+    log.say(f"resumed from {resumed_from} at step {start}" if resumed_from else f"starts from {header['starts_from']}")
+    if resumed_from and (changed := resume.changes(saved.get("options", {}), o)):
         log.say(f"changed since then: {', '.join(changed)}")
-    if found and start >= o.steps:
+    if resumed_from and start >= o.steps:
         log.say(f"all {o.steps} steps are done: nothing to train; more are trained with a larger --steps")
 
     def save(step: int) -> Path | None:
@@ -141,7 +141,7 @@ def train(
 
     stop, profile = _StopFlag(), profiling.Window(o)
     bad, skipped, reason, rows = 0, 0, "finished", deque(maxlen=10_000)
-    saves = [found]  # the checkpoints of this run and what it goes on from, None for one that could not be written
+    saves = [resumed_from]  # then the checkpoints of this run; None for one that could not be written
     bar = tqdm(total=o.steps, initial=start, disable=not (log.main and sys.stderr.isatty()), unit="step")
     iterator, step = batches(start), start
     began = time.perf_counter()
@@ -162,7 +162,7 @@ def train(
         with part("optimizer"):
             grad_norm = reduce_gradients(optimizer)
         loss, stopping = global_loss(o, results, stop.asked)
-        measured = measure() if measure else {}  # here, where the host has just waited and the update is not begun
+        measured = measure() if measure else {}  # the host has just waited and the update has not begun
 
         lr = optimizer.param_groups[0]["lr"]
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -188,12 +188,12 @@ def train(
         rows.append({k: row.get(k) for k in ("step", "step_time_ms", "samples_per_second", "mfu", "profiled")})
         log.step(row, o, skipped)
         bar.update()
-        if said := profile.end(step, list(rows)):
-            log.say(said)
+        if table := profile.end(step, list(rows)):
+            log.say(table)
             began = time.perf_counter()
         if bad >= o.max_bad_steps:
-            what = "consecutive steps with a loss or gradient that is not finite"
-            reason = f"{bad} {what}; batch saved in {o.out / 'bad_batch'}"
+            description = "consecutive steps with a loss or gradient that is not finite"
+            reason = f"{bad} {description}; batch saved in {o.out / 'bad_batch'}"
             break
         if stopping:
             reason = "SIGTERM"
@@ -219,8 +219,8 @@ def train(
 
 
 def rates(o: TrainOptions, hardware: str, seconds: float, step: int, tokens: int, flops: int) -> dict:
-    """What a step of these seconds comes to, for metrics.jsonl. tokens and flops: of one sample; a step is taken for three
-    forwards."""
+    """Returns the rates of a step that took these seconds, for metrics.jsonl. tokens and flops: of one sample. A step
+    counts as three forwards."""
     rate = o.global_batch / seconds
     tflops, peak = 3 * flops * rate / o.world / 1e12, perf.peak_tflops(hardware, o.precision)
     return {
@@ -235,8 +235,8 @@ def rates(o: TrainOptions, hardware: str, seconds: float, step: int, tokens: int
 
 
 def last_checkpoint(o: TrainOptions, result: dict) -> Path:
-    """The checkpoint of a run's last step, to export from: no older one stands in for it. Where it could not be written,
-    every rank exits with code 4; `train` has said what there is."""
+    """Returns the checkpoint of a run's last step, to export from; never an older one. If it could not be written,
+    every rank exits with code 4; `train` has printed which checkpoint there is."""
     if result["checkpoint"] is None:
         if dist.get_rank() == 0:
             lost = f"error: step {result['steps']} is not on disk, so {o.export} is not written"
@@ -246,7 +246,8 @@ def last_checkpoint(o: TrainOptions, result: dict) -> Path:
 
 
 class _StopFlag:
-    """SIGTERM (a scheduler's notice, a Ctrl-C passed on by torchrun) asks for a checkpoint after the current step."""
+    """SIGTERM (a scheduler's notice, or a Ctrl-C that torchrun passes on) or SIGINT sets it. The run then saves a
+    checkpoint after the current step and stops."""
 
     def __init__(self):
         self.asked = False
@@ -258,7 +259,7 @@ class _StopFlag:
 
 
 def global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float, bool]:
-    """Mean loss over the global batch and whether any rank was asked to stop: one reduction of two numbers."""
+    """Returns the mean loss over the global batch and whether any rank must stop, by one reduction of two numbers."""
     numbers = torch.zeros(2, device=torch.cuda.current_device())
     if results:
         numbers[0] = torch.stack([r["loss"] for r in results]).sum() / (o.micro_batches * o.dp)
@@ -271,7 +272,7 @@ def global_loss(o: TrainOptions, results: list[dict], stop: bool) -> tuple[float
 
 
 def _save_bad_batch(o: TrainOptions, step: int, batch: list[dict], loss: float, grad_norm: float) -> None:
-    """What went into a non-finite step, for looking at it later: one safetensors and one json per rank."""
+    """Saves the inputs of a non-finite step for inspection: one safetensors and one json file per rank."""
     from safetensors.torch import save_file
 
     folder = o.out / "bad_batch"

@@ -1,11 +1,11 @@
-"""Videos and pictures as RGB frames: what a file is, its frames by their number or at a rate, resize and crop.
+"""Videos and pictures as RGB frames: probes a file, reads frames by number or at a rate, resizes and crops them.
 
     info = probe_video("a.mp4")
-    first_five = read_frames("a.mp4", range(5), fps=16)     # what is to be seen at 0, 1/16, …, 4/16 s
+    first_five = read_frames("a.mp4", range(5), fps=16)     # the frames shown at 0, 1/16, …, 4/16 s
 
 Frame number n at a rate is the last one whose timestamp is at or before n / rate, counted from the first frame shown.
-PyAV decodes, on every host the same pixels: OpenCV skips damaged frames, and decord returns wrong ones after a seek into
-an open group of pictures; neither says so. decord is therefore only let to files that `decord_refusal` passes.
+PyAV decodes to the same pixels on every host. OpenCV skips damaged frames, and decord returns wrong frames after a seek
+into an open group of pictures; neither reports it. So decord reads only files that `decord_refusal` accepts.
 
 Importing this module imports neither torch nor a decoder.
 """
@@ -41,10 +41,10 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """`frames` that a decoder will show, their rate (0 for a still), height and width as they are to be shown.
+    """The number of `frames` that a decoder will show, their rate `fps` (0 for a still), and height and width as shown.
 
-    `duration` in seconds is that of a variable rate, of which `fps` is the mean. It is None where the rate is constant:
-    frame k is then shown from k / fps to (k + 1) / fps.
+    `duration` (seconds) is given for a variable rate only; `fps` is then the mean rate. It is None for a constant rate,
+    at which frame k is shown from k / fps to (k + 1) / fps.
     """
 
     frames: int
@@ -58,13 +58,13 @@ class VideoInfo:
 
 
 def frame_step(fps: float, train_fps: float | None) -> float:
-    """Source frames per training frame; 1 for a still (fps 0), and for 23.976 and 24, lest a frame be shown twice."""
+    """Returns source frames per training frame: 1 for a still (fps 0), and for 23.976 and 24, to repeat no frame."""
     return 1.0 if not fps or train_fps is None or abs(fps - train_fps) < 0.1 else fps / train_fps
 
 
 def resampled_length(video: Any, train_fps: float | None) -> int:
-    """How many frames at `train_fps` (None: its own) a video has, given its `frames`, `fps` and `duration` (`VideoInfo`); a
-    rate below the training rate repeats frames."""
+    """Returns how many frames a video has at `train_fps` (None: its own rate). video has the `frames`, `fps` and
+    `duration` of `VideoInfo`. A rate below the training rate repeats frames."""
     if video.duration is None or train_fps is None:
         return math.ceil(video.frames / frame_step(video.fps, train_fps) - 1e-6)
     return math.ceil(video.duration * train_fps - 1e-6)
@@ -72,7 +72,7 @@ def resampled_length(video: Any, train_fps: float | None) -> int:
 
 @dataclass(frozen=True)
 class _Timeline:
-    """`times` [n] of the frames in seconds since the first, and what `VideoInfo` has of them."""
+    """`times` [n] of the frames in seconds since the first, and `fps` and `duration` as in `VideoInfo`."""
 
     times: np.ndarray
     fps: float
@@ -84,26 +84,28 @@ class _Timeline:
 
     @classmethod
     def of(cls, times: np.ndarray, last: float, tick: float, rates: Iterable[Any] = ()) -> _Timeline:
-        """times: sorted, in seconds, as the file has them; last: seconds that the last frame is shown, 0 if unknown; tick:
-        seconds to which the file is exact; rates: those its header names, the likeliest first, None for no rate.
+        """Builds a timeline: of a constant rate if one fits the times, else of a variable rate.
+
+        times: the file's timestamps, sorted, in seconds. last: seconds for which the last frame is shown, 0 if unknown.
+        tick: the file's resolution of time in seconds. rates: those in its header, the likeliest first; None: no rate.
 
         Raises:
             ValueError: the file does not say how long its only frame is shown.
         """
         times, count = times - times[0], len(times)
         mean = (count - 1) / times[-1] if times[-1] > 0 else 0.0
-        exact = ROUNDED + min(tick, ROUNDED)
+        tolerance = ROUNDED + min(tick, ROUNDED)
         for rate in (float(rate) for rate in (*rates, mean) if rate):
-            meant = np.arange(count) / rate  # of a constant rate the file has these, rounded
-            if np.abs(times - meant).max() < exact and last < 1 / rate + 2 * exact:
-                return cls(meant, rate, None)
+            expected = np.arange(count) / rate  # at a constant rate, the file holds these times rounded
+            if np.abs(times - expected).max() < tolerance and last < 1 / rate + 2 * tolerance:
+                return cls(expected, rate, None)
         if not (last or mean):
             raise ValueError(f"{count} frames of unknown duration")
         duration = float(times[-1]) + (last or 1 / mean)
         return cls(times, count / duration, duration)
 
     def numbers(self, indices: np.ndarray, fps: float | None) -> np.ndarray:
-        """Frame numbers of the indices, counted at `fps`. ValueError: the video is shorter."""
+        """Returns the frame numbers of indices that count at `fps`. ValueError: the video is shorter."""
         length = resampled_length(self, fps)
         if not len(indices) or indices.min() < 0 or indices.max() >= length:
             raise ValueError(f"frames {indices[:3].tolist()}… asked for, the file has {length}")
@@ -116,8 +118,8 @@ class _Timeline:
 
 
 def _open(path: str | Path, stored: bool = True) -> Any:
-    """A PyAV container. stored: with the timestamps that are in the file and no others. FFmpeg invents presentation
-    times for files that have none (.avi), and where frames are reordered wrong ones."""
+    """Opens a PyAV container. stored: use only the timestamps in the file. Otherwise FFmpeg invents presentation times
+    for files that have none (.avi), and wrong ones if frames are reordered."""
     import av
 
     return av.open(str(path), options={"fflags": "nofillin"} if stored else {})
@@ -137,10 +139,10 @@ def _time(packet: Any) -> int | None:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The frames of a stream: number k is shown from `times[k]` (ticks, sorted) on, the last one for `last` (0: unknown).
+    """The frames of a stream: frame k is shown from `times[k]` (ticks, sorted) on, the last for `last` (0: unknown).
 
-    `labelled`: a decoded frame says which it is; else they only come in this order. `open_groups`: some that are shown
-    before a keyframe stand behind it, so that a seek to it loses them.
+    `labelled`: the timestamp of a decoded frame identifies it; otherwise only the order of frames does. `open_groups`:
+    some frames that are shown before a keyframe stand behind it, so that a seek to the keyframe loses them.
     """
 
     times: list[int]
@@ -151,35 +153,37 @@ class _Shown:
 
 
 def _shown(packets: Iterable[Any], tick: float) -> _Shown:
-    """Of a stream's packets, in their order, with times in ticks of so many seconds. Those that come or are to be shown before the first keyframe never are: a
-    cut recording begins with frames whose references are lost.
+    """Returns the frames of a stream from its packets in file order. tick: seconds per tick of their times.
+
+    Frames that come before the first keyframe, or whose time is before it, are never shown: a cut recording begins with
+    frames whose references are lost.
 
     Raises:
         ValueError: there is no frame, or one has no timestamp.
     """
-    found, first, key, labelled, open_groups = [], None, None, True, False
+    spans, first, keyframe, labelled, open_groups = [], None, None, True, False
     for packet in packets:
-        if not packet.size or packet.is_discard or (key is None and not packet.is_keyframe):
+        if not packet.size or packet.is_discard or (keyframe is None and not packet.is_keyframe):
             continue
         time = _time(packet)
         if time is None:
             raise ValueError("frames without timestamps")
         if packet.is_keyframe:
-            key = time
+            keyframe = time
             first = time if first is None else first
-        open_groups |= time < key
+        open_groups |= time < keyframe
         if time >= first:
-            found.append((time, packet.duration or 0))
+            spans.append((time, packet.duration or 0))
             labelled &= packet.pts is not None
-    if not found:
+    if not spans:
         raise ValueError("no frames")
-    found.sort()
-    times = [time for time, _ in found]
-    return _Shown(times, found[-1][1], tick, labelled and len(set(times)) == len(times), open_groups)
+    spans.sort()
+    times = [time for time, _ in spans]
+    return _Shown(times, spans[-1][1], tick, labelled and len(set(times)) == len(times), open_groups)
 
 
 def _whole(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's packets; ValueError at their end if the file, with all its streams, ends before it should."""
+    """Yields the stream's packets. ValueError at their end: the file, with all its streams, ends before it should."""
     end = 0.0
     for packet in container.demux():
         if packet.size and _time(packet) is not None:
@@ -192,26 +196,26 @@ def _whole(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _demuxed(path: str | Path, packets: Callable[[Any, Any], Iterable[Any]]) -> tuple[_Shown, _Timeline]:
-    """What the `packets` of a container's stream say of its frames, none of them decoded."""
+    """Returns what the `packets` of a container's stream say of its frames, without decoding."""
 
     def read(stored: bool) -> tuple[_Shown, _Timeline]:
         with _open(path, stored) as container:
             stream = _video_stream(container)
             tick = float(stream.time_base)
             shown = _shown(packets(container, stream), tick)
-            rates = stream.guessed_rate, stream.average_rate  # which counts the duration of the last frame in
+            rates = stream.guessed_rate, stream.average_rate  # the average counts the last frame's duration in
             return shown, _Timeline.of(np.array(shown.times) * tick, shown.last * tick, tick, rates)
 
     try:
         return read(stored=True)
-    except ValueError:  # a program stream has times for some frames alone, and FFmpeg counts on from those
+    except ValueError:  # a program stream stores times of some frames only, from which FFmpeg derives the others
         shown, timeline = read(stored=False)
         return dataclasses.replace(shown, labelled=False), timeline
 
 
 def _from_index(path: str | Path, container: Any, stream: Any, start: int | None) -> _Timeline | None:
-    """The timeline by the container's index, which has decoding times alone, and the packets from the last keyframe on;
-    None if it has no index of all frames. start: when the first frame is shown."""
+    """Returns the timeline from the container's index, which has only decoding times, and the packets from the last
+    keyframe on; None if the index lacks frames. start: when the first frame is shown."""
     entries = list(stream.index_entries)
     if not stream.frames or len(entries) != stream.frames:
         return None
@@ -224,17 +228,17 @@ def _from_index(path: str | Path, container: Any, stream: Any, start: int | None
     tick = float(stream.time_base)
     tail = [(_time(p), p.duration or 0) for p in container.demux(stream) if p.size and not p.is_discard]
     end, last = max(tail)
-    times = np.append(times[:-1] - times[0], end - start)  # shown at the same distances, but for the delay
+    times = np.append(times[:-1] - times[0], end - start)  # shown at the distances of decoding, after a delay
     rates = stream.guessed_rate, stream.average_rate
     return _Timeline.of(times * tick, last * tick, tick, rates)
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """What a file is, from the container's index and its first and last frames; of a file without an index (mkv, webm, ts)
-    every packet is read, and none but the first decoded. An animated picture is a video; a still has 1 frame.
+    """Returns the facts of a file, from the container's index and its first and last frames. Of a file without an index
+    (mkv, webm, ts) it reads every packet and decodes the first. An animated picture is a video; a still has 1 frame.
 
     Raises:
-        VideoError: missing, not a video, or truncated. Damage inside later frames shows only when they are read.
+        VideoError: the file is missing, not a video, or truncated. Damage in later frames shows when they are read.
     """
     try:
         if _is_picture(path):
@@ -256,45 +260,46 @@ def read_frames(
     fps: float | None = None,
     decoder: str = "pyav",
 ) -> np.ndarray:
-    """Frames `indices` (any order, repeats allowed), counted at the rate `fps` (None: the file's own), as RGB uint8
-    [T, H, W, 3], upright.
+    """Reads frames `indices` (any order, repeats allowed), counted at the rate `fps` (None: the file's own), as RGB
+    uint8 [T, H, W, 3], upright.
 
-    `transform` maps each [H, W, 3] frame as it is decoded, so that 81 frames of 4K (2 GB) never stand in memory.
-    decoder: pyav, or decord for a file that `decord_refusal` passes.
+    `transform` maps each [H, W, 3] frame when it is decoded, so that 81 frames of 4K (2 GB) never stand in memory.
+    decoder: pyav, or decord for a file that `decord_refusal` accepts.
 
     Raises:
-        VideoError: not every frame asked for can be decoded.
+        VideoError: a requested frame cannot be decoded.
     """
     try:
-        asked = np.asarray(indices, dtype=np.int64)
+        requested = np.asarray(indices, dtype=np.int64)
         if _is_picture(path):
             shown, timeline = None, _picture_timeline(path)
         else:
             shown, timeline = _demuxed(path, lambda container, stream: container.demux(stream))
-        numbers, places = np.unique(timeline.numbers(asked, fps), return_inverse=True)
+        numbers, inverse = np.unique(timeline.numbers(requested, fps), return_inverse=True)
         if shown is None:
             source = _decode_picture(path, numbers.tolist())
         elif decoder == "decord":
             source = _decode_by_decord(path, numbers.tolist())
         else:
             source = _decode(path, shown, numbers.tolist())
-        return np.stack([transform(frame) if transform else frame for frame in source])[places]
+        return np.stack([transform(frame) if transform else frame for frame in source])[inverse]
     except Exception as error:
         raise VideoError(path, f"{type(error).__name__}: {error}") from error
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Decoded frames from the next keyframe on."""
+    """Yields decoded frames from the next keyframe on."""
     for packet in itertools.dropwhile(lambda packet: packet.size and not packet.is_keyframe, container.demux(stream)):
         yield from stream.decode(packet)
 
 
 def _decode(path: str | Path, shown: _Shown, numbers: list[int]) -> Iterator[np.ndarray]:
-    """The frames of a sorted list of numbers, the same as decoding from the start gives.
+    """Yields the frames of a sorted list of numbers, the same as decoding from the start gives.
 
-    16 frames early is the most that codecs reorder; frames leading the keyframe of an open group are lost by a seek. Some
-    containers (.ts) have no index, and a seek leads behind the frame: then earlier, at last from the start. So it is too
-    where frames are known by their order alone, at the cost of decoding all before them.
+    The seek goes 16 frames further back: codecs reorder at most that many, and a seek to the keyframe of an open group
+    loses the frames shown before it. In containers without an index (.ts) a seek may end behind the frame; it then goes
+    back further, at last to the start. Where only the order identifies frames, decoding always begins at the start, at
+    the cost of decoding all earlier frames.
     """
     import av
 
@@ -307,7 +312,7 @@ def _decode(path: str | Path, shown: _Shown, numbers: list[int]) -> Iterator[np.
                 try:
                     container.seek(shown.times[start], stream=stream)
                     first = next(frames, None)
-                except av.FFmpegError:  # the seek led into the midst of a frame
+                except av.FFmpegError:  # the seek ended inside a frame
                     continue
                 if first is None or first.pts > shown.times[numbers[0]]:
                     continue
@@ -322,12 +327,12 @@ def _decode(path: str | Path, shown: _Shown, numbers: list[int]) -> Iterator[np.
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """A decoded frame as RGB uint8 [H, W, 3], turned and mirrored by its display matrix as FFmpeg does.
+    """Returns a decoded frame as RGB uint8 [H, W, 3], rotated and mirrored by its display matrix as FFmpeg does.
 
     Raises:
-        ValueError: the matrix turns by something else than quarters.
+        ValueError: the matrix rotates by other than quarter turns.
     """
-    # One thread: PyAV's default is one for every core, made anew for every frame, and such threads survive no fork.
+    # One thread: by default PyAV starts one per core for every frame, and such threads do not survive a fork.
     image, matrix = frame.to_ndarray(format="rgb24", threads=1), frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image
@@ -350,7 +355,7 @@ def _is_picture(path: str | Path) -> bool:
 
 
 def _pictures(path: str | Path) -> Iterator[tuple[Any, float]]:
-    """A file's PIL image at each of its pictures, and the seconds it is shown; one, of a still."""
+    """Yields a file's PIL image at each of its pictures, and the seconds it is shown. A still has one picture."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -363,15 +368,16 @@ def _pictures(path: str | Path) -> Iterator[tuple[Any, float]]:
 
 
 def _rgb(image: Any) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of a PIL image, upright: of 16 bits the high byte; what is transparent shows white.
+    """Returns a PIL image as RGB uint8 [H, W, 3], upright. Of 16 bits it keeps the high byte; the background of
+    transparent pixels is white.
 
     Raises:
-        ValueError: its numbers are no colours.
+        ValueError: the image holds floating-point numbers.
     """
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # of which PIL would make white all that is above 255
+    if image.mode.startswith("I"):  # PIL would make every value above 255 white
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("a picture of floating-point numbers; expected colours of 8 or 16 bits")
@@ -401,11 +407,11 @@ def _decode_picture(path: str | Path, numbers: list[int]) -> Iterator[np.ndarray
 
 
 def decord_refusal(path: str | Path) -> str | None:
-    """Why decord is not to read a file; None if it has the frames, timestamps, first and last picture that PyAV has. After
-    a seek it returns wrong frames of open groups of pictures and of containers without an index, which are refused.
+    """Returns why decord must not read a file; None if it gives the same frames, timestamps, first and last picture as
+    PyAV. Open groups of pictures and containers without an index are refused: decord returns wrong frames after a seek.
 
     Raises:
-        VideoError: PyAV cannot read it either.
+        VideoError: PyAV cannot read the file either.
     """
     if _is_picture(path):
         return "a picture"
@@ -432,8 +438,8 @@ def decord_refusal(path: str | Path) -> str | None:
     if np.abs(times - (np.array(shown.times) - shown.times[0]) * shown.tick).max() > ROUNDED:
         return "other timestamps"
     for picture, end in zip(pictures, ends, strict=True):
-        true = read_frames(path, [end])[0]
-        if picture.shape != true.shape or np.abs(picture.astype(int) - true).max() > 2:
+        expected = read_frames(path, [end])[0]
+        if picture.shape != expected.shape or np.abs(picture.astype(int) - expected).max() > 2:
             return "another first or last picture"
     return None
 
@@ -454,7 +460,8 @@ def _decode_by_decord(path: str | Path, numbers: list[int]) -> Iterator[np.ndarr
 
 
 def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, height, width, 3]: scaled to cover (area down, bicubic up), then centre-cropped."""
+    """Scales frames to cover the size (area down, bicubic up), then centre-crops: uint8 [T, H, W, 3] -> [T, height,
+    width, 3]."""
     import cv2
 
     cv2.setNumThreads(0)  # its thread pool does not survive the fork of a DataLoader worker
@@ -462,6 +469,6 @@ def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = max(height / old_height, width / old_width)
     new_height, new_width = max(height, round(old_height * scale)), max(width, round(old_width * scale))
     top, left = (new_height - height) // 2, (new_width - width) // 2
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    scaled = (cv2.resize(frame, (new_width, new_height), interpolation=how) for frame in frames)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    scaled = (cv2.resize(frame, (new_width, new_height), interpolation=interpolation) for frame in frames)
     return np.stack([frame[top : top + height, left : left + width] for frame in scaled])

@@ -1,7 +1,7 @@
 """Released weights: safetensors folders read strictly, streamed slice by slice into any layout, and written back.
 
 Headers are read without torch, so that a wrong folder is refused before anything heavy is imported.
-Only safetensors: `.bin`, `.pt`, `.pth` are pickles from outside and are refused.
+Only safetensors are read: `.bin`, `.pt` and `.pth` files are pickles from outside and are refused.
 """
 
 import glob
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PEFT_FILES = "adapter_model*.safetensors"  # of an adapter's folder; other tools' files may lie beside them
+PEFT_FILES = "adapter_model*.safetensors"  # in an adapter's folder, where other tools' files may lie beside them
 SHARD_BYTES = 5 * 2**30  # released checkpoints are cut into files of about this size
 NUMBERS = ("F64", "F32", "F16", "BF16")  # dtypes whose values are the weights themselves
 BUFFERS = ("I64", "BOOL")  # positions and masks, which some releases hold beside their weights
-SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q"}  # as struct unpacks them
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q"}  # dtype -> format for struct.unpack
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Entry:
 
 
 def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
-    """Every tensor of a folder's safetensors files (of those whose names match the pattern), from their headers alone.
+    """Returns every tensor of a folder's safetensors files (those whose names match the pattern), by headers alone.
 
     Raises:
         ValueError: no safetensors there (pickled weights are named and refused), a file that is cut short, a tensor
@@ -55,34 +55,34 @@ def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
         raise ValueError(f"{folder} holds no {names}; fix: --weights")
     entries: dict[str, Entry] = {}
     for file in files:
-        first, headers, _ = _header(file)
+        data_start, headers, _ = _header(file)
         for key, header in headers.items():
             if key in entries:
                 raise ValueError(f"{key} is stored in both {entries[key].file.name} and {file.name}; fix: {folder}")
             start, end = header["data_offsets"]
-            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start, first + start)
+            entries[key] = Entry(file, key, header["dtype"], tuple(header["shape"]), end - start, data_start + start)
     for listing in folder.glob(f"{names}.index.json"):
         promised = read_json(listing).get("weight_map", {})
-        lost = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
-        if lost:
+        missing = sorted(k for k, name in promised.items() if k not in entries or entries[k].file.name != name)
+        if missing:
             raise ValueError(
-                f"{listing} promises {len(lost)} tensors that its files lack, first {lost[:3]}; fix: download again"
+                f"{listing} promises {len(missing)} tensors that its files lack, first {missing[:3]}; fix: download again"
             )
     return entries
 
 
 def index_file(file: Path) -> dict[str, Entry]:
-    """Every tensor of one safetensors file, whatever lies beside it."""
+    """Returns every tensor of one safetensors file, whatever lies beside it."""
     return index(file.parent, glob.escape(file.name))
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself in its header."""
+    """Returns the metadata in the header of a safetensors file."""
     return _header(file)[2]
 
 
 def scalar(entry: Entry) -> float:
-    """The number that a tensor of one element holds. ValueError: it is none."""
+    """Returns the number in a tensor of one element. ValueError: the tensor has more, or another dtype."""
     if entry.shape not in ((), (1,)) or entry.dtype not in (*SCALARS, "BF16"):
         raise ValueError(
             f"{entry.file}: {entry.key} is {entry.dtype} {list(entry.shape)}; expected one number; fix: another file"
@@ -96,8 +96,8 @@ def scalar(entry: Entry) -> float:
 
 
 def _header(file: Path) -> tuple[int, dict, dict]:
-    """Where a safetensors file's data begins, its tensors, and what else it says: 8 bytes of length, a JSON header, the
-    data."""
+    """Returns where a safetensors file's data begins, its tensors' headers, and its metadata. The file is 8 bytes of
+    length, a JSON header, and the data."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -107,15 +107,16 @@ def _header(file: Path) -> tuple[int, dict, dict]:
             header = json.loads(f.read(length))
         except ValueError:
             raise ValueError(f"{file} has no readable safetensors header; fix: download it again") from None
-    said = header.pop("__metadata__", None) or {}
+    extra = header.pop("__metadata__", None) or {}
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fix: download it again")
-    return 8 + length, header, said
+    return 8 + length, header, extra
 
 
 def refuse_quantised(entries: dict[str, Entry], where: Path, fix: str = "--weights", expected=()) -> None:
-    """ValueError: tensors, of those expected or all but buffers, whose values are no weights without a scale."""
+    """Raises ValueError for tensors whose values are no weights without a scale. Integer and bool buffers pass, unless
+    they are expected as weights."""
     odd = {
         key: entry.dtype
         for key, entry in sorted(entries.items())
@@ -131,7 +132,7 @@ def refuse_quantised(entries: dict[str, Entry], where: Path, fix: str = "--weigh
 
 
 def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where: Path) -> None:
-    """Strict: exactly the expected keys, each of the expected shape, in a dtype that needs no scale.
+    """Checks that a folder has exactly the expected keys, each of the expected shape, in a dtype that needs no scale.
 
     Raises:
         ValueError: listing what is missing, extra and misshaped, or naming quantised tensors.
@@ -145,16 +146,16 @@ def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where
         if entries[k].shape != tuple(expected[k])
     ]
     problems = [
-        f"{len(found)} {kind}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
-        for kind, found in (("missing", missing), ("not of this model", extra), ("misshaped", shapes))
-        if found
+        f"{len(keys)} {kind}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}"
+        for kind, keys in (("missing", missing), ("not of this model", extra), ("misshaped", shapes))
+        if keys
     ]
     if problems:
         raise ValueError(f"weights in {where} do not fit: {'; '.join(problems)}; fix: --weights or --size")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object. ValueError: it does not, or is cut short."""
+    """Reads a JSON file that holds an object. ValueError: it holds none, or is cut short."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -165,9 +166,9 @@ def read_json(path: Path) -> dict:
 
 
 def fingerprint(path: Path) -> str:
-    """A short name for the content of a part of a released folder, or of an adapter's folder or file: its config, its
-    files' sizes, and 64 samples of 64 KiB spread over each file (hashing 11 GB of text encoder whole would take as long
-    as loading it)."""
+    """Returns a short hash of the content of a part of a released folder, or of an adapter's folder or file. It covers
+    names and sizes of config and weights, and 64 samples of 64 KiB spread over each file. Hashing all 11 GB of a text
+    encoder would take as long as loading it."""
     digest = hashlib.sha256()
     names = ("config.json", "adapter_config.json", "*.safetensors")
     for file in [path] if path.is_file() else sorted(file for name in names for file in path.glob(name)):
@@ -181,13 +182,13 @@ def fingerprint(path: Path) -> str:
 
 
 class Reader:
-    """Tensors, or shards of them, from memory-mapped files that are opened once."""
+    """Reads tensors, or shards of them, from memory-mapped files that are opened once."""
 
     def __init__(self):
         self._open: dict[Path, object] = {}
 
     def read(self, entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1) -> "torch.Tensor":
-        """The tensor, or its `rank`-th of `size` equal slices along `dim`, in its stored dtype. Copies only that."""
+        """Returns a tensor, or its `rank`-th of `size` equal slices along `dim`, as stored. Copies only that slice."""
         from safetensors import safe_open
 
         if entry.file not in self._open:
@@ -199,17 +200,17 @@ class Reader:
         return view[(slice(None),) * dim + (slice(rank * n, (rank + 1) * n),)]
 
     def expect(self, entry: Entry) -> None:
-        """Have the kernel read a tensor ahead into its page cache, which the ranks of a node share: faults of a mapped
-        file alone wait for the disk in small pieces."""
+        """Has the kernel read a tensor ahead into its page cache, which the ranks of a node share. Without this, page
+        faults of the mapped file wait for the disk in small pieces."""
         with open(entry.file, "rb") as f:
             os.posix_fadvise(f.fileno(), entry.offset, entry.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def save(folder: Path, sizes: dict[str, int], read: Callable[[str], "torch.Tensor"], stem: str) -> None:
-    """Write a new folder with tensors as `stem.safetensors`, cut into files of 5 GiB with an index where it is larger.
+    """Writes a new folder of tensors as `stem.safetensors`, cut into files of 5 GiB with an index if it is larger.
 
-    sizes: key -> bytes, which decides the cut before a tensor is read; read(key) gives the tensor. One file's tensors
-    are held at a time. Written aside and renamed: a half-written release is never seen.
+    sizes: key -> bytes; they decide the cut before a tensor is read. read(key) returns the tensor. One file's tensors
+    are held at a time. The folder is written under another name and then renamed: a partial release is never visible.
     """
     from safetensors.torch import save_file
 
@@ -239,6 +240,6 @@ def save(folder: Path, sizes: dict[str, int], read: Callable[[str], "torch.Tenso
 
 
 def refuse_existing(folder: Path, flag: str) -> None:
-    """ValueError if a folder to be written is already there with something in it: nothing is overwritten."""
+    """Raises ValueError if the folder to write exists and is not an empty folder: nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; fix: {flag}, or remove it")

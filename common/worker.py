@@ -1,10 +1,11 @@
-"""What torchrun starts on every device: `-m common.worker zoo.wan21 train`.
+"""The program that torchrun starts on every device: `-m common.worker zoo.wan21 train`.
 
-It ties the process to the launcher and locks what the job writes, before anything heavy is imported. Then it imports the
-device first, joins the groups of the layout and calls `main(o)` of the job with the options that the launcher has
-resolved and checked: they come in the environment, and nothing is parsed or checked again. Rank 0 has a lock beside the
-launcher's, which may be killed a moment before its ranks are: without rank 0 no checkpoint is finished, and nothing gets
-the name under which it is read.
+Before it imports anything heavy, it ties the process to the launcher and locks what the job writes. Then it imports the
+device first, joins the groups of the layout and calls the job's `main(o)`. The launcher has resolved and checked the
+options; they come in the environment, and nothing is parsed or checked again.
+
+Rank 0 has its own lock beside the launcher's, because the launcher may be killed a moment before its ranks. Rank 0 is
+enough: without it no checkpoint is finished, and no output gets the name under which it is read.
 """
 
 import importlib
@@ -28,8 +29,8 @@ def main() -> None:
 
 
 def run(recipe: str, script: str, o: Any) -> None:
-    """The job `script` with its options, in this process, which is one of torchrun's. A job without a layout is the work
-    of one process, which divides it itself: rank 0's."""
+    """Runs the job `script` with its options in this process, which torchrun started. A job without a layout runs on
+    rank 0 alone, which divides the work itself."""
     if not isinstance(o, cli.LayoutOptions):
         if os.environ.get("RANK", "0") == "0":
             importlib.import_module(f"{recipe}.{script}").main(o)

@@ -1,27 +1,25 @@
-"""Attention over chosen blocks of keys (`common.ops.select_blocks` chooses).
+"""Attention over chosen blocks of keys; `common.ops.select_blocks` chooses them.
 
 out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over the keys j of the kept blocks of row i of q[i] . k[j] / sqrt(E)
 
-The kernels are
-FlashAttention-2's (arXiv 2307.08691) with its loop over all key blocks replaced by one over a list:
+The kernels are FlashAttention-2's (arXiv 2307.08691), with the loop over all key blocks replaced by one over a list:
 
   forward  per tile of queries: m = running max, l = running sum of exp, out = sum / l, lse = m + log l
   dq       per tile of queries: p = exp(s - lse), ds = p (dout . v - delta), delta = dout . out, dq = ds k / sqrt(E)
   dk, dv   per tile of keys, over the heads of its group and the query blocks that keep it: dv = p^T dout,
            dk = ds^T q / sqrt(E)
 
-Unusual: the lists (kept columns of each row, and rows of each column) are made on the device by a sort of the mask, so
-a masked block costs nothing and nothing waits for a count; the backward has one writer per element, without atomics,
-also where several query heads share a key head; the exponentials are powers of two, the change of base being in the
-scale.
+Unusual: a sort of the mask makes the lists (kept columns of each row, and rows of each column) on the device, so a
+masked block costs nothing and nothing waits for a count. The backward has one writer per element, without atomics, even
+where several query heads share a key head. The exponentials are powers of two; the scale includes the change of base.
 
 Per kept block of b queries and b keys, s bytes an element: 4 b^2 E FLOPs in the forward, 14 b^2 E in the backward (3
-products for dq, 4 for dk and dv). Each of the b / TILE tiles of a block reads k and v in the forward, 2 b E s bytes,
-and in the backward those for dq, q and dout for dk and dv, 4 b E s, mostly from the cache. What a tile keeps passes
-once.
+products for dq, 4 for dk and dv). In the forward, each of the b / TILE tiles of a block reads k and v, 2 b E s bytes.
+In the backward it reads k and v for dq, and q and dout for dk and dv, 4 b E s bytes. Most reads come from the cache.
+Each tile loads its own rows once.
 
-Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
+The kernels keep to the subset that triton-ascend compiles too (no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks). Their speed on a device is unmeasured; the tests run them in Triton's interpreter.
 """
 
 import torch
@@ -34,11 +32,11 @@ TILE_BYTES = 128  # times the head dim: tiles of 64 tokens, of 32 in fp32
 def block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, block: int = 128
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(E)) v over the blocks where mask is True. Differentiable in q, k and v.
+    """Returns softmax(q k^T / sqrt(E)) v over the blocks where mask is True. Differentiable in q, k and v.
 
     q [B, H, Lq, E], k and v [B, K, Lk, E] of one dtype, H a multiple of K; mask bool [B, H, Lq/block, Lk/block], both
     rounded up -> [B, H, Lq, E], contiguous. Queries that keep no block give zeros. block is a power of two from 16 on.
-    Views are copied: that is linear in L, the attention is not.
+    Views are copied: the copy is linear in L, the attention is not.
     """
     _check_qkv(q, k, v)
     if block < 16 or block & (block - 1):
@@ -86,20 +84,20 @@ class _BlockSparseAttention(torch.autograd.Function):
 
 
 def _lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mask [..., rows, columns] -> int32 [..., rows, columns], the columns each row keeps and then the others, both in
-    order; int32 [..., rows], how many it keeps"""
+    """mask [..., rows, columns] -> int32 [..., rows, columns], in each row the columns that it keeps, then the others,
+    both in order; int32 [..., rows], how many columns it keeps."""
     mask = mask.contiguous()  # a sort keeps the strides of a transposed mask
     columns = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return columns.int(), mask.sum(-1, dtype=torch.int32)
 
 
 def _launch(q: torch.Tensor, k: torch.Tensor, block: int) -> tuple[tuple[int, int], dict]:
-    """The grid over queries, and the arguments that all three kernels share."""
+    """Returns the grid over queries, and the arguments that all three kernels share."""
     B, H, Lq, E = q.shape
     tile = min(block, TILE_BYTES // q.element_size())
     operand = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[q.dtype]
     if not isinstance(_forward_kernel, triton.JITFunction):
-        operand = tl.float32  # the interpreter would multiply the bits of bf16, and cuts where a device rounds
+        operand = tl.float32  # the interpreter would multiply bf16 as bit patterns, and truncates where a device rounds
     sizes = dict(
         scale=E**-0.5, H=H, K=k.shape[1], Lq=Lq, Lk=k.shape[2], E=E,
         E_PAD=max(16, triton.next_power_of_2(E)), BLOCK=block, TILE=tile, OPERAND=operand,
@@ -110,7 +108,7 @@ def _launch(q: torch.Tensor, k: torch.Tensor, block: int) -> tuple[tuple[int, in
 
 @triton.jit
 def _offsets(head, first, L, E: tl.constexpr, E_PAD: tl.constexpr, TILE: tl.constexpr):
-    """Offsets of tokens first, ..., first + TILE - 1 of one head in [heads, L, E], and which of them exist."""
+    """Returns offsets of tokens first, ..., first + TILE - 1 of one head in [heads, L, E], and which of them exist."""
     tokens = first + tl.arange(0, TILE)
     e = tl.arange(0, E_PAD)
     offsets = head.to(tl.int64) * L * E + tokens[:, None] * E + e[None, :]
@@ -133,29 +131,29 @@ def _forward_kernel(
     row = head * tl.cdiv(Lq, BLOCK) + first // BLOCK
     columns = lists + row.to(tl.int64) * tl.cdiv(Lk, BLOCK)
 
-    here, exists = _offsets(head, first, Lq, E, E_PAD, TILE)
-    queries = tl.load(q + here, mask=exists, other=0.0)
+    q_offsets, q_mask = _offsets(head, first, Lq, E, E_PAD, TILE)
+    queries = tl.load(q + q_offsets, mask=q_mask, other=0.0)
     peak = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    summed = tl.zeros([TILE, E_PAD], tl.float32)
+    acc = tl.zeros([TILE, E_PAD], tl.float32)
     for i in range(0, tl.load(counts + row) * (BLOCK // TILE)):
-        # a block's first tile always holds a key, so the maximum is finite before a tile behind the end is met
-        there = tl.load(columns + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
-        at, present = _offsets(kv_head, there, Lk, E, E_PAD, TILE)
-        keys = tl.load(k + at, mask=present, other=0.0)
-        values = tl.load(v + at, mask=present, other=0.0)
+        # A block's first tile always holds a key. So the maximum is finite before a tile behind the end comes.
+        first_key = tl.load(columns + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
+        kv_offsets, kv_mask = _offsets(kv_head, first_key, Lk, E, E_PAD, TILE)
+        keys = tl.load(k + kv_offsets, mask=kv_mask, other=0.0)
+        values = tl.load(v + kv_offsets, mask=kv_mask, other=0.0)
         logits = _dot(queries, tl.trans(keys), OPERAND) * (scale * 1.4426950408889634)  # log2(e)
-        logits = tl.where(there + tl.arange(0, TILE)[None, :] < Lk, logits, -float("inf"))
+        logits = tl.where(first_key + tl.arange(0, TILE)[None, :] < Lk, logits, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         p = tl.exp2(logits - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 1)
-        summed = summed * shrink[:, None] + _dot(p, values, OPERAND)
+        rescale = tl.exp2(peak - new_peak)
+        total = total * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None] + _dot(p, values, OPERAND)
         peak = new_peak
     total = tl.where(total > 0, total, 1.0)  # a row without blocks: 0 / 1
-    tl.store(out + here, (summed / total[:, None]).to(out.dtype.element_ty), mask=exists)
+    tl.store(out + q_offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
     tokens = first + tl.arange(0, TILE)
-    tl.store(lse + head.to(tl.int64) * Lq + tokens, peak + tl.log2(total), mask=tokens < Lq)  # to the base 2
+    tl.store(lse + head.to(tl.int64) * Lq + tokens, peak + tl.log2(total), mask=tokens < Lq)  # base 2
 
 
 @triton.jit
@@ -169,28 +167,28 @@ def _dq_kernel(
     row = head * tl.cdiv(Lq, BLOCK) + first // BLOCK
     columns = lists + row.to(tl.int64) * tl.cdiv(Lk, BLOCK)
 
-    here, exists = _offsets(head, first, Lq, E, E_PAD, TILE)
-    queries = tl.load(q + here, mask=exists, other=0.0)
-    gradients = tl.load(dout + here, mask=exists, other=0.0)
-    outputs = tl.load(out + here, mask=exists, other=0.0)
+    q_offsets, q_mask = _offsets(head, first, Lq, E, E_PAD, TILE)
+    queries = tl.load(q + q_offsets, mask=q_mask, other=0.0)
+    gradients = tl.load(dout + q_offsets, mask=q_mask, other=0.0)
+    outputs = tl.load(out + q_offsets, mask=q_mask, other=0.0)
     tokens = first + tl.arange(0, TILE)
     statistics = head.to(tl.int64) * Lq + tokens
     log_total = tl.load(lse + statistics, mask=tokens < Lq, other=0.0)
-    along = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
-    tl.store(delta + statistics, along, mask=tokens < Lq)  # for _dkv_kernel, which runs next
+    delta_rows = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
+    tl.store(delta + statistics, delta_rows, mask=tokens < Lq)  # for _dkv_kernel, which runs next
     result = tl.zeros([TILE, E_PAD], tl.float32)
     for i in range(0, tl.load(counts + row) * (BLOCK // TILE)):
-        there = tl.load(columns + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
-        at, present = _offsets(kv_head, there, Lk, E, E_PAD, TILE)
-        keys = tl.load(k + at, mask=present, other=0.0)
-        values = tl.load(v + at, mask=present, other=0.0)
+        first_key = tl.load(columns + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
+        kv_offsets, kv_mask = _offsets(kv_head, first_key, Lk, E, E_PAD, TILE)
+        keys = tl.load(k + kv_offsets, mask=kv_mask, other=0.0)
+        values = tl.load(v + kv_offsets, mask=kv_mask, other=0.0)
         logits = _dot(queries, tl.trans(keys), OPERAND) * (scale * 1.4426950408889634)
-        # a logit of 0 behind the end may lie far above log_total: its p would be inf, and inf times a zero key NaN
-        logits = tl.where(there + tl.arange(0, TILE)[None, :] < Lk, logits, -float("inf"))
+        # A logit of 0 behind the end may be far above log_total. Its p would be inf, and inf times a zero key is NaN.
+        logits = tl.where(first_key + tl.arange(0, TILE)[None, :] < Lk, logits, -float("inf"))
         p = tl.exp2(logits - log_total[:, None])
-        dlogits = p * (_dot(gradients, tl.trans(values), OPERAND) - along[:, None])
+        dlogits = p * (_dot(gradients, tl.trans(values), OPERAND) - delta_rows[:, None])
         result += _dot(dlogits, keys, OPERAND)
-    tl.store(dq + here, (result * scale).to(dq.dtype.element_ty), mask=exists)
+    tl.store(dq + q_offsets, (result * scale).to(dq.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -200,9 +198,9 @@ def _dkv_kernel(
 ):  # fmt: skip
     kv_head = tl.program_id(1)  # of B * K
     first = tl.program_id(0) * TILE
-    at, present = _offsets(kv_head, first, Lk, E, E_PAD, TILE)
-    keys = tl.load(k + at, mask=present, other=0.0)
-    values = tl.load(v + at, mask=present, other=0.0)
+    kv_offsets, kv_mask = _offsets(kv_head, first, Lk, E, E_PAD, TILE)
+    keys = tl.load(k + kv_offsets, mask=kv_mask, other=0.0)
+    values = tl.load(v + kv_offsets, mask=kv_mask, other=0.0)
     dkeys = tl.zeros([TILE, E_PAD], tl.float32)
     dvalues = tl.zeros([TILE, E_PAD], tl.float32)
     for member in range(0, H // K):
@@ -210,18 +208,18 @@ def _dkv_kernel(
         column = head * tl.cdiv(Lk, BLOCK) + first // BLOCK
         rows = lists + column.to(tl.int64) * tl.cdiv(Lq, BLOCK)
         for i in range(0, tl.load(counts + column) * (BLOCK // TILE)):
-            there = tl.load(rows + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
-            here, exists = _offsets(head, there, Lq, E, E_PAD, TILE)
-            queries = tl.load(q + here, mask=exists, other=0.0)
-            gradients = tl.load(dout + here, mask=exists, other=0.0)  # zeros behind the end: they add nothing below
-            tokens = there + tl.arange(0, TILE)
+            first_query = tl.load(rows + i // (BLOCK // TILE)) * BLOCK + i % (BLOCK // TILE) * TILE
+            q_offsets, q_mask = _offsets(head, first_query, Lq, E, E_PAD, TILE)
+            queries = tl.load(q + q_offsets, mask=q_mask, other=0.0)
+            gradients = tl.load(dout + q_offsets, mask=q_mask, other=0.0)  # zeros behind the end add nothing below
+            tokens = first_query + tl.arange(0, TILE)
             statistics = head.to(tl.int64) * Lq + tokens
             log_total = tl.load(lse + statistics, mask=tokens < Lq, other=0.0)
-            along = tl.load(delta + statistics, mask=tokens < Lq, other=0.0)
+            delta_rows = tl.load(delta + statistics, mask=tokens < Lq, other=0.0)
             logits = _dot(keys, tl.trans(queries), OPERAND) * (scale * 1.4426950408889634)  # [keys, queries]
-            p = tl.exp2(logits - log_total[None, :])  # of keys behind the end too, perhaps inf: not stored below
+            p = tl.exp2(logits - log_total[None, :])  # may be inf for keys behind the end, which are not stored
             dvalues += _dot(p, gradients, OPERAND)
-            dlogits = p * (_dot(values, tl.trans(gradients), OPERAND) - along[None, :])
+            dlogits = p * (_dot(values, tl.trans(gradients), OPERAND) - delta_rows[None, :])
             dkeys += _dot(dlogits, queries, OPERAND)
-    tl.store(dk + at, (dkeys * scale).to(dk.dtype.element_ty), mask=present)
-    tl.store(dv + at, dvalues.to(dv.dtype.element_ty), mask=present)
+    tl.store(dk + kv_offsets, (dkeys * scale).to(dk.dtype.element_ty), mask=kv_mask)
+    tl.store(dv + kv_offsets, dvalues.to(dv.dtype.element_ty), mask=kv_mask)

@@ -1,19 +1,18 @@
-"""Rows sorted by expert, times each expert's own matrix: the GEMMs of a mixture of experts in one launch.
+"""Multiplies rows sorted by expert by each expert's own matrix: the GEMMs of a mixture of experts in one launch.
 
 y[t] = x[t] @ weight[g]   for ends[g-1] <= t < ends[g]    (MegaBlocks, arXiv 2211.15841; torch_npu's npu_grouped_matmul)
 dx[t] = dy[t] @ weight[g]^T,    dweight[g] = x[rows of g]^T @ dy[rows of g]
 
-Unusual: `ends` stays on the device, so nothing waits for it; the grid follows from shapes alone. Group g owns the tiles
-from ends[g-1] // ROWS + g on, which leaves ends[g] // ROWS - ends[g-1] // ROWS + 1 of them until group g + 1 begins:
-never fewer than it needs, whatever the ends. A tile therefore finds its group by counting the groups that begin at or
-below it, with no prefix sum, and at most one tile a group has nothing to do. The rows behind ends[-1] are one more
-group, of zeros.
+Unusual: `ends` stays on the device, so nothing waits for it, and the grid follows from shapes alone. Group g owns the
+tiles from ends[g-1] // ROWS + g on. Until group g + 1 begins, these are ends[g] // ROWS - ends[g-1] // ROWS + 1 tiles,
+never fewer than it needs, whatever the ends. So a tile finds its group without a prefix sum: it counts the groups that
+begin at or below it. At most one tile a group has nothing to do. The rows behind ends[-1] are one more group, of zeros.
 
 T rows, G matrices [D, F], s bytes an element: 2 T D F FLOPs for the forward, twice that for the backward. Each of the
 three products moves about T (D + F) s + G D F s bytes, if tiles that share an operand find it in the cache.
 
-Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
+The kernels keep to the subset that triton-ascend compiles too (no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks). Their speed on a device is unmeasured; the tests run them in Triton's interpreter.
 """
 
 import torch
@@ -27,7 +26,7 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     """x [T, D], weight [G, D, F] of the same dtype, ends [G] int32 or int64, the rows at which the groups end, on the
     device -> [T, F]. A group may be empty; rows from ends[-1] on give zeros. Differentiable in x and weight.
 
-    ends must not decrease, from 0 or more to T or less: it is not read on the host, so this is not checked.
+    ends must lie from 0 to T and must not decrease. This is not checked, because the host does not read ends.
     """
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1] or ends.shape != weight.shape[:1]:
         raise ValueError(
@@ -82,7 +81,7 @@ def _by_groups(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.T
 
 
 def _operand(x: torch.Tensor) -> tl.dtype:
-    """What the products take. The interpreter would multiply the bits of bf16."""
+    """Returns the dtype of the products' operands. The interpreter would multiply bf16 as bit patterns."""
     if not isinstance(_rows_kernel, triton.JITFunction):
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
@@ -94,7 +93,7 @@ def _rows_kernel(
     G: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """One tile [ROWS, COLUMNS] of y. GROUPS is the power of two that holds the G groups and the one of zeros."""
+    """Computes one tile [ROWS, COLUMNS] of y. GROUPS is the power of two that holds the G groups and that of zeros."""
     tile = tl.program_id(0)
     groups = tl.arange(0, GROUPS)
     group_ends = tl.load(ends + groups, mask=groups < G, other=0).to(tl.int32)
@@ -107,7 +106,7 @@ def _rows_kernel(
     row_mask, column_mask = rows[:, None] < end, columns[None, :] < F
 
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    depth = tl.where((group < G) & (first_row < end), D, 0)  # nothing to add behind the last group or in a spare tile
+    depth = tl.where((group < G) & (first_row < end), D, 0)  # nothing to add for the group of zeros or in a spare tile
     for first in range(0, depth, DEPTH):
         d = first + tl.arange(0, DEPTH)
         a = tl.load(x + rows[:, None] * x_t + d[None, :] * x_d, mask=row_mask & (d[None, :] < D), other=0.0)
@@ -125,7 +124,7 @@ def _groups_kernel(
     x, dy, ends, dweight, T, D, F, x_t: tl.int64, x_d, dy_t: tl.int64, dy_f,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """One tile [ROWS, COLUMNS] of dweight[group], [D, F]; the sum runs over the group's rows of x and dy."""
+    """Computes one tile [ROWS, COLUMNS] of dweight[group], [D, F]: a sum over the group's rows of x and dy."""
     group = tl.program_id(0)
     start = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
     end = tl.load(ends + group).to(tl.int32)

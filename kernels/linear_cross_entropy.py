@@ -2,26 +2,26 @@
 
 loss = lse - logits[label],  lse = log sum_c exp(logits[c]),  d loss / d logits[c] = exp(logits[c] - lse) - [c == label]
 
-The whole algorithm; its GEMMs, its collectives and the chunk loop are the caller's. For each chunk of n tokens:
+This is the whole algorithm; the caller runs its GEMMs, its collectives and the chunk loop. For each chunk of n tokens:
   1. logits = hidden @ weight^T, this rank's V columns of the vocabulary;
   2. `row_statistics`: peak = max_c logits, total = sum_c exp(logits - peak), target = logits[label], or 0 on the ranks
      whose shard lacks the label;
   3. over the ranks: top = max(peak), lse = top + log(sum(total exp(peak - top))), loss = lse - sum(target);
-  4. `softmax_gradient_`: the logits become their own gradient, where weight is the gradient of each token's loss (0 for
-     an ignored token);
+  4. `softmax_gradient_`: the logits are overwritten by their gradient; weight is the gradient of each token's loss (0
+     for an ignored token);
   5. d hidden = logits @ weight (summed over the ranks), d weight += logits^T @ hidden.
-The gradient is made in the forward, so one chunk of logits is all that ever exists: n V instead of tokens V elements.
-This is the cut of Liger-Kernel's fused linear cross entropy (arXiv 2410.10989); the maximum and the sum are taken in
+The forward computes the gradient, so only one chunk of logits exists at a time: n V instead of tokens V elements. This
+is the chunking of Liger-Kernel's fused linear cross entropy (arXiv 2410.10989). The maximum and the sum are taken in
 one pass (Milakov and Gimelshein, arXiv 1805.02867).
 
-Unusual: the label is loaded by its address, so no column is compared with it in `row_statistics`; the logits may be
--inf (padded vocabulary), a whole shard of them too.
+Unusual: `row_statistics` loads the label's logit by its address and compares no column with the label. Logits may be
+-inf (padded vocabulary), even a whole shard of them.
 
 n V logits of s bytes: `row_statistics` reads n V s bytes, 4 FLOPs an element; `softmax_gradient_` reads and writes
 them, 2 n V s bytes, 4 FLOPs an element.
 
-Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
+The kernels keep to the subset that triton-ascend compiles too (no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks). Their speed on a device is unmeasured; the tests run them in Triton's interpreter.
 """
 
 import torch
@@ -34,7 +34,7 @@ MAX_BLOCK = 4096
 
 def row_statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits [n, V] fp32, bf16 or fp16; labels [n] int64, the local column, outside [0, V) if not in this shard
-    -> fp32 [n] each: peak = max(logits), total = sum exp(logits - peak), target = the label's logit or 0."""
+    -> three of fp32 [n]: peak = max(logits), total = sum exp(logits - peak), target = the label's logit or 0."""
     _check(logits, labels=labels)
     n, V = logits.shape
     peak, total, target = torch.empty(3, n, dtype=torch.float32, device=logits.device)
@@ -48,8 +48,8 @@ def row_statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
 def softmax_gradient_(
     logits: torch.Tensor, lse: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """In place: logits <- (exp(logits - lse) - [column == label]) weight. logits and labels as above, lse and weight
-    [n] fp32 -> logits."""
+    """Sets logits to (exp(logits - lse) - [column == label]) weight, in place, and returns them. logits and labels as
+    in `row_statistics`, lse and weight [n] fp32."""
     _check(logits, labels=labels, lse=lse, weight=weight)
     n, V = logits.shape
     if n and V:
@@ -87,7 +87,7 @@ def _statistics_kernel(
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(x_row + columns * column_stride, mask=columns < V, other=-float("inf")).to(tl.float32)
             new_peak = tl.maximum(peak, tl.max(x, 0))
-            base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # -inf - -inf is NaN
+            base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # -inf minus -inf is NaN
             total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base), 0)
             peak = new_peak
         label = tl.load(labels + row)

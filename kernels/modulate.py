@@ -6,27 +6,27 @@
     gate_residual         out = x + y gate
                           dx = dout,  dy = dout gate,  dgate = sum over tokens of dout y
 
-Unusual: x and y are kept in their own dtype and n is computed again; everything is fp32 in between and rounded once.
-Sums over tokens take two steps, a partial sum per program and then one over programs: the same bits every run.
+Unusual: x and y are saved in their own dtype and n is recomputed; everything between is fp32 and rounded once. Sums
+over tokens take two steps, a partial sum per program and then a sum over programs, so every run gives the same bits.
 
 With N = L x B x D elements of s bytes: layer_norm_modulate moves 2 N s bytes forward (7 N FLOPs) and 3 N s backward
 (13 N); gate_residual 3 N s forward (2 N) and 3 N s backward (3 N). Partial sums add at most 4096 D bytes a sum.
 
-In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter, compiled for sm_90 by
-the tests, lowered to linalg by triton-ascend 3.2.0.
+The kernels keep to the subset that triton-ascend compiles too: no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks. Their speed on a device is unmeasured. The tests run them in Triton's interpreter
+and compile them for sm_90; triton-ascend 3.2.0 lowers them to linalg.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TILE, GATE_COLS = 4096, 1024  # elements a program holds of one tensor (more if D is); columns of a gate_residual tile
+TILE, GATE_COLS = 4096, 1024  # elements a program holds of one tensor (or D if more); columns of a gate_residual tile
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4096, 512  # each strides over the tokens; a backward one keeps partial sums
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm(x) without affine * (1 + scale) + shift, [L, B, D] in x's dtype.
+    """Returns LayerNorm(x) * (1 + scale) + shift, where LayerNorm has no affine, [L, B, D] in x's dtype.
 
     x [L, B, D] fp32, bf16 or fp16; scale and shift fp32 [B, D].
     """
@@ -35,7 +35,7 @@ def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tenso
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + y * gate in fp32, rounded once to x's dtype. x and y [L, B, D], gate fp32 [B, D]."""
+    """Returns x + y * gate in fp32, rounded once to x's dtype. x and y [L, B, D], gate fp32 [B, D]."""
     _check(x, gate=gate)
     _check(y, gate=gate)
     if x.shape != y.shape:
@@ -119,12 +119,12 @@ class _GateResidual(torch.autograd.Function):
 
 
 def _unit(t):
-    """t with a contiguous last dimension: a copy only where it has none."""
+    """Returns t with a contiguous last dimension, copied only if t has none."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _row_tiling(L, B, D, most):
-    """Programs along the tokens, and the sizes of a tile of whole rows: [ROWS, BLOCK] elements, BLOCK >= D."""
+    """Returns programs along the tokens, and the sizes of a tile of whole rows: [ROWS, BLOCK] elements, BLOCK >= D."""
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
     sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
@@ -132,7 +132,7 @@ def _row_tiling(L, B, D, most):
 
 
 def _gate_tiling(L, B, D, most):
-    """The grid (programs along the tokens, B, blocks of columns), and the sizes of a tile: [ROWS, BLOCK] elements."""
+    """Returns the grid (programs along the tokens, B, blocks of columns) and a tile's sizes: [ROWS, BLOCK] elements."""
     BLOCK = min(triton.next_power_of_2(D), GATE_COLS)
     ROWS, blocks = TILE // BLOCK, triton.cdiv(D, BLOCK)
     return (min(triton.cdiv(L, ROWS), triton.cdiv(most, max(B, 1) * blocks)), B, blocks), {"ROWS": ROWS, "BLOCK": BLOCK}
@@ -201,12 +201,12 @@ def _norm_backward_kernel(
         dy = tl.load(dy_ptr + tokens[:, None] * dy_l + b * dy_b + cols, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + tokens * B + b, mask=tokens < L, other=0.0)[:, None]
         inverse = tl.load(inverse_ptr + tokens * B + b, mask=tokens < L, other=0.0)[:, None]
-        normed = (x - mean) * inverse  # not zero beyond D, where dy is
+        normed = (x - mean) * inverse  # beyond D it is not zero, but dy is
         dscale += dy * normed
         dshift += dy
         dnormed = dy * scale
-        along, across = tl.sum(dnormed * normed, axis=1)[:, None] / D, tl.sum(dnormed, axis=1)[:, None] / D
-        dx = inverse * (dnormed - across - normed * along)
+        mean_gn, mean_g = tl.sum(dnormed * normed, axis=1)[:, None] / D, tl.sum(dnormed, axis=1)[:, None] / D
+        dx = inverse * (dnormed - mean_g - normed * mean_gn)
         tl.store(dx_ptr + (tokens[:, None] * B + b) * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     cols = tl.arange(0, BLOCK)
     partial = (tl.program_id(0) * B + b) * D + cols

@@ -1,22 +1,22 @@
-"""Tokens of a mixture of experts: copied to the experts' order, and summed back with the router's weights.
+"""Copies tokens of a mixture of experts into the experts' order, and sums them back with the router's weights.
 
 permute:    rows[position[n K + k]] = tokens[n]                       dtokens[n] = sum_k drows[position[n K + k]]
 unpermute:  out[n] = sum_k probs[n, k] rows[position[n K + k]]        drows[position[n K + k]] = probs[n, k] dout[n]
                                                                       dprobs[n, k] = dout[n] . rows[position[n K + k]]
 
-`position` is the permutation of the N K copies that sorts them by expert and, within an expert, by token: the contract
-of torch_npu's `npu_moe_token_permute`, and MegaBlocks' routing without a capacity (arXiv 2211.15841). So each of the
-four is one of two kernels, a spread from tokens to rows and a sum from rows to tokens, and in both a program owns a
-token: every output element has one writer, nothing is added atomically, and the sum over k is always in the same order.
+`position` is the permutation of the N K copies that sorts them by expert and, within an expert, by token. This is the
+contract of torch_npu's `npu_moe_token_permute`, and MegaBlocks' routing without a capacity (arXiv 2211.15841). Two
+kernels do all four: a spread from tokens to rows and a sum from rows to tokens. In both, a program owns a token, so
+every output element has one writer, nothing is added atomically, and the sum over k is always in the same order.
 
 Unusual: a sum is the backward of a spread, so `permute` saves nothing but `position`.
 
-N tokens of D elements of s bytes, K experts each: a spread reads N D s and writes N K D s bytes and a sum the reverse;
-the backward of `unpermute` with probs reads N (K + 1) D s, writes N K D s bytes. 2 N K D FLOPs a sum, 3 N K D in that
-backward. The sort of N K expert ids is torch's.
+N tokens of D elements of s bytes, K experts each: a spread reads N D s and writes N K D s bytes, and a sum does the
+reverse; the backward of `unpermute` with probs reads N (K + 1) D s and writes N K D s bytes. A sum takes 2 N K D FLOPs,
+that backward 3 N K D. The sort of N K expert ids is torch's.
 
-Written in the subset that triton-ascend compiles as well (no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks). Unmeasured on a device so far; checked by the interpreter.
+The kernels keep to the subset that triton-ascend compiles too (no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks). Their speed on a device is unmeasured; the tests run them in Triton's interpreter.
 """
 
 import torch
@@ -46,7 +46,7 @@ def permute(tokens: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, 
 def unpermute(
     rows: torch.Tensor, position: torch.Tensor, probs: torch.Tensor | None, top_k: int | None = None
 ) -> torch.Tensor:
-    """out[n] = sum over k of probs[n, k] rows[position[n*K + k]], in fp32, rounded once.
+    """Returns out[n] = sum over k of probs[n, k] rows[position[n*K + k]], computed in fp32 and rounded once.
 
     rows [N*K, D], position [N*K] int32 of `permute`, probs [N, K] float -> [N, D] in the dtype of rows. Without probs
     the sum is plain and K is top_k. Differentiable in rows and probs.
@@ -139,8 +139,8 @@ def _spread_kernel(
     tokens, position, rows, x, probs, dprobs, N, D, row_stride: tl.int64,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rows[position[n, k]] = tokens[n], times probs[n, k] if WEIGHTED, and then
-    dprobs[n, k] = tokens[n] . x[position[n, k]] too"""
+    """rows[position[n, k]] = tokens[n]. If WEIGHTED, times probs[n, k], and also
+    dprobs[n, k] = tokens[n] . x[position[n, k]]."""
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         for k in range(K):
             row = tl.load(position + n * K + k)
@@ -163,7 +163,7 @@ def _spread_kernel(
 def _sum_kernel(
     rows, position, probs, out, N, D, row_stride: tl.int64, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[n] = sum over k of rows[position[n, k]], times probs[n, k] if WEIGHTED"""
+    """out[n] = sum over k of rows[position[n, k]], times probs[n, k] if WEIGHTED."""
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         for start in range(0, D, BLOCK):
             d = start + tl.arange(0, BLOCK)

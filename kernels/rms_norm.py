@@ -3,15 +3,15 @@
     n = x r,  r = (mean(x^2) + eps)^-1/2,  y = n w
     dx = r (g - n mean(g n)),  g = dy w;      dw = sum over rows of dy n
 
-Unusual: `add_rms_norm` returns the sum as well, and the gradient that reaches the sum is added where dx is written,
-so the residual stream crosses memory once. It normalises the sum as stored, that is, rounded to the input's dtype.
+Unusual: `add_rms_norm` returns the sum too, and the gradient that reaches the sum is added where dx is written, so the
+residual stream crosses memory once. The sum is normalised as stored, that is, rounded to the input's dtype.
 
 With N = rows x D elements of s bytes, a forward moves 2 N s bytes (4 N s with the add) and does 4 N FLOPs, a backward
-moves 3 N s (4 N s with the add) and does 9 N; the rest (r, w, partial sums of dw) is small against N.
+moves 3 N s (4 N s with the add) and does 9 N. The rest (r, w, partial sums of dw) is small against N.
 
-In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter, compiled for sm_90 by
-the tests, lowered to linalg by triton-ascend 3.2.0.
+The kernels keep to the subset that triton-ascend compiles too: no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks. Their speed on a device is unmeasured. The tests run them in Triton's interpreter
+and compile them for sm_90; triton-ascend 3.2.0 lowers them to linalg.
 """
 
 import torch
@@ -80,7 +80,7 @@ def _rows(t):
 
 
 def _tiling(rows, D, most):
-    """Programs, and the sizes of a tile: [ROWS, BLOCK] elements, BLOCK >= D."""
+    """Returns the number of programs, and the sizes of a tile: [ROWS, BLOCK] elements, BLOCK >= D."""
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
     sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
@@ -88,10 +88,10 @@ def _tiling(rows, D, most):
 
 
 def _forward(x, residual, weight, eps):
-    """(y, x + residual or None, r [N] fp32)"""
+    """Returns (y, x + residual or None, r [N] fp32)."""
     x_ND, add = _rows(x), residual is not None
     N, D = x_ND.shape
-    residual_ND = _rows(residual) if add else x_ND  # never read without ADD, as y is never written for total
+    residual_ND = _rows(residual) if add else x_ND  # without ADD it is never read, and total never written
     y, inverse = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(N, dtype=torch.float32)
     total = torch.empty_like(y) if add else None
     programs, sizes = _tiling(N, D, FORWARD_PROGRAMS)
@@ -101,7 +101,7 @@ def _forward(x, residual, weight, eps):
 
 
 def _backward(dy, dtotal, x, weight, inverse):
-    """(dx, dweight); x is what was normalised, dtotal the gradient it receives directly, or None."""
+    """Returns (dx, dweight). x: what was normalised; dtotal: the gradient that it receives directly, or None."""
     x_ND, dy_ND, add = _rows(x), _rows(dy), dtotal is not None
     N, D = x_ND.shape
     dtotal_ND = _rows(dtotal) if add else dy_ND  # never read without ADD
@@ -136,17 +136,17 @@ def _forward_kernel(
     for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)
-        far = rows.to(tl.int64)[:, None]  # a tensor may hold more than 2^31 elements
-        x = tl.load(x_ptr + far * x_row + cols, mask=mask, other=0.0).to(tl.float32)
+        row_index = rows.to(tl.int64)[:, None]  # a tensor may hold more than 2^31 elements
+        x = tl.load(x_ptr + row_index * x_row + cols, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            residual = tl.load(residual_ptr + far * residual_row + cols, mask=mask, other=0.0)
+            residual = tl.load(residual_ptr + row_index * residual_row + cols, mask=mask, other=0.0)
             total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + far * D + cols, total, mask=mask)
+            tl.store(total_ptr + row_index * D + cols, total, mask=mask)
             x = total.to(tl.float32)
         inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
         tl.store(inverse_ptr + rows, inverse, mask=rows < N)
         y = x * inverse[:, None] * weight
-        tl.store(y_ptr + far * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + row_index * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -173,17 +173,17 @@ def _backward_kernel(
     for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)
-        far = rows.to(tl.int64)[:, None]
+        row_index = rows.to(tl.int64)[:, None]
         inverse = tl.load(inverse_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        normed = tl.load(x_ptr + far * x_row + cols, mask=mask, other=0.0).to(tl.float32) * inverse
-        dy = tl.load(dy_ptr + far * dy_row + cols, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(x_ptr + row_index * x_row + cols, mask=mask, other=0.0).to(tl.float32) * inverse
+        dy = tl.load(dy_ptr + row_index * dy_row + cols, mask=mask, other=0.0).to(tl.float32)
         dweight += dy * normed
         dnormed = dy * weight
         dx = inverse * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
         if ADD:
-            dtotal = tl.load(dtotal_ptr + far * dtotal_row + cols, mask=mask, other=0.0)
+            dtotal = tl.load(dtotal_ptr + row_index * dtotal_row + cols, mask=mask, other=0.0)
             dx += dtotal.to(tl.float32)
-        tl.store(dx_ptr + far * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + row_index * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(
         partial_ptr + tl.program_id(0) * D + tl.arange(0, BLOCK), tl.sum(dweight, axis=0), mask=tl.arange(0, BLOCK) < D
     )

@@ -1,20 +1,20 @@
-"""Rotary position embedding (Su et al., arXiv:2104.09864): pairs of the head dimension turned by an angle per token.
+"""Rotary position embedding (Su et al., arXiv:2104.09864): rotates pairs of the head dimension by angles per token.
 
     (x_i, x_j) -> (x_i cos - x_j sin, x_j cos + x_i sin)
 
     rotary_interleaved   pairs (0, 1), (2, 3), ...           one (cos, sin) per pair
     rotary_half          pairs (0, E/2), (1, E/2 + 1), ...   cos and sin of full width, as rotate_half wants them
 
-Unusual: x may be strided (a slice of a fused qkv) and may be overwritten. The backward applies the transpose, for one
-(cos, sin) per pair the inverse rotation, to the incoming gradient: it needs cos and sin, never x. cos and sin get no
+Unusual: x may be strided (a slice of a fused qkv) and may be overwritten. The backward applies the transpose (for one
+(cos, sin) per pair, the inverse rotation) to the incoming gradient. It needs cos and sin, never x. cos and sin get no
 gradient.
 
 With N = L x B x H x E elements of s bytes, each direction moves 2 N s bytes and does 3 N FLOPs; the table is read once
 per token, not per head.
 
-In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter, compiled for sm_90 by
-the tests, lowered to linalg by triton-ascend 3.2.0.
+The kernels keep to the subset that triton-ascend compiles too: no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks. Their speed on a device is unmeasured. The tests run them in Triton's interpreter
+and compile them for sm_90; triton-ascend 3.2.0 lowers them to linalg.
 """
 
 import torch
@@ -26,11 +26,11 @@ MOST_PROGRAMS = 4096  # each strides over the tokens
 
 
 def rotary_interleaved(x: torch.Tensor, rope: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension, in fp32.
+    """Rotates the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension, in fp32.
 
     x [L, B, H, E] fp32, bf16 or fp16, strided or not; rope [L or 1, B or 1, 1, E/2, 2] fp32 holds (cos, sin) of each
-    pair -> [L, B, H, E] in x's dtype: x itself if inplace, else contiguous. In place, autograd wants x to be a slice
-    of a tensor, not a piece of `split`, `chunk` or `unbind`.
+    pair -> [L, B, H, E] in x's dtype: x itself if inplace, else contiguous. In place, autograd needs x to be a slice
+    of a tensor, not an output of `split`, `chunk` or `unbind`.
     """
     _check(x, inplace)
     _check_table("rope", rope, x, (x.shape[3] // 2, 2))
@@ -38,7 +38,7 @@ def rotary_interleaved(x: torch.Tensor, rope: torch.Tensor, inplace: bool = Fals
 
 
 def rotary_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    """x * cos + cat(-x_2, x_1) * sin with (x_1, x_2) the halves of the head dimension, in fp32.
+    """Returns x * cos + cat(-x_2, x_1) * sin with (x_1, x_2) the halves of the head dimension, in fp32.
 
     cos and sin [L or 1, B or 1, 1, E] fp32, of one shape; x, inplace and the result as in `rotary_interleaved`.
     """
@@ -97,7 +97,7 @@ class _Half(torch.autograd.Function):
 
 
 def _rotate(kernel, x, tables, out, transpose):
-    """out, or a new contiguous tensor: x turned by the tables, or by their transpose."""
+    """Rotates x by the tables, or by their transpose, into out or else a new contiguous tensor."""
     L, B, H, E = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     if out is None:

@@ -2,14 +2,14 @@
 
     da = dy b sigma(a) (1 + a (1 - sigma(a))),  db = dy a sigma(a)
 
-Unusual: nothing but x is kept for the backward; sigma(a) is computed again there.
+Unusual: only x is saved for the backward, which recomputes sigma(a).
 
 With N output elements of s bytes, a forward moves 3 N s bytes and does 5 N FLOPs (an exponential counts as one), a
 backward moves 5 N s and does 12 N.
 
-In the subset that triton-ascend compiles as well: no CUDA-only intrinsics, no inline assembly, no atomics,
-power-of-two blocks, explicit masks. Unmeasured on a device so far; checked by the interpreter, compiled for sm_90 by
-the tests, lowered to linalg by triton-ascend 3.2.0.
+The kernels keep to the subset that triton-ascend compiles too: no CUDA-only intrinsics, no inline assembly, no atomics,
+power-of-two blocks, explicit masks. Their speed on a device is unmeasured. The tests run them in Triton's interpreter
+and compile them for sm_90; triton-ascend 3.2.0 lowers them to linalg.
 """
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 TILE, MOST_COLS = 4096, 1024  # elements a program holds of one tensor; columns of that tile at most
-MOST_PROGRAMS = 4096  # down the rows; each strides over the rest
+MOST_PROGRAMS = 4096  # along the rows; each strides over the rest
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def _rows(t):
 
 
 def _tiling(rows, F):
-    """The grid, and the sizes of a tile: [ROWS, BLOCK] elements."""
+    """Returns the grid, and the sizes of a tile: [ROWS, BLOCK] elements."""
     BLOCK = min(triton.next_power_of_2(F), MOST_COLS)
     ROWS = TILE // BLOCK
     return (min(triton.cdiv(rows, ROWS), MOST_PROGRAMS), triton.cdiv(F, BLOCK)), {"ROWS": ROWS, "BLOCK": BLOCK}

@@ -1,11 +1,11 @@
 """The fused ops: one plain function each, dispatched explicitly to npu (torch_npu), cuda or the reference.
 
-    python -m common.ops          self-test and speed table of every op on this device, with the backend each one used
+    python -m common.ops          self-test and speed table of every op on this device, with the backend of each
 
 npu calls `torch.ops.npu.<op>` with the published argument names of torch_npu 2.13, so it also runs over the contract
-the tests register on CPU. That is a contract check, not a run on Ascend.
-cuda calls torch's fused op where there is one, else a Triton kernel of `kernels/`, opened only there.
-cpu is the reference: readable, and the oracle of the other two.
+that the tests register on CPU. That is a contract check, not a run on Ascend.
+cuda calls torch's fused op where there is one, else a Triton kernel of `kernels/`, which only cuda imports.
+cpu is the readable reference, against which the other two are tested.
 
 Shape legend: L tokens of the queries, S of the keys, B batch, H heads, K heads of keys and values (H a multiple of K),
 E head dim, D hidden, F its expansion, N tokens without a batch, G groups, V vocabulary. Tokens come first, as
@@ -26,7 +26,7 @@ from torch.optim.adamw import adamw
 
 from common import device
 
-BACKEND = device.KIND  # tests switch it to "npu" over the op contract
+BACKEND = device.KIND  # tests set it to "npu" to run over the op contract
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
@@ -40,14 +40,14 @@ def attention(
     window: tuple[int, int] | None = None,
     cu_seqlens: list[int] | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(E)) v over the keys each query may see; [L, B, H, E] contiguous.
+    """Returns softmax(q k^T / sqrt(E)) v over the keys that each query may see, [L, B, H, E] contiguous.
 
     q [L, B, H, E], k and v [S, B, K, E], one dtype; H/K query heads share a key head. With a mask, the last query is
     aligned with the last key:
       causal      query i sees key j if j <= i + S - L
       window      (left, right): also i + S - L - left <= j <= i + S - L + right; -1 is no bound
-      cu_seqlens  several sequences packed along L = S with B = 1, none seeing another: their bounds [0, ..., L] as host
-                  integers, which every device's variable-length kernel wants to know before it starts
+      cu_seqlens  bounds [0, ..., L] of sequences packed along L = S with B = 1, none of which sees another. They are
+                  host integers, because the variable-length kernels of every device need them before they start.
     """
     L = len(q_LBHE)
     if window is not None and causal:
@@ -64,7 +64,7 @@ def attention(
     return _attention_plain(q_LBHE, k_SBKE, v_SBKE, window)
 
 
-@torch.compiler.disable  # traced, every micro-batch's bounds would be compiled anew, and pinned memory is refused
+@torch.compiler.disable  # tracing would compile anew for each micro-batch's bounds, and refuses pinned memory
 def _attention_packed(q, k, v, window, cu_seqlens):
     if q.shape[1] != 1 or len(k) != len(q) or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(q):
         raise ValueError(f"cu_seqlens={cu_seqlens} for q {tuple(q.shape)}; expected bounds [0, ..., L] and B = 1")
@@ -73,13 +73,13 @@ def _attention_packed(q, k, v, window, cu_seqlens):
     if _takes_varlen(q):
         return _attention_varlen(q, k, v, window or (-1, -1), cu_seqlens)
     lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
-    # Split, not sliced: the backward of a slice fills a gradient of all L tokens, and there are as many as sequences.
+    # Split, not sliced: the backward of each sequence's slice would fill a gradient of all L tokens.
     sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([_attention_plain(*each, window) for each in sequences])
 
 
 def _takes_varlen(q: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel runs here: on cuda, and not in fp32."""
+    """Returns whether torch's variable-length kernel takes q: on cuda, and not in fp32."""
     return BACKEND == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -95,7 +95,7 @@ def _attention_plain(q, k, v, window):
 
 
 def visible(L: int, S: int, window: tuple[int, int], where: torch.device) -> torch.Tensor:
-    """Which keys each query of a window sees, bool [L, S], True = seen."""
+    """Returns which keys each query of a window sees, bool [L, S], True = seen."""
     distance = torch.arange(S, device=where) - torch.arange(S - L, S, device=where)[:, None]  # [L, S], key minus query
     left, right = window
     seen = torch.ones(L, S, dtype=torch.bool, device=where)
@@ -127,15 +127,15 @@ _MASKS: dict[torch.device, torch.Tensor] = {}
 
 
 def _compressed_mask(where: torch.device) -> torch.Tensor:
-    """The one mask of npu_fusion_attention's sparse modes 2, 3 and 4: [2048, 2048], True (masked out) above the
-    diagonal, whatever the sequence length."""
+    """Returns the mask of npu_fusion_attention's sparse modes 2, 3 and 4, the same for every sequence length:
+    [2048, 2048], True (masked out) above the diagonal."""
     if where not in _MASKS:
         _MASKS[where] = torch.ones(2048, 2048, dtype=torch.bool, device=where).triu(1)
     return _MASKS[where]
 
 
 @torch.compiler.disable  # pinned memory cannot be traced
-@functools.lru_cache(maxsize=32)  # every layer of a micro-batch asks for the same
+@functools.lru_cache(maxsize=32)  # the same for every layer of a micro-batch
 def _on_device(bounds: tuple[int, ...], where: torch.device) -> torch.Tensor:
     return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(where, non_blocking=True)
 
@@ -146,8 +146,8 @@ def _arguments(function) -> tuple[str, ...]:
 
 
 def _attention_varlen(q, k, v, window, cu_seqlens):
-    """torch's variable-length flash attention. torch 2.13 wants to be told of shared key heads, 2.11 takes them as they
-    are and has no such argument."""
+    """Calls torch's variable-length flash attention. torch 2.13 needs an argument for shared key heads; 2.11 takes such
+    heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     (L, B, H), S, K = q.shape[:3], k.shape[0], k.shape[2]
@@ -156,15 +156,15 @@ def _attention_varlen(q, k, v, window, cu_seqlens):
     longest_q, longest_k = (max(b - a for a, b in zip(c, c[1:], strict=False)) for c in (bounds_q, bounds_k))
     bounds_q, bounds_k = (_on_device(tuple(c), q.device) for c in (bounds_q, bounds_k))
     q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
-    shared = {"enable_gqa": H != K} if "enable_gqa" in _arguments(varlen_attn) else {}
-    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, **shared)
+    gqa = {"enable_gqa": H != K} if "enable_gqa" in _arguments(varlen_attn) else {}
+    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, **gqa)
     return out.unflatten(0, (B, L)).transpose(0, 1).contiguous()
 
 
 def attention_with_lse(
     q_BHLE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over one block of keys, and what is needed to merge it with other blocks.
+    """Computes attention over one block of keys, and the lse by which it is merged with other blocks.
 
     q [B, H, L, E], k and v [B, K, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
     [B, H, L] fp32. Not differentiable by itself: `ring.RingAttention` pairs it with `attention_backward`.
@@ -173,8 +173,8 @@ def attention_with_lse(
     if BACKEND == "npu":
         options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
         out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSE, H, "BNSD", **options)
-        return out, (peak + total.log())[..., 0]  # both come as [B, H, L, 8], eight equal columns
-    if BACKEND == "cuda" and q_BHLE.dtype == torch.float32:  # torch's flash kernels of cuda take fp16 and bf16
+        return out, (peak + total.log())[..., 0]  # both are [B, H, L, 8], eight equal columns
+    if BACKEND == "cuda" and q_BHLE.dtype == torch.float32:  # torch's flash kernels on cuda take fp16 and bf16 only
         scores, _ = _plain_scores(q_BHLE, k_BKSE, causal)
         lse = scores.logsumexp(-1)
         return (scores - lse.unsqueeze(-1)).exp() @ _repeated(v_BKSE, H), lse
@@ -192,7 +192,7 @@ def attention_backward(
     lse: torch.Tensor,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) of one key block, given the output and lse over *all* blocks. Shapes as above."""
+    """Returns gradients (dq, dk, dv) of one key block, given out and lse of *all*. Shapes: see `attention_with_lse`."""
     if BACKEND == "npu":
         peak = lse.unsqueeze(-1).expand(*lse.shape, 8).contiguous()
         return torch.ops.npu.npu_fusion_attention_grad(
@@ -224,7 +224,7 @@ def attention_backward(
 
 
 def _plain_scores(q: torch.Tensor, k: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q k^T / sqrt(E) [B, H, L, S], -inf where causal hides a key; k for each query head [B, H, S, E])."""
+    """Returns q k^T / sqrt(E) [B, H, L, S], -inf where causal hides a key, and k for each query head [B, H, S, E]."""
     keys = _repeated(k, q.shape[1])
     scores = q @ keys.mT * q.shape[3] ** -0.5
     if causal:
@@ -233,7 +233,7 @@ def _plain_scores(q: torch.Tensor, k: torch.Tensor, causal: bool) -> tuple[torch
 
 
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, K, S, E] -> [B, H, S, E]: query head h looks at head h*K//H."""
+    """Repeats key or value heads, [B, K, S, E] -> [B, H, S, E]: query head h uses head h*K//H."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
@@ -249,10 +249,11 @@ def select_blocks(
     always_queries: int = 0,
     always_keys: int = 0,
 ) -> torch.Tensor:
-    """Which key blocks each query block attends to, in the manner of RainFusion (MindIE-SD's v2; v1 arXiv:2505.21036):
-    mean-pooled q k^T, of which each row keeps the ceil(keep * columns) largest. Blocks that hold the first
-    `always_keys` keys (text, first frame) are kept by every query, and the blocks of the first `always_queries`
-    queries keep every key. It pays if the tokens of a block are neighbours: order video tokens by small windows first.
+    """Selects the key blocks that each query block attends to, like RainFusion (MindIE-SD's v2; v1 arXiv:2505.21036).
+
+    Blocks are scored by mean-pooled q k^T, and each row keeps the ceil(keep * columns) largest. Every query keeps the
+    blocks that hold the first `always_keys` keys (text, first frame). The blocks of the first `always_queries` queries
+    keep every key. It is useful if the tokens of a block are neighbours: order video tokens by small windows first.
 
     q [L, B, H, E], k [S, B, K, E] -> bool [B, H, ceil(L/block), ceil(S/block)], True = attended; no gradient.
     """
@@ -261,7 +262,7 @@ def select_blocks(
     with torch.no_grad():
         q, k = (_pooled(t, block) for t in (q_LBHE, k_SBKE))  # [B, H, L/block, E] fp32
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(2, 3)  # a softmax keeps the order
-        kept = math.ceil(round(keep * scores.shape[3], 6))  # 0.07 * 100 is 7, not 8
+        kept = math.ceil(round(keep * scores.shape[3], 6))  # rounded, because in floats 0.07 * 100 > 7
         blocks = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, scores.topk(kept).indices, True)
         blocks[:, :, : math.ceil(always_queries / block)] = True
         blocks[:, :, :, : math.ceil(always_keys / block)] = True
@@ -269,18 +270,18 @@ def select_blocks(
 
 
 def _pooled(x_LBHE: torch.Tensor, block: int) -> torch.Tensor:
-    """Means over blocks of tokens, the last one possibly short: [L, B, H, E] -> [B, H, ceil(L/block), E] fp32."""
-    x, short = x_LBHE.permute(1, 2, 0, 3).float(), -x_LBHE.shape[0] % block
-    sums = F.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block)).sum(3)
-    sums[:, :, -1] *= block / (block - short)
+    """Averages blocks of tokens, of which the last may be short: [L, B, H, E] -> [B, H, ceil(L/block), E] fp32."""
+    x, padding = x_LBHE.permute(1, 2, 0, 3).float(), -x_LBHE.shape[0] % block
+    sums = F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block)).sum(3)
+    sums[:, :, -1] *= block / (block - padding)
     return sums / block
 
 
 def block_sparse_attention(
     q_LBHE: torch.Tensor, k_SBKE: torch.Tensor, v_SBKE: torch.Tensor, blocks: torch.Tensor, block: int = 128
 ) -> torch.Tensor:
-    """`attention` over the kept blocks only. q [L, B, H, E], k and v [S, B, K, E], blocks bool [B, H, ceil(L/block),
-    ceil(S/block)] as `select_blocks` gives it -> [L, B, H, E]; a query without any block gives zeros.
+    """Computes `attention` over the kept blocks only; the output of a query without blocks is zero. q [L, B, H, E], k
+    and v [S, B, K, E], blocks bool [B, H, ceil(L/block), ceil(S/block)] from `select_blocks` -> [L, B, H, E].
 
     npu: fp16 and bf16, block a multiple of 128, E 64 or 128 (128 to train).
     """
@@ -301,12 +302,12 @@ def block_sparse_attention(
 
         out = kernel.block_sparse_attention(q, k, v, blocks, block)
     else:
-        out, short = torch.zeros_like(q), -S % block
-        k, v = (F.pad(t, (0, 0, 0, short)).unflatten(2, (-1, block)) for t in (k, v))  # [B, K, S/block, block, E]
+        out, padding = torch.zeros_like(q), -S % block
+        k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, block)) for t in (k, v))  # [B, K, S/block, block, E]
         for b, h, i in itertools.product(range(B), range(H), range(blocks.shape[2])):
             kept, rows = blocks[b, h, i].nonzero()[:, 0], slice(i * block, (i + 1) * block)
             if len(kept):  # one query block over the key blocks it keeps, and no work for the others
-                keys = len(kept) * block - (short if kept[-1] == blocks.shape[3] - 1 else 0)
+                keys = len(kept) * block - (padding if kept[-1] == blocks.shape[3] - 1 else 0)
                 ks, vs = (t[b, h * K // H].index_select(0, kept).flatten(0, 1)[:keys] for t in (k, v))
                 scores = (q[b, h, rows] @ ks.mT).float() * E**-0.5  # torch's fused kernel is slow for so few queries
                 out[b, h, rows] = scores.softmax(-1).to(vs.dtype) @ vs
@@ -317,9 +318,9 @@ def block_sparse_attention(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tp_size: int = 1) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., D/tp] -> [..., D/tp].
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., D/tp] -> [..., D/tp].
 
-    With tp_size > 1 the last dimension is one tensor-parallel shard of the normalised width: one sum per row is
+    With tp_size > 1 the last dimension is one tensor-parallel shard of the normalised width. One sum per row is then
     reduced over the tensor-parallel group in the forward, and one in the backward.
     """
     if tp_size == 1 and BACKEND == "npu":
@@ -351,7 +352,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _tp_sum(x: torch.Tensor, tp_size: int, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """In place: the sum (or another reduction) over the tensor-parallel group."""
+    """Sums (or reduces by another op) over the tensor-parallel group, in place."""
     if tp_size > 1:
         dist.all_reduce(x, op, group=mpu.get_tensor_model_parallel_group())
     return x
@@ -360,8 +361,8 @@ def _tp_sum(x: torch.Tensor, tp_size: int, op=dist.ReduceOp.SUM) -> torch.Tensor
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual), both [..., D]: the sum is rounded to x's dtype before it is normalised,
-    and is the next residual."""
+    """Returns (rms_norm(x + residual), x + residual), both [..., D]. The sum is the next residual; it is rounded to x's
+    dtype before it is normalised."""
     if BACKEND == "npu":
         return _NpuAddRMSNorm.apply(x, residual, weight, eps)
     if BACKEND == "cuda":
@@ -373,7 +374,7 @@ def add_rms_norm(
 
 
 class _NpuAddRMSNorm(torch.autograd.Function):
-    """The library has no derivative for npu_add_rms_norm: npu_rms_norm's, over the sum."""
+    """Uses the backward of npu_rms_norm over the sum, because torch_npu has none for npu_add_rms_norm."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
@@ -395,7 +396,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """adaLN: LayerNorm(x) without affine * (1 + scale) + shift. x [L, B, D], scale and shift fp32 [B, D]."""
+    """adaLN: returns LN(x) * (1 + scale) + shift, with LN without affine. x [L, B, D], scale and shift fp32 [B, D]."""
     if BACKEND == "cuda":
         from kernels import modulate as kernel
 
@@ -405,7 +406,7 @@ def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tenso
 
 class _LayerNormModulate(torch.autograd.Function):
     """y = n (1 + scale) + shift, n = (x - mean) r; dscale = sum of dy n, dshift = sum of dy, both over tokens; dx is
-    LayerNorm's for dy (1 + scale). Keeps x in its own dtype and computes n again."""
+    LayerNorm's for dy (1 + scale). Saves x in its own dtype and recomputes n in the backward."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, eps):
@@ -425,7 +426,7 @@ class _LayerNormModulate(torch.autograd.Function):
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + y * gate in fp32, rounded once. x and y [L, B, D], gate fp32 [B, D]."""
+    """Returns x + y * gate, computed in fp32 and rounded once. x and y [L, B, D], gate fp32 [B, D]."""
     if BACKEND == "cuda":
         from kernels import modulate as kernel
 
@@ -434,7 +435,7 @@ def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch
 
 
 class _GateResidual(torch.autograd.Function):
-    """dx = dout, dy = dout gate, dgate = sum over tokens of dout y; keeps y in its own dtype."""
+    """dx = dout, dy = dout gate, dgate = sum over tokens of dout y. Saves y in its own dtype."""
 
     @staticmethod
     def forward(ctx, x, y, gate):
@@ -451,8 +452,8 @@ class _GateResidual(torch.autograd.Function):
 
 
 def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(a) * b with (a, b) the halves of the last dimension, [..., 2F] -> [..., F]; or x and up themselves, each
-    [..., F], which the fused kernels want put together."""
+    """Returns silu(a) * b with (a, b) the halves of x's last dimension, [..., 2F] -> [..., F]. With up, (a, b) is
+    (x, up), each [..., F], which are concatenated for the fused kernels."""
     if BACKEND != "cpu" and up is not None:
         x = torch.cat((x, up), -1)
     if BACKEND == "npu":
@@ -466,7 +467,7 @@ def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape. torch's own on every device."""
+    """Returns 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), any shape. torch's own on every device."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -474,10 +475,10 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension.
+    """Rotates the pairs (x_0, x_1), (x_2, x_3), ... of the head dimension.
 
-    x [L, B, H, E]; rope [L, 1, 1, E/2, 2] fp32 holds (cos, sin) of each pair's angle, made by the recipe from one or
-    three coordinates of a token -> [L, B, H, E].
+    x [L, B, H, E], rope [L, 1, 1, E/2, 2] fp32 -> [L, B, H, E]. rope holds (cos, sin) of each pair's angle; the recipe
+    computes it from one or three coordinates of a token.
     """
     if BACKEND == "npu":
         cos, sin = (rope[..., i].repeat_interleave(2, dim=-1) for i in (0, 1))  # [L, 1, 1, E]
@@ -491,10 +492,10 @@ def rotary_interleaved(x_LBHE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor
 
 
 def rotary_half(x_LBHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x_0, x_{E/2}), (x_1, x_{E/2+1}), ... of the head dimension: x cos + (-x_2nd, x_1st) sin.
+    """Rotates the pairs (x_0, x_{E/2}), (x_1, x_{E/2+1}), ... of the head dimension: x cos + (-x_2nd, x_1st) sin.
 
-    x [L, B, H, E]; cos and sin [L, 1 or B, 1, E] fp32 of each entry's angle, made by the recipe (for mrope from the
-    three coordinates of a token, which differ between samples) -> [L, B, H, E].
+    x [L, B, H, E], cos and sin [L, 1 or B, 1, E] fp32 of each entry's angle -> [L, B, H, E]. The recipe computes cos
+    and sin (for mrope from the three coordinates of a token, which differ between samples).
     """
     if BACKEND == "npu":
         return torch.ops.npu.npu_rotary_mul(x_LBHE.float(), cos, sin, "half").to(x_LBHE.dtype)
@@ -511,21 +512,21 @@ def rotary_half(x_LBHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 def token_permute(tokens: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K copies of each token, sorted by expert. tokens [N, D], experts [N, K] integer -> rows [N*K, D] and the row at
-    which each copy went, int32 [N*K] (copy k of token n at n*K + k). Ties keep the tokens' order."""
+    """Copies each token K times and sorts the copies by expert. tokens [N, D], experts [N, K] integer -> rows [N*K, D]
+    and the row of each copy, int32 [N*K] (copy k of token n at n*K + k). Ties keep the tokens' order."""
     if BACKEND == "npu":
         return torch.ops.npu.npu_moe_token_permute(tokens, experts.to(torch.int32))
     if BACKEND == "cuda":
         from kernels import moe_permute as kernel
 
         return kernel.permute(tokens, experts)
-    order = experts.flatten().argsort(stable=True)  # [N*K], the copy that comes to each row
+    order = experts.flatten().argsort(stable=True)  # [N*K], the copy in each row
     position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return tokens[order // experts.shape[1]], position.to(torch.int32)
 
 
 def token_unpermute(rows: torch.Tensor, position: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Inverse of `token_permute`: sum over k of probs[n, k] * rows[position[n*K + k]]. rows [N*K, D], probs [N, K] ->
+    """Inverse of `token_permute`: sums probs[n, k] * rows[position[n*K + k]] over k. rows [N*K, D], probs [N, K] ->
     [N, D]. npu multiplies by probs in the dtype of rows."""
     if BACKEND == "npu":
         return torch.ops.npu.npu_moe_token_unpermute(rows, position, probs=probs.to(rows.dtype))
@@ -538,7 +539,7 @@ def token_unpermute(rows: torch.Tensor, position: torch.Tensor, probs: torch.Ten
 
 
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Each group's rows times its own matrix: y[ends[g-1]:ends[g]] = x[ends[g-1]:ends[g]] @ weight[g].
+    """Multiplies each group's rows by its own matrix: y[ends[g-1]:ends[g]] = x[ends[g-1]:ends[g]] @ weight[g].
 
     x [N, D], weight [G, D, F], ends [G] int64 on the device, cumulative, ends[-1] = N; groups may be empty -> [N, F].
     On npu and cuda the ends stay on the device.
@@ -557,7 +558,7 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
 
 class _GroupedMatmulNpu(torch.autograd.Function):
-    """npu_grouped_matmul has no backward of its own: dx = dy weight^T by group, dweight[g] = x_g^T dy_g.
+    """Adds the backward that npu_grouped_matmul lacks: dx = dy weight^T by group, dweight[g] = x_g^T dy_g.
 
     split_item 2 and 3 give one output tensor; group_type 0 groups the rows, 2 the summed dimension; group_list_type 0
     is cumulative.
@@ -581,21 +582,21 @@ def _grouped_npu(x, weight, ends, **how):
 
 # --------------------------------------------------------------------------------------------------------------- loss
 
-CHUNK = 2**26  # logits that exist at a time: 128 MiB in bf16
+CHUNK = 2**26  # number of logits that exist at a time: 128 MiB in bf16
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weight: torch.Tensor, tp_size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output projection and the loss in one, so that the logits of all tokens never exist together.
+    """Computes the output projection and the loss in one, so that the logits of all tokens never exist together.
 
     hidden [N, D], weight [V/tp, D] (this rank's rows of the vocabulary), labels [N] int64 in [0, V) or negative (no
     loss), token_weight fp32 [N] -> (sum_i token_weight_i loss_i, losses fp32 [N] without gradient) with loss_i =
     log sum_v exp(hidden_i weight_v) - hidden_i weight_label. The vocabulary-parallel merge is Megatron-LM's
-    (arXiv:1909.08053, section 3), the chunking Liger-Kernel's (arXiv:2410.10989): the gradients are made in the
-    forward, the backward only scales them. Logits have the dtype of hidden, their softmax is fp32, and the weight's
-    gradient is summed over chunks in fp32. Under tensor parallelism each rank returns its own vocabulary's part of the
-    gradient of hidden: it must come through `parallel.enter_tensor_parallel`.
+    (arXiv:1909.08053, section 3), the chunking Liger-Kernel's (arXiv:2410.10989): the forward computes the gradients,
+    and the backward only scales them. Logits have the dtype of hidden, their softmax is fp32, and the weight's gradient
+    is summed over chunks in fp32. Under tensor parallelism each rank returns its vocabulary's part of the gradient of
+    hidden, so hidden must come through `parallel.enter_tensor_parallel`.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size)
 
@@ -614,8 +615,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if training:
                 torch.mm(gradient, weight, out=dhidden[part])
             if ctx.needs_input_grad[1]:  # not frozen
-                more = gradient.t() @ hidden[part]
-                dweight = more.float() if dweight is None else dweight.add_(more)
+                chunk_dweight = gradient.t() @ hidden[part]
+                dweight = chunk_dweight.float() if dweight is None else dweight.add_(chunk_dweight)
         losses = losses.masked_fill(labels < 0, 0)
         if dweight is None and ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
@@ -625,18 +626,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dhidden, dweight = ctx.saved_tensors  # scaled in place: a second backward is refused by torch
+        dhidden, dweight = ctx.saved_tensors  # scaled in place, because torch refuses a second backward
         return dhidden.mul_(dloss), None if dweight is None else dweight.mul_(dloss), None, None, None
 
 
 def linear_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_size: int = 1
 ) -> torch.Tensor:
-    """log softmax(hidden_i weight)[label_i] fp32 [N], 0 where the label is negative; arguments as above.
+    """Returns log softmax(hidden_i weight)[label_i], fp32 [N], 0 where the label is negative. Arguments are those of
+    `linear_cross_entropy`.
 
-    For objectives in which a token's weight depends on other tokens (preferences: on two whole answers) and is known
-    only after the forward. The backward makes the logits again: a third more of the projection's work, where a first
-    pass without gradients would cost a third more of the whole model's.
+    It is for objectives in which a token's weight depends on other tokens (preferences: on two whole answers) and is
+    known only after the forward. The backward computes the logits again, which adds a third to the projection's work. A
+    first pass without gradients would instead add a third to the whole model's work.
     """
     return _LinearLogProbs.apply(hidden, weight, labels, tp_size)
 
@@ -645,8 +647,8 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, tp_size):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.tp_size, nothing = tp_size, torch.zeros(len(labels), device=labels.device)
-        return -linear_cross_entropy(hidden.detach(), weight.detach(), labels, nothing, tp_size)[1]
+        ctx.tp_size, zero_weight = tp_size, torch.zeros(len(labels), device=labels.device)
+        return -linear_cross_entropy(hidden.detach(), weight.detach(), labels, zero_weight, tp_size)[1]
 
     @staticmethod
     def backward(ctx, dlog_probs):
@@ -659,25 +661,25 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses fp32 [n] of one chunk of logits [n, V/tp] and token_weight times their gradient, in the logits' dtype."""
+    """Returns losses fp32 [n] of a chunk of logits [n, V/tp] and token_weight times their gradient, in logits.dtype."""
     if BACKEND == "npu" and tp_size == 1:
         labels = labels.clamp(min=0)
         loss, log_prob, *_ = torch.ops.npu.npu_cross_entropy_loss(logits.float(), labels, reduction="none")
         gradient = torch.ops.npu.npu_cross_entropy_loss_backward(token_weight, log_prob, labels, reduction="none")
         return loss, gradient.to(logits.dtype)
     if tp_size > 1:
-        labels = labels - mpu.get_tensor_model_parallel_rank() * logits.shape[1]  # outside [0, V/tp): another rank's
+        labels = labels - mpu.get_tensor_model_parallel_rank() * logits.shape[1]  # outside [0, V/tp): of another rank
     if BACKEND == "cuda":
         from kernels import linear_cross_entropy as kernel
 
         peak, total, target = kernel.row_statistics(logits, labels)
     else:
         wide = logits.float()
-        mine = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
+        is_local = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
         column = labels.unsqueeze(1).clamp(0, logits.shape[1] - 1)
         peak = wide.amax(1)
-        target = (wide.gather(1, column) * mine).squeeze(1)
-        wide.sub_(peak.unsqueeze(1)).exp_()  # the logits are not needed again
+        target = (wide.gather(1, column) * is_local).squeeze(1)
+        wide.sub_(peak.unsqueeze(1)).exp_()  # in place: the logits are not needed again
         total = wide.sum(1)
     highest = _tp_sum(peak.clone(), tp_size, dist.ReduceOp.MAX)
     total, target = _tp_sum(torch.stack((total * (peak - highest).exp(), target)), tp_size)
@@ -686,7 +688,7 @@ def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, 
         kernel.softmax_gradient_(logits, lse, labels, token_weight)
         return lse - target, logits
     gradient = wide.mul_(((peak - lse).exp() * token_weight).unsqueeze(1))
-    gradient.scatter_add_(1, column, mine * -token_weight.unsqueeze(1))
+    gradient.scatter_add_(1, column, is_local * -token_weight.unsqueeze(1))
     return lse - target, gradient.to(logits.dtype)
 
 
@@ -694,8 +696,8 @@ def _softmax_loss(logits, labels, token_weight, tp_size) -> tuple[torch.Tensor, 
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW with npu's one-kernel update; elsewhere torch's own fused one. `common.train` gives this class to
-    the optimizer megatron-core has built. fp32 parameters, moments and gradients."""
+    """torch's AdamW with npu's one-kernel update; elsewhere torch's own. `common.optimizer` gives this class to the
+    optimizer that megatron-core has built. fp32 parameters, moments and gradients."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -715,10 +717,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw_(p, grad, exp_avg, exp_avg_sq, done: int, group: dict) -> None:
-    """One step of AdamW in place, in one kernel; done: the steps before it; group: lr, betas, eps, weight_decay."""
+    """Applies one step of AdamW in place, in one kernel. done: earlier steps; group: lr, betas, eps, weight_decay."""
     beta1, beta2 = group["betas"]
     if BACKEND == "npu":
-        torch.ops.npu.npu_apply_adam_w(  # the powers are of the step before this one
+        torch.ops.npu.npu_apply_adam_w(  # it takes the powers of the step before this one
             beta1**done, beta2**done, group["lr"], group["weight_decay"], beta1, beta2, group["eps"],
             grad, None, False, False, out=[p, exp_avg, exp_avg_sq],
         )  # fmt: skip
@@ -731,5 +733,5 @@ def adamw_(p, grad, exp_avg, exp_avg_sq, done: int, group: dict) -> None:
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
-    """This rank's part of what FSDP2 shards."""
+    """Returns this rank's part of a tensor that FSDP2 shards, or any other tensor itself."""
     return t.to_local() if hasattr(t, "to_local") else t
