@@ -263,8 +263,7 @@ def split_vocabulary(backend: str) -> dict:
 
 
 def loss_and_gradients(hidden, weight, labels, token_weight, tp_size: int = 1) -> dict:
-    """Computes the weighted sum of losses, the same from log-probabilities weighted afterwards, and gradients of
-    both."""
+    """Computes the weighted loss, the same with log-probabilities weighted afterwards, and the gradients of both."""
     loss, losses = ops.linear_cross_entropy(hidden, weight, labels, token_weight, tp_size)
     first = torch.autograd.grad(loss, (hidden, weight))
     log_probs = ops.linear_log_probs(hidden, weight, labels, tp_size)
