@@ -512,7 +512,7 @@ def test_the_last_answer_is_not_replaced_by_an_earlier_one_where_it_is_not_learn
 
 
 def test_thoughts_left_out_are_counted_in_what_is_printed_and_the_choice_has_a_cache_of_its_own(tmp_path, capsys):
-    path, learnt_tokens = CASES / "think_multi.jsonl", {}
+    path, counts = CASES / "think_multi.jsonl", {}
     for train_on, note in (
         ("all", "learnt without them"),
         ("complete", "train on: complete"),
@@ -521,10 +521,8 @@ def test_thoughts_left_out_are_counted_in_what_is_printed_and_the_choice_has_a_c
         folder = prepare_chats(path, DEMO_TOKENIZER, 512, tmp_path, train_on=train_on)
         assert f"; the template leaves out the thoughts of 1 answers ({note})" in capsys.readouterr().out
         labels = PackedRows(folder).fetch(range(len(PackedRows(folder))))["labels"]
-        learnt_tokens[folder.name] = int((labels != IGNORE).sum())
-    assert len(learnt_tokens) == 3 and sorted(learnt_tokens.values()) == [min(learnt_tokens.values())] * 2 + [
-        max(learnt_tokens.values())
-    ]
+        counts[folder.name] = int((labels != IGNORE).sum())
+    assert len(counts) == 3 and sorted(counts.values()) == [min(counts.values())] * 2 + [max(counts.values())]
     prepare_chats(CASES / "weight0.jsonl", DEMO_TOKENIZER, 512, tmp_path)
     assert "thoughts" not in capsys.readouterr().out
 
@@ -980,8 +978,7 @@ def indexed(prefix: Path, documents: list[list[int]]) -> Path:
 
 @pytest.fixture
 def numbered(tmp_path) -> tuple[Path, list[list[int]]]:
-    """Writes 50 documents of 1 to 30 tokens. Document d holds d * 31 + 1, d * 31 + 2, …, so a token tells its
-    document."""
+    """Writes 50 documents of 1 to 30 tokens. Document d holds d * 31 + 1, d * 31 + 2, …: a token tells its document."""
     rng = np.random.default_rng(0)
     documents = [[d * 31 + 1 + i for i in range(rng.integers(1, 31))] for d in range(50)]
     return indexed(tmp_path / "numbered", documents), documents
