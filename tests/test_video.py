@@ -81,8 +81,7 @@ def seconds(frames: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize("name", ["vfr.mp4", "cfr30.mp4"])
 def test_frames_at_a_rate_show_their_time(name):
-    """vfr.mp4: 2 s at 30 frames a second, then 2 s at 5. cfr30.mp4: 4 s at 30, with timestamps rounded to
-    milliseconds."""
+    """vfr.mp4: 2 s at 30 frames a second, then 2 s at 5. cfr30.mp4: 4 s at 30, its timestamps rounded to ms."""
     frames = read_frames(CASES / name, range(64), fps=16)
     step = [1 / 30 if name == "cfr30.mp4" or n < 32 else 1 / 5 for n in range(64)]
     shown = [int(n / 16 / s + 1e-6) * s for n, s in enumerate(step)]

@@ -1,4 +1,4 @@
-"""extract_features.sh: training on its folder equals training online, without the encoders; resume, damage,
+"""extract_features.sh: training on its folder equals online training and needs no encoders; resume, damage,
 refusals."""
 
 import json

@@ -1,5 +1,4 @@
-"""Image-to-video of Wan2.1: the condition and the samples equal those of diffusers' pipeline; pictures; prompt
-files."""
+"""Image-to-video of Wan2.1: condition and samples equal those of diffusers' pipeline; pictures; prompt files."""
 
 import dataclasses
 import json

@@ -1,5 +1,4 @@
-"""The memory of a training step: fake tensors count as real ones do, and the estimate of --dry-run is near the
-count."""
+"""The memory of a training step: fake tensors count as real ones do, and --dry-run's estimate is near the count."""
 
 from importlib import import_module
 from unittest import mock

@@ -1,5 +1,5 @@
-"""dpo_t2v.sh and dpo_i2v.sh: loss and gradients against the formula on diffusers' model, layouts against one process, the
-reference, pairs, resume."""
+"""dpo_t2v.sh and dpo_i2v.sh: loss and gradients equal the formula on diffusers' model, layouts equal one process; the
+reference; pairs; resume."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ from common.margins import Margins
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
 TOLERANCE = 1e-5
 CONFIGS = {"t2v": case.CONFIG, "i2v": case.I2V}
-BETA, SFT = 30.0, 0.4  # errors of random weights are far apart: the loss must not be flat
+BETA, SFT = 30.0, 0.4  # the loss is not flat here, though errors of random weights are far apart
 
 
 def pairs(places: list[int], config) -> dict:
-    """A micro-batch of the pairs of these places of the global batch: the chosen videos, then the rejected ones."""
+    """Makes a micro-batch of the pairs at these places of the global batch: chosen videos, then rejected ones."""
     chosen, rejected = ([case.sample_batch(first + i, 0, config) for i in places] for first in (0, 100))
-    for one, other in zip(chosen, rejected, strict=True):
-        other.update({key: one[key] for key in ("t", "weight", "text", "y", "image") if key in one})
+    for preferred, worse in zip(chosen, rejected, strict=True):
+        worse.update({key: preferred[key] for key in ("t", "weight", "text", "y", "image") if key in preferred})
     return {key: torch.cat([b[key] for b in chosen + rejected]) for key in chosen[0]}
 
 
@@ -47,7 +47,7 @@ def options(**layout) -> SimpleNamespace:
 
 
 def measuring(o, config):
-    """What measures the errors of micro-batches."""
+    """Returns the function that measures the errors of micro-batches."""
     return functools.partial(preference.measure, o, lambda batches: case.sequence_length(o, config))
 
 
@@ -55,7 +55,7 @@ def measuring(o, config):
 
 
 def by_hand(policy, reference, batch: dict) -> torch.Tensor:
-    """Diffusion-DPO, arXiv:2311.12908 equation 14, with velocities, a pair at a time."""
+    """Computes Diffusion-DPO, arXiv:2311.12908 equation 14, with velocities, a pair at a time."""
     half, losses = len(batch["x"]) // 2, []
     for i in range(half):
         e = {}
@@ -71,9 +71,9 @@ def by_hand(policy, reference, batch: dict) -> torch.Tensor:
 
 
 def beside_diffusers(which: str) -> dict:
-    """{name: (ours, theirs)} of the loss and of every gradient."""
+    """Returns {name: (ours, theirs)} of the loss and of every gradient."""
     o = options(micro_batch=4)
-    config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers takes it
+    config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers needs it
     parallel.initialize(o)
     states = [case.random_state(seed, config) for seed in (0, 1)]
     theirs = [oracle(config) for _ in states]
@@ -120,7 +120,7 @@ LAYOUTS = {
 
 
 def run_layout(layout: dict, which: str) -> dict:
-    """On every rank: adapters that are not zero, a step's loss, margins and gradients, put together."""
+    """Runs a step on every rank, with adapters that are not zero. Rank 0 returns loss, margins and whole gradients."""
     config, o = CONFIGS[which], options(micro_batch=2, **layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -160,7 +160,7 @@ def test_layout_equals_single_process(name, which):
 
 
 def base_errors() -> list[torch.Tensor]:
-    """The errors of the same model that never had adapters."""
+    """Returns the errors of the same model that never had adapters."""
     o = options(micro_batch=2)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -193,8 +193,8 @@ def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, report = read_pairs(path)
-    assert [(row.path[-5:], row.caption, row.where) for row in found] == [
+    videos, report = read_pairs(path)
+    assert [(row.path[-5:], row.caption, row.where) for row in videos] == [
         ("a.mp4", "one", "pairs.jsonl:1"), ("b.mp4", "one", "pairs.jsonl:1"),
         ("c.mp4", "six", "pairs.jsonl:6"), ("a.mp4", "six", "pairs.jsonl:6"),
     ]  # fmt: skip
@@ -266,7 +266,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_starts_at_no_margin(task,
 
 
 def few(path, folder):
-    """A list of the first pairs of one."""
+    """Writes a list of the first ten pairs of the list at `path`."""
     rows = [json.loads(line) for line in path.read_text().splitlines()[:10]]
     for row in rows:
         row |= {side: str(path.parent / row[side]) for side in ("chosen", "rejected")}
