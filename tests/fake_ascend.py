@@ -197,8 +197,7 @@ def on_device(x):
 
 
 def _on_host(op, kernel=None):
-    """Returns a kernel for npu tensors: `kernel` (default: the op itself on the CPU) runs over views of their
-    memory."""
+    """Returns a kernel for npu tensors: `kernel` (default: the op itself on the CPU) runs over their host views."""
     names = [a.name for a in op._schema.arguments]
     written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
@@ -282,8 +281,7 @@ LIBRARY_OWN = {
 
 
 def _cast(dtype, input=None, grad=None, **_):
-    """Casts `input` (in the backward: `grad`). `dtype` is a dtype's number, which the dispatcher takes and `to` does
-    not."""
+    """Casts `input` (in the backward: `grad`). `dtype` is a dtype's number, which the dispatcher takes."""
     return torch.ops.aten._to_copy(grad if input is None else input, dtype=dtype)
 
 

@@ -1,5 +1,5 @@
-"""The option contract: which options are refused, with which message, and what launchers guarantee. No test here builds
-a process group."""
+"""The option contract: which options are refused, with which message, what launchers guarantee. No process group is
+built."""
 
 import dataclasses
 import json

@@ -198,8 +198,8 @@ def test_swiglu_of_large_gates_is_finite():
 
 
 def tables(L, B, E):
-    """Returns rope of the interleaved form, cos and sin of the half form. No kernel may assume equal halves: they
-    differ."""
+    """Returns rope (interleaved form), cos and sin (half form). Their halves differ: no kernel may assume equal
+    ones."""
     angle = randn(L, B, 1, E)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)[..., : E // 2, :], angle.cos(), angle.sin()
 

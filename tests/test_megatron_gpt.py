@@ -177,8 +177,7 @@ def test_on_the_stand_in_device_it_trains_as_in_plain_torch(of_one_process, expe
 
 
 def random_numbers() -> dict[str, list[float]]:
-    """Draws on the device outside and in two forks of the tracker; then again outside and in one, from the same
-    seed."""
+    """Draws on the device outside and in two forks of the tracker; then, with the same seed, outside and in one."""
     megatron_gpt.join(tp=2, pp=1)
     drawn = {"outside": torch.rand(3, device="cuda").tolist(), "inside": []}
     for _ in range(2):

@@ -235,14 +235,14 @@ def test_adamw_of_npu_equals_torch(contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
     options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
     start = torch.randn(7, 5)
-    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = ops.AdamW([mine], **options), torch.optim.AdamW([theirs], **options)
+    mine, reference = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = ops.AdamW([mine], **options), torch.optim.AdamW([reference], **options)
     for step in range(5):
-        for p in (mine, theirs):
+        for p in (mine, reference):
             p.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
         for optimizer in optimizers:
             optimizer.step()
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6), f"step {step}"
+        assert torch.allclose(mine, reference, rtol=1e-5, atol=1e-6), f"step {step}"
 
 
 def split_vocabulary(backend: str) -> dict:
@@ -445,13 +445,13 @@ def test_block_sparse_gradient_needs_the_lse(contract):
 @pytest.mark.parametrize("limit", [0.5, 100.0, 0.0])
 def test_gradients_are_clipped_as_torch_clips_them(limit):
     values = [torch.randn(3, 4), torch.randn(5), None]  # one parameter has no gradient
-    mine, theirs = ([torch.nn.Parameter(torch.zeros(1 if v is None else v.shape)) for v in values] for _ in range(2))
-    for parameters in (mine, theirs):
+    mine, reference = ([torch.nn.Parameter(torch.zeros(1 if v is None else v.shape)) for v in values] for _ in range(2))
+    for parameters in (mine, reference):
         for p, value in zip(parameters, values, strict=True):
             p.grad = None if value is None else value.clone()
-    norm = torch.nn.utils.clip_grad_norm_(theirs, limit or float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(reference, limit or float("inf"))
     parts = [SimpleNamespace(get_parameters=lambda some=some: some) for some in (mine[:1], mine[1:])]
     clip_gradients(SimpleNamespace(chained_optimizers=parts), limit, float(norm))
-    for p, q in zip(mine[:2], theirs[:2], strict=True):
+    for p, q in zip(mine[:2], reference[:2], strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
     assert mine[2].grad is None

@@ -44,11 +44,11 @@ def ours(folder, **layout):
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]
     with torch.device("meta"):
-        theirs = case.oracle(config)
+        reference = case.oracle(config)
     model = case.model.build(case.options(), config, torch.device("meta"))[0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     count, tensors = PUBLISHED[size]
-    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == theirs.num_parameters()
+    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == reference.num_parameters()
     assert shapes == case.convert.shapes(config)
     released = case.convert.table(config).released_shapes()
     assert len(released) == tensors and sum(math.prod(s) for s in released.values()) == count
@@ -62,17 +62,17 @@ def test_flops_formula_equals_a_counted_forward(size):
 
     config, length = case.config.SIZES[size], 64
     model = case.model.build(case.options(), config, torch.device("cpu" if "tiny" in size else "meta"))[0]
-    where = next(model.parameters()).device
-    if where.type == "cpu":
+    device = next(model.parameters()).device
+    if device.type == "cpu":
         for p in model.parameters():
             p.data.normal_()
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        tokens = torch.zeros(length, dtype=torch.int64, device=where)
-        hidden, _ = model(tokens, torch.arange(length, device=where), [0, length])
+        tokens = torch.zeros(length, dtype=torch.int64, device=device)
+        hidden, _ = model(tokens, torch.arange(length, device=device), [0, length])
         hidden.flatten(0, 1) @ model.output_weight.t()
     attention = config.num_hidden_layers * 2 * length**2 * config.num_attention_heads * config.head_dim
     # The counter counts the whole square where attention is decomposed (meta), and nothing for the CPU's flash kernel.
-    assert counted.get_total_flops() == config.flops(length) + (attention if where.type == "meta" else -attention)
+    assert counted.get_total_flops() == config.flops(length) + (attention if device.type == "meta" else -attention)
 
 
 # ------------------------------------------------------------------------------------------------------- oracle parity
@@ -88,17 +88,17 @@ def their_loss(theirs, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_loss_and_gradients_equal_transformers(which, recompute, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(config.vocab_size, (3, 16), generator=generator) for _ in range(2))
-    want = their_loss(theirs, tokens, labels)
+    want = their_loss(reference, tokens, labels)
     want.backward()
     positions = torch.arange(16).repeat(3)
     weight = torch.full((48,), 1 / 48)
     got, _ = model(tokens.flatten(), positions, [0, 16, 32, 48], 3, labels.flatten(), weight)
     got.backward()
     assert got.item() == pytest.approx(want.item(), rel=TOLERANCE)
-    gradients = dict(theirs.named_parameters())
+    gradients = dict(reference.named_parameters())
     for name, p in model.named_parameters():
         assert close(p.grad, expected(name, gradients, config)), name
 
@@ -115,12 +115,12 @@ def expected(name: str, gradients: dict, config) -> torch.Tensor:
 
 def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path):
     config = case.CONFIGS["dense"]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     documents = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 10)]
     positions = torch.cat([torch.arange(len(d)) for d in documents])
     hidden, _ = model(torch.cat(documents), positions, [0, 5, 6, 16])
     got = hidden.flatten(0, 1) @ model.output_weight.t()
-    want = torch.cat([theirs(input_ids=d[None]).logits[0] for d in documents])
+    want = torch.cat([reference(input_ids=d[None]).logits[0] for d in documents])
     assert close(got, want)
 
 
@@ -131,9 +131,9 @@ def test_rotary_table_of_the_released_sizes_is_transformers_to_the_last_bit(fact
 
     config = dataclasses.replace(case.config.SIZES["8B"], rope_factor=factor)
     positions = torch.cat((torch.arange(100), torch.arange(100, config.positions, 997)))
-    theirs = Qwen3RotaryEmbedding(case.oracle_config(config))(torch.zeros(1), positions[None])
-    for mine, other in zip(case.model.rotary_table(positions, config), theirs, strict=True):
-        assert torch.equal(mine.flatten(1), other[0])
+    reference = Qwen3RotaryEmbedding(case.oracle_config(config))(torch.zeros(1), positions[None])
+    for got, want in zip(case.model.rotary_table(positions, config), reference, strict=True):
+        assert torch.equal(got.flatten(1), want[0])
 
 
 def test_experts_and_balancing_loss_are_transformers(tmp_path):
@@ -161,8 +161,8 @@ def test_experts_and_balancing_loss_are_transformers(tmp_path):
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path):
     config = case.CONFIGS[which]
-    theirs = case.save_oracle(tmp_path / "a", config).to(dtype)
-    theirs.save_pretrained(tmp_path / "a")
+    reference = case.save_oracle(tmp_path / "a", config).to(dtype)
+    reference.save_pretrained(tmp_path / "a")
     assert case.config.Qwen3Config.from_folder(tmp_path / "a") == config
     precision = "fp32" if dtype == torch.float32 else "bf16"
     parameters = dict(ours(tmp_path / "a", precision=precision).named_parameters())
@@ -173,8 +173,8 @@ def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path
     reader = weights.Reader()
     for key, entry in second.items():
         assert torch.equal(reader.read(entry), reader.read(first[key])), key
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), reference.parameters(), strict=True))
 
 
 def test_a_second_copy_of_the_tied_embedding_is_taken_if_it_is_one(tmp_path):
@@ -244,13 +244,13 @@ def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
     o = infer_options(max_new_tokens=12, batch=2)
     got = generation.generate(model, prompts, o, ends=set())
     for prompt, answer in zip(prompts, got, strict=True):
-        want = theirs.generate(
+        want = reference.generate(
             torch.tensor([prompt]),
             max_new_tokens=12,
             min_new_tokens=12,

@@ -64,25 +64,25 @@ def rank_state(state: dict, config, layers, first, last, tp, ep, how) -> Ordered
     if first:
         out["embedding.word_embeddings.weight"] = vocabulary("embed_tokens.weight")
     for local, i in enumerate(layers):
-        ours, theirs = f"layers.{i}.", f"decoder.layers.{local}."
+        ours, megatron = f"layers.{i}.", f"decoder.layers.{local}."
         q, k, v = (cut(f"{ours}self_attn.{p}_proj.weight", 0).view(K // tp[1], -1, E, D) for p in "qkv")
         assert q.shape[1] == n
         fused = how["fused norms"]
         norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
-        out[theirs + norm] = state[ours + "input_layernorm.weight"]
-        out[theirs + "self_attention.linear_proj.weight"] = cut(ours + "self_attn.o_proj.weight", 1)
-        out[theirs + "self_attention.linear_proj._extra_state"] = None
-        out[theirs + "self_attention.linear_qkv.weight"] = torch.cat((q, k, v), 1).reshape(-1, D)
-        out[theirs + "self_attention.q_layernorm.weight"] = state[ours + "self_attn.q_norm.weight"]
-        out[theirs + "self_attention.k_layernorm.weight"] = state[ours + "self_attn.k_norm.weight"]
+        out[megatron + norm] = state[ours + "input_layernorm.weight"]
+        out[megatron + "self_attention.linear_proj.weight"] = cut(ours + "self_attn.o_proj.weight", 1)
+        out[megatron + "self_attention.linear_proj._extra_state"] = None
+        out[megatron + "self_attention.linear_qkv.weight"] = torch.cat((q, k, v), 1).reshape(-1, D)
+        out[megatron + "self_attention.q_layernorm.weight"] = state[ours + "self_attn.q_norm.weight"]
+        out[megatron + "self_attention.k_layernorm.weight"] = state[ours + "self_attn.k_norm.weight"]
         norm = "mlp.linear_fc1.layer_norm_weight" if fused and not config.num_experts else "pre_mlp_layernorm.weight"
-        out[theirs + norm] = state[ours + "post_attention_layernorm.weight"]
+        out[megatron + norm] = state[ours + "post_attention_layernorm.weight"]
         if not config.num_experts:
             gate, up = (cut(f"{ours}mlp.{p}_proj.weight", 0) for p in ("gate", "up"))
-            out[theirs + "mlp.linear_fc1.weight"] = torch.cat((gate, up))
-            out[theirs + "mlp.linear_fc2.weight"] = cut(ours + "mlp.down_proj.weight", 1)
+            out[megatron + "mlp.linear_fc1.weight"] = torch.cat((gate, up))
+            out[megatron + "mlp.linear_fc2.weight"] = cut(ours + "mlp.down_proj.weight", 1)
             continue
-        out[theirs + "mlp.router.weight"] = state[ours + "mlp.gate.weight"]
+        out[megatron + "mlp.router.weight"] = state[ours + "mlp.gate.weight"]
         gate_up, down = state[ours + "mlp.gate_up"], state[ours + "mlp.down"]  # [G, D, 2, F] and [G, F, D]
         if how.get("extend"):  # each tensor parallel rank holds whole experts of its own
             part, parts = ep[0] * tp[1] + tp[0], ep[1] * tp[1]
@@ -91,7 +91,7 @@ def rank_state(state: dict, config, layers, first, last, tp, ep, how) -> Ordered
         gate_up, down = gate_up.chunk(parts)[part], down.chunk(parts)[part]
         if not how.get("extend") and not how.get("etp1"):
             gate_up, down = gate_up.chunk(tp[1], 3)[tp[0]], down.chunk(tp[1], 1)[tp[0]]
-        experts = theirs + "mlp.experts."
+        experts = megatron + "mlp.experts."
         if how["experts"] == "grouped":
             out[experts + "weight1"] = gate_up.reshape(D, -1)
             out[experts + "weight2"] = down.reshape(-1, D)
@@ -211,17 +211,17 @@ def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, m
     )  # fmt: skip
     model_parallel_cuda_manual_seed(0)
     spec = get_gpt_layer_local_spec(num_experts=c.num_experts or None, qk_layernorm=True, normalization="RMSNorm")
-    theirs = GPTModel(
+    reference = GPTModel(
         settings, spec, vocab_size=c.vocab_size + PADDING, max_sequence_length=64, position_embedding_type="rope",
         rotary_base=int(c.rope_theta), share_embeddings_and_output_weights=c.tie_word_embeddings,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(4)
-    for name, p in theirs.named_parameters():
+    for name, p in reference.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data.copy_(1 + 0.1 * noise if "layernorm" in name else 0.15 * noise)
     target = tmp_path / "release" / "mp_rank_00"
     target.mkdir(parents=True)
-    torch.save(common_state() | {"model": theirs.state_dict_for_save_checkpoint()}, target / "model_optim_rng.pt")
+    torch.save(common_state() | {"model": reference.state_dict_for_save_checkpoint()}, target / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
 
     ours = case.model.build(case.options(), c)[0]
@@ -229,7 +229,7 @@ def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, m
     tokens, positions = torch.randint(c.vocab_size, (16,), generator=generator), torch.arange(16)
     with torch.no_grad():
         mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
-        want = theirs(tokens[None], positions[None], mask)[0, :, : c.vocab_size]
+        want = reference(tokens[None], positions[None], mask)[0, :, : c.vocab_size]
         got = ours(tokens, positions, [0, 16])[0].flatten(0, 1) @ ours.output_weight.t()
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -345,8 +345,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "mlp.down_proj", "lm_head"]
 
 
 def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
-    """Writes a released folder and a PEFT adapter for it. Returns (config, the release's tensors, peft's merged
-    model)."""
+    """Writes a released folder and a PEFT adapter for it. Returns (config, base tensors, peft's merged model)."""
     import peft
 
     config, targets = case.CONFIGS[which], [t for t in TARGETS if which == "dense" or "proj" in t and "mlp" not in t]
@@ -380,9 +379,9 @@ def merged(folder, config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_merged_adapter_equals_peft(which, rslora, tmp_path):
-    config, before, theirs = adapter_and_base(tmp_path, which, use_rslora=rslora)
+    config, before, reference = adapter_and_base(tmp_path, which, use_rslora=rslora)
     got = merged(tmp_path, config)
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "theirs")
     want = load_file(tmp_path / "theirs" / "model.safetensors")
     assert got.keys() == before.keys() >= want.keys()
     for key, tensor in want.items():
@@ -399,9 +398,9 @@ def test_an_adapter_of_unsloths_with_ranks_and_alphas_of_its_own_is_merged_as_pe
         "rank_pattern": {r"layers.\d+.self_attn.q_proj": 2, "layers.3.self_attn.o_proj": 6},
         "alpha_pattern": {"v_proj": 9, "layers.1.self_attn.q_proj": 0.5},
     }
-    config, before, theirs = adapter_and_base(tmp_path, which, **options)
+    config, before, reference = adapter_and_base(tmp_path, which, **options)
     got, want = merged(tmp_path, config), {}
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "theirs")
     want = load_file(tmp_path / "theirs" / "model.safetensors")
     assert not [k for k, t in want.items() if (got[k] - t).abs().max() > 1e-6 * t.abs().max()]
     assert sum(not torch.equal(got[key], before[key]) for key in before) == config.num_hidden_layers * linears

@@ -236,9 +236,9 @@ THINKS = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assi
 
 
 def with_template(tokenizer, template: str):
-    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    other.chat_template = template
-    return other
+    changed = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    changed.chat_template = template
+    return changed
 
 
 @pytest.mark.parametrize(("template", "begin"), [(CHATML, ""), (TRIMMED, ""), (THINKS, "<think>\n")])
@@ -660,9 +660,9 @@ def test_pairs_of_the_commonest_public_layout_ask_once(tmp_path, tokenizer):
     folder = prepare_chats(CASES / "dpo_ultra.jsonl", DEMO_TOKENIZER, 128, tmp_path, kind="dpo")
     batch = PackedRows(folder).fetch([0])
     first, second = (slice(*batch["cu_seqlens"][n : n + 2]) for n in (0, 1))
-    asked = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    prompt = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     for part, answer in ((first, "Red."), (second, "Seven.")):
-        assert tokenizer.decode(batch["tokens"][part]) == f"{asked}{answer}<|im_end|>\n"
+        assert tokenizer.decode(batch["tokens"][part]) == f"{prompt}{answer}<|im_end|>\n"
         labels = batch["labels"][part]
         assert tokenizer.decode(labels[labels != IGNORE]) == f"{answer}<|im_end|>"
 
@@ -843,7 +843,7 @@ def packed(demo, tmp_path_factory) -> PackedRows:
 def test_demo_conversations_fill_their_rows_and_come_back_bit_equal(demo, packed, tokenizer):
     chat = Chat(tokenizer)
     wanted = [chat.encode(row["messages"]) for row in lines(demo / "sft" / "test.jsonl")]
-    seen = []
+    conversations = []
     for row in range(len(packed)):
         batch = packed.fetch([row])
         assert batch["tokens"].shape == batch["labels"].shape == batch["positions"].shape == (512,)
@@ -857,10 +857,10 @@ def test_demo_conversations_fill_their_rows_and_come_back_bit_equal(demo, packed
                 assert end == 512 and (labels == IGNORE).all()
                 continue
             assert labels[-1] == IGNORE  # the next token belongs to another conversation
-            kept = labels != IGNORE
-            assert (labels[kept] == tokens.roll(-1)[kept]).all()
-            seen.append((tuple(tokens.tolist()), tuple((labels != IGNORE).tolist())))
-    assert sorted(seen) == sorted((tuple(t.tolist()), (*g[1:].tolist(), False)) for t, g in wanted)
+            learnt_here = labels != IGNORE
+            assert (labels[learnt_here] == tokens.roll(-1)[learnt_here]).all()
+            conversations.append((tuple(tokens.tolist()), tuple((labels != IGNORE).tolist())))
+    assert sorted(conversations) == sorted((tuple(t.tolist()), (*g[1:].tolist(), False)) for t, g in wanted)
     assert packed.fill >= 0.98  # 27 rows, the last of them a third full
 
 

@@ -35,17 +35,17 @@ def options(**values):
 def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
     """With unequal lengths, endings of several tokens and of all but one, and several endings of one text."""
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(0)
     requests = []
     for length, sizes in ((9, (3,)), (1, (1, 1, 1)), (20, (20, 4)), (5, (1,)), (30, (2, 2))):
         tokens = torch.randint(96, (length,), generator=generator).tolist()
-        likeliest = theirs(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        likeliest = reference(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
         endings = [torch.randint(96, (n,), generator=generator).tolist() for n in sizes]
         requests.append((tokens, [*endings, likeliest[-2:] if length > 1 else likeliest]))
     want = []
     for tokens, endings in requests:
-        logs = theirs(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        logs = reference(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         last = [(logs[-len(e) :], torch.tensor(e)) for e in endings]
         want.append([(part.gather(1, e[:, None]).sum().item(), bool((part.argmax(1) == e).all())) for part, e in last])
     for row_tokens in (1, 25, 1000):
@@ -161,7 +161,7 @@ def harness_model(evaluate, folder: Path, out: Path, **values):
 def requests_of(kind: str, *arguments) -> list:
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, one, i, ("task", i, 1)) for i, one in enumerate(arguments)]
+    return [Instance(kind, {}, argument, i, ("task", i, 1)) for i, argument in enumerate(arguments)]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -170,34 +170,34 @@ def both(request, evaluate, tmp_path_factory):
     from lm_eval.models.huggingface import HFLM
 
     folder = tmp_path_factory.mktemp("released")
-    theirs = case.save_oracle(folder, SPOKEN[request.param])
-    theirs.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
-    return harness_model(evaluate, folder, folder / "out"), HFLM(theirs, tokenizer=tokenizer(), batch_size=3)
+    reference = case.save_oracle(folder, SPOKEN[request.param])
+    reference.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
+    return harness_model(evaluate, folder, folder / "out"), HFLM(reference, tokenizer=tokenizer(), batch_size=3)
 
 
 def test_likelihoods_equal_those_of_the_harness_own_model(both):
     """With contexts of unequal length, empty, and longer than the model; with endings of one token and of many."""
     pairs = [(text, ending) for text in TEXTS for ending in ENDINGS]
-    mine, theirs = (model.loglikelihood(requests_of("loglikelihood", *pairs), disable_tqdm=True) for model in both)
-    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=TOLERANCE)
-    assert [likely for _, likely in mine] == [likely for _, likely in theirs]
+    got, want = (model.loglikelihood(requests_of("loglikelihood", *pairs), disable_tqdm=True) for model in both)
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in want], rel=TOLERANCE)
+    assert [likely for _, likely in got] == [likely for _, likely in want]
 
 
 def test_rolling_likelihoods_equal_those_of_the_harness_own_model(both):
     texts = [(text,) for text in ("one", "The quick brown fox", "a b c d " * 40)]
-    mine, theirs = (m.loglikelihood_rolling(requests_of("loglikelihood_rolling", *texts)) for m in both)
-    assert mine == pytest.approx(theirs, rel=TOLERANCE)
+    got, want = (m.loglikelihood_rolling(requests_of("loglikelihood_rolling", *texts)) for m in both)
+    assert got == pytest.approx(want, rel=TOLERANCE)
 
 
 def test_greedy_answers_equal_those_of_the_harness_own_model(both):
     """With stop strings, and with prompts that are cut from the left."""
     free = [(text or "y", {"until": [], "max_gen_toks": 12, "do_sample": False}) for text in TEXTS]
-    mine, theirs = (m.generate_until(requests_of("generate_until", *free), disable_tqdm=True) for m in both)
-    assert mine == theirs and any(len(text) > 12 for text in mine)
+    mine, reference = (m.generate_until(requests_of("generate_until", *free), disable_tqdm=True) for m in both)
+    assert mine == reference and any(len(text) > 12 for text in mine)
     stops = [[text[len(text) // 2 :][:2], text[-1:]] for text in mine]
     cut = [(text, settings | {"until": until}) for (text, settings), until in zip(free, stops, strict=True)]
-    shorter, theirs = (m.generate_until(requests_of("generate_until", *cut), disable_tqdm=True) for m in both)
-    assert shorter == theirs and shorter != mine
+    shorter, reference = (m.generate_until(requests_of("generate_until", *cut), disable_tqdm=True) for m in both)
+    assert shorter == reference and shorter != mine
 
 
 def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
@@ -207,12 +207,12 @@ def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
     file = tmp_path / "answers.jsonl"
     head, *lines = file.read_text().splitlines()
     file.write_text("\n".join([head, *lines[:3], lines[3][:20]]))  # killed within a line
-    again = harness_model(evaluate, tmp_path / "w", tmp_path)
-    asked, ask = [], again.ask
-    again.ask = lambda job: asked.extend(job[1]) or ask(job)
-    got = again.loglikelihood(pairs, disable_tqdm=True)
-    assert [v for v, _ in got] == pytest.approx([v for v, _ in want], rel=TOLERANCE) and len(asked) == len(TEXTS) - 3
-    again.answers.file.close()
+    resumed = harness_model(evaluate, tmp_path / "w", tmp_path)
+    requests, ask = [], resumed.ask
+    resumed.ask = lambda job: requests.extend(job[1]) or ask(job)
+    got = resumed.loglikelihood(pairs, disable_tqdm=True)
+    assert [v for v, _ in got] == pytest.approx([v for v, _ in want], rel=TOLERANCE) and len(requests) == len(TEXTS) - 3
+    resumed.answers.file.close()
     with pytest.raises(ValueError, match="answers of another run: weights"):
         evaluate.Answers(file, {"weights": "others"})
 
@@ -289,8 +289,7 @@ CARD = "---\nconfigs:\n- config_name: easy\n  data_files: [{split: test, path: e
 
 @pytest.mark.parametrize("fault", ["", "script", "missing", "unsafe"])
 def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate, demo, tmp_path):
-    """The folder is as `hf download --repo-type dataset somebody/questions --local-dir somebody/questions` leaves
-    it."""
+    """`hf download --repo-type dataset somebody/questions --local-dir somebody/questions` leaves such a folder."""
     o, lm, _ = demo
     repository = tmp_path / "somebody" / "questions"
     (repository / "easy").mkdir(parents=True)
@@ -305,8 +304,8 @@ def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate
     if not fault:
         assert evaluate.list_results(evaluate.run(o, lm))[0]["n"] == 3
         return
-    named = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
-    with pytest.raises(ValueError, match=named[fault]) as caught:
+    message = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
+    with pytest.raises(ValueError, match=message[fault]) as caught:
         evaluate.run(o, lm)
     assert "fix: " in str(caught.value)
 

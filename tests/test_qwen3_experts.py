@@ -94,8 +94,7 @@ def first_experts(layout: dict, backend: str) -> dict:
 
 
 def all_to_the_first(state: dict) -> dict:
-    """Makes every token choose experts 0 and 1: the mean of the hidden state decides, and the norm makes it
-    positive."""
+    """Makes every token choose experts 0 and 1: the hidden state's mean decides, and the norm makes it positive."""
     for name in state:
         if name.endswith("mlp.gate.weight"):
             state[name] = torch.tensor([9.0, 8.0, 1.0, 0.0, 0.0, 0.0]).unsqueeze(1) * torch.ones(6, 40) / 40

@@ -36,8 +36,7 @@ def adapt(chunks, config, **options) -> None:
 
 
 def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
-    """Returns {name: (ours, peft's)} of logits and merged weights, and the keys missing or unexpected for
-    transformers."""
+    """Returns {name: (ours, peft's)} of logits and merged weights, and the keys transformers misses or rejects."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -52,15 +51,15 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
         hidden, _ = model(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
         logits = (hidden.flatten(0, 1) @ model.output_weight.t()).view(3, 16, -1)
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
-        pairs = {"logits": (logits, theirs(input_ids=tokens).logits)}
+        reference = peft.PeftModel.from_pretrained(base, folder / "adapter")
+        pairs = {"logits": (logits, reference(input_ids=tokens).logits)}
         source = case.convert.open_source(folder / "base", config)
         source = release.merged(source, case.convert.adapter(folder / "adapter", config))
         case.convert.write_released(folder / "merged", config, source, None)
-        again = oracle.ours(folder / "merged")  # a strict load
-        hidden, _ = again(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
-        pairs["merged logits"] = (hidden.flatten(0, 1) @ again.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
-        want = theirs.merge_and_unload().state_dict()
+        reloaded = oracle.ours(folder / "merged")  # a strict load
+        hidden, _ = reloaded(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
+        pairs["merged logits"] = (hidden.flatten(0, 1) @ reloaded.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
+        want = reference.merge_and_unload().state_dict()
     got, info = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32, output_loading_info=True)
     pairs |= {name: (tensor, want[name]) for name, tensor in got.state_dict().items()}
     return pairs, [*info["missing_keys"], *info["unexpected_keys"]]
@@ -194,8 +193,7 @@ def generated(*argv) -> None:
 
 
 def beside_unpacked(folder) -> dict:
-    """Returns {name: (over a quantised base, over a plain base of the unpacked weights)} of the loss and every
-    gradient."""
+    """Returns {name: (over a quantised base, over a plain base of the unpacked weights)} of loss and gradients."""
     config, runs = case.CONFIGS["dense"], []
     parallel.initialize(case.options())
     for quantised in (True, False):
@@ -212,8 +210,8 @@ def beside_unpacked(folder) -> dict:
         else:
             for name, weight in packed.items():
                 parameter = chunks[0].get_parameter(f"{name}.weight")
-                off = (parameter - weight).abs().max() / parameter.abs().max()
-                assert 0 < off < 0.2
+                rounding = (parameter - weight).abs().max() / parameter.abs().max()
+                assert 0 < rounding < 0.2
                 parameter.data.copy_(weight)
         (batch,) = my_batches(case.options(global_batch=1), 0, packed=True)
         output, loss = case.train.forward_step(iter([batch]), chunks[0])

@@ -37,13 +37,12 @@ def options(**values) -> SimpleNamespace:
     objective = {"preference": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "sft_weight": 0.0}
     layout = {key: value for key, value in values.items() if key not in objective}
     o = case.options(**layout)
-    named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
-    return SimpleNamespace(**named | objective | {key: value for key, value in values.items() if key in objective})
+    fields = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
+    return SimpleNamespace(**fields | objective | {key: value for key, value in values.items() if key in objective})
 
 
 def row(place: int, step: int = 0, length: int = case.LENGTH) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Draws the row's one or two pairs by its place. A pair is (tokens, labels) twice; one or two first labels are
-    ignored."""
+    """Draws one or two pairs by the row's place. A pair is (tokens, labels) twice, its first labels ignored."""
     g, pairs = torch.Generator().manual_seed(1000 * step + place), []
     for sizes in [(5, 4), (3, 4)] if place % 2 else [(6, 8)]:
         pair = []
@@ -117,10 +116,10 @@ def beside_trl(folder, which: str, values: dict) -> dict:
     """Returns {name: (ours, theirs)} of the loss and of every gradient."""
     o, config = options(global_batch=1, **values), case.CONFIGS[which]
     parallel.initialize(o)
-    theirs, model = case.save_oracle(folder, config), oracle.ours(folder)
+    transformers_model, model = case.save_oracle(folder, config), oracle.ours(folder)
     rows = [row(0), row(1)]
     batch = joined(rows)
-    want = trl_loss(o, theirs, [pair for each in rows for pair in each], batch["reference"])
+    want = trl_loss(o, transformers_model, [pair for each in rows for pair in each], batch["reference"])
     want.backward()
     margins = Margins()
     (batch,) = case.train.weighted([batch], 1)
@@ -128,7 +127,7 @@ def beside_trl(folder, which: str, values: dict) -> dict:
     got, reported = loss(output)
     got.backward()
     assert reported["loss"] == got and margins()["accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    gradients = dict(theirs.named_parameters())
+    gradients = dict(transformers_model.named_parameters())
     pairs = {name: (p.grad, oracle.expected(name, gradients, config)) for name, p in model.named_parameters()}
     return pairs | {"loss": (got.detach(), want.detach())}
 
@@ -220,7 +219,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
     first = case.steps_of(tmp_path / "whole")[1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["margin"] == 0
-    made = reference.stat().st_mtime_ns
+    made_at = reference.stat().st_mtime_ns
     # Another layout uses the same reference. Adapters over a checkpoint have a new one, which equals them at the start.
     run_ranks(2, case.job, *settings, "--out", tmp_path / "tp2", "--steps", 4, "--tp", 2, "--sp")
     two, one = (case.steps_of(tmp_path / name) for name in ("tp2", "whole"))
@@ -230,7 +229,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     run_ranks(1, case.job, *settings, *more, "--steps", 2)
     assert case.steps_of(tmp_path / "adapters")[1]["loss"] == pytest.approx(1, abs=1e-5)
     assert (tmp_path / "adapters" / "adapter" / "adapter_model.safetensors").is_file()
-    assert reference.stat().st_mtime_ns == made and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
+    assert reference.stat().st_mtime_ns == made_at and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
 
 
 @pytest.mark.L2
@@ -282,8 +281,8 @@ def reference_of(layout: dict, folder):
     on_device = functools.partial(case.train.Batches.on_device, SimpleNamespace(o=o))
     facts = case.train.reference_facts(o, case.config.model_config(o))
     reference = preference.compute_reference(o, rows, facts, forwards, on_device)
-    again = preference.compute_reference(o, rows, facts, None, None)  # read from the disk, without a model
-    assert (reference == again).all()
+    cached = preference.compute_reference(o, rows, facts, None, None)  # read from the disk, without a model
+    assert (reference == cached).all()
     return reference
 
 

@@ -70,8 +70,8 @@ def read(path) -> str:
 
 
 def test_readmes_say_the_same():
-    found = differences(read(ENGLISH), read(CHINESE))
-    assert not found, "\n".join(found)
+    differing = differences(read(ENGLISH), read(CHINESE))
+    assert not differing, "\n".join(differing)
 
 
 @pytest.mark.parametrize("path", LINKS, ids=lambda path: path.name)

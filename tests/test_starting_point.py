@@ -199,8 +199,7 @@ def test_no_step_trains_at_rate_zero(schedule):
 
 
 def test_a_run_says_what_it_goes_on_with(tmp_path):
-    """A real run's checkpoint holds its tokenizer, its starting facts and its options. Each call's config file is
-    kept."""
+    """A real run's checkpoint holds its tokenizer, starting facts and options. Each call's config file is kept."""
     from ranks import run_ranks
 
     qwen3.prepare(qwen3.parse("train", []))

@@ -35,14 +35,14 @@ def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]]
     settings = {"lr": 1e-2, "lr_schedule": "linear", "weight_decay": 0.1, "deterministic": True, "keep": 9, "out": out}
     o = case.options(**settings | values)
     parallel.initialize(o)
-    chunks, seen = case.model.build(o, case.CONFIG), []
+    chunks, snapshots = case.model.build(o, case.CONFIG), []
     case.load(chunks, case.random_state())
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
     loaded = loaded or [(step, "") for step in range(o.steps)]
 
     def prepare(what: tuple[int, str]) -> list[dict]:
         number, fault = what
-        seen.append(whole(o, wrapped, gradient=False))
+        snapshots.append(whole(o, wrapped, gradient=False))
         return [batch | {"fault": fault} for batch in case.my_batches(o, number)]
 
     try:
@@ -60,7 +60,7 @@ def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]]
         )
     finally:
         torch.use_deterministic_algorithms(False)
-    return seen if dist.get_rank() == 0 else []
+    return snapshots if dist.get_rank() == 0 else []
 
 
 def forward_step(iterator, model):
@@ -88,11 +88,11 @@ def saved(out: Path, step: int) -> Path:
 
 def cut(out: Path, last: int) -> Path:
     """Copies a run as it would be if it had died after checkpoint `last`."""
-    other = shutil.copytree(out, out.with_name(f"{out.name} cut"))
-    for later in other.glob("checkpoints/step-*"):
+    copy = shutil.copytree(out, out.with_name(f"{out.name} cut"))
+    for later in copy.glob("checkpoints/step-*"):
         if int(later.name.removeprefix("step-")) > last:
             shutil.rmtree(later)
-    return other
+    return copy
 
 
 # ------------------------------------------------------------------------------------------------------- skipped steps
@@ -104,8 +104,8 @@ def test_steps_that_are_not_finite_leave_the_run_as_if_they_had_never_been_and_a
     run_ranks(1, run, plain, {"steps": 2 * n + 2, "save_every": n}, DECAY)
     loaded = [(number, fault) for number, name in enumerate(FAULTS) for fault in ("", name)]
     loaded += [(n, ""), (n + 1, "")]
-    seen = run_ranks(1, run, faulty, {"steps": 2 * n + 2, "save_every": 2 * n}, DECAY, loaded)[0]
-    unchanged = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(seen, seen[1:], strict=False)]
+    snapshots = run_ranks(1, run, faulty, {"steps": 2 * n + 2, "save_every": 2 * n}, DECAY, loaded)[0]
+    unchanged = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(snapshots, snapshots[1:], strict=False)]
     assert unchanged == [fault != "" for _, fault in loaded[:-1]], dict(zip(FAULTS, unchanged[1::2], strict=False))
     rows = rows_of(faulty)
     assert [row["skipped"] for row in rows] == [*((i + 1) // 2 for i in range(2 * n)), n, n]

@@ -49,14 +49,14 @@ def ours(state: dict[str, torch.Tensor], config=case.CONFIG, **layout):
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]
     with torch.device("meta"):
-        theirs = oracle(config)
+        reference = oracle(config)
     model = case.model.build(case.options(), config, torch.device("meta"))[0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     count, tensors = PUBLISHED[size]
     assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters
     assert shapes == case.convert.shapes(config) and len(shapes) == tensors
     released = {case.convert.to_diffusers(name): shape for name, shape in shapes.items()}
-    assert released == {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    assert released == {name: tuple(p.shape) for name, p in reference.state_dict().items()}
 
 
 @pytest.mark.L1
@@ -75,9 +75,9 @@ def test_config_survives_both_released_formats(size, tmp_path):
     config = case.config.SIZES[size]
     for name, values in (("diffusers", config.to_diffusers()), ("original", config.to_original())):
         folder = tmp_path / name
-        where = folder / "transformer" if name == "diffusers" else folder
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(json.dumps(values))
+        config_folder = folder / "transformer" if name == "diffusers" else folder
+        config_folder.mkdir(parents=True)
+        (config_folder / "config.json").write_text(json.dumps(values))
         assert case.config.WanConfig.from_folder(folder) == config
 
 
@@ -100,23 +100,23 @@ CONFIGS = {
 def test_forward_and_gradients_equal_diffusers(task, recompute):
     config = CONFIGS[task]
     state = case.random_state(config=config)
-    model, theirs = ours(state, config, recompute=recompute), oracle(config)
-    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
+    model, reference = ours(state, config, recompute=recompute), oracle(config)
+    reference.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
     batches = [case.sample_batch(i, config=config) for i in range(3)]
     batch = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
     x, t, text, y, image = (batch.get(k) for k in ("x", "t", "text", "y", "image"))
     pictures = (
         image.view(-1, config.image_tokens, config.image_dim) if config.first_last else image
     )  # theirs: [2B, I, …]
-    want = theirs(x if y is None else torch.cat((x, y), 1), t, text, pictures).sample
+    want = reference(x if y is None else torch.cat((x, y), 1), t, text, pictures).sample
     got = case.model.unpatchify(model(x, t, text, y, image), x.shape[2:], config.patch_size)
     assert close(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
     (want * direction).sum().backward()
     (got * direction).sum().backward()
     gradients = {case.convert.to_diffusers(name): p.grad for name, p in model.named_parameters()}
-    assert gradients.keys() == dict(theirs.named_parameters()).keys()
-    unequal = [name for name, p in theirs.named_parameters() if not close(gradients[name], p.grad)]
+    assert gradients.keys() == dict(reference.named_parameters()).keys()
+    unequal = [name for name, p in reference.named_parameters() if not close(gradients[name], p.grad)]
     assert not unequal
 
 
@@ -261,9 +261,9 @@ def test_loss_is_the_weighted_mean_squared_error():
 def released(tmp_path_factory):
     """Makes a folder as diffusers writes it, with every parameter random."""
     folder = tmp_path_factory.mktemp("released")
-    theirs = oracle()
-    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in case.random_state(7).items()})
-    theirs.save_pretrained(folder / "transformer")
+    reference = oracle()
+    reference.load_state_dict({case.convert.to_diffusers(k): v for k, v in case.random_state(7).items()})
+    reference.save_pretrained(folder / "transformer")
     return folder
 
 
@@ -273,14 +273,14 @@ def released(tmp_path_factory):
     [("t2v", torch.float32), ("t2v", torch.bfloat16), ("i2v", torch.bfloat16), ("flf2v", torch.float32)],
 )
 def test_released_layouts_convert_bit_exactly(to, task, dtype, tmp_path):
-    theirs = oracle(CONFIGS[task]).to(dtype)
-    theirs.save_pretrained(tmp_path / "a" / "transformer")
+    reference = oracle(CONFIGS[task]).to(dtype)
+    reference.save_pretrained(tmp_path / "a" / "transformer")
     first = tmp_path / "b"
     convert(tmp_path / "a", to, first, CONFIGS[task])
     convert(first, "diffusers", tmp_path / "c", CONFIGS[task])
     reader, back = weights.Reader(), weights.index(tmp_path / "c" / "transformer")
-    assert back.keys() == theirs.state_dict().keys()
-    for key, want in theirs.state_dict().items():
+    assert back.keys() == reference.state_dict().keys()
+    for key, want in reference.state_dict().items():
         got = reader.read(back[key])
         assert got.dtype == dtype and torch.equal(got, want), key
 

@@ -93,9 +93,9 @@ def test_features_are_the_models_own_a_frame_at_a_time(kind, tmp_path):
                 pixels = processor([video[i] for i in (0, 1, 3, 4)], return_tensors="pt")["pixel_values"]
                 want = model(pixels).last_hidden_state[0].mean(0)
             else:
-                one = model.vision_model if kind == "clip" else model
+                vision = model.vision_model if kind == "clip" else model
                 pixels = [processor(frame, return_tensors="pt")["pixel_values"] for frame in video]
-                want = torch.cat([one(p).pooler_output for p in pixels]).mean(0)
+                want = torch.cat([vision(p).pooler_output for p in pixels]).mean(0)
         got = torch.from_numpy(features(video))
         assert got.shape == (36,) and (got - want).abs().max() <= TOLERANCE * want.abs().max()
 
@@ -147,10 +147,10 @@ def test_the_job_goes_on_where_it_stopped_in_any_layout_and_says_what_it_did_not
     files = [out / "videos" / f"{i:05d}.mp4" for i in range(6)]
     lost = frames(files[3])
     files[3].unlink()
-    made = {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    made_at = {file: file.stat().st_mtime_ns for file in files if file.is_file()}
     models = ["--feature-model", tmp_path / "videomae", "--clip", tmp_path / "clip"]
     run_ranks(2, job, *settings, "--limit", 6, "--tp", 2, "--sp", *models)
-    assert all(file.stat().st_mtime_ns == before for file, before in made.items()) and len(made) == 4
+    assert all(file.stat().st_mtime_ns == before for file, before in made_at.items()) and len(made_at) == 4
     assert np.abs(frames(files[3]) - lost).mean() < 0.5  # of 255: the codec sees rounding differences
     rows = {row["score"]: row for row in json.loads((out / "results.json").read_text())["scores"]}
     assert rows["digit"]["n"] == 6 and rows["FVD-like"]["samples"] > 0

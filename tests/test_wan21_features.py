@@ -1,5 +1,4 @@
-"""extract_features.sh: training on its folder equals online training and needs no encoders; resume, damage,
-refusals."""
+"""extract_features.sh: training on its folder equals online training, without encoders; resume, damage, refusals."""
 
 import json
 import shutil

@@ -27,9 +27,9 @@ FOLDER, PROMPT = case.jobs.DEMO_I2V, "a handwritten three moves to the left"
 
 @pytest.fixture(scope="module")
 def pipeline() -> WanImageToVideoPipeline:
-    made = WanImageToVideoPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    return made
+    loaded = WanImageToVideoPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 @pytest.fixture(scope="module")

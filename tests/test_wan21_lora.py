@@ -75,14 +75,14 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
         pipeline = kind.from_pretrained(released, torch_dtype=torch.float32)
         pipeline.load_lora_weights(folder / "adapter")
         plain = WanTransformer3DModel.from_pretrained(released / "transformer", torch_dtype=torch.float32)
-        theirs = {
+        readers = {
             "diffusers": pipeline.transformer,
             "peft": peft.PeftModel.from_pretrained(plain, folder / "adapter"),
             "merged weights in diffusers": WanTransformer3DModel.from_pretrained(folder / "merged" / "transformer"),
         }
-        for name, other in theirs.items():
+        for name, reader in readers.items():
             inputs = {"hidden_states": theirs_x, "timestep": t, "encoder_hidden_states": text} | image
-            velocity = other(**inputs, return_dict=False)[0]
+            velocity = reader(**inputs, return_dict=False)[0]
             out[name] = case.model.velocity_tokens(velocity, config.patch_size)
     return out
 
@@ -130,8 +130,7 @@ def merge_in_memory(chunks: list[torch.nn.Module]) -> None:
 
 
 def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
-    """Returns whole weights after `release.merge_into`. The first call, of one rank, makes `folder` and merges by
-    hand."""
+    """Returns whole weights after `release.merge_into`. If `folder` is missing, this makes it and merges by hand."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -196,12 +195,12 @@ def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> No
     tensors, ranks, alphas = dict(extra or {}), {}, {}
     for linear, (A, B, alpha) in found.items():
         _, block, name = linear.split(".", 2)
-        theirs = {"original": linear, "diffusers": f"blocks.{block}.{IN_DIFFUSERS.get(name)}",
+        target = {"original": linear, "diffusers": f"blocks.{block}.{IN_DIFFUSERS.get(name)}",
                   "underscored": f"blocks_{block}_{name.replace('.', '_')}"}[kind]  # fmt: skip
-        tensors |= {f"{prefix}{theirs}.{a}.weight": A.clone(), f"{prefix}{theirs}.{b}.weight": B.clone()}
+        tensors |= {f"{prefix}{target}.{a}.weight": A.clone(), f"{prefix}{target}.{b}.weight": B.clone()}
         if scale == "alpha":
-            tensors[f"{prefix}{theirs}.alpha"] = torch.tensor(alpha)
-        ranks[theirs], alphas[theirs] = len(A), alpha
+            tensors[f"{prefix}{target}.alpha"] = torch.tensor(alpha)
+        ranks[target], alphas[target] = len(A), alpha
     facts = {"r": 9, "lora_alpha": 99, "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": list(ranks)}
     header = {"format": "pt"}
     if scale == "header":
@@ -247,11 +246,11 @@ def test_an_adapter_changes_the_weights_as_diffusers_reads_it(writer, tmp_path):
 
     write(tmp_path / "a.safetensors", writer, factors())
     pairs, reader = case.convert.adapter(tmp_path, case.CONFIG)[0], weights.Reader()
-    theirs = WanPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))  # with the alphas in the factors
-    assert len(theirs) == 2 * len(pairs) == 2 * 4 * 10
+    diffusers_state = WanPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))  # with the alphas in the factors
+    assert len(diffusers_state) == 2 * len(pairs) == 2 * 4 * 10
     for linear, pair in pairs.items():
         _, block, name = linear.split(".", 2)
-        A, B = (theirs[f"transformer.blocks.{block}.{IN_DIFFUSERS[name]}.{part}.weight"] for part in A_B)
+        A, B = (diffusers_state[f"transformer.blocks.{block}.{IN_DIFFUSERS[name]}.{part}.weight"] for part in A_B)
         assert relative(pair.settings.scale * (reader.read(pair.B) @ reader.read(pair.A)), B @ A) <= 1e-6
 
 
@@ -478,10 +477,10 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it_as_conver
         assert torch.equal(got[key], weight if A is None else (weight.float() + B @ A).bfloat16()), key
     assert not torch.equal(got["blocks.3.ffn.net.2.weight"], base["blocks.3.ffn.net.2.weight"])
     videos = []
-    for where in (["--adapter", adapter], ["--weights", tmp_path / "merged"]):
+    for model in (["--adapter", adapter], ["--weights", tmp_path / "merged"]):
         out = tmp_path / f"videos{len(videos)}"
         fast = ["--precision", "bf16", "--video", "5x48x48", "--sample-steps", "2", "--format", "gif", "--out", out]
-        run_ranks(1, case.job, "infer", *where, *fast, "--prompt", "a handwritten three moves up")
+        run_ranks(1, case.job, "infer", *model, *fast, "--prompt", "a handwritten three moves up")
         with Image.open(out / "0000.gif") as gif:
             videos.append([frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(gif)])
     assert videos[0] == videos[1]

@@ -42,8 +42,8 @@ def pairs(places: list[int], config) -> dict:
 
 def options(**layout) -> SimpleNamespace:
     o = case.options(**layout)
-    named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
-    return SimpleNamespace(**named | {"beta": BETA, "sft_weight": SFT})
+    fields = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
+    return SimpleNamespace(**fields | {"beta": BETA, "sft_weight": SFT})
 
 
 def measuring(o, config):
@@ -76,11 +76,11 @@ def beside_diffusers(which: str) -> dict:
     config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers needs it
     parallel.initialize(o)
     states = [case.random_state(seed, config) for seed in (0, 1)]
-    theirs = [oracle(config) for _ in states]
-    for model, state in zip(theirs, states, strict=True):
+    diffusers_models = [oracle(config) for _ in states]
+    for model, state in zip(diffusers_models, states, strict=True):
         model.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
     batch = pairs([0, 1], config)
-    want = by_hand(*theirs, batch)
+    want = by_hand(*diffusers_models, batch)
     want.backward()
     policy, reference = (case.model.build(o, config) for _ in states)
     for chunks, state in zip((policy, reference), states, strict=True):
@@ -92,7 +92,7 @@ def beside_diffusers(which: str) -> dict:
     got, reported = loss(output)
     got.backward()
     assert reported["loss"] == got and margins()["accuracy"] in (0, 0.5, 1)
-    gradients = dict(theirs[0].named_parameters())
+    gradients = dict(diffusers_models[0].named_parameters())
     both = {name: (p.grad, gradients[case.convert.to_diffusers(name)].grad) for name, p in policy[0].named_parameters()}
     return both | {"loss": (got.detach(), want.detach())}
 
@@ -100,10 +100,10 @@ def beside_diffusers(which: str) -> dict:
 @pytest.mark.L2
 @pytest.mark.parametrize("which", CONFIGS)
 def test_loss_and_gradients_equal_the_formula_on_diffusers_model(which):
-    found = run_ranks(1, beside_diffusers, which)[0]
-    off = {name: ((g - w).abs().max() / w.abs().max()).item() for name, (g, w) in found.items()}
-    assert not {name: value for name, value in off.items() if not value <= TOLERANCE}
-    assert 0.05 < found["loss"][0] < 50
+    values = run_ranks(1, beside_diffusers, which)[0]
+    errors = {name: ((g - w).abs().max() / w.abs().max()).item() for name, (g, w) in values.items()}
+    assert not {name: value for name, value in errors.items() if not value <= TOLERANCE}
+    assert 0.05 < values["loss"][0] < 50
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -172,8 +172,8 @@ def base_errors() -> list[torch.Tensor]:
 @pytest.mark.L2
 def test_the_reference_is_the_model_before_it_had_adapters():
     got, want = single("t2v")["errors"], run_ranks(1, base_errors)[0]
-    off = [((a - b).abs().max() / b.max()).item() for a, b in zip(got, want, strict=True)]
-    assert len(off) == 2 and max(off) < 1e-6, off
+    errors = [((a - b).abs().max() / b.max()).item() for a, b in zip(got, want, strict=True)]
+    assert len(errors) == 2 and max(errors) < 1e-6, errors
 
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
@@ -241,8 +241,8 @@ def job(*argv) -> None:
 
 def steps_of(out) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "grad_norm", "margin", "accuracy")
-    return [{key: row[key] for key in kept} for row in rows if row["kind"] == "step"]
+    columns = ("step", "loss", "grad_norm", "margin", "accuracy")
+    return [{key: row[key] for key in columns} for row in rows if row["kind"] == "step"]
 
 
 @pytest.mark.L4

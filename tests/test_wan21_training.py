@@ -63,10 +63,10 @@ def test_rotary_tables_are_diffusers_whatever_grid_came_before():
     wider = dataclasses.replace(case.CONFIG, num_heads=2)
     for grid in [(2, 4, 8), (2, 8, 4), (4, 2, 8), (4, 8, 2), (8, 2, 4), (8, 4, 2)] * 2:
         for config in (case.CONFIG, wider):
-            theirs = WanRotaryPosEmbed(config.head_dim, config.patch_size, 32)(torch.empty(1, 16, *grid))
+            reference = WanRotaryPosEmbed(config.head_dim, config.patch_size, 32)(torch.empty(1, 16, *grid))
             got = case.model.rotary_table([*grid], config, torch.device("cpu"))[:, 0, 0]  # [L, E/2, (cos, sin)]
-            for mine, other in zip(got.unbind(-1), theirs, strict=True):
-                assert (mine - other[0, :, 0, ::2]).abs().max() < 1e-6, grid
+            for part, want in zip(got.unbind(-1), reference, strict=True):
+                assert (part - want[0, :, 0, ::2]).abs().max() < 1e-6, grid
 
 
 # ------------------------------------------------------------------------------------------------------ pairs, dropout
@@ -187,12 +187,12 @@ def sampled_from(*argv) -> dict[str, torch.Tensor]:
 def test_averaged_weights_are_what_is_exported_and_sampled_and_converted(job, clips, tmp_path):
     settings = ["--job", job, "--data", clips, "--workers", "0", "--buckets", "13x48x48", "--micro-batch", "2", "--steps", "2",
                 "--global-batch", "4", "--lr", "1e-2", "--lr-schedule", "constant", "--warmup", "0", "--ema", "0.75"]  # fmt: skip
-    seen = run_ranks(1, sampled_from, *settings, "--out", tmp_path / "run", "--export", tmp_path / "mine")[0]
+    used = run_ranks(1, sampled_from, *settings, "--out", tmp_path / "run", "--export", tmp_path / "mine")[0]
     last = tmp_path / "run" / "checkpoints" / "step-000002"
-    held = tensors(last)
-    average = {key.removeprefix("ema."): value for key, value in held.items() if key.startswith("ema.")}
-    assert average.keys() == seen.keys() and all(torch.equal(average[key], seen[key]) for key in seen)
-    assert max((average[key] - held[key]).abs().max().item() for key in average) > 1e-3
+    stored = tensors(last)
+    average = {key.removeprefix("ema."): value for key, value in stored.items() if key.startswith("ema.")}
+    assert average.keys() == used.keys() and all(torch.equal(average[key], used[key]) for key in used)
+    assert max((average[key] - stored[key]).abs().max().item() for key in average) > 1e-3
     if job == "lora":
         adapter = load_file(tmp_path / "mine" / "adapter_model.safetensors")
         linears = {key: case.convert.to_diffusers(f"{key.rpartition('.')[0]}.weight") for key in average}
@@ -212,4 +212,4 @@ def test_averaged_weights_are_what_is_exported_and_sampled_and_converted(job, cl
     for key, value in average.items():
         theirs = case.convert.to_diffusers(key)
         assert torch.equal(exported[theirs], value) and torch.equal(ema[theirs], value), key
-        assert torch.equal(plain[theirs], held[key]), key
+        assert torch.equal(plain[theirs], stored[key]), key

@@ -202,8 +202,8 @@ def test_fingerprint_changes_with_the_weights(folder):
     scaled = weights.fingerprint(folder)
     (folder / "adapter_config.json").write_text('{"lora_alpha": 8}')
     assert scaled != weights.fingerprint(folder) != before
-    one, other = (weights.fingerprint(folder / f"m-0000{i}-of-00002.safetensors") for i in (1, 2))
-    assert one != other
+    first, second = (weights.fingerprint(folder / f"m-0000{i}-of-00002.safetensors") for i in (1, 2))
+    assert first != second
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])
