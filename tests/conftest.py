@@ -6,15 +6,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-os.environ.setdefault("ZOO_DEVICE", "cpu")  # the suite compares with fp32 on gloo
+os.environ.setdefault("ZOO_DEVICE", "cpu")  # the suite compares in fp32, on gloo
 
-# Triton decides at the decorator whether a kernel is interpreted, its own library included: so before anything else
-# imports it. The variable goes again because inductor reads it too.
+# Triton reads TRITON_INTERPRET where a kernel is decorated, also in its own library. The kernels are therefore imported
+# before anything else imports triton. The variable is deleted afterwards, because inductor reads it too.
 if importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     for path in sorted(ROOT.glob("kernels/*.py")):
         importlib.import_module(f"kernels.{path.stem}")
-    importlib.import_module("triton.experimental.gluon")  # the first launch would, without the variable, and fail
+    importlib.import_module("triton.experimental.gluon")  # else the first launch does it, unset, and fails
     del os.environ["TRITON_INTERPRET"]
 
 import common.device  # noqa: E402, F401  isort: skip  (before the first import of megatron)
@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="module")
 def one_rank(request, tmp_path_factory):
-    """This process as a group of one, for a module of tests that has its recipe's `case`."""
+    """Makes this process a group of one rank, for a test module that imports its recipe's helper module as `case`."""
     import torch
 
     from common import parallel
@@ -40,7 +40,7 @@ def one_rank(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
-    """A folder of whole videos whose frames show their numbers."""
+    """Makes a folder of undamaged videos. Each frame shows its own number."""
     from video_case import clip
 
     folder = tmp_path_factory.mktemp("clips")

@@ -1,9 +1,10 @@
-"""Runs that are killed, and what is left of them. Beside the tests, which kill a few:
+"""Kills training runs at random moments, resumes them, and compares their final checkpoints with an unbroken run's.
 
     python tests/kills.py --rounds 12 --seed 0
 
-trains the tiny text-to-video model unbroken; then it kills as many runs as asked for, each at random moments, imports and
-saves included (the launcher, its group, a rank, all processes), goes on with each until it ends, and compares. Minutes.
+The script adds to the tests, which kill only a few runs. First it trains the tiny text-to-video model without a break.
+Then, in each round, it kills one run at three random moments, imports and saves included (the launcher, its process
+group, a rank, or all processes), lets the run finish, and compares. This takes minutes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ VICTIMS = ("launcher", "group", "worker", "everything")
 
 
 def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen:
-    """A launcher in a session of its own, whose processes, whatever starts them, are found by `mark`."""
+    """Starts a launcher in a session of its own. All processes of the run have `mark` in their environment."""
     env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "RUN_MARK": mark} | variables
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -30,19 +31,19 @@ def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen:
 
 
 def running(mark: str) -> dict[int, str]:
-    """The living processes of a run, and their command lines."""
-    found = {}
+    """Returns {process id: command line} of the living processes of a run."""
+    commands = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"RUN_MARK={mark}\0".encode() in (process / "environ").read_bytes():  # a zombie has none
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+            if f"RUN_MARK={mark}\0".encode() in (process / "environ").read_bytes():  # empty for a zombie
+                commands[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
         except OSError:
             pass
-    return found
+    return commands
 
 
 def ranks(mark: str, launcher: int) -> list[int]:
-    """Those of them that torchrun has started."""
+    """Returns the process ids of the ranks that torchrun has started."""
     return [pid for pid in running(mark) if pid != launcher and os.getsid(pid) == pid]
 
 
@@ -57,7 +58,7 @@ def kill(victim: str, launcher: subprocess.Popen, mark: str) -> None:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
-    """How long it took."""
+    """Waits until the condition holds and returns the seconds it took. Raises AssertionError after `seconds`."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + seconds, f"not within {seconds} s"
@@ -66,14 +67,14 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def saving(out: Path, since: float) -> bool:
-    """Whether a checkpoint is being written."""
+    """Returns whether the run has been writing a checkpoint after the time `since`."""
     return any(p.stat().st_mtime > since for p in out.glob("checkpoints/.partial-*") if p.is_dir())
 
 
 def main() -> None:
     import tempfile
 
-    import conftest  # noqa: F401  (paths, and megatron's adapter)
+    import conftest  # noqa: F401  (sets sys.path, and adapts megatron-core)
     import test_resume as case
     import torch
 
@@ -83,26 +84,28 @@ def main() -> None:
     args = parser.parse_args()
     folder, draw = Path(tempfile.mkdtemp()), random.Random(args.seed)
     clips = case.import_module(f"zoo.{case.case.RECIPE}.demo.make_data").make(folder / "clips" / "demo", 12, 0)
-    clips, whole = clips / "train.jsonl", folder / "whole"
+    clips, unbroken = clips / "train.jsonl", folder / "whole"
     began = time.monotonic()
-    case.run(clips, whole)
+    case.run(clips, unbroken)
     longest = time.monotonic() - began
     for number in range(args.rounds):
         out, mark, kills = folder / f"run{number}", f"{folder}/{number}", []
         for _ in range(3):
-            launcher, at = start(case.command(clips, out), mark), draw.choice(["saving", draw.uniform(0, longest)])
+            launcher, when = start(case.command(clips, out), mark), draw.choice(["saving", draw.uniform(0, longest)])
             began = time.time()
-            while launcher.poll() is None and not (saving(out, began) if at == "saving" else time.time() > began + at):
+            while launcher.poll() is None and not (
+                saving(out, began) if when == "saving" else time.time() > began + when
+            ):
                 time.sleep(0.01)
             victim = draw.choice(VICTIMS)
             if launcher.poll() is None:
                 kill(victim, launcher, mark)
-            left = wait_until(lambda mark=mark: not running(mark), 60)
-            kills.append(f"{victim} {at if at == 'saving' else f'{at:.1f} s'} (gone in {left:.1f} s)")
+            seconds = wait_until(lambda mark=mark: not running(mark), 60)
+            kills.append(f"{victim} {when if when == 'saving' else f'{when:.1f} s'} (gone in {seconds:.1f} s)")
         print(f"run {number}: {', '.join(kills)}", flush=True)
         done = case.run(clips, out, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        want, got = (case.tensors(run / "checkpoints" / f"step-{case.STEPS:06d}") for run in (whole, out))
+        want, got = (case.tensors(run / "checkpoints" / f"step-{case.STEPS:06d}") for run in (unbroken, out))
         assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 

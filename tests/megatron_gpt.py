@@ -1,5 +1,5 @@
-"""megatron-core's own GPTModel, trained by the script one would write for NVIDIA GPUs. On Ascend NPUs and on CPUs it
-needs the one line marked below, and nothing of this repository otherwise.
+"""Trains megatron-core's own GPTModel with a script that one would write for NVIDIA GPUs. To run on Ascend NPUs and on
+CPUs it needs only one line of this repository, the import marked below.
 
     PYTHONPATH=. torchrun --nproc-per-node 2 tests/megatron_gpt.py --tp 2 --sp
     PYTHONPATH=. torchrun --nproc-per-node 2 tests/megatron_gpt.py --pp 2
@@ -28,8 +28,9 @@ OPTIMIZER = dict(lr=3e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, ada
 
 
 class Norm(torch.nn.LayerNorm):
-    """torch's LayerNorm for sequence parallelism, where each rank sees a part of the tokens: megatron-core sums the
-    gradients of marked parameters. Its own wrapper of torch's norm refuses sequence parallelism on every device."""
+    """torch's LayerNorm with its parameters marked for sequence parallelism. Each rank sees a part of the tokens, and
+    megatron-core sums the gradients of marked parameters over the ranks. megatron-core's own wrapper of torch's norm
+    refuses sequence parallelism on every device."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(hidden_size, eps)
@@ -37,7 +38,7 @@ class Norm(torch.nn.LayerNorm):
 
 
 def join(tp: int, pp: int) -> None:
-    """The groups of the job that torchrun started, and the random numbers of each rank."""
+    """Creates the process groups of the job that torchrun started, and seeds each rank's random numbers."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
@@ -45,7 +46,7 @@ def join(tp: int, pp: int) -> None:
 
 
 def build(sp: bool = False, **settings) -> GPTModel:
-    """This rank's part of the model. sp: sequence parallelism; settings: further ones of TransformerConfig."""
+    """Builds this rank's part of the model. sp: sequence parallelism; settings: further fields of TransformerConfig."""
     config = TransformerConfig(
         num_layers=4,
         hidden_size=40,
@@ -76,27 +77,27 @@ def build(sp: bool = False, **settings) -> GPTModel:
 
 
 def samples(step: int) -> torch.Tensor:
-    """Token ids of a step's global batch, int64 [GLOBAL_BATCH, LENGTH + 1]."""
+    """Returns the token ids of a step's global batch, int64 [GLOBAL_BATCH, LENGTH + 1]."""
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
     return (start + torch.arange(LENGTH + 1)) % VOCABULARY
 
 
 def forward_step(data, model):
-    """One micro-batch, as megatron-core's schedules ask for it."""
+    """Runs the forward of one micro-batch, with the signature that megatron-core's schedules require."""
     tokens = next(data).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(len(tokens), -1)
     losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
 
     def mean_loss(losses):
         loss = losses.mean()
-        return loss, {"loss": loss.detach().clone()}  # the schedule divides the first in place
+        return loss, {"loss": loss.detach().clone()}  # the schedule divides the first value in place
 
     return losses, mean_loss
 
 
 def train(model: GPTModel) -> list[tuple[float, float]]:
-    """Trains for STEPS steps. Returns the loss, which only the last pipeline stage knows, and gradient norm of each."""
+    """Trains for STEPS steps. Returns (loss, gradient norm) of each. Only the last pipeline stage knows the loss."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
     config, model = model.config, DistributedDataParallel(model.config, ddp, model)
     optimizer = get_megatron_optimizer(OptimizerConfig(use_distributed_optimizer=True, **OPTIMIZER), [model])

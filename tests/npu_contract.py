@@ -1,10 +1,10 @@
-"""Ascend's fused ops on CPU, level A of three: the published schemas over reference kernels, arguments checked strictly.
+"""Ascend's fused ops on CPU (level A of three): reference kernels behind the published schemas, with strict checks.
 
-`install()` registers the ops of `npu_schemas.txt` under `torch.ops.npu`, so that the npu branch of `common/ops` runs
-without a device. What is proven: names, order and kinds of arguments, their documented constraints (dtypes, layouts,
-mask polarity, cumulative lists), and that the branch computes what the reference branch does, gradients included.
-What is not: an NPU's numerics or speed. It encodes one reading of the documentation (torch_npu 2.13.0,
-`_op_plugin_docs.py`); `test_npu_library.py` holds shapes and schemas against the real library.
+`install()` registers the ops of `npu_schemas.txt` under `torch.ops.npu`, so the npu branch of `common/ops` runs without
+a device. Tests with it prove names, order and kinds of arguments, their documented constraints (dtypes, layouts, mask
+polarity, cumulative lists), and that the npu branch computes what the reference branch does, gradients included. They
+do not prove an NPU's numerics or speed. The checks encode one reading of the documentation (torch_npu 2.13.0,
+`_op_plugin_docs.py`); `test_npu_library.py` (levels B and C) compares shapes and schemas with the real library.
 """
 
 import re
@@ -19,10 +19,10 @@ UNBOUNDED = 2147483647
 
 
 def _read_schemas() -> dict[str, str]:
-    """{op name, with its overload: schema} of npu_schemas.txt."""
+    """Reads {op name, with its overload: schema} from npu_schemas.txt."""
     lines = (Path(__file__).parent / "npu_schemas.txt").read_text().splitlines()
-    found = (re.match(r"npu::([\w.]+)(\(.*)", line) for line in lines if not line.startswith("#"))
-    return {m[1]: m[1] + m[2] for m in found}
+    matches = (re.match(r"npu::([\w.]+)(\(.*)", line) for line in lines if not line.startswith("#"))
+    return {m[1]: m[1] + m[2] for m in matches}
 
 
 SCHEMAS = _read_schemas()
@@ -66,7 +66,7 @@ def _key_heads(layout: str, key: torch.Tensor, width: int) -> int:
 
 
 def _hidden(L: int, S: int, mask, mode: int, before: int, after: int) -> torch.Tensor | None:
-    """What may not be seen, bool broadcastable to [.., L, S], True = masked out, or None."""
+    """Returns the masked positions: bool, broadcastable to [.., L, S], True = masked out; or None."""
     if mask is None:
         return None  # sparse_mode and the bounds have no effect without a mask
     check(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is bool or uint8, not {mask.dtype}")
@@ -89,7 +89,7 @@ def _hidden(L: int, S: int, mask, mode: int, before: int, after: int) -> torch.T
 
 
 def _probabilities(q, k, scale, hidden):
-    """softmax in fp32 with its row maximum and sum, heads of k repeated for GQA; q [B, N, L, D], k [B, K, S, D]."""
+    """Returns the fp32 softmax, its row maximum and its row sum, for GQA. q [B, N, L, D], k [B, K, S, D]."""
     k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.float() @ k.transpose(-1, -2) * scale
     if hidden is not None:
@@ -106,7 +106,7 @@ def _attend(q, k, v, scale, hidden):
 
 
 def _attend_backward(q, k, v, dy, out, lse, scale, hidden):
-    """Gradients by the saved statistics and output, as a flash kernel makes them. lse [B, N, L, 1]."""
+    """Computes gradients from the saved statistics and output, as a flash kernel does. lse [B, N, L, 1]."""
     group = q.shape[1] // k.shape[1]
     wide_k, wide_v = (t.float().repeat_interleave(group, 1) for t in (k, v))
     scores = q.float() @ wide_k.transpose(-1, -2) * scale
@@ -124,7 +124,7 @@ def _attend_backward(q, k, v, dy, out, lse, scale, hidden):
 
 
 def _spans(q, k, ends_q, ends_k) -> list[tuple[int, int, int, int]]:
-    """(start, end) of queries and of keys of every packed sequence."""
+    """Returns (start and end of its queries, start and end of its keys) of every packed sequence."""
     check(ends_q is not None and ends_k is not None, "TND needs actual_seq_qlen and actual_seq_kvlen")
     for ends, tokens in ((ends_q, q.shape[0]), (ends_k, k.shape[0])):
         rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
@@ -164,9 +164,9 @@ def fusion_attention(query, key, value, head_num, input_layout, scale=1.0, **o):
         outs, statistics = [], []
         for a, b, c, d in _spans(query, key, o.get("actual_seq_qlen"), o.get("actual_seq_kvlen")):
             q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
-            out, *both = _attend(q, k, v, scale, _hidden(b - a, d - c, *rule))
+            out, *row_statistics = _attend(q, k, v, scale, _hidden(b - a, d - c, *rule))
             outs.append(out[0].transpose(0, 1))
-            statistics.append([s[0].transpose(0, 1) for s in both])
+            statistics.append([s[0].transpose(0, 1) for s in row_statistics])
         peak, total = (torch.cat(s) for s in zip(*statistics, strict=True))  # [T, N, 1]
         out = torch.cat(outs)
     else:
@@ -207,7 +207,7 @@ def fusion_attention_grad(
 
 
 def _check_blocks(query, key, value, mask, block_shape, layout, key_heads) -> torch.Tensor:
-    """Arguments of the block-sparse op; the hidden positions [B, N, L, S]."""
+    """Checks the arguments of the block-sparse op. Returns the masked positions [B, N, L, S]."""
     check(query.dtype in FLOATS[:2] and query.dtype == key.dtype == value.dtype, "fp16 or bf16, one for q, k and v")
     check(layout == "BNSD", f"layout {layout!r} is not stood in for")
     (B, N, L, D), S = query.shape, key.shape[2]
@@ -264,7 +264,7 @@ def rms_norm_backward(dy, input, gamma, rstd):
     normed, dnormed = input.float() * rstd, dy.float() * gamma.float()
     along = (dnormed * normed).mean(tuple(range(first, input.dim())), keepdim=True)
     dgamma = (dy.float() * normed).flatten(0, first - 1).sum(0) if first else dy.float() * normed
-    return (rstd * (dnormed - normed * along)).to(input.dtype), dgamma  # the latter fp32
+    return (rstd * (dnormed - normed * along)).to(input.dtype), dgamma  # dgamma stays fp32
 
 
 def add_rms_norm(x1, x2, gamma, epsilon=1e-6):
@@ -325,7 +325,7 @@ def rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
 def rotary_mul_backward(grad, input, r1, r2, rotary_mode="half"):
     _check_rotary(input, r1, r2, rotary_mode)
     dy, x = grad.float(), input.float()
-    dx = dy * r1.float() - _turned(dy * r2.float(), rotary_mode)  # the turn's transpose is its negative
+    dx = dy * r1.float() - _turned(dy * r2.float(), rotary_mode)  # the transpose of `_turned` is its negative
     dr1, dr2 = (g.sum_to_size(r1.shape).to(r1.dtype) for g in (dy * x, dy * _turned(x, rotary_mode)))
     return dx.to(input.dtype), dr1, dr2
 
@@ -391,7 +391,7 @@ def grouped_matmul(
     same_floats("npu_grouped_matmul", x, weight)
     if group_list_type == 1:
         ends = ends.cumsum(0)
-    summed = 0 if group_type == 0 else 1  # the dimension of x that the groups share out
+    summed = 0 if group_type == 0 else 1  # the dimension of x that is split into groups
     check(group_type in (0, 2), f"group_type {group_type}: 0 shares out the rows, 2 the summed dimension")
     check(bool((ends.diff(prepend=ends.new_zeros(1)) >= 0).all()), f"group_list falls: {group_list.tolist()}")
     check(ends[-1] == x.shape[summed], f"group_list ends at {int(ends[-1])}, not at {x.shape[summed]} rows")
@@ -423,7 +423,7 @@ def cross_entropy_loss(input, target, weight=None, reduction="mean", *options, *
     log_prob = input.float().log_softmax(1)
     losses = -log_prob.gather(1, target[:, None])[:, 0]
     loss = losses if reduction == "none" else getattr(losses, reduction)()[None]
-    zloss, lse = torch.zeros_like(loss), torch.zeros_like(losses)  # there, though nobody asked for them
+    zloss, lse = torch.zeros_like(loss), torch.zeros_like(losses)  # the op returns them even if not requested
     return tuple(t.to(input.dtype) for t in (loss, log_prob, zloss, lse))
 
 
@@ -445,7 +445,8 @@ def apply_adam_w(
     check(not amsgrad and not maximize and max_grad_norm is None, "amsgrad and maximize are not stood in for")
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    mean, square = m / (1 - beta1_power * beta1), v / (1 - beta2_power * beta2)  # powers of the step before
+    # beta1_power and beta2_power are those of the previous step
+    mean, square = m / (1 - beta1_power * beta1), v / (1 - beta2_power * beta2)
     var.mul_(1 - lr * weight_decay).sub_(lr * mean / (square.sqrt() + epsilon))
     return var, m, v
 
@@ -476,18 +477,18 @@ KERNELS = {
 # ------------------------------------------------------------------------------------------------------- registration
 
 
-# The ops that are differentiable by themselves on an NPU: (op, names of the differentiable inputs, backward), the
-# backward called with the gradients of the outputs, the inputs and the outputs.
+# Backwards of the ops that are differentiable by themselves on an NPU. Each takes torch.ops.npu, the gradients of the
+# outputs, the inputs by name, and the output tensors. It returns {name of an input: its gradient}.
 def _rms_norm_grad(ops, dys, i, out):
     dx, dgamma = ops.npu_rms_norm_backward(dys[0], i["input"], i["gamma"], out[1])
     return {"input": dx, "gamma": dgamma.to(i["gamma"].dtype)}
 
 
 def _attention_grad(ops, dys, i, out):
-    kept = ("atten_mask", "pre_tockens", "next_tockens", "actual_seq_qlen", "actual_seq_kvlen", "sparse_mode")
+    shared = ("atten_mask", "pre_tockens", "next_tockens", "actual_seq_qlen", "actual_seq_kvlen", "sparse_mode")
     dq, dk, dv, *_ = ops.npu_fusion_attention_grad(
         i["query"], i["key"], i["value"], dys[0].contiguous(), i["head_num"], i["input_layout"], softmax_max=out[1],
-        softmax_sum=out[2], attention_in=out[0], scale_value=i["scale"], **{k: i[k] for k in kept},
+        softmax_sum=out[2], attention_in=out[0], scale_value=i["scale"], **{k: i[k] for k in shared},
     )  # fmt: skip
     return {"query": dq, "key": dk, "value": dv}
 
@@ -525,11 +526,11 @@ GRADIENTS = {
     ),
 }
 
-_LIBRARY: torch.library.Library | None = None  # alive as long as the process
+_LIBRARY: torch.library.Library | None = None  # kept alive as long as the process
 
 
 def install() -> None:
-    """Register the ops of npu_schemas.txt for CPU tensors. Idempotent."""
+    """Registers the ops of npu_schemas.txt for CPU tensors. Later calls do nothing."""
     global _LIBRARY
     if _LIBRARY is not None:
         return
@@ -555,7 +556,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 def _without_backward(op):
-    """On a device the gradient would silently stop here."""
+    """Returns the op with a backward that raises. On a device the gradient would silently stop at this op."""
 
     def call(*args, **kwargs):
         with torch._C._AutoDispatchBelowAutograd():
@@ -569,8 +570,8 @@ def _without_backward(op):
 
 
 def _positional(kernel, schema: str):
-    """The dispatcher hands over what it likes by position; kernels here take some arguments by name. Without gradient:
-    an op is differentiable by its own backward or not at all."""
+    """Returns the kernel with arguments also by position: the dispatcher decides which it passes so. No gradients are
+    recorded inside, because an op is differentiable by its registered backward or not at all."""
     names = [a.name for a in torch._C.parse_schema(f"npu::{schema}").arguments]
 
     @torch.no_grad()
@@ -585,17 +586,17 @@ def _register_gradient(name: str, gradient) -> None:
     names = [a.name for a in arguments if not a.kwarg_only]
 
     def setup(ctx, inputs, keyword_only_inputs, output):
-        given = dict(zip(names, inputs, strict=True)) | keyword_only_inputs
+        arguments_by_name = dict(zip(names, inputs, strict=True)) | keyword_only_inputs
         output = output if isinstance(output, tuple) else (output,)
-        keep = {n: t for n, t in given.items() if torch.is_tensor(t)}
-        ctx.names, ctx.settings = list(keep), {n: v for n, v in given.items() if n not in keep}
+        keep = {n: t for n, t in arguments_by_name.items() if torch.is_tensor(t)}
+        ctx.names, ctx.settings = list(keep), {n: v for n, v in arguments_by_name.items() if n not in keep}
         ctx.save_for_backward(*keep.values(), *(t for t in output if torch.is_tensor(t)))
 
     def backward(ctx, *dys):
         tensors = ctx.saved_tensors
         i = ctx.settings | dict(zip(ctx.names, tensors, strict=False))
-        found = gradient(torch.ops.npu, dys, i, tensors[len(ctx.names) :])
-        return tuple(found.get(n) for n in names)
+        gradients = gradient(torch.ops.npu, dys, i, tensors[len(ctx.names) :])
+        return tuple(gradients.get(n) for n in names)
 
     def setup_positional(ctx, inputs, output):
         setup(ctx, inputs, {}, output)

@@ -1,4 +1,5 @@
-"""The option contract: what is refused, how it is said, and what launchers keep. Nothing here builds a process group."""
+"""The option contract: which options are refused, with which message, what launchers guarantee. No process group is
+built."""
 
 import dataclasses
 import json
@@ -31,7 +32,7 @@ def one_process(monkeypatch):
 
 
 def refusal(*argv, script: str = "train") -> str:
-    """The one line these options are refused with; it must say how to go on."""
+    """Returns the message that refuses these options. It must be one line and must say how to go on."""
     with pytest.raises(ValueError) as error:
         jobs.parse(script, [str(word) for word in argv])
     message = str(error.value)
@@ -40,7 +41,7 @@ def refusal(*argv, script: str = "train") -> str:
 
 
 def shell(*command, check: int | None = 0, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    """Run a command with this interpreter behind the launchers; `check` is the exit code it must have."""
+    """Runs a command with this interpreter behind the launchers. `check`: the exit code it must have; None: any."""
     env = {**os.environ, "ZOO_PYTHON": sys.executable, "ZOO_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **env}
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -48,13 +49,13 @@ def shell(*command, check: int | None = 0, cwd: Path = ROOT, **env: str) -> subp
 
 
 def released(folder: Path, size: str, layout: str = "diffusers", tamper=lambda header: None) -> Path:
-    """A released folder of a published size: true config and headers, and data that take no room on the disk."""
+    """Makes a released folder of a published size. Config and headers are true; the data take no room on the disk."""
     architecture = config.SIZES[size]
-    where = folder / "transformer" if layout == "diffusers" else folder
-    for part in (where, folder / "vae", folder / "text_encoder", folder / "tokenizer"):
+    weights_folder = folder / "transformer" if layout == "diffusers" else folder
+    for part in (weights_folder, folder / "vae", folder / "text_encoder", folder / "tokenizer"):
         part.mkdir(parents=True, exist_ok=True)
     values = architecture.to_diffusers() if layout == "diffusers" else architecture.to_original()
-    (where / "config.json").write_text(json.dumps(values))
+    (weights_folder / "config.json").write_text(json.dumps(values))
     rename = convert.to_diffusers if layout == "diffusers" else str
     header = {rename(name): list(shape) for name, shape in convert.shapes(architecture).items()}
     tamper(header)
@@ -63,7 +64,7 @@ def released(folder: Path, size: str, layout: str = "diffusers", tamper=lambda h
         start, end = end, end + 2 * torch.Size(shape).numel()
         described[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(described).encode()
-    file = where / "diffusion_pytorch_model.safetensors"
+    file = weights_folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(file, 8 + len(text) + end)
     return folder
@@ -71,7 +72,7 @@ def released(folder: Path, size: str, layout: str = "diffusers", tamper=lambda h
 
 # ------------------------------------------------------------------------------------------------ options and layouts
 
-# options, processes, what the message must hold. The tiny model has 4 heads and 4 layers; GIVEN makes 36 tokens.
+# name: (options, processes, parts of the message). The tiny model has 4 heads and 4 layers; GIVEN makes 36 tokens.
 GIVEN = ["--buckets", "13x48x48", "--micro-batch", "32", "--global-batch", "32"]
 REFUSED = {
     "unknown option": ("--setps 3", 1, ["'--setps'", "did you mean --steps?"]),
@@ -128,7 +129,7 @@ def test_impossible_options_are_refused_with_the_reason_and_the_fix(case, monkey
     assert all(part in message for part in parts), message
 
 
-# Sampling: the tiny model makes 13x48x48, 6 latent rows, in 20 steps with guidance 4.
+# The same for sampling: the tiny model makes 13x48x48, 6 latent rows, in 20 steps with guidance 4.
 REFUSED_TO_SAMPLE = {
     "no second branch": ("--cfg-parallel --cfg 1", 2, ["cfg=1, which has no second branch", "--no-cfg-parallel"]),
     "one rank for two branches": ("--cfg-parallel", 1, ["1 data-parallel ranks (1 processes", "an even number"]),
@@ -326,9 +327,9 @@ def test_malformed_row_is_refused_with_file_and_line(tmp_path):
 def test_help_and_readme_list_the_keys_a_row_may_have(capsys):
     with pytest.raises(SystemExit):
         jobs.parse("train", ["--help"])
-    told, readme = capsys.readouterr().out, (FOLDER / "README.md").read_text()
+    help_text, readme = capsys.readouterr().out, (FOLDER / "README.md").read_text()
     for key in ("path", "video", "file_path", "file_name", "cap", "caption", "text", "prompt", "chosen", "rejected"):
-        assert re.search(rf"\b{key}\b", told.split("--data")[2].split("--validation")[0]), key
+        assert re.search(rf"\b{key}\b", help_text.split("--data")[2].split("--validation")[0]), key
         assert f"`{key}`" in readme or f'"{key}":' in readme, key
 
 
@@ -418,11 +419,11 @@ def test_printed_config_is_toml_that_gives_the_same_run_again(script, argv):
     values = tomllib.loads(cli.to_toml(o))
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(o).items() if v is not None}
     assert values == plain
-    again = []
+    flags = []
     for name, value in values.items():
         flag = name.replace("_", "-")
-        again += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
-    assert jobs.parse(script, again) == o
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
+    assert jobs.parse(script, flags) == o
 
 
 @pytest.mark.L1
@@ -484,7 +485,7 @@ def test_sampling_writes_a_video_for_every_prompt(tmp_path):
 
 
 def test_launchers_work_from_any_directory_whatever_lies_there(tmp_path):
-    for name in ("common", "zoo", "torch"):  # a user's own folders must not be taken for ours
+    for name in ("common", "zoo", "torch"):  # a user's folders must not shadow ours
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported from the current directory')")
     for launcher in sorted(FOLDER.glob("*.sh")):
@@ -496,7 +497,7 @@ def test_launchers_work_from_any_directory_whatever_lies_there(tmp_path):
 
 @pytest.fixture
 def recipe_copy():
-    """`cp -r` of the recipe under another name."""
+    """Copies the recipe under another name, as `cp -r` does."""
     copy = FOLDER.with_name(f"_copy{os.getpid()}")
     try:
         yield Path(shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("__pycache__")))
@@ -514,9 +515,9 @@ def test_copied_recipe_works_at_once_and_exit_codes_reach_the_shell(recipe_copy,
     (recipe_copy / "train.py").write_text("import os, sys; print(os.environ['ZOO_COMMAND']); sys.exit(7)")
     argv = ["--data", data, "--out", tmp_path / "run", "--layout", "tiny"]
     done = shell("bash", launcher, *argv, check=7)
-    said = f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}"
-    assert done.stdout.startswith(said)
-    assert shell("bash", launcher, *argv, check=7, NPROC="2").stdout.startswith(f"NPROC=2 {said}")
+    typed_command = f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}"
+    assert done.stdout.startswith(typed_command)
+    assert shell("bash", launcher, *argv, check=7, NPROC="2").stdout.startswith(f"NPROC=2 {typed_command}")
     assert "exit code 7" in done.stderr
 
 
@@ -528,7 +529,7 @@ def test_exit_code_is_that_of_the_rank_that_failed_first(death, code, tmp_path):
     (tmp_path / "stub" / "options.py").write_text(
         f"import os, sys, time\nif os.environ['RANK'] == '1': {death}\ntime.sleep(60)  # ended by torchrun"
     )
-    started = "cli._torchrun(['--standalone'], 'stub', 'job', cli.LayoutOptions(), [])"
-    call = f"import sys; from common import cli; sys.exit({started})"
+    launch = "cli._torchrun(['--standalone'], 'stub', 'job', cli.LayoutOptions(), [])"
+    call = f"import sys; from common import cli; sys.exit({launch})"
     done = shell(sys.executable, "-c", call, check=code, NPROC="2", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert "rank 1 failed first" in done.stderr

@@ -1,5 +1,6 @@
-"""Attention split over the context-parallel group, and its gradients, equal one process: causal or not, documents packed
-or not, fewer key heads than query heads (fp32, gloo). Its tokens' shares, its blocks, and how much it sends."""
+"""Attention split over the context-parallel group, and its gradients, equal one process: causal or not, with documents
+packed or not, with fewer key heads than query heads (fp32, gloo). Further tests: which tokens a rank holds, which
+blocks it computes, and how many bytes it sends."""
 
 import itertools
 import random
@@ -32,12 +33,12 @@ DOCUMENTS = {
     "spanning several chunks": [0, 31, 48],
     "rows": [0, 12, 24, 36, 48],
 }
-HEADS = {"4 on 4": (4, 4), "4 on 2": (4, 2), "4 on 1": (4, 1), "12 on 3": (12, 3)}  # 3 divides by no group
+HEADS = {"4 on 4": (4, 4), "4 on 2": (4, 2), "4 on 1": (4, 1), "12 on 3": (12, 3)}  # no group size here divides 3
 CASES = list(itertools.product((True, False), HEADS, DOCUMENTS))
 
 
 def draw(heads: str, documents: str) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the result of all tokens; two samples where nothing is packed."""
+    """Draws q, k, v and the gradient of the result, for all tokens. There are two samples where nothing is packed."""
     generator = torch.Generator().manual_seed(0)
     H, K = HEADS[heads]
     B = 2 if DOCUMENTS[documents] is None else 1
@@ -51,7 +52,7 @@ def start(layout: dict):
 
 
 def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
-    """On every rank: its share of each case's attention and gradients, put together; rank 0 returns them."""
+    """Computes this rank's share of the attention and gradients of each case and gathers them. Rank 0 returns them."""
     config = start(layout)
     npu_contract.install()
     ops.BACKEND = backend
@@ -62,8 +63,8 @@ def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
             leaves = [t.requires_grad_() for t in leaves]
             out = parallel.context_parallel_attention(*leaves, causal=causal, cu_seqlens=DOCUMENTS[documents])
             out.backward(dout)
-            found = (out.detach(), *(t.grad for t in leaves))
-            results.append([parallel.gather_tokens(t, config, causal) for t in found])
+            tensors = (out.detach(), *(t.grad for t in leaves))
+            results.append([parallel.gather_tokens(t, config, causal) for t in tensors])
         return results if dist.get_rank() == 0 else []
     finally:
         ops.BACKEND = "cpu"
@@ -78,14 +79,14 @@ def whole(causal: bool, heads: str, documents: str) -> list[torch.Tensor]:
 
 
 def compare(got: list[torch.Tensor], case: tuple, layout: str) -> None:
-    for name, one, want in zip(("out", "dq", "dk", "dv"), got, whole(*case), strict=True):
-        error = ((one - want).abs().max() / want.abs().max()).item()
+    for name, tensor, want in zip(("out", "dq", "dk", "dv"), got, whole(*case), strict=True):
+        error = ((tensor - want).abs().max() / want.abs().max()).item()
         assert error <= TOLERANCE, f"{layout}, causal, heads, documents = {case}: {name} off by {error}"
 
 
 @pytest.fixture(scope="module")
 def split() -> dict:
-    """Every case of a layout in one start of its ranks."""
+    """Caches the results of a layout, so that one start of its ranks computes all cases."""
     return {}
 
 
@@ -101,7 +102,7 @@ def test_split_attention_equals_single_process(layout, case, split):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])
 def test_npu_branch_equals_single_process(layout):
-    """Over the published contract: not a run on Ascend."""
+    """The npu branch runs over the published contract, not on Ascend."""
     case = (True, "4 on 2", "bounds inside chunks")
     compare(run_ranks(LAYOUTS[layout]["cp"], attend, LAYOUTS[layout], [case], "npu")[0][0], case, layout)
 
@@ -123,7 +124,7 @@ def test_bounds_that_leave_out_other_ranks_tokens_are_refused():
 
 
 def shares(layout: dict) -> tuple[list[int], list[int], list[int]]:
-    """This rank's places in the sequence, over context parallel alone, and what comes of gathering all shares."""
+    """Returns this rank's places in the sequence, those over context parallel alone, and all ranks' places gathered."""
     config, places = start(layout), torch.arange(16)
     local = parallel.local_tokens(places, config, causal=True)
     rows = parallel.gather_tokens(local[:, None].float(), config, causal=True)
@@ -192,7 +193,7 @@ def test_every_rank_computes_the_same_amount_in_a_causal_step(step):
 
 
 def sent(layout: dict, heads: str) -> dict[str, int]:
-    """Bytes this rank gives to its ring and to its Ulysses group in a causal forward and backward in bf16."""
+    """Counts the bytes this rank sends to its ring and its Ulysses group in a causal forward and backward in bf16."""
     config = start(layout)
     counted = {"ring": 0, "ulysses": 0}
     pass_on, all_to_all = ring._pass_on, parallel.all_to_all
@@ -228,8 +229,8 @@ def test_keys_and_values_travel_the_ring_with_their_own_heads(layout, heads):
 def test_ulysses_sends_no_more_key_heads_than_ranks_need(heads, copied):
     H, tokens = HEADS[heads][0], 2 * L // 4
     (counted, *others) = run_ranks(4, sent, LAYOUTS["ulysses 2 ring 2"], heads)
-    # q, k, v out and the result back; autograd's own way back does not come through the counted call
+    # q, k and v go out and the result comes back; the backward of autograd does not pass through the counted call
     assert counted["ulysses"] == tokens * (2 * H + 2 * copied) * E * 2
     assert others == [counted] * 3
-    entries = 2 * (2 * tokens) * (copied // 2) * E  # each rank of the ring: half the heads of twice the tokens
+    entries = 2 * (2 * tokens) * (copied // 2) * E  # each rank of the ring has half the heads of twice the tokens
     assert counted["ring"] == entries * 2 + entries * 2 + 2 * entries * 4

@@ -71,8 +71,8 @@ def test_captions_keep_what_other_readers_take_for_line_ends(clips):
     (clips / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (clips / "odd.txt").write_bytes("\ufeff,odd.jsonl\r\n".encode())
     for name in ("odd.jsonl", "odd.txt"):
-        found, report = read_rows(clips / name)
-        assert [(row.caption, row.where) for row in found] == [
+        read, report = read_rows(clips / name)
+        assert [(row.caption, row.where) for row in read] == [
             ("one\u2028two\x85three", "odd.jsonl:1"), ("four", "odd.jsonl:2")
         ] and not report.drops  # fmt: skip
 
@@ -91,9 +91,11 @@ def test_rows_that_cannot_be_read_are_dropped_by_file_and_line(clips):
         ("deep.json", [("unreadable JSON", 2), ("unreadable JSON", 3)]),
         ("long.csv", [("too long a cell", 3), ("malformed CSV", 4)]),
     ):
-        found, report = read_rows(clips / name)
-        assert [row.caption for row in found] == ["x"]
-        assert [(d["reason"], d["where"]) for d in report.drops] == [(why, f"{name}:{line}") for why, line in drops]
+        read, report = read_rows(clips / name)
+        assert [row.caption for row in read] == ["x"]
+        assert [(d["reason"], d["where"]) for d in report.drops] == [
+            (reason, f"{name}:{line}") for reason, line in drops
+        ]
 
 
 MM_LIST = """[
@@ -171,11 +173,13 @@ def test_every_dropped_row_is_counted_with_its_reason_and_place(clips, tmp_path)
     rows, report = read_rows(write_list(clips / "drops.jsonl", items))
     index = scan(rows, [Bucket(17, 32, 48)], None, report, workers=2)
     assert [row.caption for row in index.rows] == ["kept"]
-    found = [(drop["reason"], drop["where"]) for drop in report.drops]
+    reasons = [(drop["reason"], drop["where"]) for drop in report.drops]
     lines = {"no path": [2], "no caption": [3, 4], "missing file": [5], "bad row": [6, 7]}
     lines |= {"corrupt video": [8], "too short": [9], "aspect": [10]}
-    assert found == [(reason, f"drops.jsonl:{line}") for reason, at in lines.items() for line in at]
-    assert report.counts == {reason: len(at) for reason, at in lines.items()}
+    assert reasons == [
+        (reason, f"drops.jsonl:{line}") for reason, numbers_of_lines in lines.items() for line in numbers_of_lines
+    ]
+    assert report.counts == {reason: len(numbers_of_lines) for reason, numbers_of_lines in lines.items()}
     for part in (
         "2 no caption (first: drops.jsonl:3 a.mp4)",
         "truncated",
@@ -217,12 +221,12 @@ def test_drop_limit_is_five_percent_and_one_row_must_stay():
 
 
 def found(*rows: int) -> list[dict]:
-    """Drops that decoding found."""
+    """Makes the drops that decoding reports for these rows."""
     return [{"reason": "corrupt", "where": f"x:{i}", "detail": f"{i}.mp4: {i}", "file": f"{i}.mp4"} for i in rows]
 
 
 def test_drop_found_while_decoding_is_printed_and_counted_once(tmp_path, capsys):
-    """Whichever epoch, worker or rank comes upon it, before a resume or after."""
+    """This holds whichever epoch, worker or rank finds the drop, before a resume or after it."""
     scanned, path = DropReport(), tmp_path / "drops.jsonl"
     scanned.add("aspect", "x:0", "0.mp4")
     scanned.save(tmp_path)
@@ -230,12 +234,12 @@ def test_drop_found_while_decoding_is_printed_and_counted_once(tmp_path, capsys)
         note_drops(path, found(*rows), 99, 0.03)
     assert capsys.readouterr().out.splitlines() == [f"dropped x:{i}: corrupt: {i}.mp4: {i}" for i in (3, 4)]
     assert DropReport.load(path).drops == scanned.drops + found(3, 4)
-    twin = [found(3)[0] | {"file": "other.mp4"}]  # of another list of the same name
+    twin = [found(3)[0] | {"file": "other.mp4"}]  # a row of another list of the same name
     with pytest.raises(
         ValueError, match=r"dropped 4 rows: 3 corrupt \(first: x:3 3.mp4: 3\), 1 aspect .*, of 100; .*--max-drop"
     ):
         note_drops(path, twin, 99, 0.03)
-    with pytest.raises(ValueError, match="of 100"):  # a run that goes on regardless stops again
+    with pytest.raises(ValueError, match="of 100"):  # a run that is resumed all the same stops again
         note_drops(path, found(3), 99, 0.03)
     assert len(check_drops(path, 99, 0.04).drops) == 4
 
@@ -273,11 +277,11 @@ def test_buckets_are_parsed_and_checked():
         (81, 16, (480, 832), 16, 0),
         (80, 16, (480, 832), 16, 1),
         (122, 24, (480, 832), 16, 0),  # 122 / 1.5 = 81.3
-        (120, 24, (480, 832), 16, 1),  # 80
-        (120, 24, (480, 832), None, 0),  # native rate
+        (120, 24, (480, 832), 16, 1),  # 120 / 1.5 = 80
+        (120, 24, (480, 832), None, 0),  # the video's own rate
         (41, 8, (480, 832), 16, 0),  # frames repeated
-        (81, 16.05, (480, 832), 16, 0),  # one rate
-        (200, 16, (1080, 1920), 16, 0),  # 1.78 is as near to 1.73 as to 1.78: the longest
+        (81, 16.05, (480, 832), 16, 0),  # 16.05 and 16 count as one rate
+        (200, 16, (1080, 1920), 16, 0),  # 1.73 and 1.78 count as one aspect: the longest bucket
         (200, 16, (832, 480), 16, 2),
         (60, 16, (832, 480), 16, "aspect"),  # long enough for landscape only
         (20, 16, (480, 832), 16, "too short"),
@@ -292,8 +296,8 @@ def test_bucket_choice(frames, fps, size, train_fps, expected):
 
 
 def test_bucket_of_a_variable_rate_is_chosen_by_its_duration():
-    """61 frames, 4 of them in the first 3 s of 4: at 16 a second they are 64, by their mean rate and their number too;
-    but not at their own."""
+    """The video has 61 frames in 4 s, 4 of them in the first 3 s. At 16 frames a second it has 64, by its duration as
+    by its mean rate. At its own rate it has 61."""
     buckets = [Bucket(65, 48, 48), Bucket(61, 48, 48), Bucket(5, 48, 48)]
     info = VideoInfo(61, 61 / 4, 48, 48, duration=4.0)
     assert choose_bucket(info, buckets, 16) == 1 and choose_bucket(info, buckets, None) == 1
@@ -304,8 +308,8 @@ def test_bucket_of_a_variable_rate_is_chosen_by_its_duration():
 
 @pytest.mark.parametrize(("text", "split"), [("auto:81x480x832", 1), ("auto:81x720x1280", 8), ("auto:13x48x48", 2)])
 def test_made_buckets_are_legal_and_lose_little(text, split):
-    """Below the area by at most a twentieth; a video of a usual aspect is cut by at most one. Tiny areas can only do
-    what multiples of 16 can."""
+    """The area of a bucket is at most a twentieth below that of the given shape, and a video of a usual aspect loses at
+    most a twentieth. Tiny areas are exempt, because sides are multiples of 16."""
     largest, buckets = parse_buckets(text[5:], STRIDES)[0], make_buckets(text, STRIDES, split)
     area = largest.height * largest.width
     for bucket in buckets:
@@ -371,7 +375,7 @@ def test_window_is_centred_and_resampled(clips, train_fps, expected):
 
 
 def test_window_of_a_variable_rate_is_centred_in_time():
-    """Grey is 60 times the time; the window of 33 frames begins 31 // 2 frames into 4 s."""
+    """The grey value is 60 times the time. Of 64 frames in 4 s, the window of 33 frames begins at frame 31 // 2."""
     dataset = make_dataset(CASES, ["vfr.mp4"], Bucket(33, 64, 64), 16)
     grey = dataset.fetch([0])["pixels"][0].float().mean((0, 2, 3))
     times = [(15 + n) / 16 for n in range(33)]
@@ -447,25 +451,25 @@ def test_index_survives_saving_and_changed_files(clips, tmp_path):
 
 
 def encode(dataset: VideoTextDataset, rows: list[int]) -> dict:
-    """Stands for the frozen VAE and text encoder: stores and returns random tensors."""
+    """Stands for the frozen VAE and text encoder: it stores and returns random tensors."""
     batch = dataset.fetch(rows)
     assert batch["latents"] is None
-    made = {"latents": torch.randn(len(rows), 16, 5, 8, 12), "text": torch.randn(len(rows), 9, 7).bfloat16()}
-    for i, text in enumerate(made["text"]):
-        text[3 + i :] = 0  # behind the caption
+    tensors = {"latents": torch.randn(len(rows), 16, 5, 8, 12), "text": torch.randn(len(rows), 9, 7).bfloat16()}
+    for i, text in enumerate(tensors["text"]):
+        text[3 + i :] = 0  # padding after the caption
     for i, key in enumerate(batch["keys"]):
-        store(dataset.cache_dir, key, made["latents"][i], made["text"][i])
-    return made
+        store(dataset.cache_dir, key, tensors["latents"][i], tensors["text"][i])
+    return tensors
 
 
 def test_second_read_returns_the_stored_tensors_without_opening_a_video(clips, tmp_path, monkeypatch):
     dataset = make_dataset(clips, ["a.mp4", "b.mp4"], Bucket(17, 64, 96), cache_dir=tmp_path / "cache", encoder="vae-1")
-    made = encode(dataset, [0, 1])
+    stored = encode(dataset, [0, 1])
     monkeypatch.setattr("common.diffusion.dataset.read_frames", lambda *_: pytest.fail("opened a video"))
     batch = dataset.fetch([1, 0])
     assert batch["pixels"] is None and batch["captions"] == ["caption of b.mp4", "caption of a.mp4"]
-    assert batch["latents"].dtype == torch.float32 and torch.equal(batch["latents"], made["latents"].flip(0))
-    assert batch["text"].dtype == torch.bfloat16 and torch.equal(batch["text"], made["text"].flip(0)[:, :4])
+    assert batch["latents"].dtype == torch.float32 and torch.equal(batch["latents"], stored["latents"].flip(0))
+    assert batch["text"].dtype == torch.bfloat16 and torch.equal(batch["text"], stored["text"].flip(0)[:, :4])
     assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "cache"))
 
 
@@ -513,8 +517,8 @@ def sampler(
 
 
 def test_batch_is_a_pure_function_of_the_step():
-    one = sampler()
-    forward = [one.batch(step) for step in range(60)]
+    batches = sampler()
+    forward = [batches.batch(step) for step in range(60)]
     again = sampler()
     for step in [59, 0, 33, 7, 58, 12]:
         assert again.batch(step) == forward[step] == sampler().batch(step)
@@ -522,9 +526,9 @@ def test_batch_is_a_pure_function_of_the_step():
 
 
 def test_every_global_batch_has_one_bucket():
-    one = sampler()
+    batches = sampler()
     for step in range(60):
-        bucket, rows = one.batch(step)
+        bucket, rows = batches.batch(step)
         assert len(rows) == 8 and {BUCKETS[row] for row in rows} == {bucket}
 
 
@@ -544,48 +548,48 @@ def test_ranks_share_out_the_same_global_batch(dp_size, micro_batch):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_row_is_seen_once_per_epoch(shuffle):
-    one = sampler([0] * 16 + [1] * 24, shuffle=shuffle)
-    epochs = [[row for step in range(5 * e, 5 * e + 5) for row in one.batch(step)[1]] for e in range(4)]
+    batches = sampler([0] * 16 + [1] * 24, shuffle=shuffle)
+    epochs = [[row for step in range(5 * e, 5 * e + 5) for row in batches.batch(step)[1]] for e in range(4)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
-    assert [one.epoch(step) for step in range(20)] == [e for e in range(4) for _ in range(5)]
+    assert [batches.epoch(step) for step in range(20)] == [e for e in range(4) for _ in range(5)]
     assert (epochs[0] == epochs[1]) is not shuffle
     assert (epochs[0] == list(range(40))) is not shuffle
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_epoch_has_an_order_of_its_own_of_buckets_and_of_each_buckets_rows(shuffle):
-    """Two buckets of one size: neither takes the other's order."""
+    """Two of the buckets have one size, and neither takes the other's order."""
     buckets = [0] * 32 + [1] * 32 + [2] * 16
-    one, other = sampler(buckets, shuffle=shuffle), sampler(buckets, seed=4, shuffle=shuffle)
-    epochs = [[one.batch(step) for step in range(10 * e, 10 * e + 10)] for e in range(6)]
+    batches, other_seed = sampler(buckets, shuffle=shuffle), sampler(buckets, seed=4, shuffle=shuffle)
+    epochs = [[batches.batch(step) for step in range(10 * e, 10 * e + 10)] for e in range(6)]
     orders = {tuple(bucket for bucket, _ in epoch) for epoch in epochs}
-    first, second = (  # the batches of each epoch, by places in the bucket
-        [{tuple(row - 32 * bucket for row in rows) for found, rows in epoch if found == bucket} for epoch in epochs]
+    first, second = (  # the batches of each epoch, by the rows' places in the bucket
+        [{tuple(row - 32 * bucket for row in rows) for drawn, rows in epoch if drawn == bucket} for epoch in epochs]
         for bucket in (0, 1)
     )
     assert len(orders) == len(set(map(frozenset, first))) == len(set(map(frozenset, second))) == (6 if shuffle else 1)
     assert not any(a == b for a, b in zip(first, second, strict=True)) if shuffle else first == second
-    assert ([other.batch(step)[0] for step in range(10)] == [bucket for bucket, _ in epochs[0]]) is not shuffle
+    assert ([other_seed.batch(step)[0] for step in range(10)] == [bucket for bucket, _ in epochs[0]]) is not shuffle
 
 
 def test_remainders_are_carried_over_and_no_row_is_lost():
-    one = sampler()
+    batches = sampler()
     steps = 8 * 56 // 8  # after 8 epochs of 56 rows all remainders are used up
-    counts = Counter(row for step in range(steps) for row in one.batch(step)[1])
+    counts = Counter(row for step in range(steps) for row in batches.batch(step)[1])
     assert counts == dict.fromkeys(range(56), 8)
-    assert one.epoch(steps - 1) == 7 and one.epoch(steps) == 8
+    assert batches.epoch(steps - 1) == 7 and batches.epoch(steps) == 8
 
 
 def test_fewer_rows_than_a_batch_wrap_around():
-    one = sampler([5, 5, 5])
-    rows = [row for step in range(3) for row in one.batch(step)[1]]
+    batches = sampler([5, 5, 5])
+    rows = [row for step in range(3) for row in batches.batch(step)[1]]
     assert Counter(rows) == {0: 8, 1: 8, 2: 8}
-    assert all(max(Counter(one.batch(step)[1]).values()) == 3 for step in range(3))
+    assert all(max(Counter(batches.batch(step)[1]).values()) == 3 for step in range(3))
 
 
 def test_sampler_of_many_rows_is_quick_at_a_late_step():
-    one = BucketSampler(np.arange(300_000) % 5, 64, 1, 0, 1, 0)
-    assert len(set(one.batch(10**6)[1])) == 64
+    batches = BucketSampler(np.arange(300_000) % 5, 64, 1, 0, 1, 0)
+    assert len(set(batches.batch(10**6)[1])) == 64
     assert BucketSampler([0], 1024, 1, 0, 1, 0).batch(10**9)[1] == [0] * 1024
 
 
@@ -603,7 +607,7 @@ def test_indivisible_batch_is_an_error(global_batch, micro_batch, dp_size):
 
 
 class Rows:
-    """Returns what it is asked for; fails on row 9."""
+    """A dataset that returns the numbers of the rows, and fails on row 9."""
 
     def fetch(self, rows, epoch):
         if 9 in rows:
@@ -623,24 +627,24 @@ def test_data_do_not_depend_on_the_number_of_workers(clips, start):
     damage(clips / "flipped.mp4", "flipped bytes", clips / "fast.mp4")
     names = ["a.mp4", "b.mp4", "c.mp4", "flipped.mp4", "fast.mp4"]
     dataset = make_dataset(clips, names, Bucket(5, 64, 96), random_start=1)
-    one = sampler([0] * 5, global_batch=4, micro_batch=2)
+    batches = sampler([0] * 5, global_batch=4, micro_batch=2)
     state = torch.get_rng_state()
-    here, there = (list(prefetch(dataset, one, start, 4, workers=workers)) for workers in (0, 2))
+    in_process, in_workers = (list(prefetch(dataset, batches, start, 4, workers=workers)) for workers in (0, 2))
     assert torch.equal(torch.get_rng_state(), state), "reading must leave the training's random state alone"
-    assert [step.step for step in here] == [step.step for step in there] == list(range(start, 4))
-    for a, b in zip(here, there, strict=True):
+    assert [step.step for step in in_process] == [step.step for step in in_workers] == list(range(start, 4))
+    for a, b in zip(in_process, in_workers, strict=True):
         assert a.bucket == b.bucket == 0 and a.taken == b.taken == [0, 1]
         for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
             assert x.keys() == y.keys() and all(same(x[name], y[name]) for name in x)
-    assert 3 not in [row for step in here for micro in step.micro_batches for row in micro["rows"]]
-    assert {row for step in there for micro in step.micro_batches for row in micro["dropped"]} == {3}
+    assert 3 not in [row for step in in_process for micro in step.micro_batches for row in micro["rows"]]
+    assert {row for step in in_workers for micro in step.micro_batches for row in micro["dropped"]} == {3}
 
 
 class _Threaded:
-    """What PyAV's scaler is to a forked process: its end waits for threads that are in another one."""
+    """Stands for PyAV's scaler in a forked process, where its destructor waits for threads of the parent process."""
 
     def __init__(self):
-        self.me, self.owner = self, os.getpid()  # in a cycle, so that the collector ends it
+        self.me, self.owner = self, os.getpid()  # a cycle, so the garbage collector deletes it
 
     def __del__(self):
         if os.getpid() != self.owner:
@@ -687,7 +691,7 @@ def test_damaged_file_neither_hangs_nor_crashes_a_worker(clips, tmp_path, kind):
     damage(path, kind, clips / "fast.mp4")  # after the scan
     steps = list(prefetch(dataset, sampler([0, 0], 2, 2, shuffle=False), 0, 1, workers=1, timeout=20))
     [batch] = steps[0].micro_batches
-    if kind == "truncated at the end":  # behind the window, whose frames are whole
+    if kind == "truncated at the end":  # the damage lies behind the window, whose frames are whole
         assert batch["rows"] == [0, 1] and not batch["dropped"]
     else:
         assert batch["rows"] == [1, 1] and "bad.mp4" in batch["dropped"][0]

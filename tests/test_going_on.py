@@ -1,5 +1,5 @@
-"""What a run goes on with: facts that decide its data are compared before a process starts, the rest may change and is
-said. Checkpoints here are their state.json alone."""
+"""What a resumed run may change. Facts that decide its data are compared with the checkpoint's before a process starts;
+other options may change, and the run prints which did. The checkpoints here consist of state.json alone."""
 
 import json
 import os
@@ -18,7 +18,7 @@ STEP = 8
 
 
 def begin(case, folder: Path, argv: list[str]) -> list[str]:
-    """The options of a run that has a checkpoint of step 8 under folder/run."""
+    """Writes a checkpoint of step 8 under folder/run and returns the options of that run."""
     argv = [*map(str, argv), "--out", str(folder / "run")]
     o = case.jobs.parse("train", argv)
     facts = case.jobs.run_facts(o) if case is qwen_case else case.jobs.run_facts(o, case.jobs.model_config(o))
@@ -133,7 +133,8 @@ def test_content_tells_files_apart_by_size_and_by_bytes_anywhere(tmp_path):
 
 
 def test_checkpoints_of_an_earlier_run_that_went_further_come_last(tmp_path):
-    """And a million steps come after fewer; one that is newer than `latest`, as a kill between the two leaves it, counts."""
+    """Step numbers are ordered as numbers, also a million. A checkpoint that is newer than `latest` counts as this
+    run's: a kill between the two writes leaves one."""
     for step in (3, 8, 999_999, 1_000_000):
         (tmp_path / f"step-{step:06d}").mkdir()
         (tmp_path / f"step-{step:06d}" / "manifest.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter, against fp64 in plain torch: every output and every gradient."""
+"""The Triton kernels, run by Triton's interpreter, equal plain torch in fp64 in every output and every gradient."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 
 def difference(got, want):
-    """The largest error relative to the largest entry."""
+    """Returns the largest error, relative to the largest entry."""
     assert got.shape == want.shape and want.dtype == torch.float64
     if not want.numel():
         return 0.0
@@ -32,7 +32,7 @@ def difference(got, want):
 
 
 def differences(function, reference, *inputs):
-    """Those of the output and of the gradients of inputs, for a random gradient of the output."""
+    """Returns the errors of the output and of the gradient of each input, for a random gradient of the output."""
     got_inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     want_inputs = [x.detach().double().requires_grad_() for x in inputs]
     got, want = function(*got_inputs), reference(*want_inputs)
@@ -51,7 +51,7 @@ def assert_equal(function, reference, *inputs):
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the torch ops called inside."""
+    """Records the names of the torch ops that are called inside."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
 
 
 def sharded_loss(logits, labels, weight, shards):
-    """The file's algorithm over column shards -> loss [n], d (loss . weight) / d logits [n, V]"""
+    """Runs linear_cross_entropy.py's algorithm over column shards -> loss [n], d (loss . weight) / d logits [n, V]"""
     parts = [part.clone() for part in logits.chunk(shards, 1)]
     firsts = [i * parts[0].shape[1] for i in range(shards)]
     peak, total, target = (
@@ -119,7 +119,7 @@ def test_a_shard_of_padding_counts_for_nothing():
 
 
 def test_a_label_in_no_shard_and_a_huge_one_take_nothing_from_the_gradient():
-    labels = torch.tensor([-100, 2**32 + 1])  # the second is column 1 if cut to 32 bits
+    labels = torch.tensor([-100, 2**32 + 1])  # the second, cut to 32 bits, would be column 1
     logits, lse, weight = randn(2, 9), torch.zeros(2), torch.ones(2)
     assert difference(lce.softmax_gradient_(logits.clone(), lse, labels, weight), logits.double().exp()) <= 1e-5
 
@@ -255,7 +255,7 @@ def assert_grouped_matmul(counts, T, D, F, dtype, index=torch.int64, view=lambda
         ([5, 1, 7], 13),
         ([0, 3, 0, 150, 1, 0], 154),
         ([128, 128], 256),
-        ([127, 2, 127, 0, 1], 300),  # and rows behind the last group
+        ([127, 2, 127, 0, 1], 300),  # with rows behind the last group
         ([0, 0, 0], 4),
         ([0, 0, 129], 129),
         ([1] * 17, 140),
@@ -280,7 +280,7 @@ def test_grouped_matmul_takes_strided_tensors():
 
 @pytest.mark.parametrize("ROWS", [1, 2, 3, 4, 8])
 def test_the_tiles_cover_every_row_of_every_group_once(ROWS):
-    """The closed form of grouped_matmul.py's schedule, over all ways to cut 9 rows into 3 groups and a rest."""
+    """Checks the closed form of grouped_matmul.py's schedule for all ways to cut 9 rows into 3 groups and a rest."""
     T, G = 9, 3
     for ends in ([a, b, c] for c in range(T + 1) for b in range(c + 1) for a in range(b + 1)):
         seen = []
@@ -346,7 +346,7 @@ def assert_attention(inputs, mask, block):
         (1, 3, 1, 33, 64, 33, 32),
         (1, 2, 2, 70, 31, 16, 16),
         (1, 1, 1, 1, 1, 1, 16),
-        (1, 2, 1, 130, 140, 20, 128),  # two tiles a block; the last of keys lies behind the end
+        (1, 2, 1, 130, 140, 20, 128),  # two tiles a block; the last tile of keys lies behind the end
     ],
 )
 def test_block_sparse_attention_equals_masked_attention(B, H, K, Lq, Lk, E, block, dtype):
@@ -374,17 +374,17 @@ def test_queries_without_blocks_give_zeros_and_no_gradient():
     assert not bsa.block_sparse_attention(q, k, v, torch.zeros_like(mask), 16).any()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of keys behind the end, which the kernel drops
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # keys behind the end cause it; the kernel drops them
 def test_block_sparse_attention_survives_logits_far_below_zero():
-    """Keys behind the end have logits of 0; beside real ones of -100 a mask forgotten there gives inf and NaN."""
+    """Keys behind the end have logits of 0. Beside real logits of -100, a missing mask there gives inf and NaN."""
     q, k, v = qkv(1, 1, 1, 20, 20, 16)
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    found = differences(
+    errors = differences(
         lambda q, k, v: bsa.block_sparse_attention(q, k, v, mask, 16),
         lambda q, k, v: reference_attention(q, k, v, mask, 16),
         *(q * 0.1 + 5, k * 0.1 - 5, v),
     )
-    assert max(found.values()) < 1e-4  # a logit of -100 is rounded to 1e-5
+    assert max(errors.values()) < 1e-4  # a logit of -100 is rounded to 1e-5
 
 
 def test_block_sparse_attention_takes_strided_tensors():
@@ -412,12 +412,12 @@ def call_permute():
 
 @pytest.mark.parametrize("call", [call_grouped_matmul, call_attention, call_permute])
 def test_nothing_is_read_on_the_host(call):
-    with Recorder() as seen:
+    with Recorder() as recorder:
         call()
-    assert len(seen.names) > 2 and not seen.host_reads
-    with Recorder() as seen:
+    assert len(recorder.names) > 2 and not recorder.host_reads
+    with Recorder() as recorder:
         torch.tensor([3]).item()
-    assert seen.host_reads
+    assert recorder.host_reads
 
 
 def swapped_keys(q, k, v):
@@ -444,24 +444,24 @@ def test_a_planted_error_in_attention_is_seen_in_the_output_and_every_gradient(w
 
 def test_a_planted_error_in_grouped_matmul_is_seen_in_the_output_and_every_gradient():
     right, wrong = torch.tensor([3, 9]), torch.tensor([4, 9])
-    found = differences(
+    errors = differences(
         lambda x, weight: gmm.grouped_matmul(x, weight, wrong),
         lambda x, weight: reference_grouped_matmul(x, weight, right),
         randn(10, 8),
         randn(2, 8, 6),
     )
-    assert min(found.values()) > 0.05
+    assert min(errors.values()) > 0.05
 
 
 def test_a_planted_error_in_the_permutation_is_seen_in_the_output_and_every_gradient():
     _, position = moe.permute(randn(6, 3), routing(6, 2))
-    found = differences(
+    errors = differences(
         lambda rows, probs: moe.unpermute(rows, position.flip(0), probs),
         lambda rows, probs: reference_unpermute(rows, position, probs),
         randn(12, 8),
         randn(6, 2),
     )
-    assert min(found.values()) > 0.05
+    assert min(errors.values()) > 0.05
 
 
 def test_a_planted_error_in_the_cross_entropy_is_seen_in_the_loss_and_the_gradient():

@@ -1,4 +1,4 @@
-"""The elementwise Triton kernels, interpreted, against fp64 references in plain torch: outputs and every gradient."""
+"""The elementwise Triton kernels, interpreted, equal fp64 references in plain torch in outputs and every gradient."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.L2
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {fp32: 1e-5, bf16: 1e-2, fp16: 2e-3}
-EPS = 0.1  # so large that leaving it out shows
+EPS = 0.1  # so large that a kernel without it fails
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 WIDTHS = pytest.mark.parametrize("D", [1, 33, 130])
 
@@ -27,7 +27,7 @@ def seed():
 
 @pytest.fixture
 def tiny_tiles(monkeypatch):
-    """Tiles and grids so small that every loop of every kernel goes round more than twice on a few rows."""
+    """Makes tiles and grids so small that every loop of every kernel runs more than twice on a few rows."""
     for module in (rms_norm, modulate, swiglu, rotary):
         for name, value in {"TILE": 32, "GATE_COLS": 8, "MOST_COLS": 8}.items():
             if hasattr(module, name):
@@ -42,21 +42,21 @@ def randn(*shape, dtype=fp32):
 
 
 def strided(*shape, dtype=fp32):
-    """Random, of this shape, no stride that of a contiguous tensor."""
+    """Draws a tensor of this shape in which no stride equals that of a contiguous tensor."""
     return randn(*(2 * n for n in reversed(shape)), dtype=dtype).permute(*reversed(range(len(shape))))[
         tuple(slice(n) for n in shape)
     ]
 
 
 def sliced(*shape):
-    """Random, of this shape, a piece of a tensor with longer rows, as q is of a fused qkv."""
+    """Draws a tensor of this shape that is a slice of a tensor with longer rows, as q is of a fused qkv."""
     return randn(*shape[:-1], 3 * shape[-1])[..., shape[-1] : 2 * shape[-1]]
 
 
 def error(ours, reference, *inputs):
-    """The worst relative error, to the largest entry, of the outputs and of every input's gradient.
+    """Returns the worst error, relative to the largest entry, of the outputs and of every input's gradient.
 
-    The reference runs on the inputs in fp64; the gradients that come back have strides.
+    The reference runs on the inputs in fp64. The gradients of the outputs are strided.
     """
     narrow = [t.detach().requires_grad_() for t in inputs]
     wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -69,7 +69,7 @@ def error(ours, reference, *inputs):
     return max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True) if w.numel())
 
 
-# The references, as the papers have them.
+# The references, as the papers define them.
 
 
 def ref_rms_norm(x, weight):
@@ -153,7 +153,7 @@ def test_rms_norm_takes_fp32_weight_with_bf16_rows():
 @WIDTHS
 def test_layer_norm_modulate_equals_fp64(dtype, D):
     inputs = randn(5, 2, D, dtype=dtype), randn(2, D), randn(2, D)
-    if D == 1:  # x - mean is 0 and so is its gradient: there is nothing to be relative to
+    if D == 1:  # x - mean and its gradient are 0, so there is no relative error
         y = our_layer_norm_modulate(*inputs)
         assert (y - inputs[2]).abs().max() <= TOLERANCE[dtype]
     else:
@@ -162,7 +162,7 @@ def test_layer_norm_modulate_equals_fp64(dtype, D):
 
 def test_layer_norm_modulate_centres_before_it_squares():
     inputs = randn(5, 2, 33) + 1000, randn(2, 33), randn(2, 33)
-    assert error(our_layer_norm_modulate, ref_layer_norm_modulate, *inputs) <= 2e-4  # 1000 has 2^-14 of resolution
+    assert error(our_layer_norm_modulate, ref_layer_norm_modulate, *inputs) <= 2e-4  # fp32 resolves 2^-14 at 1000
 
 
 @DTYPES
@@ -186,7 +186,7 @@ def test_swiglu_equals_fp64(dtype, width):
     assert error(swiglu.swiglu, ref_swiglu, randn(3, 5, 2 * width, dtype=dtype)) <= TOLERANCE[dtype]
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # exp(1e4) is inf and 1 / inf the sigmoid wanted
+@pytest.mark.filterwarnings("ignore:overflow")  # exp(1e4) is inf, and 1 / inf is the right sigmoid
 def test_swiglu_of_large_gates_is_finite():
     x = torch.tensor([[1e4, -1e4, 2.0, 3.0]]).requires_grad_()  # gates 1e4 and -1e4
     y = swiglu.swiglu(x)
@@ -198,7 +198,8 @@ def test_swiglu_of_large_gates_is_finite():
 
 
 def tables(L, B, E):
-    """rope of the interleaved form; cos and sin of the half form, whose halves differ: nothing may assume they do not."""
+    """Returns rope (interleaved form), cos and sin (half form). Their halves differ: no kernel may assume equal
+    ones."""
     angle = randn(L, B, 1, E)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)[..., : E // 2, :], angle.cos(), angle.sin()
 
@@ -241,10 +242,10 @@ def test_rotary_in_place_turns_a_slice_of_fused_qkv_and_nothing_else(ours, refer
 
 def test_rotary_keeps_no_activation_for_the_backward():
     rope, cos, sin = tables(4, 1, 16)
-    x, kept = randn(4, 2, 3, 16).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    x, saved = randn(4, 2, 3, 16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         rotary.rotary_interleaved(x, rope), rotary.rotary_half(x, cos, sin)
-    assert kept == [rope.data_ptr(), cos.data_ptr(), sin.data_ptr()]
+    assert saved == [rope.data_ptr(), cos.data_ptr(), sin.data_ptr()]
 
 
 # All of them
@@ -263,7 +264,7 @@ EVERY = pytest.mark.parametrize("name", CASES)
 
 
 def case(name, make=randn):
-    """(ours, reference, inputs that get gradients); a rotation's tables are bound into its functions."""
+    """Returns (ours, reference, inputs that get gradients). The functions of a rotation have its tables bound in."""
     ours, reference, shapes = CASES[name]
     inputs = [make(*shape) for shape in shapes]
     if name.startswith("rotary"):
@@ -352,7 +353,7 @@ def test_wrong_shapes_and_dtypes_are_refused_naming_both_sides(call, said):
 
 
 class NoGPU:
-    """As much of a triton driver as compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -367,7 +368,7 @@ class NoGPU:
 
 
 def compile_for_hopper():
-    """Call every function, forward and backward, with launches that stop at the machine code; print the kernels."""
+    """Calls every function, forward and backward. Launches stop at the machine code. Prints the kernels' names."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -385,7 +386,7 @@ def compile_for_hopper():
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path):
-    """The interpreter accepts what the compiler refuses. In a process of its own, where nothing is interpreted."""
+    """The interpreter accepts what the compiler refuses. The test compiles in a process that interprets nothing."""
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

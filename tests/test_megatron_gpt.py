@@ -1,6 +1,6 @@
-"""One import adapts megatron-core: the script megatron_gpt.py trains its own GPTModel with the losses and gradient norms
-of the same model in plain torch, in several layouts on CPU and in one process on the stand-in device (fake_ascend.py;
-nothing here ran on Ascend)."""
+"""One import adapts megatron-core. The script megatron_gpt.py trains megatron-core's own GPTModel; its losses and
+gradient norms equal those of the same model in plain torch, in several layouts on CPU and in one process on the
+stand-in device (fake_ascend.py; nothing here ran on Ascend)."""
 
 import json
 import os
@@ -28,7 +28,7 @@ HEADS, GROUPS, CHANNELS, LAYERS = 4, 2, 12, 4
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of [B, L, heads, CHANNELS]: dimension i turns with dimension i + CHANNELS / 2."""
+    """Applies rotary position embedding to [B, L, heads, CHANNELS]. Dimensions i and i + CHANNELS / 2 are a pair."""
     frequencies = 10000.0 ** (-torch.arange(0, CHANNELS, 2) / CHANNELS)
     angles = torch.outer(torch.arange(x.shape[1]), frequencies)[:, None]
     first, second = x.chunk(2, -1)
@@ -36,7 +36,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def gpt(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """int64 [B, L] -> logits [B, L, vocabulary], by the parameters of a GPTModel under its own names."""
+    """Computes int64 [B, L] -> logits [B, L, vocabulary] with the parameters of a GPTModel, under its own names."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
@@ -48,7 +48,7 @@ def gpt(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     for i in range(LAYERS):
         layer = f"decoder.layers.{i}"
         qkv = linear(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attention.linear_qkv")
-        # Of each group its query heads, then its head of keys and its head of values.
+        # Each group holds its query heads, then its key head, then its value head.
         q, k, v = qkv.unflatten(-1, (GROUPS, -1, CHANNELS)).split([HEADS // GROUPS, 1, 1], 3)
         q, k, v = rotate(q.flatten(2, 3)), rotate(k.flatten(2, 3)), v.flatten(2, 3)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -62,7 +62,7 @@ def gpt(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
 def train_in_plain_torch(weights: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
     o = megatron_gpt.OPTIMIZER
     weights = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
-    # Without a scheduler, which the script has none of, megatron-core's weight decay applies to all parameters alike.
+    # The script has no scheduler. Without one, megatron-core's weight decay applies to all parameters alike.
     optimizer = torch.optim.AdamW(
         weights.values(), o["lr"], (o["adam_beta1"], o["adam_beta2"]), o["adam_eps"], o["weight_decay"]
     )
@@ -87,7 +87,7 @@ def shapes() -> dict[str, list[int]]:
 
 
 def draw(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Weights of the whole model, none of them 0 or 1."""
+    """Draws the weights of the whole model, none of them 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     noise = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: 1 + value if name.endswith("norm.weight") else value for name, value in noise.items()}
@@ -95,7 +95,7 @@ def draw(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """This rank's part of every weight; a stage counts its layers from 0."""
+    """Copies this rank's part of every weight. The names of a pipeline stage count its layers from 0."""
     first = model.decoder.layers[0].layer_number - 1
     for name, p in model.named_parameters():
         whole = weights[re.sub(r"(?<=layers\.)\d+", lambda i: str(first + int(i[0])), name)]
@@ -150,8 +150,8 @@ def test_megatrons_gpt_trains_as_in_plain_torch(layout, of_one_process, expected
 
 
 def train_on_stand_in(shapes: str) -> None:
-    """In a process whose npu device computes: the record of the run, and the seed of the device's generator before, in
-    and after a fork of megatron-core's random numbers."""
+    """Trains in a process whose npu device computes. Prints the record of the run, and the seed of the device's
+    generator before, in and after a fork of megatron-core's random state."""
     record, seeds = train(json.loads(shapes)), [torch.cuda.initial_seed()]
     with get_cuda_rng_tracker().fork():
         seeds.append(torch.cuda.initial_seed())
@@ -177,7 +177,7 @@ def test_on_the_stand_in_device_it_trains_as_in_plain_torch(of_one_process, expe
 
 
 def random_numbers() -> dict[str, list[float]]:
-    """Drawn on the device before, in and after two forks of the tracker; and without a fork, from the same seed."""
+    """Draws on the device outside and in two forks of the tracker; then, with the same seed, outside and in one."""
     megatron_gpt.join(tp=2, pp=1)
     drawn = {"outside": torch.rand(3, device="cuda").tolist(), "inside": []}
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_megatrons_random_numbers_differ_over_tp_where_they_should():
 
 
 def train_with_dropout(shapes: dict[str, list[int]]) -> list[list[tuple[float, float]]]:
-    """Records without recomputation, with that of the attention, and with that of whole layers."""
+    """Returns the records without recomputation, with recomputed attention, and with recomputed layers."""
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     records = []
     for recompute in ({}, {"recompute_granularity": "selective"}, full):

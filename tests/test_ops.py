@@ -1,5 +1,5 @@
-"""Every op of `common.ops` against plain torch in fp64, on the reference and through the npu branch over the published
-contract (`npu_contract.py`: not a run on Ascend), and wrong calls that the contract must refuse."""
+"""Every op of `common.ops` equals plain torch in fp64, on the reference branch and on the npu branch over the published
+contract (`npu_contract.py`: not a run on Ascend). The contract refuses wrong calls."""
 
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ def test_op_and_its_gradients_equal_fp64(name, dtype, backend):
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if "kernels/" in case.backends["cuda"]])
 def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
-    """Triton's interpreter on the host: the call and its gradients, nothing about a GPU."""
+    """Triton's interpreter runs on the host: this proves the call and its gradients, nothing about a GPU."""
     pytest.importorskip("triton")
     monkeypatch.setattr(ops, "BACKEND", "cuda")
     worst = ops_check.errors(CASES[name], torch.float32, CPU)
@@ -68,7 +68,7 @@ def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if "(fp32: torch SDPA)" in case.backends["cuda"]])
 def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypatch):
-    """torch's variable-length kernel takes fp16 and bf16 alone, and has no host version: fp32 must not come to it."""
+    """torch's variable-length kernel takes only fp16 and bf16 and has no host version: fp32 must not reach it."""
     monkeypatch.setattr(ops, "BACKEND", "cuda")
     worst = ops_check.errors(CASES[name], torch.float32, CPU)
     assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
@@ -76,7 +76,7 @@ def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypat
 
 @pytest.mark.parametrize("torch_version", ["2.11", "2.13"])
 def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version, monkeypatch):
-    """2.13's varlen_attn refuses fewer key heads unless it is told; 2.11's has no such argument."""
+    """varlen_attn of 2.13 refuses fewer key heads without enable_gqa=True; that of 2.11 has no such argument."""
     from torch.nn.attention import varlen
 
     def as_2_11(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
@@ -97,7 +97,7 @@ def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.comparable])
 def test_plain_version_takes_the_inputs_of_the_speed_table(name):
-    """Whose dtype is bf16 on an accelerator, beside what is fp32 by contract."""
+    """Their dtype is bf16 on an accelerator, except for inputs that are fp32 by contract."""
     case = CASES[name]
     ops_check.milliseconds(case.plain, case.make(Draw(SMALL | case.fixed, torch.bfloat16, CPU)), 1)
 
@@ -124,8 +124,8 @@ def test_npu_branch_calls_the_op_it_names(name, contract, monkeypatch):
     case = CASES[name]
     with Called() as called:
         case.op(**case.make(Draw(SMALL | case.fixed, torch.bfloat16, CPU)))
-    said = {word for word in case.backends["npu"].split(", ") if word.startswith("npu_")}
-    assert said == {n for n in called.names if not n.endswith(("_grad", "_backward"))}
+    named = {word for word in case.backends["npu"].split(", ") if word.startswith("npu_")}
+    assert named == {n for n in called.names if not n.endswith(("_grad", "_backward"))}
 
 
 def test_comparison_has_teeth():
@@ -147,7 +147,7 @@ def test_packed_bounds_that_do_not_fit_are_refused(backend):
 
 @pytest.mark.parametrize("K", [6, 3, 1])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("where", ["cpu", "npu", "cuda"])  # fp32, for which the cuda branch has plain torch
+@pytest.mark.parametrize("where", ["cpu", "npu", "cuda"])  # fp32: the cuda branch runs plain torch
 def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, where, contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", where)
     generator = torch.Generator().manual_seed(K)
@@ -176,7 +176,7 @@ def test_selected_blocks_have_the_largest_pooled_softmax(keep, kept):
 
 
 def test_packed_attention_fills_no_whole_gradient_for_each_sequence():
-    """The backward of a slice fills one of all tokens; of the pieces of a split there is one, put together."""
+    """The backward of a slice fills a gradient of all tokens; the backward of a split joins the pieces once."""
     from torch.profiler import profile
 
     q, k, v = (torch.randn(24, 1, heads, 8, requires_grad=True) for heads in (4, 2, 2))
@@ -201,7 +201,7 @@ def test_selected_blocks_hold_those_always_kept():
 
 
 def test_block_sparse_attention_equals_masked_attention_on_a_cpu():
-    """Short last blocks, shared key heads, and a query block that keeps nothing; gradients too."""
+    """With short last blocks, shared key heads and a query block that keeps nothing; gradients too."""
     q, k, v = (torch.randn(n, 2, heads, 24, requires_grad=True) for n, heads in ((70, 4), (75, 2), (75, 2)))
     blocks = torch.rand(2, 4, 5, 5) < 0.4
     blocks[..., 1, :], blocks[..., 2, 4] = False, True
@@ -235,18 +235,18 @@ def test_adamw_of_npu_equals_torch(contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
     options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
     start = torch.randn(7, 5)
-    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = ops.AdamW([mine], **options), torch.optim.AdamW([theirs], **options)
+    mine, reference = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = ops.AdamW([mine], **options), torch.optim.AdamW([reference], **options)
     for step in range(5):
-        for p in (mine, theirs):
+        for p in (mine, reference):
             p.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
         for optimizer in optimizers:
             optimizer.step()
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6), f"step {step}"
+        assert torch.allclose(mine, reference, rtol=1e-5, atol=1e-6), f"step {step}"
 
 
 def split_vocabulary(backend: str) -> dict:
-    """On two ranks: loss and gradients with each rank holding half of the vocabulary."""
+    """Computes loss and gradients on two ranks, each of which holds half of the vocabulary."""
     from megatron.core import parallel_state as mpu
 
     npu_contract.install()
@@ -263,7 +263,7 @@ def split_vocabulary(backend: str) -> dict:
 
 
 def loss_and_gradients(hidden, weight, labels, token_weight, tp_size: int = 1) -> dict:
-    """Of the weighted sum and of log-probabilities weighted afterwards, which are the same."""
+    """Computes the weighted loss, the same with log-probabilities weighted afterwards, and the gradients of both."""
     loss, losses = ops.linear_cross_entropy(hidden, weight, labels, token_weight, tp_size)
     first = torch.autograd.grad(loss, (hidden, weight))
     log_probs = ops.linear_log_probs(hidden, weight, labels, tp_size)
@@ -291,7 +291,7 @@ def test_split_vocabulary_equals_the_whole(which, monkeypatch):
     ranks = run_ranks(2, split_vocabulary, which)
     got = {name: ranks[1][name] for name in want}
     for name in want:
-        if "hidden" in name:  # what enter_tensor_parallel's backward sums
+        if "hidden" in name:  # the backward of enter_tensor_parallel sums these
             got[name] = ranks[0][name] + ranks[1][name]
         elif "weight" in name:
             got[name] = torch.cat([r[name] for r in ranks])
@@ -425,7 +425,7 @@ def test_wrong_call_is_refused(name, contract):
 
 
 def test_a_missing_backward_is_an_error(contract):
-    """npu_grouped_matmul has none: called bare on a device, a weight would silently stay as it is."""
+    """npu_grouped_matmul has no backward: if it is called alone on a device, its weight silently never trains."""
     x = floats(6, 4).requires_grad_()
     out = npu.npu_grouped_matmul([x], [floats(2, 4, 3)], group_list=torch.tensor([2, 6]), split_item=2, group_type=0)[0]
     with pytest.raises(RuntimeError, match="has no backward"):
@@ -444,14 +444,14 @@ def test_block_sparse_gradient_needs_the_lse(contract):
 
 @pytest.mark.parametrize("limit", [0.5, 100.0, 0.0])
 def test_gradients_are_clipped_as_torch_clips_them(limit):
-    values = [torch.randn(3, 4), torch.randn(5), None]  # one parameter has had no gradient
-    mine, theirs = ([torch.nn.Parameter(torch.zeros(1 if v is None else v.shape)) for v in values] for _ in range(2))
-    for parameters in (mine, theirs):
+    values = [torch.randn(3, 4), torch.randn(5), None]  # one parameter has no gradient
+    mine, reference = ([torch.nn.Parameter(torch.zeros(1 if v is None else v.shape)) for v in values] for _ in range(2))
+    for parameters in (mine, reference):
         for p, value in zip(parameters, values, strict=True):
             p.grad = None if value is None else value.clone()
-    norm = torch.nn.utils.clip_grad_norm_(theirs, limit or float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(reference, limit or float("inf"))
     parts = [SimpleNamespace(get_parameters=lambda some=some: some) for some in (mine[:1], mine[1:])]
     clip_gradients(SimpleNamespace(chained_optimizers=parts), limit, float(norm))
-    for p, q in zip(mine[:2], theirs[:2], strict=True):
+    for p, q in zip(mine[:2], reference[:2], strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
     assert mine[2].grad is None

@@ -1,4 +1,5 @@
-"""The profile of a run: real on CPU; the CUDA and Ascend readers on traces written out here, in those profilers' format."""
+"""The profile of a run: a real one on CPU. The CUDA and Ascend readers are tested on traces that are written here in
+those profilers' format."""
 
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ FIRST, LAST = 5, 10
 
 
 def profiled_run(out: Path) -> None:
-    """Ten steps of the tiny case on this rank, the second half of them profiled."""
+    """Runs ten steps of the tiny case on this rank and profiles the last six."""
     o = case.options(
         out=out, steps=LAST, profile_steps=f"{FIRST}-{LAST}", profile_ranks="0,1", resume="never", save_every=0
     )
@@ -49,22 +50,22 @@ def profiled(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_parts_communication_and_idle_add_up_to_the_step(rank, profiled):
-    found = profiling.breakdown(profiled / "profile" / f"rank{rank}.json")
-    total = sum(found["parts"].values()) + found["communication"] + found["idle"]
-    assert total == pytest.approx(found["step_ms"], rel=1e-6)
-    assert found["steps"] == LAST - FIRST + 1
-    assert all(found["parts"][name] > 0 for name in ("prepare", "forward", "backward", "optimizer"))
-    assert found["communication"] + found["hidden"] > 0
-    assert all(found["host"][name] > 0 for name in profiling.PARTS)
+    profile = profiling.breakdown(profiled / "profile" / f"rank{rank}.json")
+    total = sum(profile["parts"].values()) + profile["communication"] + profile["idle"]
+    assert total == pytest.approx(profile["step_ms"], rel=1e-6)
+    assert profile["steps"] == LAST - FIRST + 1
+    assert all(profile["parts"][name] > 0 for name in ("prepare", "forward", "backward", "optimizer"))
+    assert profile["communication"] + profile["hidden"] > 0
+    assert all(profile["host"][name] > 0 for name in profiling.PARTS)
 
 
 def test_profiled_step_lasts_as_long_as_the_metrics_say(profiled):
     rows = perf.read_metrics(profiled / "metrics.jsonl")[1]
     times = [row["step_time_ms"] for row in rows if row.get("profiled")]
     assert len(times) == LAST - FIRST + 1
-    found = profiling.breakdown(profiled / "profile" / "rank0.json")
-    # Two clocks on the same steps; the trace ends with the last optimizer, so one logging of six is not in it.
-    assert found["step_ms"] == pytest.approx(sum(times) / len(times), rel=0.1)
+    profile = profiling.breakdown(profiled / "profile" / "rank0.json")
+    # Two clocks measure the same steps. The trace ends with the last optimizer step: it lacks one of six loggings.
+    assert profile["step_ms"] == pytest.approx(sum(times) / len(times), rel=0.1)
 
 
 def test_table_names_the_parts_and_the_costliest_operators(profiled):
@@ -74,7 +75,7 @@ def test_table_names_the_parts_and_the_costliest_operators(profiled):
     for name in (*profiling.PARTS, "the step"):
         assert f"| {name} |" in parts, name
     assert operators.count("aten::") + operators.count("gloo:") >= 3 and operators.count("\n") >= profiling.OPERATORS
-    # A busy machine may cost a tiny model more in communication than in attention; the trace has them all.
+    # On a busy machine communication may take a tiny model longer than attention; the trace has all operators.
     assert "scaled_dot_product" in (profiled / "profile" / "rank0.json").read_text()
 
 
@@ -106,7 +107,7 @@ def write(path: Path, events) -> Path:
 
 
 def test_cpu_time_spent_waiting_for_a_rank_is_communication(tmp_path):
-    """A Python function of 300 us that computes 100, then waits for gloo's thread."""
+    """A Python function takes 300 us: it computes for 100 us, then waits for gloo's thread."""
     events = [
         x("zoo/data", 0, 100, "user_annotation"),
         x("zoo/forward", 100, 300, "user_annotation"),
@@ -115,16 +116,16 @@ def test_cpu_time_spent_waiting_for_a_rank_is_communication(tmp_path):
         x("aten::addmm", 110, 80, "cpu_op"),
         x("gloo:all_reduce", 190, 190, "user_annotation", tid=2),
     ]
-    found = profiling.breakdown(write(tmp_path / "trace.json", {"traceEvents": events}))
-    assert {name: ms for name, ms in found["parts"].items() if ms} == pytest.approx({"forward": 0.1})
-    assert (found["communication"], found["hidden"]) == (pytest.approx(0.18), pytest.approx(0.01))
-    assert found["idle"] == pytest.approx(0.12)
-    times = {name: ms for name, _, ms in found["operators"]}
+    profile = profiling.breakdown(write(tmp_path / "trace.json", {"traceEvents": events}))
+    assert {name: ms for name, ms in profile["parts"].items() if ms} == pytest.approx({"forward": 0.1})
+    assert (profile["communication"], profile["hidden"]) == (pytest.approx(0.18), pytest.approx(0.01))
+    assert profile["idle"] == pytest.approx(0.12)
+    times = {name: ms for name, _, ms in profile["operators"]}
     assert times == pytest.approx({"gloo:all_reduce": 0.19, "aten::addmm": 0.08, "aten::linear": 0.02})
 
 
 def test_cuda_kernels_count_where_they_were_launched(tmp_path):
-    """One step of 1000 us: the backward's kernel runs while the host is in the optimizer already."""
+    """One step takes 1000 us. The backward's kernel runs while the host is already in the optimizer."""
     events = [
         x("zoo/data", 0, 100, "user_annotation"),
         x("zoo/forward", 100, 100, "user_annotation"),
@@ -136,17 +137,17 @@ def test_cuda_kernels_count_where_they_were_launched(tmp_path):
         x("cudaLaunchKernel", 260, 5, "cuda_runtime", correlation=3),
         x("cudaLaunchKernel", 350, 5, "cuda_runtime", correlation=4),
         x("gemm", 160, 200, "kernel", tid=7, correlation=1),  # 160-360
-        x("gemm", 400, 300, "kernel", tid=7, correlation=2),  # 400-700, after 40 of nothing
+        x("gemm", 400, 300, "kernel", tid=7, correlation=2),  # 400-700, after 40 idle
         x("ncclDevKernel_AllReduce_Sum_bf16", 600, 200, "kernel", tid=8, correlation=3),  # 100 hidden, 100 not
         x("adam", 800, 200, "kernel", tid=7, correlation=4),  # 800-1000
     ]
-    found = profiling.breakdown(write(tmp_path / "trace.json", {"traceEvents": events}))
-    assert found["steps"] == 1 and found["step_ms"] == pytest.approx(1.0)
-    parts = {name: ms for name, ms in found["parts"].items() if ms}
+    profile = profiling.breakdown(write(tmp_path / "trace.json", {"traceEvents": events}))
+    assert profile["steps"] == 1 and profile["step_ms"] == pytest.approx(1.0)
+    parts = {name: ms for name, ms in profile["parts"].items() if ms}
     assert parts == pytest.approx({"forward": 0.2, "backward": 0.3, "optimizer": 0.2})
-    assert (found["communication"], found["hidden"]) == (pytest.approx(0.1), pytest.approx(0.1))
-    assert found["idle"] == pytest.approx(0.2)  # 160 before the first kernel, 40 between
-    assert found["operators"][0] == ("gemm", 2.0, pytest.approx(0.5))
+    assert (profile["communication"], profile["hidden"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert profile["idle"] == pytest.approx(0.2)  # 160 before the first kernel, 40 between
+    assert profile["operators"][0] == ("gemm", 2.0, pytest.approx(0.5))
 
 
 def test_ascend_tasks_count_where_their_torch_op_was(tmp_path):
@@ -165,11 +166,11 @@ def test_ascend_tasks_count_where_their_torch_op_was(tmp_path):
         {"ph": "X", "name": "hcom_allReduce__1_0", "pid": 6, "tid": 1, "ts": "400.0", "dur": 100.0, "args": {}},
         {"ph": "X", "name": "Communication", "pid": 8, "tid": 1, "ts": "400.0", "dur": 100.0, "args": {}},
     ]
-    found = profiling.breakdown(write(tmp_path / "trace.json", events))
-    assert found["step_ms"] == pytest.approx(0.5)
-    assert {name: ms for name, ms in found["parts"].items() if ms} == pytest.approx({"backward": 0.15})
-    assert (found["communication"], found["hidden"]) == (pytest.approx(0.05), pytest.approx(0.05))
-    assert found["idle"] == pytest.approx(0.3)
+    profile = profiling.breakdown(write(tmp_path / "trace.json", events))
+    assert profile["step_ms"] == pytest.approx(0.5)
+    assert {name: ms for name, ms in profile["parts"].items() if ms} == pytest.approx({"backward": 0.15})
+    assert (profile["communication"], profile["hidden"]) == (pytest.approx(0.05), pytest.approx(0.05))
+    assert profile["idle"] == pytest.approx(0.3)
 
 
 def test_a_trace_without_steps_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Qwen3 against transformers and the published counts."""
+"""Qwen3 equals transformers and has the published counts of parameters and tensors."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from common.language import generate as generation
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-TOLERANCE = 1e-5  # of the largest entry
+TOLERANCE = 1e-5  # relative to the largest entry
 PUBLISHED = {  # parameters, tensors on disk
     "0.6B": (596_049_920, 310), "1.7B": (1_720_574_976, 310), "4B": (4_022_468_096, 398), "8B": (8_190_735_360, 399),
     "14B": (14_768_307_200, 443), "32B": (32_762_123_264, 707), "30B-A3B": (30_532_122_624, 18_867),
@@ -44,11 +44,11 @@ def ours(folder, **layout):
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]
     with torch.device("meta"):
-        theirs = case.oracle(config)
+        reference = case.oracle(config)
     model = case.model.build(case.options(), config, torch.device("meta"))[0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     count, tensors = PUBLISHED[size]
-    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == theirs.num_parameters()
+    assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters == reference.num_parameters()
     assert shapes == case.convert.shapes(config)
     released = case.convert.table(config).released_shapes()
     assert len(released) == tensors and sum(math.prod(s) for s in released.values()) == count
@@ -62,24 +62,24 @@ def test_flops_formula_equals_a_counted_forward(size):
 
     config, length = case.config.SIZES[size], 64
     model = case.model.build(case.options(), config, torch.device("cpu" if "tiny" in size else "meta"))[0]
-    where = next(model.parameters()).device
-    if where.type == "cpu":
+    device = next(model.parameters()).device
+    if device.type == "cpu":
         for p in model.parameters():
             p.data.normal_()
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        tokens = torch.zeros(length, dtype=torch.int64, device=where)
-        hidden, _ = model(tokens, torch.arange(length, device=where), [0, length])
+        tokens = torch.zeros(length, dtype=torch.int64, device=device)
+        hidden, _ = model(tokens, torch.arange(length, device=device), [0, length])
         hidden.flatten(0, 1) @ model.output_weight.t()
     attention = config.num_hidden_layers * 2 * length**2 * config.num_attention_heads * config.head_dim
-    # The counter takes the whole square of what is decomposed (meta) and nothing of the CPU's flash kernel.
-    assert counted.get_total_flops() == config.flops(length) + (attention if where.type == "meta" else -attention)
+    # The counter counts the whole square where attention is decomposed (meta), and nothing for the CPU's flash kernel.
+    assert counted.get_total_flops() == config.flops(length) + (attention if device.type == "meta" else -attention)
 
 
 # ------------------------------------------------------------------------------------------------------- oracle parity
 
 
 def their_loss(theirs, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """tokens and labels [B, L], labels already shifted."""
+    """Returns the loss of transformers. tokens and labels are [B, L]; labels are already shifted."""
     logits = theirs(input_ids=tokens).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
@@ -88,23 +88,23 @@ def their_loss(theirs, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_loss_and_gradients_equal_transformers(which, recompute, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path, recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(config.vocab_size, (3, 16), generator=generator) for _ in range(2))
-    want = their_loss(theirs, tokens, labels)
+    want = their_loss(reference, tokens, labels)
     want.backward()
     positions = torch.arange(16).repeat(3)
     weight = torch.full((48,), 1 / 48)
     got, _ = model(tokens.flatten(), positions, [0, 16, 32, 48], 3, labels.flatten(), weight)
     got.backward()
     assert got.item() == pytest.approx(want.item(), rel=TOLERANCE)
-    gradients = dict(theirs.named_parameters())
+    gradients = dict(reference.named_parameters())
     for name, p in model.named_parameters():
         assert close(p.grad, expected(name, gradients, config)), name
 
 
 def expected(name: str, gradients: dict, config) -> torch.Tensor:
-    """transformers' gradient of one of our parameters; its experts are stacked otherwise."""
+    """Returns transformers' gradient of one of our parameters. transformers stacks its experts in another way."""
     if name.endswith("mlp.gate_up"):
         fused = gradients[f"model.{name.replace('mlp.gate_up', 'mlp.experts.gate_up_proj')}"].grad  # [G, 2F, D]
         return fused.unflatten(1, (2, -1)).permute(0, 3, 1, 2)
@@ -115,25 +115,25 @@ def expected(name: str, gradients: dict, config) -> torch.Tensor:
 
 def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path):
     config = case.CONFIGS["dense"]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     documents = [torch.randint(96, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 10)]
     positions = torch.cat([torch.arange(len(d)) for d in documents])
     hidden, _ = model(torch.cat(documents), positions, [0, 5, 6, 16])
     got = hidden.flatten(0, 1) @ model.output_weight.t()
-    want = torch.cat([theirs(input_ids=d[None]).logits[0] for d in documents])
+    want = torch.cat([reference(input_ids=d[None]).logits[0] for d in documents])
     assert close(got, want)
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_rotary_table_of_the_released_sizes_is_transformers_to_the_last_bit(factor):
-    """At far positions a wrong last bit of a frequency is a wrong angle."""
+    """At far positions a wrong last bit of a frequency makes a wrong angle."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
     config = dataclasses.replace(case.config.SIZES["8B"], rope_factor=factor)
     positions = torch.cat((torch.arange(100), torch.arange(100, config.positions, 997)))
-    theirs = Qwen3RotaryEmbedding(case.oracle_config(config))(torch.zeros(1), positions[None])
-    for mine, other in zip(case.model.rotary_table(positions, config), theirs, strict=True):
-        assert torch.equal(mine.flatten(1), other[0])
+    reference = Qwen3RotaryEmbedding(case.oracle_config(config))(torch.zeros(1), positions[None])
+    for got, want in zip(case.model.rotary_table(positions, config), reference, strict=True):
+        assert torch.equal(got.flatten(1), want[0])
 
 
 def test_experts_and_balancing_loss_are_transformers(tmp_path):
@@ -161,8 +161,8 @@ def test_experts_and_balancing_loss_are_transformers(tmp_path):
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path):
     config = case.CONFIGS[which]
-    theirs = case.save_oracle(tmp_path / "a", config).to(dtype)
-    theirs.save_pretrained(tmp_path / "a")
+    reference = case.save_oracle(tmp_path / "a", config).to(dtype)
+    reference.save_pretrained(tmp_path / "a")
     assert case.config.Qwen3Config.from_folder(tmp_path / "a") == config
     precision = "fp32" if dtype == torch.float32 else "bf16"
     parameters = dict(ours(tmp_path / "a", precision=precision).named_parameters())
@@ -173,8 +173,8 @@ def test_release_survives_loading_and_writing_bit_exactly(which, dtype, tmp_path
     reader = weights.Reader()
     for key, entry in second.items():
         assert torch.equal(reader.read(entry), reader.read(first[key])), key
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), reference.parameters(), strict=True))
 
 
 def test_a_second_copy_of_the_tied_embedding_is_taken_if_it_is_one(tmp_path):
@@ -215,7 +215,7 @@ def test_a_config_of_another_model_is_refused(change, message, tmp_path):
     ("change", "pretrained", "positions"),
     [
         ({"max_position_embeddings": 32768}, 32768, 32768),  # the base models
-        ({"max_position_embeddings": 262144, "rope_theta": 5e6}, 262144, 262144),  # 2507
+        ({"max_position_embeddings": 262144, "rope_theta": 5e6}, 262144, 262144),  # the 2507 releases
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
             32768,
@@ -224,7 +224,7 @@ def test_a_config_of_another_model_is_refused(change, message, tmp_path):
     ],
 )
 def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path, monkeypatch):
-    """... and is of the size; named layouts are for training, and leave generation alone."""
+    """Such a release still counts as its size. Named layouts are for training and do not apply to generation."""
     monkeypatch.setattr(release.Table, "entries", lambda table, folder: {})
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.copy(case.jobs.DEMO_TOKENIZER / "tokenizer.json", tmp_path)
@@ -244,13 +244,13 @@ def test_a_release_has_its_own_positions(change, pretrained, positions, tmp_path
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_greedy_generation_equals_transformers_token_for_token(which, tmp_path):
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
     o = infer_options(max_new_tokens=12, batch=2)
     got = generation.generate(model, prompts, o, ends=set())
     for prompt, answer in zip(prompts, got, strict=True):
-        want = theirs.generate(
+        want = reference.generate(
             torch.tensor([prompt]),
             max_new_tokens=12,
             min_new_tokens=12,
@@ -295,7 +295,7 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_neighbours(tmp_path):
     case.save_oracle(tmp_path, case.CONFIGS["dense"])
     model, generator = ours(tmp_path), torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 5, 7, 1)]
-    prompts.append(prompts[0])  # asked a second time: another answer
+    prompts.append(prompts[0])  # the same prompt again gets another answer
     o = infer_options(max_new_tokens=12, temperature=1.0)
     alone = generation.generate(model, prompts, dataclasses.replace(o, batch=1), ends=set())
     for batch in (2, 6):
@@ -319,7 +319,7 @@ def test_weights_that_are_not_finite_give_an_error_and_no_empty_answer(temperatu
 
 
 def test_trigram_baseline_is_a_distribution(tmp_path):
-    """Over all continuations of every history of a tiny corpus the probabilities sum to 1."""
+    """The probabilities of all continuations of a history of a tiny corpus sum to 1."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

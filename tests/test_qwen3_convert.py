@@ -1,5 +1,5 @@
-"""What convert.sh brings in: Megatron-LM checkpoints in every way they are cut up, against megatron-core's own model, and
-LoRA adapters against peft."""
+"""What convert.sh imports: Megatron-LM checkpoints of every parallel layout, compared with megatron-core's own model,
+and LoRA adapters, compared with peft."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ def launch(*options) -> subprocess.CompletedProcess:
 
 
 def common_state() -> dict:
-    """What Megatron-LM saves beside the model."""
+    """Returns what Megatron-LM saves beside the model."""
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
 
@@ -50,7 +50,7 @@ def common_state() -> dict:
 
 
 def rank_state(state: dict, config, layers, first, last, tp, ep, how) -> OrderedDict:
-    """One rank's chunk: tp and ep are (rank, size)."""
+    """Returns the state dict of one rank's chunk, as Megatron-LM names and shards it. tp and ep are (rank, size)."""
     K, E, D = config.num_key_value_heads, config.head_dim, config.hidden_size
     n, out = config.num_attention_heads // K, OrderedDict()
 
@@ -64,39 +64,39 @@ def rank_state(state: dict, config, layers, first, last, tp, ep, how) -> Ordered
     if first:
         out["embedding.word_embeddings.weight"] = vocabulary("embed_tokens.weight")
     for local, i in enumerate(layers):
-        ours, theirs = f"layers.{i}.", f"decoder.layers.{local}."
+        ours, megatron = f"layers.{i}.", f"decoder.layers.{local}."
         q, k, v = (cut(f"{ours}self_attn.{p}_proj.weight", 0).view(K // tp[1], -1, E, D) for p in "qkv")
         assert q.shape[1] == n
         fused = how["fused norms"]
         norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
-        out[theirs + norm] = state[ours + "input_layernorm.weight"]
-        out[theirs + "self_attention.linear_proj.weight"] = cut(ours + "self_attn.o_proj.weight", 1)
-        out[theirs + "self_attention.linear_proj._extra_state"] = None
-        out[theirs + "self_attention.linear_qkv.weight"] = torch.cat((q, k, v), 1).reshape(-1, D)
-        out[theirs + "self_attention.q_layernorm.weight"] = state[ours + "self_attn.q_norm.weight"]
-        out[theirs + "self_attention.k_layernorm.weight"] = state[ours + "self_attn.k_norm.weight"]
+        out[megatron + norm] = state[ours + "input_layernorm.weight"]
+        out[megatron + "self_attention.linear_proj.weight"] = cut(ours + "self_attn.o_proj.weight", 1)
+        out[megatron + "self_attention.linear_proj._extra_state"] = None
+        out[megatron + "self_attention.linear_qkv.weight"] = torch.cat((q, k, v), 1).reshape(-1, D)
+        out[megatron + "self_attention.q_layernorm.weight"] = state[ours + "self_attn.q_norm.weight"]
+        out[megatron + "self_attention.k_layernorm.weight"] = state[ours + "self_attn.k_norm.weight"]
         norm = "mlp.linear_fc1.layer_norm_weight" if fused and not config.num_experts else "pre_mlp_layernorm.weight"
-        out[theirs + norm] = state[ours + "post_attention_layernorm.weight"]
+        out[megatron + norm] = state[ours + "post_attention_layernorm.weight"]
         if not config.num_experts:
             gate, up = (cut(f"{ours}mlp.{p}_proj.weight", 0) for p in ("gate", "up"))
-            out[theirs + "mlp.linear_fc1.weight"] = torch.cat((gate, up))
-            out[theirs + "mlp.linear_fc2.weight"] = cut(ours + "mlp.down_proj.weight", 1)
+            out[megatron + "mlp.linear_fc1.weight"] = torch.cat((gate, up))
+            out[megatron + "mlp.linear_fc2.weight"] = cut(ours + "mlp.down_proj.weight", 1)
             continue
-        out[theirs + "mlp.router.weight"] = state[ours + "mlp.gate.weight"]
+        out[megatron + "mlp.router.weight"] = state[ours + "mlp.gate.weight"]
         gate_up, down = state[ours + "mlp.gate_up"], state[ours + "mlp.down"]  # [G, D, 2, F] and [G, F, D]
-        if how.get("extend"):  # tensor parallel ranks hold whole experts, each its own
+        if how.get("extend"):  # each tensor parallel rank holds whole experts of its own
             part, parts = ep[0] * tp[1] + tp[0], ep[1] * tp[1]
         else:
             part, parts = ep
         gate_up, down = gate_up.chunk(parts)[part], down.chunk(parts)[part]
         if not how.get("extend") and not how.get("etp1"):
             gate_up, down = gate_up.chunk(tp[1], 3)[tp[0]], down.chunk(tp[1], 1)[tp[0]]
-        experts = theirs + "mlp.experts."
+        experts = megatron + "mlp.experts."
         if how["experts"] == "grouped":
             out[experts + "weight1"] = gate_up.reshape(D, -1)
             out[experts + "weight2"] = down.reshape(-1, D)
-        for e, (one, other) in enumerate(zip(gate_up, down, strict=True)):
-            fc1, fc2 = one.permute(1, 2, 0).reshape(-1, D), other.t().contiguous()
+        for e, (gate_up_of_expert, down_of_expert) in enumerate(zip(gate_up, down, strict=True)):
+            fc1, fc2 = gate_up_of_expert.permute(1, 2, 0).reshape(-1, D), down_of_expert.t().contiguous()
             if how["experts"] == "local":
                 out |= {f"{experts}local_experts.{e}.linear_fc1.weight": fc1,
                         f"{experts}local_experts.{e}.linear_fc2.weight": fc2}  # fmt: skip
@@ -112,9 +112,9 @@ def rank_state(state: dict, config, layers, first, last, tp, ep, how) -> Ordered
 
 
 def write(folder, config, state, tp=1, pp=1, vpp=1, ep=1, **how):
-    """A checkpoint as Megatron-LM cuts it up; `how`: fused norms, experts local, grouped or te, extend, etp1."""
+    """Writes a checkpoint as Megatron-LM shards it. `how`: fused norms, experts local, grouped or te, extend, etp1."""
     how = {"fused norms": False, "experts": "local"} | how
-    per = config.num_hidden_layers // (pp * vpp)
+    depth = config.num_hidden_layers // (pp * vpp)
     args = common_state()
     args["args"].moe_tp_extend_ep = bool(how.get("extend"))
     args["args"].expert_tensor_parallel_size = 1 if how.get("etp1") else None
@@ -125,9 +125,9 @@ def write(folder, config, state, tp=1, pp=1, vpp=1, ep=1, **how):
                     continue
                 chunks = []
                 for v in range(vpp):
-                    start = (v * pp + p) * per
+                    start = (v * pp + p) * depth
                     ends = (v == p == 0, (v, p) == (vpp - 1, pp - 1))
-                    chunks.append(rank_state(state, config, range(start, start + per), *ends, (t, tp), (e, ep), how))
+                    chunks.append(rank_state(state, config, range(start, start + depth), *ends, (t, tp), (e, ep), how))
                 name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") + (f"_{e:03d}" if ep > 1 else "")
                 target = folder / "iter_0000010" / name
                 target.mkdir(parents=True)
@@ -139,9 +139,9 @@ def write(folder, config, state, tp=1, pp=1, vpp=1, ep=1, **how):
 
 def imported(folder, config) -> dict[str, torch.Tensor]:
     source = case.convert.open_source(folder, config)
-    found = {name: source.read(name) for name in case.convert.shapes(config)}
-    assert all(source.element(name) == found[name].element_size() for name in found)
-    return found
+    tensors = {name: source.read(name) for name in case.convert.shapes(config)}
+    assert all(source.element(name) == tensors[name].element_size() for name in tensors)
+    return tensors
 
 
 CUT = {
@@ -173,16 +173,18 @@ def test_megatron_checkpoint_is_imported_bit_exactly(name, experts, dtype, tmp_p
     which, how = CUT[name]
     config = case.CONFIGS[which]
     state = {key: tensor.to(dtype) for key, tensor in case.random_state(config).items()}
-    found = imported(write(tmp_path, config, state, experts=experts, **how), config)
-    assert found.keys() == state.keys()
+    tensors = imported(write(tmp_path, config, state, experts=experts, **how), config)
+    assert tensors.keys() == state.keys()
     for key, tensor in state.items():
-        assert found[key].dtype == dtype and torch.equal(found[key], tensor), key
+        assert tensors[key].dtype == dtype and torch.equal(tensors[key], tensor), key
 
 
 # -------------------------------------------------------------------------------- Megatron-LM, by megatron-core's model
 
 
-@pytest.mark.parametrize("which", [name for name in case.CONFIGS if name != "yarn"])  # such a run does not say so
+@pytest.mark.parametrize(
+    "which", [name for name in case.CONFIGS if name != "yarn"]
+)  # a Megatron-LM run does not record it
 def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, monkeypatch):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -191,7 +193,8 @@ def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, m
     from megatron.core.transformer.moe import moe_utils
 
     monkeypatch.setattr(CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext())  # no dropout is drawn
-    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)  # a name it forgets without its extension
+    # megatron-core leaves this name undefined without Transformer Engine
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
     c = case.CONFIGS[which]
     moe = dict(
         num_moe_experts=c.num_experts, moe_router_topk=c.num_experts_per_tok, moe_aux_loss_coeff=0.0,
@@ -208,17 +211,17 @@ def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, m
     )  # fmt: skip
     model_parallel_cuda_manual_seed(0)
     spec = get_gpt_layer_local_spec(num_experts=c.num_experts or None, qk_layernorm=True, normalization="RMSNorm")
-    theirs = GPTModel(
+    reference = GPTModel(
         settings, spec, vocab_size=c.vocab_size + PADDING, max_sequence_length=64, position_embedding_type="rope",
         rotary_base=int(c.rope_theta), share_embeddings_and_output_weights=c.tie_word_embeddings,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(4)
-    for name, p in theirs.named_parameters():
+    for name, p in reference.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data.copy_(1 + 0.1 * noise if "layernorm" in name else 0.15 * noise)
     target = tmp_path / "release" / "mp_rank_00"
     target.mkdir(parents=True)
-    torch.save(common_state() | {"model": theirs.state_dict_for_save_checkpoint()}, target / "model_optim_rng.pt")
+    torch.save(common_state() | {"model": reference.state_dict_for_save_checkpoint()}, target / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
 
     ours = case.model.build(case.options(), c)[0]
@@ -226,7 +229,7 @@ def test_imported_model_computes_what_megatron_cores_own_does(which, tmp_path, m
     tokens, positions = torch.randint(c.vocab_size, (16,), generator=generator), torch.arange(16)
     with torch.no_grad():
         mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
-        want = theirs(tokens[None], positions[None], mask)[0, :, : c.vocab_size]
+        want = reference(tokens[None], positions[None], mask)[0, :, : c.vocab_size]
         got = ours(tokens, positions, [0, 16])[0].flatten(0, 1) @ ours.output_weight.t()
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -342,7 +345,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "mlp.down_proj", "lm_head"]
 
 
 def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
-    """A released folder and a PEFT adapter for it; what peft makes of both."""
+    """Writes a released folder and a PEFT adapter for it. Returns (config, base tensors, peft's merged model)."""
     import peft
 
     config, targets = case.CONFIGS[which], [t for t in TARGETS if which == "dense" or "proj" in t and "mlp" not in t]
@@ -366,7 +369,7 @@ def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
 
 
 def merged(folder, config) -> dict[str, torch.Tensor]:
-    """What convert.sh --adapter --to released writes."""
+    """Returns what convert.sh --adapter --to released writes."""
     source = case.convert.open_source(folder / "base", config)
     source = release.merged(source, case.convert.adapter(folder / "adapter", config))
     case.convert.write_released(folder / "out", config, source, None)
@@ -376,9 +379,9 @@ def merged(folder, config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_merged_adapter_equals_peft(which, rslora, tmp_path):
-    config, before, theirs = adapter_and_base(tmp_path, which, use_rslora=rslora)
+    config, before, reference = adapter_and_base(tmp_path, which, use_rslora=rslora)
     got = merged(tmp_path, config)
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "theirs")
     want = load_file(tmp_path / "theirs" / "model.safetensors")
     assert got.keys() == before.keys() >= want.keys()
     for key, tensor in want.items():
@@ -395,9 +398,9 @@ def test_an_adapter_of_unsloths_with_ranks_and_alphas_of_its_own_is_merged_as_pe
         "rank_pattern": {r"layers.\d+.self_attn.q_proj": 2, "layers.3.self_attn.o_proj": 6},
         "alpha_pattern": {"v_proj": 9, "layers.1.self_attn.q_proj": 0.5},
     }
-    config, before, theirs = adapter_and_base(tmp_path, which, **options)
+    config, before, reference = adapter_and_base(tmp_path, which, **options)
     got, want = merged(tmp_path, config), {}
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "theirs")
     want = load_file(tmp_path / "theirs" / "model.safetensors")
     assert not [k for k, t in want.items() if (got[k] - t).abs().max() > 1e-6 * t.abs().max()]
     assert sum(not torch.equal(got[key], before[key]) for key in before) == config.num_hidden_layers * linears
@@ -463,7 +466,7 @@ def test_folder_without_an_adapter_is_refused_before_anything_starts(tmp_path):
 
 # ------------------------------------------------------------------------------------------- releases unlike their size
 
-CODER = {  # Qwen3-Coder-30B-A3B-Instruct: experts in every layer, so nothing has its intermediate_size
+CODER = {  # Qwen3-Coder-30B-A3B-Instruct: all layers have experts, so none has its intermediate_size
     "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5472,
     "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
@@ -475,7 +478,7 @@ CODER = {  # Qwen3-Coder-30B-A3B-Instruct: experts in every layer, so nothing ha
 
 
 def a_release(folder, size: str, **facts):
-    """Of drawn weights, like `size` but for some facts, in its own layout."""
+    """Writes drawn weights in the released layout: of `size`, but with 4 layers and with `facts` replaced."""
     config = dataclasses.replace(case.config.SIZES[size], num_hidden_layers=4, **facts)
     state = case.random_state(config)
     case.convert.write_released(folder, config, case.source(state), None)
@@ -491,12 +494,12 @@ def options(folder, script="infer", *more):
 def test_a_width_that_no_layer_uses_does_not_make_another_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CODER))
     assert case.config.size_of(tmp_path) == "30B-A3B"
-    found = case.config.Qwen3Config.from_folder(tmp_path)
+    config = case.config.Qwen3Config.from_folder(tmp_path)
     o = argparse.Namespace(
         size="30B-A3B", weights=tmp_path, yarn=None, layers=None, vocabulary=None, from_scratch=False
     )
-    assert case.config.model_config(o) == found and found.parameters == case.config.SIZES["30B-A3B"].parameters
-    written = found.to_released()
+    assert case.config.model_config(o) == config and config.parameters == case.config.SIZES["30B-A3B"].parameters
+    written = config.to_released()
     assert {k: written[k] for k in CODER if k in written} == {k: v for k, v in CODER.items() if k in written}
     for facts, says in (
         ({"moe_intermediate_size": 5472}, "moe_intermediate_size 5472 != 768"),
@@ -512,16 +515,16 @@ def test_a_width_that_no_layer_uses_does_not_make_another_size(tmp_path):
 def test_a_release_unlike_its_size_where_no_layer_differs_loads_and_is_written_back_so(
     size, facts, tmp_path, capsys, monkeypatch
 ):
-    config, said = (
+    config, warning = (
         a_release(tmp_path / "r", size, **facts),
         "a vocabulary of 2,053 tokens; the published tiny has 2,048",
     )
     o = options(tmp_path / "r")
     assert o.size == size and case.config.model_config(o) == config
-    assert said not in capsys.readouterr().err  # by one of the processes, which the launcher started
+    assert warning not in capsys.readouterr().err  # only the launcher prints it, not the ranks it starts
     monkeypatch.delenv("RANK")
     options(tmp_path / "r")
-    assert capsys.readouterr().err.count(said) == (size == "tiny")
+    assert capsys.readouterr().err.count(warning) == (size == "tiny")
     assert options(tmp_path / "r", "infer", "--size", size).size == size
     case.convert.write_released(tmp_path / "w", config, case.convert.open_source(tmp_path / "r", config), None)
     for key, value in facts.items():

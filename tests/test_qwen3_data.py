@@ -1,4 +1,4 @@
-"""The data path of Qwen3: preprocessing, rows of documents, conversations and pairs, and the demo that feeds them."""
+"""The data path of Qwen3: preprocessing, rows of documents, conversations and pairs, and the demo data."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def write(path: Path, rows: list) -> Path:
 
 def test_demo_text_is_the_same_every_time_and_its_validation_apart(demo, tmp_path):
     make_data.make(tmp_path / "text")
-    train, held = (lines(tmp_path / "text" / f"{split}.jsonl") for split in ("train", "validation"))
-    assert [train, held] == [lines(demo / "text" / f"{split}.jsonl") for split in ("train", "validation")]
-    texts = [row["text"] for row in train + held]
+    train, validation = (lines(tmp_path / "text" / f"{split}.jsonl") for split in ("train", "validation"))
+    assert [train, validation] == [lines(demo / "text" / f"{split}.jsonl") for split in ("train", "validation")]
+    texts = [row["text"] for row in train + validation]
     assert len(texts) == len(set(texts)) > 2000 and min(map(len, texts)) >= 100 and sum(map(len, texts)) > 800_000
-    assert 0.03 < len(held) / len(texts) < 0.07
+    assert 0.03 < len(validation) / len(texts) < 0.07
 
 
 def test_demo_folder_is_kept_or_made_anew_and_never_another_folder_overwritten(tmp_path):
@@ -124,7 +124,7 @@ def test_demo_tokenizer_is_small_has_the_models_vocabulary_and_gives_any_text_ba
 
 
 def expected(messages: list[dict]) -> list[tuple[str, bool]]:
-    """Qwen3's format restated: pieces of text, and whether the assistant generates them."""
+    """Restates Qwen3's format: returns pieces of text, and whether the assistant generates each."""
     pieces = []
     question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
     for i, message in enumerate(messages):
@@ -146,7 +146,7 @@ def expected(messages: list[dict]) -> list[tuple[str, bool]]:
 
 
 def conversation(rng: random.Random) -> list[dict]:
-    """Turns of any order a chat may have, texts that look like the template's own, thoughts in both spellings."""
+    """Draws turns in any order a chat may have, texts that look like the template's, and thoughts in both spellings."""
     words = [
         "hello",
         "assistant\n",
@@ -214,7 +214,7 @@ def test_generation_prompt_with_and_without_thinking(tokenizer):
 
 
 def test_mask_begins_where_the_prompt_for_a_generation_ends(tokenizer):
-    """What is trained continues what inference will feed, with real thoughts and without any."""
+    """The tokens that are trained continue the prompt that inference feeds, with thoughts and without."""
     chat = Chat(tokenizer)
     question = {"role": "user", "content": "Q"}
     for content, thinking in (("A", False), ("<think>\nhm\n</think>\n\nA", True)):
@@ -236,9 +236,9 @@ THINKS = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assi
 
 
 def with_template(tokenizer, template: str):
-    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    other.chat_template = template
-    return other
+    changed = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    changed.chat_template = template
+    return changed
 
 
 @pytest.mark.parametrize(("template", "begin"), [(CHATML, ""), (TRIMMED, ""), (THINKS, "<think>\n")])
@@ -277,8 +277,8 @@ def test_template_that_cannot_be_masked_is_refused(tokenizer, template, message)
         )
 
 
-# Conversations, thoughts and calls as the released template renders them: a newline before a call only after text, tool
-# results as a user's turn, thoughts only after the last question that is no tool result.
+# Renders conversations, thoughts and calls as the released template does. A newline precedes a call only after text.
+# Tool results are a user's turn. Thoughts are shown only after the last question that is no tool result.
 RELEASED = (
     "{%- set ns = namespace(last=messages | length - 1) -%}"
     "{%- if tools %}{{ '<|im_start|>system\n# Tools\n<tools>' }}{% for tool in tools %}{{ '\n' ~ (tool | tojson) }}{% endfor %}"
@@ -313,7 +313,7 @@ RELEASED = (
 
 @pytest.fixture(scope="module")
 def released(tokenizer, tmp_path_factory) -> Path:
-    """The demo's tokenizer with that template, as a folder."""
+    """Saves the demo's tokenizer with that template in a folder."""
     folder = tmp_path_factory.mktemp("released")
     with_template(tokenizer, RELEASED).save_pretrained(folder)
     return folder
@@ -323,7 +323,7 @@ load = functools.cache(AutoTokenizer.from_pretrained)
 
 
 def learnt(row: dict, folder: Path, train_on: str = "all") -> list[str]:
-    """What is learnt of a row, a text per answer."""
+    """Returns what is learnt from a row: one text per answer."""
     tokenizer = load(folder)
     tokens, generated = Chat(tokenizer).encode(to_chat(row), to_tools(row), train_on)
     runs = [list(run) for flag, run in itertools.groupby(range(len(tokens)), generated.__getitem__) if flag]
@@ -403,7 +403,7 @@ def test_tool_calls_are_objects_or_json_texts_of_them(calls, wanted):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_whatever_a_row_or_the_template_raises_is_a_drop_by_file_and_line(tokenizer, tmp_path, kind):
-    """A filter that fails on a value, a role that is no text, a row nested as deep as Python allows."""
+    """With a template that fails on a value, a role that is no text, and a row nested deeper than Python allows."""
     other = with_template(tokenizer, "{% for m in messages if m.content == 'three' %}{{ 1 / 0 }}{% endfor %}" + CHATML)
     other.save_pretrained(tmp_path / "tokenizer")
     pair = {"chosen": "2", "rejected": "3"}
@@ -465,9 +465,9 @@ def test_complete_answers_are_those_without_thoughts_too_and_thoughts_that_the_t
     turns = [("a?", "one"), ("b?", "<think>hm</think>two"), ("c?", "three")]
     row = {"conversations": [{"from": f, "value": v} for t in turns for f, v in zip(("human", "gpt"), t, strict=True)]}
     assert learnt(row, DEMO_TOKENIZER, "complete") == ["one<|im_end|>", "three<|im_end|>"]
-    plain = Chat(with_template(tokenizer, CHATML))  # shows them as the text that they are
+    plain = Chat(with_template(tokenizer, CHATML))  # shows thoughts as plain text
     assert plain.find_bare_answers(to_chat(row)) == set() and Chat(tokenizer).find_bare_answers(to_chat(row)) == {3}
-    # thoughts that are also the answer, or a part of it, and thoughts of nothing
+    # thoughts that are also the answer or a part of it, and empty thoughts
     for thoughts, answer, bare in (("4", "4", {1}), ("add", "to add", {1}), ("\n \n", "4", set())):
         row = {"messages": [CHAT[0], {"role": "assistant", "content": answer, "reasoning_content": thoughts}, *CHAT]}
         assert Chat(tokenizer).find_bare_answers(to_chat(row)) == bare
@@ -512,17 +512,17 @@ def test_the_last_answer_is_not_replaced_by_an_earlier_one_where_it_is_not_learn
 
 
 def test_thoughts_left_out_are_counted_in_what_is_printed_and_the_choice_has_a_cache_of_its_own(tmp_path, capsys):
-    path, seen = CASES / "think_multi.jsonl", {}
-    for train_on, said in (
+    path, counts = CASES / "think_multi.jsonl", {}
+    for train_on, note in (
         ("all", "learnt without them"),
         ("complete", "train on: complete"),
         ("last", "train on: last"),
     ):
         folder = prepare_chats(path, DEMO_TOKENIZER, 512, tmp_path, train_on=train_on)
-        assert f"; the template leaves out the thoughts of 1 answers ({said})" in capsys.readouterr().out
+        assert f"; the template leaves out the thoughts of 1 answers ({note})" in capsys.readouterr().out
         labels = PackedRows(folder).fetch(range(len(PackedRows(folder))))["labels"]
-        seen[folder.name] = int((labels != IGNORE).sum())
-    assert len(seen) == 3 and sorted(seen.values()) == [min(seen.values())] * 2 + [max(seen.values())]
+        counts[folder.name] = int((labels != IGNORE).sum())
+    assert len(counts) == 3 and sorted(counts.values()) == [min(counts.values())] * 2 + [max(counts.values())]
     prepare_chats(CASES / "weight0.jsonl", DEMO_TOKENIZER, 512, tmp_path)
     assert "thoughts" not in capsys.readouterr().out
 
@@ -617,7 +617,7 @@ def test_bad_row_names_reason_and_field(make, row, reason, detail):
             "chosen": {"from": "gpt", "value": "2"},
             "rejected": {"from": "gpt", "value": "3"},
         },
-        {"prompt": "1 + 1? ", "chosen": CHAT, "rejected": WRONG, "messages": CHAT},  # UltraFeedback's
+        {"prompt": "1 + 1? ", "chosen": CHAT, "rejected": WRONG, "messages": CHAT},  # as in UltraFeedback
         {"prompt": CHAT[:1], "chosen": CHAT, "rejected": WRONG},
         {"messages": CHAT, "chosen": CHAT, "rejected": WRONG},
         {"messages": WRONG, "chosen": CHAT, "rejected": WRONG, "prompt": None},
@@ -646,9 +646,9 @@ TURNS = [
         {"prompt": TURNS[:4], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},
         {"prompt": TURNS[1:4], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},
         {"prompt": TURNS[:4], "chosen": TURNS[1:], "rejected": [*TURNS[1:4], WRONG[1]]},
-        {"prompt": TURNS[:3], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # up to an answer before
-        {"prompt": "q", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the first question
-        {"prompt": "1 + 1?", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the last one
+        {"prompt": TURNS[:3], "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # up to an earlier answer
+        {"prompt": "q", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the first question alone
+        {"prompt": "1 + 1?", "chosen": TURNS, "rejected": [*TURNS[:4], WRONG[1]]},  # the last question alone
         {"prompt": "q", "system": "S", "chosen": TURNS[1:], "rejected": [*TURNS[1:4], WRONG[1]]},
     ],
 )
@@ -660,9 +660,9 @@ def test_pairs_of_the_commonest_public_layout_ask_once(tmp_path, tokenizer):
     folder = prepare_chats(CASES / "dpo_ultra.jsonl", DEMO_TOKENIZER, 128, tmp_path, kind="dpo")
     batch = PackedRows(folder).fetch([0])
     first, second = (slice(*batch["cu_seqlens"][n : n + 2]) for n in (0, 1))
-    asked = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    prompt = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     for part, answer in ((first, "Red."), (second, "Seven.")):
-        assert tokenizer.decode(batch["tokens"][part]) == f"{asked}{answer}<|im_end|>\n"
+        assert tokenizer.decode(batch["tokens"][part]) == f"{prompt}{answer}<|im_end|>\n"
         labels = batch["labels"][part]
         assert tokenizer.decode(labels[labels != IGNORE]) == f"{answer}<|im_end|>"
 
@@ -724,9 +724,9 @@ def asked(*argv) -> list:
 
 
 def test_prompts_of_text_and_of_json_ask_the_same_and_messages_are_continued(tokenizer, tmp_path):
-    found = asked("--prompts", CASES / "prompts.jsonl")
+    questions = asked("--prompts", CASES / "prompts.jsonl")
     question = [{"role": "user", "content": "Sort the digits: 52913"}]
-    assert found == [(f"{CASES / 'prompts.jsonl'}:{n}", question, None) for n in (1, 2)]
+    assert questions == [(f"{CASES / 'prompts.jsonl'}:{n}", question, None) for n in (1, 2)]
     texts = [messages[0]["content"] for _, messages, _ in asked("--prompts", CASES / "prompts_bom_u2028.txt")]
     assert texts == ["Sort the digits: 52913", "Sort the digits: 11111", "Sort the digits:\u202852913"]
     assert asked("--prompt", texts[0])[0][1:] == (question, None) == asked()[0][1:]
@@ -800,18 +800,18 @@ def test_chats_that_are_empty_or_of_another_encoding_are_refused_with_the_option
 
 
 def test_help_and_readme_list_the_keys_a_row_may_have(capsys):
-    told = {}
+    help_of = {}
     for script in ("train", "infer"):
         with pytest.raises(SystemExit):
             jobs.parse(script, ["--help"])
-        told[script] = capsys.readouterr().out
+        help_of[script] = capsys.readouterr().out
     keys = ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "prompt"]
     readme = (ROOT / "zoo" / "qwen3" / "README.md").read_text()
     for key in [*keys, "chosen", "rejected"]:
-        assert re.search(rf"\b{key}\b", told["train"].split("  --data PATH")[1].split("  --max-drop")[0]), key
+        assert re.search(rf"\b{key}\b", help_of["train"].split("  --data PATH")[1].split("  --max-drop")[0]), key
         assert f'"{key}":' in readme or f"`{key}`" in readme, key
     for key in ("prompt", "messages", "tools"):
-        assert re.search(rf"\b{key}\b", told["infer"].split("  --prompts PATH")[1].split("  --out")[0]), key
+        assert re.search(rf"\b{key}\b", help_of["infer"].split("  --prompts PATH")[1].split("  --out")[0]), key
 
 
 # ---- packing ----
@@ -843,7 +843,7 @@ def packed(demo, tmp_path_factory) -> PackedRows:
 def test_demo_conversations_fill_their_rows_and_come_back_bit_equal(demo, packed, tokenizer):
     chat = Chat(tokenizer)
     wanted = [chat.encode(row["messages"]) for row in lines(demo / "sft" / "test.jsonl")]
-    seen = []
+    conversations = []
     for row in range(len(packed)):
         batch = packed.fetch([row])
         assert batch["tokens"].shape == batch["labels"].shape == batch["positions"].shape == (512,)
@@ -856,11 +856,11 @@ def test_demo_conversations_fill_their_rows_and_come_back_bit_equal(demo, packed
             if (tokens == packed.pad).all():
                 assert end == 512 and (labels == IGNORE).all()
                 continue
-            assert labels[-1] == IGNORE  # the next token is another conversation's
-            kept = labels != IGNORE
-            assert (labels[kept] == tokens.roll(-1)[kept]).all()
-            seen.append((tuple(tokens.tolist()), tuple((labels != IGNORE).tolist())))
-    assert sorted(seen) == sorted((tuple(t.tolist()), (*g[1:].tolist(), False)) for t, g in wanted)
+            assert labels[-1] == IGNORE  # the next token belongs to another conversation
+            learnt_here = labels != IGNORE
+            assert (labels[learnt_here] == tokens.roll(-1)[learnt_here]).all()
+            conversations.append((tuple(tokens.tolist()), tuple((labels != IGNORE).tolist())))
+    assert sorted(conversations) == sorted((tuple(t.tolist()), (*g[1:].tolist(), False)) for t, g in wanted)
     assert packed.fill >= 0.98  # 27 rows, the last of them a third full
 
 
@@ -873,16 +873,16 @@ def test_pairs_stay_together_and_only_the_last_answer_counts(demo, tmp_path, tok
     rows = [{"prompt": [system, *CHAT, CHAT[0]], "chosen": f"yes {i}", "rejected": f"no {i}" * 3} for i in range(40)]
     path = write(tmp_path / "pairs.jsonl", rows)
     packed = PackedRows(prepare_chats(path, DEMO_TOKENIZER, 512, tmp_path / "cache", kind="dpo"))
-    said = []
+    answers = []
     for micro in ([i, (i + 1) % len(packed)] for i in range(len(packed))):
         batch = packed.fetch(micro)
         assert batch["cu_seqlens"][-1] == 1024 == len(batch["tokens"])
         for chosen in batch["pairs"]:
             spans = [slice(*batch["cu_seqlens"][n : n + 2]) for n in (chosen, chosen + 1)]
             labels = [[label for label in batch["labels"][span].tolist() if label != IGNORE] for span in spans]
-            said.append(tuple(tokenizer.decode(part) for part in labels))
+            answers.append(tuple(tokenizer.decode(part) for part in labels))
     wanted = [(f"yes {i}<|im_end|>", f"no {i}" * 3 + "<|im_end|>") for i in range(40)]
-    assert sorted(said) == sorted(2 * wanted)  # every row was in two micro-batches
+    assert sorted(answers) == sorted(2 * wanted)  # every row was in two micro-batches
 
 
 # ---- conversations: drops, caches, workers ----
@@ -978,7 +978,7 @@ def indexed(prefix: Path, documents: list[list[int]]) -> Path:
 
 @pytest.fixture
 def numbered(tmp_path) -> tuple[Path, list[list[int]]]:
-    """50 documents of 1 to 30 tokens; document d holds d * 31 + 1, d * 31 + 2, …, so a token says where it is from."""
+    """Writes 50 documents of 1 to 30 tokens. Document d holds d * 31 + 1, d * 31 + 2, …: a token tells its document."""
     rng = np.random.default_rng(0)
     documents = [[d * 31 + 1 + i for i in range(rng.integers(1, 31))] for d in range(50)]
     return indexed(tmp_path / "numbered", documents), documents
@@ -1013,8 +1013,8 @@ def test_unshuffled_rows_are_the_documents_as_they_stand(numbered):
     prefix, documents = numbered
     rows = TextRows(prefix, 16, END, separate_documents=False, shuffle=False)
     wanted = [token for document in documents for token in (*document, END)]
-    found = [token for number in range(len(rows)) for token in rows.row(number)[0][0].tolist()]
-    assert found == wanted[: len(rows) * 16] and len(wanted) - len(found) <= 16
+    tokens = [token for number in range(len(rows)) for token in rows.row(number)[0][0].tolist()]
+    assert tokens == wanted[: len(rows) * 16] and len(wanted) - len(tokens) <= 16
 
 
 def test_separated_documents_see_and_predict_only_themselves(numbered):
@@ -1038,9 +1038,9 @@ def test_separated_documents_see_and_predict_only_themselves(numbered):
 
 def test_document_longer_than_a_row_goes_on_in_the_next(tmp_path):
     rows = TextRows(indexed(tmp_path / "long", [list(range(1, 100))]), 16, END, seed=0)
-    found = [rows.fetch([number]) for number in range(6)]
-    assert torch.cat([batch["tokens"] for batch in found]).tolist() == list(range(1, 97))
-    assert torch.cat([batch["labels"] for batch in found]).tolist() == list(range(2, 98))
+    batches = [rows.fetch([number]) for number in range(6)]
+    assert torch.cat([batch["tokens"] for batch in batches]).tolist() == list(range(1, 97))
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == list(range(2, 98))
     assert rows.fetch([6])["cu_seqlens"] == [0, 4, 16]  # 97 98 99 END, then the next epoch
 
 
@@ -1095,25 +1095,25 @@ def options(path: Path, **changes) -> PreprocessOptions:
 
 
 def documents_of(prefix: Path, tokenizer) -> list[str]:
-    found = IndexedDataset(str(prefix))
-    assert len(found) == len(found.document_indices) - 1
-    assert all(document[-1] == END for document in found)
-    return [tokenizer.decode(document[:-1].astype(int)) for document in found]
+    dataset = IndexedDataset(str(prefix))
+    assert len(dataset) == len(dataset.document_indices) - 1
+    assert all(document[-1] == END for document in dataset)
+    return [tokenizer.decode(document[:-1].astype(int)) for document in dataset]
 
 
 def test_demo_text_goes_through_preprocessing_and_back(demo, tmp_path, tokenizer):
     o = options(demo / "text" / "validation.jsonl", out=tmp_path / "new" / "validation")
-    found = preprocess.run(o, VOCABULARY)
+    summary = preprocess.run(o, VOCABULARY)
     texts = [row["text"] for row in lines(o.data)]
     assert documents_of(o.out, tokenizer) == texts
-    assert found["documents"] == len(texts) and found["dropped"] == {}
-    assert found["tokens"] == sum(IndexedDataset(str(o.out)).sequence_lengths) < sum(map(len, texts)) / 2.5
+    assert summary["documents"] == len(texts) and summary["dropped"] == {}
+    assert summary["tokens"] == sum(IndexedDataset(str(o.out)).sequence_lengths) < sum(map(len, texts)) / 2.5
     assert IndexedDataset(str(o.out)).index.dtype == np.uint16
     assert sorted(file.name for file in o.out.parent.iterdir()) == [
         "validation.bin", "validation.drops.jsonl", "validation.idx", "validation.meta.json",
     ]  # fmt: skip
     rows = TextRows(o.out, 128, END)
-    assert rows.tokens_per_epoch == found["tokens"]
+    assert rows.tokens_per_epoch == summary["tokens"]
 
 
 FORMATS = {
@@ -1153,8 +1153,8 @@ def test_documents_that_cannot_be_read_are_dropped_and_long_ones_are_not(tmp_pat
         ("a.jsonl", {"unreadable JSON": 2}, 2), ("b.json", {"unreadable JSON": 2}, 2), ("c.csv", {"malformed CSV": 1}, 1),
     ):  # fmt: skip
         o = options(tmp_path / name, max_drop=0.5)
-        found = preprocess.run(o, VOCABULARY)
-        assert found["dropped"] == drops and found["documents"] == count
+        summary = preprocess.run(o, VOCABULARY)
+        assert summary["dropped"] == drops and summary["documents"] == count
         assert lines(o.out.with_name("text.drops.jsonl"))[1]["where"] == f"{name}:{3 if count == 1 else 2}"
     assert documents_of(o.out, tokenizer) == ["long " * 30_000]
 
@@ -1202,8 +1202,8 @@ def test_names_of_special_tokens_in_a_text_are_text(tmp_path, tokenizer):
     text = "a <|endoftext|> b <|im_end|>"
     o = options(write(tmp_path / "a.jsonl", [{"text": text}]))
     preprocess.run(o, VOCABULARY)
-    found = IndexedDataset(str(o.out))  # its arrays are views of a map that goes with it
-    document = found[0]
+    dataset = IndexedDataset(str(o.out))  # keeps the memory map open that its arrays view
+    document = dataset[0]
     assert (document == END).sum() == 1 and tokenizer.decode(document[:-1].astype(int)) == text
 
 
@@ -1294,8 +1294,8 @@ def test_workers_and_a_second_run_change_nothing_but_other_data_do(demo, tmp_pat
     before = o.out.with_name("text.bin").stat().st_mtime_ns
     preprocess.run(o, VOCABULARY, shard_size=13_000)
     assert o.out.with_name("text.bin").stat().st_mtime_ns == before
-    found = preprocess.run(replace(o, data=write(tmp_path / "b.jsonl", [{"text": "other"}])), VOCABULARY)
-    assert found["documents"] == 1 == len(IndexedDataset(str(o.out)))
+    summary = preprocess.run(replace(o, data=write(tmp_path / "b.jsonl", [{"text": "other"}])), VOCABULARY)
+    assert summary["documents"] == 1 == len(IndexedDataset(str(o.out)))
 
 
 KILLED = """
@@ -1327,8 +1327,8 @@ def test_killed_run_keeps_its_finished_shards_and_ends_like_an_unbroken_one(demo
     process.send_signal(signal.SIGKILL)
     process.wait()
     [parts] = out.parent.glob("text.parts/*")
-    kept = {file: file.stat().st_mtime_ns for file in sorted(parts.glob("00000[012].*"))}
-    assert len(kept) == 9 and not (out.parent / "text.idx").exists()
+    finished = {file: file.stat().st_mtime_ns for file in sorted(parts.glob("00000[012].*"))}
+    assert len(finished) == 9 and not (out.parent / "text.idx").exists()
     redone = []
     write_shard = preprocess._write_shard
     with pytest.MonkeyPatch.context() as patch:
@@ -1336,7 +1336,7 @@ def test_killed_run_keeps_its_finished_shards_and_ends_like_an_unbroken_one(demo
         o = options(source, out=out)
         preprocess.run(o, VOCABULARY, shard_size=13_000)
     assert write_shard is preprocess._write_shard and len(redone) > 5
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "finished shards were made again"
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished, "finished shards were made again"
     assert not list(parts.glob(".*"))
     preprocess.run(o, VOCABULARY, shard_size=13_000)
     whole = options(source, out=tmp_path / "whole" / "text")
@@ -1364,6 +1364,6 @@ def test_killed_while_joining_leaves_no_index_without_its_tokens(demo, tmp_path,
     monkeypatch.setattr(DropReport, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         preprocess.run(o, VOCABULARY)
-    assert len(IndexedDataset(str(o.out))) == 1  # still the first one, whole
+    assert len(IndexedDataset(str(o.out))) == 1  # still the first data set, complete
     monkeypatch.undo()
     assert preprocess.run(o, VOCABULARY)["documents"] == 2 == len(IndexedDataset(str(o.out)))

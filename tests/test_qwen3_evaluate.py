@@ -1,4 +1,4 @@
-"""Evaluation: likelihoods and answers against lm-eval-harness' own HFLM over transformers, tasks, what is refused."""
+"""Evaluation: likelihoods and answers equal those of lm-eval-harness' own HFLM over transformers; tasks; refusals."""
 
 import dataclasses
 import importlib
@@ -33,19 +33,19 @@ def options(**values):
 
 @pytest.mark.parametrize("which", case.CONFIGS)
 def test_scores_equal_transformers_whatever_shares_a_row(which, tmp_path):
-    """Unequal lengths, endings of several tokens and of all but one, several endings of one text."""
+    """With unequal lengths, endings of several tokens and of all but one, and several endings of one text."""
     config = case.CONFIGS[which]
-    theirs, model = case.save_oracle(tmp_path, config), ours(tmp_path)
+    reference, model = case.save_oracle(tmp_path, config), ours(tmp_path)
     generator = torch.Generator().manual_seed(0)
     requests = []
     for length, sizes in ((9, (3,)), (1, (1, 1, 1)), (20, (20, 4)), (5, (1,)), (30, (2, 2))):
         tokens = torch.randint(96, (length,), generator=generator).tolist()
-        likeliest = theirs(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        likeliest = reference(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
         endings = [torch.randint(96, (n,), generator=generator).tolist() for n in sizes]
         requests.append((tokens, [*endings, likeliest[-2:] if length > 1 else likeliest]))
     want = []
     for tokens, endings in requests:
-        logs = theirs(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        logs = reference(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         last = [(logs[-len(e) :], torch.tensor(e)) for e in endings]
         want.append([(part.gather(1, e[:, None]).sum().item(), bool((part.argmax(1) == e).all())) for part, e in last])
     for row_tokens in (1, 25, 1000):
@@ -151,53 +151,53 @@ def tokenizer():
 def harness_model(evaluate, folder: Path, out: Path, **values):
     o = options(**values)
     config, model = case.config.Qwen3Config.from_folder(folder), ours(folder).eval()
-    answers, words = evaluate.Answers(out / "answers.jsonl", {"weights": str(folder)}), tokenizer()
-    ends = case.infer.end_tokens(words)
+    answers, text_tokenizer = evaluate.Answers(out / "answers.jsonl", {"weights": str(folder)}), tokenizer()
+    ends = case.infer.end_tokens(text_tokenizer)
     return evaluate.HarnessModel(
-        o, config.positions, words, answers, lambda job: evaluate.answer(job, model, words, ends, o)
+        o, config.positions, text_tokenizer, answers, lambda job: evaluate.answer(job, model, text_tokenizer, ends, o)
     )
 
 
 def requests_of(kind: str, *arguments) -> list:
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, one, i, ("task", i, 1)) for i, one in enumerate(arguments)]
+    return [Instance(kind, {}, argument, i, ("task", i, 1)) for i, argument in enumerate(arguments)]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def both(request, evaluate, tmp_path_factory):
-    """(our model, the harness' own) of the same weights."""
+    """Returns (our model, the harness' own model) of the same weights."""
     from lm_eval.models.huggingface import HFLM
 
     folder = tmp_path_factory.mktemp("released")
-    theirs = case.save_oracle(folder, SPOKEN[request.param])
-    theirs.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
-    return harness_model(evaluate, folder, folder / "out"), HFLM(theirs, tokenizer=tokenizer(), batch_size=3)
+    reference = case.save_oracle(folder, SPOKEN[request.param])
+    reference.generation_config.eos_token_id = sorted(case.infer.end_tokens(tokenizer()))
+    return harness_model(evaluate, folder, folder / "out"), HFLM(reference, tokenizer=tokenizer(), batch_size=3)
 
 
 def test_likelihoods_equal_those_of_the_harness_own_model(both):
-    """Contexts of unequal length, empty, longer than the model; endings of one token and of many."""
+    """With contexts of unequal length, empty, and longer than the model; with endings of one token and of many."""
     pairs = [(text, ending) for text in TEXTS for ending in ENDINGS]
-    mine, theirs = (model.loglikelihood(requests_of("loglikelihood", *pairs), disable_tqdm=True) for model in both)
-    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=TOLERANCE)
-    assert [likely for _, likely in mine] == [likely for _, likely in theirs]
+    got, want = (model.loglikelihood(requests_of("loglikelihood", *pairs), disable_tqdm=True) for model in both)
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in want], rel=TOLERANCE)
+    assert [likely for _, likely in got] == [likely for _, likely in want]
 
 
 def test_rolling_likelihoods_equal_those_of_the_harness_own_model(both):
-    asked = [(text,) for text in ("one", "The quick brown fox", "a b c d " * 40)]
-    mine, theirs = (m.loglikelihood_rolling(requests_of("loglikelihood_rolling", *asked)) for m in both)
-    assert mine == pytest.approx(theirs, rel=TOLERANCE)
+    texts = [(text,) for text in ("one", "The quick brown fox", "a b c d " * 40)]
+    got, want = (m.loglikelihood_rolling(requests_of("loglikelihood_rolling", *texts)) for m in both)
+    assert got == pytest.approx(want, rel=TOLERANCE)
 
 
 def test_greedy_answers_equal_those_of_the_harness_own_model(both):
-    """With strings to stop at, and prompts that are cut from the left."""
+    """With stop strings, and with prompts that are cut from the left."""
     free = [(text or "y", {"until": [], "max_gen_toks": 12, "do_sample": False}) for text in TEXTS]
-    mine, theirs = (m.generate_until(requests_of("generate_until", *free), disable_tqdm=True) for m in both)
-    assert mine == theirs and any(len(text) > 12 for text in mine)
+    mine, reference = (m.generate_until(requests_of("generate_until", *free), disable_tqdm=True) for m in both)
+    assert mine == reference and any(len(text) > 12 for text in mine)
     stops = [[text[len(text) // 2 :][:2], text[-1:]] for text in mine]
     cut = [(text, settings | {"until": until}) for (text, settings), until in zip(free, stops, strict=True)]
-    shorter, theirs = (m.generate_until(requests_of("generate_until", *cut), disable_tqdm=True) for m in both)
-    assert shorter == theirs and shorter != mine
+    shorter, reference = (m.generate_until(requests_of("generate_until", *cut), disable_tqdm=True) for m in both)
+    assert shorter == reference and shorter != mine
 
 
 def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
@@ -207,12 +207,12 @@ def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
     file = tmp_path / "answers.jsonl"
     head, *lines = file.read_text().splitlines()
     file.write_text("\n".join([head, *lines[:3], lines[3][:20]]))  # killed within a line
-    again = harness_model(evaluate, tmp_path / "w", tmp_path)
-    asked, ask = [], again.ask
-    again.ask = lambda job: asked.extend(job[1]) or ask(job)
-    got = again.loglikelihood(pairs, disable_tqdm=True)
-    assert [v for v, _ in got] == pytest.approx([v for v, _ in want], rel=TOLERANCE) and len(asked) == len(TEXTS) - 3
-    again.answers.file.close()
+    resumed = harness_model(evaluate, tmp_path / "w", tmp_path)
+    requests, ask = [], resumed.ask
+    resumed.ask = lambda job: requests.extend(job[1]) or ask(job)
+    got = resumed.loglikelihood(pairs, disable_tqdm=True)
+    assert [v for v, _ in got] == pytest.approx([v for v, _ in want], rel=TOLERANCE) and len(requests) == len(TEXTS) - 3
+    resumed.answers.file.close()
     with pytest.raises(ValueError, match="answers of another run: weights"):
         evaluate.Answers(file, {"weights": "others"})
 
@@ -220,25 +220,25 @@ def test_an_interrupted_run_asks_only_what_is_not_answered(evaluate, tmp_path):
 def test_settings_of_a_generation_that_would_be_ignored_are_refused(both):
     with pytest.raises(ValueError, match="num_beams"):
         both[0].settings({"until": "x", "num_beams": 4})
-    found = both[0].settings({"until": "x", "do_sample": True, "temperature": 0.7, "top_k": 5, "num_beams": 1})
-    assert found["until"] == ["x", "<|im_end|>"]
-    assert found["draw"] == {"max_new_tokens": 256, "temperature": 0.7, "top_p": 1.0, "top_k": 5}
+    settings = both[0].settings({"until": "x", "do_sample": True, "temperature": 0.7, "top_k": 5, "num_beams": 1})
+    assert settings["until"] == ["x", "<|im_end|>"]
+    assert settings["draw"] == {"max_new_tokens": 256, "temperature": 0.7, "top_p": 1.0, "top_k": 5}
 
 
 def test_a_thought_is_no_part_of_an_answer_and_does_not_end_it(evaluate, tmp_path):
     case.save_oracle(tmp_path / "w", SPOKEN["dense"])
-    lm, words = harness_model(evaluate, tmp_path / "w", tmp_path, thinking=True), tokenizer()
+    lm, text_tokenizer = harness_model(evaluate, tmp_path / "w", tmp_path, thinking=True), tokenizer()
     assert lm.cut("so\n\nit is</think>\n\n42\nor not", ["\n"]) == "42"
-    stop = evaluate.make_stop(words, ["\n"], thinking=True)
-    said = [words.encode(text) for text in ("so\n", "so\n</think>", "so\n</think>42", "so\n</think>42\n")]
-    assert [stop(tokens) for tokens in said] == [False, False, False, True]
+    stop = evaluate.make_stop(text_tokenizer, ["\n"], thinking=True)
+    answers = [text_tokenizer.encode(text) for text in ("so\n", "so\n</think>", "so\n</think>42", "so\n</think>42\n")]
+    assert [stop(tokens) for tokens in answers] == [False, False, False, True]
     with pytest.raises(ValueError, match="--no-thinking"):
         lm.loglikelihood(requests_of("loglikelihood", ("a", "b")), disable_tqdm=True)
 
 
 @pytest.fixture(scope="module")
 def demo(evaluate, tmp_path_factory):
-    """The demo's weights on the demo's tasks, and the options."""
+    """Runs the demo's weights on the demo's tasks. Returns (options, model, results)."""
     out = tmp_path_factory.mktemp("run")
     o = options(weights=case.jobs.DEMO_WEIGHTS, tokenizer=case.jobs.DEMO_TOKENIZER, chat=True, limit=20, batch=16,
                 tasks="sort_digits,sort_digits_choice", task_folder=case.jobs.DEMO_TASKS, out=out)  # fmt: skip
@@ -247,20 +247,20 @@ def demo(evaluate, tmp_path_factory):
 
 
 def test_demo_tasks_are_answered_far_above_chance(evaluate, demo, capsys):
-    o, _, found = demo
-    evaluate.report(o, found, {"weights": "w"})
+    o, _, measured = demo
+    evaluate.report(o, measured, {"weights": "w"})
     results = json.loads((o.out / "results.json").read_text())["results"]
     assert [(r["task"], r["metric"], r["chance"], r["n"]) for r in results] == [
         ("sort_digits", "exact_match", 0.02, 20), ("sort_digits_choice", "acc", 0.25, 20),
     ]  # fmt: skip
     assert all(r["value"] >= 0.9 and r["stderr"] is not None for r in results)
-    shown = capsys.readouterr().out
-    assert "chance" in shown and "0.0200" in shown and "0.2500" in shown
+    table = capsys.readouterr().out
+    assert "chance" in table and "0.0200" in table and "0.2500" in table
     assert len((o.out / "samples" / "sort_digits.jsonl").read_text().splitlines()) == 20
 
 
 def test_a_group_has_the_number_and_the_chance_of_its_tasks(evaluate):
-    found = {
+    measured = {
         "results": {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "b": {"acc,none": 1.0, "acc_stderr,none": 0.0}},
         "groups": {"all": {"acc,none": 0.6, "acc_stderr,none": "N/A"}},
         "group_subtasks": {"all": ["some", "b"], "some": ["a"]},
@@ -268,7 +268,7 @@ def test_a_group_has_the_number_and_the_chance_of_its_tasks(evaluate):
         "configs": {"a": {"metadata": {"chance": 0.2}}, "b": {"output_type": "multiple_choice"}},
         "samples": {"b": [{"arguments": [0, 1]}] * 10},
     }
-    row = evaluate.list_results(found)[-1]
+    row = evaluate.list_results(measured)[-1]
     assert (row["task"], row["n"], row["stderr"]) == ("all", 40, None)
     assert row["chance"] == pytest.approx((0.2 * 30 + 0.5 * 10) / 40)
 
@@ -289,7 +289,7 @@ CARD = "---\nconfigs:\n- config_name: easy\n  data_files: [{split: test, path: e
 
 @pytest.mark.parametrize("fault", ["", "script", "missing", "unsafe"])
 def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate, demo, tmp_path):
-    """As `hf download --repo-type dataset somebody/questions --local-dir somebody/questions` leaves it there."""
+    """`hf download --repo-type dataset somebody/questions --local-dir somebody/questions` leaves such a folder."""
     o, lm, _ = demo
     repository = tmp_path / "somebody" / "questions"
     (repository / "easy").mkdir(parents=True)
@@ -304,8 +304,8 @@ def test_data_sets_are_read_from_the_task_folder_and_run_no_code(fault, evaluate
     if not fault:
         assert evaluate.list_results(evaluate.run(o, lm))[0]["n"] == 3
         return
-    named = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
-    with pytest.raises(ValueError, match=named[fault]) as caught:
+    message = {"script": "scripts are no longer supported", "missing": "somebody/questions", "unsafe": "--allow-code"}
+    with pytest.raises(ValueError, match=message[fault]) as caught:
         evaluate.run(o, lm)
     assert "fix: " in str(caught.value)
 
@@ -315,29 +315,29 @@ SAID = {"until": ["<|im_end|>"], "draw": {"max_new_tokens": 6}}, [[1, 2, 3], [4]
 
 
 def _answers_of_ranks(folder: str) -> list:
-    """Of every rank under two layouts: jobs that only rank 0 knows."""
+    """Returns this rank's answers, under two layouts, to jobs that only rank 0 knows."""
     from common import parallel
 
-    evaluate, found = importlib.import_module("common.language.evaluate"), []
-    words = tokenizer()
+    evaluate, answers = importlib.import_module("common.language.evaluate"), []
+    text_tokenizer = tokenizer()
     for tp in (1, 2):
         o = case.jobs.cli.check_layout(options(weights=Path(folder), tp=tp), heads=4, layers=4, tokens=None)
         parallel.initialize(o)
         model = case.infer.load_model(o, case.config.Qwen3Config.from_folder(Path(folder)))
         for job in ((None, SCORED), SAID):
-            mine = evaluate.broadcast(job if torch.distributed.get_rank() == 0 else None)
-            found.append(evaluate.answer(mine, model, words, case.infer.end_tokens(words), o))
+            received = evaluate.broadcast(job if torch.distributed.get_rank() == 0 else None)
+            answers.append(evaluate.answer(received, model, text_tokenizer, case.infer.end_tokens(text_tokenizer), o))
         parallel.mpu.destroy_model_parallel()
-    return found
+    return answers
 
 
 @pytest.mark.L3
 def test_data_and_tensor_parallel_answers_equal_one_process(evaluate, tmp_path):
     case.save_oracle(tmp_path, SPOKEN["dense"])
     lm = harness_model(evaluate, tmp_path, tmp_path / "out")
-    scored, said = (lm.ask(job) for job in ((None, SCORED), SAID))
+    scored, answers = (lm.ask(job) for job in ((None, SCORED), SAID))
     want = [value for row in scored for pair in row for value in pair]
-    for data, words, tensor, again in run_ranks(2, _answers_of_ranks, str(tmp_path)):
-        assert words == again == said
-        for mine in (data, tensor):
-            assert [value for row in mine for pair in row for value in pair] == pytest.approx(want, rel=TOLERANCE)
+    for dp_scores, dp_answers, tp_scores, tp_answers in run_ranks(2, _answers_of_ranks, str(tmp_path)):
+        assert dp_answers == tp_answers == answers
+        for scores in (dp_scores, tp_scores):
+            assert [value for row in scores for pair in row for value in pair] == pytest.approx(want, rel=TOLERANCE)

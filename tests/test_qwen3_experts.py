@@ -1,5 +1,5 @@
-"""Mixture of experts under parallelism: the routers' losses and metrics, experts nobody asks for, loading, generating. The
-plain layouts, and runs continued on others, are in test_qwen3_layouts.py."""
+"""Mixture of experts under parallelism: the routers' losses and metrics, experts without tokens, loading, generation.
+test_qwen3_layouts.py tests the plain layouts, and runs that are resumed on another layout."""
 
 import pytest
 import qwen_case as case
@@ -25,12 +25,12 @@ OVER_MODEL = {"aux": 0.5, "aux_over": "model"}
 
 
 def test_router_losses_are_transformers():
-    """Their gradients, added in passing, equal those of transformers' functions over the same logits."""
+    """The gradients that they add equal those of transformers' functions over the same logits."""
     plain, by_layer, over_model, want = run_ranks(1, router_gradients)[0]
     for got, losses in ((by_layer, "by layer"), (over_model, "over model")):
         for name, reference in want[losses].items():
             difference = got["gradients"][name] - plain["gradients"][name]
-            # A difference of two gradients of some ten times its size: each is right to 1e-5.
+            # The two gradients, each right to 1e-5, are some ten times as large as their difference.
             assert (difference - reference).abs().max() <= 1e-4 * reference.abs().max(), (losses, name)
 
 
@@ -73,7 +73,7 @@ def single():
 def test_router_losses_equal_single_process(name, single):
     world, layout = LAYOUTS[name]
     got = run_ranks(world, run_layout, "moe", layout | BY_LAYER, True, "cpu", 0, 3)[0]
-    compare(got, single["by layer"], layout, steps=3)  # later a near tie may send a token to another expert
+    compare(got, single["by layer"], layout, steps=3)  # in later steps a near tie may send a token to another expert
     for key, value in single["by layer"]["router"].items():
         assert got["router"][key] == pytest.approx(value, rel=1e-5), key
     if "pp" not in layout:
@@ -94,7 +94,7 @@ def first_experts(layout: dict, backend: str) -> dict:
 
 
 def all_to_the_first(state: dict) -> dict:
-    """Every token chooses experts 0 and 1: the hidden states' mean decides, which the norm before has made positive."""
+    """Makes every token choose experts 0 and 1: the hidden state's mean decides, and the norm makes it positive."""
     for name in state:
         if name.endswith("mlp.gate.weight"):
             state[name] = torch.tensor([9.0, 8.0, 1.0, 0.0, 0.0, 0.0]).unsqueeze(1) * torch.ones(6, 40) / 40
@@ -130,7 +130,7 @@ def test_each_rank_loads_its_experts_of_a_release(layout, tmp_path):
 
 
 def loaded(layout: dict, folder) -> dict[str, tuple]:
-    """This rank's parameters, and where they are cut."""
+    """Returns {name: (how it is sharded, this rank's part)} of the parameters."""
     o, config = case.options(**layout), case.CONFIGS["moe"]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -151,5 +151,5 @@ def answers(layout: dict, folder) -> list[list[int]]:
     model = case.model.build(o, config)[0].eval()
     table = case.convert.table(config)
     release.load([model], table.entries(folder), table)
-    asked = infer_options(max_new_tokens=6)
-    return generation.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], asked, set())
+    generation_options = infer_options(max_new_tokens=6)
+    return generation.generate(model, [[1, 2, 3], [4, 5, 6], [7, 8]], generation_options, set())

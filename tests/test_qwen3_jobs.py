@@ -92,7 +92,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
     settings = ["--job", job, "--steps", "6", "--save-every", "3", "--deterministic", "--lr-schedule", "constant"]
     settings += ["--seq-len", "128", "--warmup", "1"]
     run_ranks(1, case.job, *settings, "--out", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it would be had it died after step 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # the folder of a run that died after step 3
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
     (tmp_path / "parts" / "result.json").unlink()
     rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
 
 
 def test_an_exported_run_is_what_transformers_loads(tmp_path):
-    """... its positions lengthened, which its config says."""
+    """YaRN has lengthened its positions, and its config says so."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,13 +118,13 @@ def test_an_exported_run_is_what_transformers_loads(tmp_path):
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
     assert model.config.rope_parameters.items() >= scaling.items()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
-    said = launch(
+    generated = launch(
         "generate", "--weights", tmp_path / "mine", "--prompt", "Return the", "--no-chat", "--max-new-tokens", "8"
     )
-    assert said.returncode == 0, said.stderr
+    assert generated.returncode == 0, generated.stderr
     ids = tokenizer("Return the", return_tensors="pt").input_ids
     want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
-    assert said.stdout.strip() == tokenizer.decode(want).strip()
+    assert generated.stdout.strip() == tokenizer.decode(want).strip()
 
 
 def test_preprocessing_without_options_makes_the_demos_text_first(monkeypatch):

@@ -1,4 +1,4 @@
-"""lora.sh: its adapters against peft, layouts against one process, resume, what it refuses."""
+"""lora.sh: its adapters equal peft's, its layouts equal one process, its runs resume, and what it refuses."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ def draw_b(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def adapt(chunks, config, **options) -> None:
-    """The recipe's own targets; B drawn too, which would hide what A does while it is zero."""
+    """Adds adapters to the recipe's own targets. B is drawn too, because a B of zero would hide A."""
     values = {"rank": 6, "alpha": 9, "seed": 7} | options
     lora.add(chunks, case.config.adaptable(config), **values)
     checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
@@ -36,7 +36,7 @@ def adapt(chunks, config, **options) -> None:
 
 
 def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
-    """{name: (ours, peft's)} of logits and merged weights; the keys of the merged folder that transformers misses."""
+    """Returns {name: (ours, peft's)} of logits and merged weights, and the keys transformers misses or rejects."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -51,15 +51,15 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
         hidden, _ = model(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
         logits = (hidden.flatten(0, 1) @ model.output_weight.t()).view(3, 16, -1)
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(base, folder / "adapter")
-        pairs = {"logits": (logits, theirs(input_ids=tokens).logits)}
+        reference = peft.PeftModel.from_pretrained(base, folder / "adapter")
+        pairs = {"logits": (logits, reference(input_ids=tokens).logits)}
         source = case.convert.open_source(folder / "base", config)
         source = release.merged(source, case.convert.adapter(folder / "adapter", config))
         case.convert.write_released(folder / "merged", config, source, None)
-        again = oracle.ours(folder / "merged")  # strictly
-        hidden, _ = again(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
-        pairs["merged logits"] = (hidden.flatten(0, 1) @ again.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
-        want = theirs.merge_and_unload().state_dict()
+        reloaded = oracle.ours(folder / "merged")  # a strict load
+        hidden, _ = reloaded(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])
+        pairs["merged logits"] = (hidden.flatten(0, 1) @ reloaded.output_weight.t()).view(3, 16, -1), pairs["logits"][1]
+        want = reference.merge_and_unload().state_dict()
     got, info = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32, output_loading_info=True)
     pairs |= {name: (tensor, want[name]) for name, tensor in got.state_dict().items()}
     return pairs, [*info["missing_keys"], *info["unexpected_keys"]]
@@ -68,17 +68,15 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
 @pytest.mark.L2
 @pytest.mark.parametrize(("which", "rslora"), [("dense", False), ("dense tied", True), ("moe", False)])
 def test_adapter_and_merged_weights_equal_pefts(which, rslora, tmp_path):
-    pairs, odd = run_ranks(1, beside_peft, tmp_path, which, rslora)[0]
-    assert not odd
+    pairs, unexpected = run_ranks(1, beside_peft, tmp_path, which, rslora)[0]
+    assert not unexpected
     assert not [name for name, (got, want) in pairs.items() if not oracle.close(got, want)]
-    changed = weights.index(tmp_path / "base").keys()
+    keys = weights.index(tmp_path / "base").keys()
     reader = weights.Reader()
-    same = [
-        key
-        for key in changed
-        if torch.equal(*(reader.read(weights.index(tmp_path / f)[key]) for f in ("base", "merged")))
+    unchanged = [
+        key for key in keys if torch.equal(*(reader.read(weights.index(tmp_path / f)[key]) for f in ("base", "merged")))
     ]
-    assert not [key for key in same if key.endswith(("q_proj.weight", "o_proj.weight"))]
+    assert not [key for key in unchanged if key.endswith(("q_proj.weight", "o_proj.weight"))]
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -96,7 +94,7 @@ LAYOUTS = {
 
 
 def run_layout(which: str, layout: dict) -> dict:
-    """On every rank: the adapters' gradients of a step through the recipe's forward step, and its loss."""
+    """Runs the recipe's forward step on every rank. Rank 0 returns the adapters' whole gradients, and the loss."""
     o, config = case.options(**layout), case.CONFIGS[which]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -144,7 +142,7 @@ def chats(folder) -> list:
 
 @pytest.mark.L4
 def test_a_resumed_run_with_dropout_is_bitwise_the_unbroken_one(tmp_path):
-    """Its checkpoints hold the adapters alone, and its adapter is where peft finds it."""
+    """Its checkpoints hold the adapters alone, and its adapter folder is one that peft reads."""
     settings = [*chats(tmp_path), "--lora-rank", "4", "--lora-dropout", "0.2"]
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         run_ranks(1, case.job, *settings, "--out", tmp_path / out, "--steps", steps)
@@ -175,7 +173,7 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     assert case.steps_of(tmp_path / "second")[1]["loss"] < case.steps_of(tmp_path / "first")[1]["loss"]
     config = case.config.Qwen3Config.from_folder(tmp_path / "m")
     got = case.convert.table(config).entries(tmp_path / "m")
-    assert {entry.dtype for entry in got.values()} == {"F32"}  # the run's, not the base's bf16
+    assert {entry.dtype for entry in got.values()} == {"F32"}  # the dtype of the run, not the bf16 of the base
     reader, base = weights.Reader(), case.convert.table(config).entries(case.jobs.DEMO_WEIGHTS)
     adapter = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
     key = "model.layers.3.mlp.down_proj"
@@ -183,11 +181,11 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it(tmp_path)
     want = reader.read(base[f"{key}.weight"]).double() + 32 / 16 * B @ A
     assert oracle.close(reader.read(got[f"{key}.weight"]).double(), want) and B.abs().max() > 0
     (tmp_path / "prompts.txt").write_text("Double 7.\nSort the digits: 10482\n")
-    said = []
+    answers = []
     for model in (["--weights", tmp_path / "m"], ["--adapter", tmp_path / "second" / "adapter"]):
         run_ranks(1, generated, *model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "answers")
-        said.append((tmp_path / "answers").read_text())
-    assert said[0] == said[1]
+        answers.append((tmp_path / "answers").read_text())
+    assert answers[0] == answers[1]
 
 
 def generated(*argv) -> None:
@@ -195,8 +193,8 @@ def generated(*argv) -> None:
 
 
 def beside_unpacked(folder) -> dict:
-    """{name: (quantised, plain adapters over the same weights as they come out of 4 bits)}."""
-    config, found = case.CONFIGS["dense"], []
+    """Returns {name: (over a quantised base, over a plain base of the unpacked weights)} of loss and gradients."""
+    config, runs = case.CONFIGS["dense"], []
     parallel.initialize(case.options())
     for quantised in (True, False):
         chunks = case.model.build(case.options(), config)
@@ -212,15 +210,15 @@ def beside_unpacked(folder) -> dict:
         else:
             for name, weight in packed.items():
                 parameter = chunks[0].get_parameter(f"{name}.weight")
-                off = (parameter - weight).abs().max() / parameter.abs().max()
-                assert 0 < off < 0.2
+                rounding = (parameter - weight).abs().max() / parameter.abs().max()
+                assert 0 < rounding < 0.2
                 parameter.data.copy_(weight)
         (batch,) = my_batches(case.options(global_batch=1), 0, packed=True)
         output, loss = case.train.forward_step(iter([batch]), chunks[0])
         value, _ = loss(output)
         value.backward()
-        found.append({"loss": value.detach()} | {n: p.grad for n, p in chunks[0].named_parameters() if p.requires_grad})
-    return {name: (found[0][name], found[1][name]) for name in found[0]}
+        runs.append({"loss": value.detach()} | {n: p.grad for n, p in chunks[0].named_parameters() if p.requires_grad})
+    return {name: (runs[0][name], runs[1][name]) for name in runs[0]}
 
 
 @pytest.mark.L2
@@ -280,7 +278,7 @@ def test_what_cannot_be_meant_is_refused(name, monkeypatch):
 
 
 def adapter_folder(folder, *linears: str, **facts):
-    """A PEFT adapter of the demo's model, one linear of layer 1 after another, its ranks 3, 4, …"""
+    """Writes a PEFT adapter of the demo's model. It adapts these linears of layer 1, with ranks 3, 4, …"""
     shapes = case.convert.shapes(case.config.SIZES["tiny"])
     tensors, ranks = {}, {name: 3 + i for i, name in enumerate(linears)}
     for name, r in ranks.items():
@@ -299,7 +297,7 @@ def test_a_run_from_an_adapter_counts_its_own_tensors_whatever_lies_beside_them(
     monkeypatch.setenv("WORLD_SIZE", "1")
     folder = adapter_folder(tmp_path / "a", "self_attn.q_proj", "mlp.down_proj")
     other = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(5, 8)}
-    save_file(other, folder / "pytorch_lora_weights.safetensors")  # what diffusers' pipelines look for
+    save_file(other, folder / "pytorch_lora_weights.safetensors")  # the name that diffusers' pipelines look for
     for path in (folder, folder / "adapter_model.safetensors"):
         o = case.jobs.parse("train", ["--job", "lora", "--adapter", str(path)])
         assert case.jobs.trained_parameters(o, case.config.model_config(o)) == 3 * (128 + 192) + 4 * (384 + 128)

@@ -1,5 +1,5 @@
-"""dpo.sh: losses and gradients against trl's formulas on transformers' logits, layouts against one process, the cached
-reference, resume."""
+"""dpo.sh: losses and gradients equal trl's formulas on transformers' logits, and layouts equal one process; the cached
+reference; resume."""
 
 import functools
 import json
@@ -33,16 +33,16 @@ LOSSES = {
 
 
 def options(**values) -> SimpleNamespace:
-    """The tiny case's layout with what the objective reads."""
-    what = {"preference": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "sft_weight": 0.0}
-    layout = {key: value for key, value in values.items() if key not in what}
+    """Returns the tiny case's options of a layout, with the fields that the objective reads."""
+    objective = {"preference": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "sft_weight": 0.0}
+    layout = {key: value for key, value in values.items() if key not in objective}
     o = case.options(**layout)
-    named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
-    return SimpleNamespace(**named | what | {key: value for key, value in values.items() if key in what})
+    fields = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
+    return SimpleNamespace(**fields | objective | {key: value for key, value in values.items() if key in objective})
 
 
 def row(place: int, step: int = 0, length: int = case.LENGTH) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The pairs of a row: one or two of (tokens, labels) twice, drawn by the row's place; answers after two tokens."""
+    """Draws one or two pairs by the row's place. A pair is (tokens, labels) twice, its first labels ignored."""
     g, pairs = torch.Generator().manual_seed(1000 * step + place), []
     for sizes in [(5, 4), (3, 4)] if place % 2 else [(6, 8)]:
         pair = []
@@ -56,7 +56,7 @@ def row(place: int, step: int = 0, length: int = case.LENGTH) -> list[list[tuple
 
 
 def joined(rows: list[list]) -> dict:
-    """A micro-batch as `PackedRows` makes it, each row filled up to LENGTH."""
+    """Makes a micro-batch as `PackedRows` does. Each row is padded to LENGTH."""
     sequences, pairs = [], []
     for pairs_of_row in rows:
         rest = case.LENGTH
@@ -80,7 +80,7 @@ def joined(rows: list[list]) -> dict:
 
 
 def trl_loss(o, theirs, pairs: list, reference: torch.Tensor) -> torch.Tensor:
-    """trl's DPOTrainer.dpo_loss and CPOTrainer.cpo_loss as they are written there, a pair at a time."""
+    """Computes trl's DPOTrainer.dpo_loss and CPOTrainer.cpo_loss as they are written there, a pair at a time."""
     losses = []
     for (chosen, rejected), reference_logps in zip(pairs, reference, strict=True):
         logps, lengths = [], []
@@ -113,13 +113,13 @@ def trl_loss(o, theirs, pairs: list, reference: torch.Tensor) -> torch.Tensor:
 
 
 def beside_trl(folder, which: str, values: dict) -> dict:
-    """{name: (ours, theirs)} of the loss and of every gradient."""
+    """Returns {name: (ours, theirs)} of the loss and of every gradient."""
     o, config = options(global_batch=1, **values), case.CONFIGS[which]
     parallel.initialize(o)
-    theirs, model = case.save_oracle(folder, config), oracle.ours(folder)
+    transformers_model, model = case.save_oracle(folder, config), oracle.ours(folder)
     rows = [row(0), row(1)]
     batch = joined(rows)
-    want = trl_loss(o, theirs, [pair for each in rows for pair in each], batch["reference"])
+    want = trl_loss(o, transformers_model, [pair for each in rows for pair in each], batch["reference"])
     want.backward()
     margins = Margins()
     (batch,) = case.train.weighted([batch], 1)
@@ -127,7 +127,7 @@ def beside_trl(folder, which: str, values: dict) -> dict:
     got, reported = loss(output)
     got.backward()
     assert reported["loss"] == got and margins()["accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    gradients = dict(theirs.named_parameters())
+    gradients = dict(transformers_model.named_parameters())
     pairs = {name: (p.grad, oracle.expected(name, gradients, config)) for name, p in model.named_parameters()}
     return pairs | {"loss": (got.detach(), want.detach())}
 
@@ -138,8 +138,8 @@ def beside_trl(folder, which: str, values: dict) -> dict:
 )
 def test_loss_and_gradients_equal_trls_formulas(name, which, tmp_path):
     pairs = run_ranks(1, beside_trl, tmp_path, which, LOSSES[name])[0]
-    bad = {n: (g - w).abs().max() / w.abs().max() for n, (g, w) in pairs.items() if not oracle.close(g, w)}
-    assert not bad
+    errors = {n: (g - w).abs().max() / w.abs().max() for n, (g, w) in pairs.items() if not oracle.close(g, w)}
+    assert not errors
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -158,7 +158,7 @@ LAYOUTS = {
 
 
 def run_layout(values: dict) -> dict:
-    """On every rank: the gradients of a step, put together, its loss and its margins."""
+    """Runs a step on every rank. Rank 0 returns its whole gradients, its loss and its margins."""
     o, config = options(**values), case.CONFIGS["dense"]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -219,8 +219,8 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     assert case.steps_of(tmp_path / "parts") == case.steps_of(tmp_path / "whole")
     first = case.steps_of(tmp_path / "whole")[1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6) and first["margin"] == 0
-    made = reference.stat().st_mtime_ns
-    # Under another layout the same reference; adapters over a checkpoint have another, and begin at it.
+    made_at = reference.stat().st_mtime_ns
+    # Another layout uses the same reference. Adapters over a checkpoint have a new one, which equals them at the start.
     run_ranks(2, case.job, *settings, "--out", tmp_path / "tp2", "--steps", 4, "--tp", 2, "--sp")
     two, one = (case.steps_of(tmp_path / name) for name in ("tp2", "whole"))
     assert [two[i]["loss"] for i in one] == pytest.approx([row["loss"] for row in one.values()], rel=1e-4)
@@ -229,7 +229,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_the_reference_is_made_onc
     run_ranks(1, case.job, *settings, *more, "--steps", 2)
     assert case.steps_of(tmp_path / "adapters")[1]["loss"] == pytest.approx(1, abs=1e-5)
     assert (tmp_path / "adapters" / "adapter" / "adapter_model.safetensors").is_file()
-    assert reference.stat().st_mtime_ns == made and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
+    assert reference.stat().st_mtime_ns == made_at and len(list((tmp_path / "cache").glob("*/reference-*.npy"))) == 2
 
 
 @pytest.mark.L2
@@ -267,7 +267,7 @@ def recipe_options(layout: dict, world: int):
 
 
 def reference_of(layout: dict, folder):
-    """An untied model, which a pipeline can part."""
+    """Computes the reference of a model with untied embeddings, which a pipeline can split."""
     import dataclasses
 
     o = recipe_options({k: v for k, v in layout.items() if k != "pp"}, 2)
@@ -280,22 +280,22 @@ def reference_of(layout: dict, folder):
     forwards = functools.partial(case.train.forwards, o, wrapped)
     on_device = functools.partial(case.train.Batches.on_device, SimpleNamespace(o=o))
     facts = case.train.reference_facts(o, case.config.model_config(o))
-    found = preference.compute_reference(o, rows, facts, forwards, on_device)
-    again = preference.compute_reference(o, rows, facts, None, None)  # from the disk: no model
-    assert (found == again).all()
-    return found
+    reference = preference.compute_reference(o, rows, facts, forwards, on_device)
+    cached = preference.compute_reference(o, rows, facts, None, None)  # read from the disk, without a model
+    assert (reference == cached).all()
+    return reference
 
 
 @torch.no_grad()
 def plainly(folder) -> torch.Tensor:
-    """Log-probabilities [units, 2] of the answers, a sequence at a time."""
+    """Computes the log-probabilities [units, 2] of the answers, a sequence at a time."""
     import dataclasses
 
     config = dataclasses.replace(case.config.SIZES["tiny"], tie_word_embeddings=False)
     parallel.initialize(case.options())
     (model,) = case.model.build(case.options(), config)
     case.load([model], case.random_state(config))
-    rows, found = packing.PackedRows(folder), torch.zeros(13, 2)
+    rows, sums = packing.PackedRows(folder), torch.zeros(13, 2)
     for number in range(len(rows)):
         units = rows._units[rows._row_bounds[number] : rows._row_bounds[number + 1]]
         for unit, pair in zip(units, rows.units(number), strict=True):
@@ -304,5 +304,5 @@ def plainly(folder) -> torch.Tensor:
                 hidden, _ = model(tokens, torch.arange(len(tokens)), [0, len(tokens)])
                 log_probs = (hidden.flatten(0, 1) @ model.output_weight.t()).log_softmax(-1)
                 picked = log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-                found[unit, side] = picked[labels >= 0].sum()
-    return found
+                sums[unit, side] = picked[labels >= 0].sum()
+    return sums

@@ -1,5 +1,5 @@
-"""Numbers that a run of Qwen3 reports, recomputed from outside: the held-out loss and its count by transformers on what was
-exported, the routers' metrics by transformers' functions, and which runs share a reference."""
+"""Numbers that a run of Qwen3 reports are recomputed independently: the held-out loss and its count by transformers on
+the exported weights, the routers' metrics by transformers' functions. Also: which runs share a reference."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ RUN = ["--seq-len", LENGTH, "--steps", 2, "--lr", 3e-3, "--lr-schedule", "consta
 
 
 def log_probs(model, tokens: list[int], first: int = 1) -> torch.Tensor:
-    """Of tokens[first:], each after those before it."""
+    """Returns the log-probabilities of tokens[first:], each given the tokens before it."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens[:-1]])).logits[0].double()
     return logits.log_softmax(-1)[range(first - 1, len(tokens) - 1), tokens[first:]]
@@ -63,7 +63,7 @@ def test_held_out_perplexity_of_text_is_transformers_on_the_exported_weights(wor
     held_out = documents(2, 17)
     for name, texts in (("train", documents(1, 20)), ("held", held_out)):
         write_documents(tmp_path / name, texts)
-    where = [
+    paths = [
         "--data",
         tmp_path / "train",
         "--validation",
@@ -73,20 +73,20 @@ def test_held_out_perplexity_of_text_is_transformers_on_the_exported_weights(wor
         "--export",
         tmp_path / "mine",
     ]
-    run_ranks(world, case.job, "--job", "pretrain", *RUN, "--global-batch", 4, *options, *where)
+    run_ranks(world, case.job, "--job", "pretrain", *RUN, "--global-batch", 4, *options, *paths)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
     stream = [(i, token) for i, tokens in enumerate(held_out) for token in [*tokens, END]]
     rows = (len(stream) - 1) // LENGTH
-    assert rows % 4  # those that fill no global batch are left out
-    seen = []
+    assert rows % 4  # rows that fill no global batch are left out
+    scored = []
     for row in range(rows // 4 * 4):
         part = stream[row * LENGTH : (row + 1) * LENGTH + 1]
         for _, together in itertools.groupby(part, key=lambda item: item[0] if separate else None):
             tokens = [token for _, token in together]
-            seen += [log_probs(model, tokens)] if len(tokens) > 1 else []
-    seen = torch.cat(seen)
+            scored += [log_probs(model, tokens)] if len(tokens) > 1 else []
+    scored = torch.cat(scored)
     loss, count, lines = reported(tmp_path / "run")
-    assert count == len(seen) and loss == pytest.approx(-seen.mean().item(), rel=1e-5)
+    assert count == len(scored) and loss == pytest.approx(-scored.mean().item(), rel=1e-5)
     assert f"perplexity {math.exp(loss):.2f} on {count:,} held-out tokens" in lines[0]
 
 
@@ -94,7 +94,7 @@ def test_held_out_perplexity_of_text_is_transformers_on_the_exported_weights(wor
 
 
 def asked_and_answered(question: str, answer: str) -> tuple[list[int], int]:
-    """(the demo template's tokens of a conversation, where the answer and the token that ends it begin)."""
+    """Returns (tokens of a conversation in the demo's template, index where the answer with its end token begins)."""
     before = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     tokens = AutoTokenizer.from_pretrained(case.jobs.DEMO_TOKENIZER)(
         f"{before}{answer}<|im_end|>", return_offsets_mapping=True
@@ -109,27 +109,27 @@ def asked_and_answered(question: str, answer: str) -> tuple[list[int], int]:
     ids=["sft", "lora"],
 )
 def test_held_out_perplexity_of_answers_is_transformers_on_the_trained_weights(job, folder, tmp_path):
-    """An adapter's dropout is off."""
+    """The dropout of an adapter is off in this evaluation."""
     chats = {"train": range(30), "held": range(100, 107)}
     for name, numbers in chats.items():
         rows = [{"instruction": f"Double {i}.", "output": " ".join([str(2 * i)] * (i % 3 + 1))} for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--data", tmp_path / "train.jsonl", "--validation", tmp_path / "held.jsonl", "--cache", tmp_path / "cache"]
-    where += ["--out", tmp_path / "run", folder, tmp_path / "mine", "--global-batch", 1]
-    run_ranks(1, case.job, "--job", *job, *RUN, "--seq-len", 128, *where)
+    paths = ["--data", tmp_path / "train.jsonl", "--validation", tmp_path / "held.jsonl", "--cache", tmp_path / "cache"]
+    paths += ["--out", tmp_path / "run", folder, tmp_path / "mine", "--global-batch", 1]
+    run_ranks(1, case.job, "--job", *job, *RUN, "--seq-len", 128, *paths)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
-    seen = torch.cat([log_probs(model, *asked_and_answered(row["instruction"], row["output"])) for row in rows])
+    scored = torch.cat([log_probs(model, *asked_and_answered(row["instruction"], row["output"])) for row in rows])
     loss, count, lines = reported(tmp_path / "run")
-    assert count == len(seen) and loss == pytest.approx(-seen.mean().item(), rel=1e-5)
+    assert count == len(scored) and loss == pytest.approx(-scored.mean().item(), rel=1e-5)
     assert f"perplexity {math.exp(loss):.2f} on {count:,} held-out tokens" in lines[0]
 
 
 @pytest.mark.L4
 def test_held_out_loss_of_pairs_is_the_formula_on_transformers_before_and_after(tmp_path):
     path = write_pairs(tmp_path, 9)
-    where = ["--data", path, "--validation", path, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    paths = ["--data", path, "--validation", path, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
     more = ["--seq-len", 128, "--global-batch", 1, "--beta", 0.3, "--export", tmp_path / "mine"]
-    run_ranks(1, case.job, "--job", "dpo", *RUN, *more, *where)
+    run_ranks(1, case.job, "--job", "dpo", *RUN, *more, *paths)
     folders, scores = (case.jobs.DEMO_WEIGHTS, tmp_path / "mine"), []
     for model in (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders):
         sums = [
@@ -156,11 +156,11 @@ def test_a_reference_is_found_again_only_by_runs_from_the_same_model_in_the_same
     folder = packing.prepare_chats(
         write_pairs(tmp_path, 5), case.jobs.DEMO_TOKENIZER, 128, tmp_path / "cache", kind="dpo"
     )
-    rows, asked = packing.PackedRows(folder), []
+    rows, computed = packing.PackedRows(folder), []
 
     def reference(value: float, *argv) -> torch.Tensor:
         def forwards(step, batches: list[dict]) -> list[dict]:
-            asked.append(value)
+            computed.append(value)
             return [{"answers": torch.full((len(batch["pairs"]), 2), value)} for batch in batches]
 
         settings = ["--job", "dpo", "--size", "tiny", "--seq-len", "128", "--micro-batch", "1", "--global-batch", "1"]
@@ -171,18 +171,18 @@ def test_a_reference_is_found_again_only_by_runs_from_the_same_model_in_the_same
     drawn = ["--from-scratch", "--precision", "fp32"]
     models = [drawn, ["--from-scratch", "--precision", "bf16"], [*drawn, "--seed", "5"], [*drawn, "--yarn", "2"],
               ["--precision", "fp32"], ["--precision", "bf16"]]  # fmt: skip
-    for turn in (0, 10):  # in the second all are found
+    for turn in (0, 10):  # in the second turn every reference is read from the disk
         for value, argv in enumerate(models):
             assert torch.equal(reference(float(value + turn), *argv), torch.full((5, 2), float(value))), argv
     assert torch.equal(reference(20.0, *drawn, "--beta", "0.7", "--lr", "1e-4", "--steps", "3"), torch.zeros(5, 2))
-    assert set(asked) == set(range(len(models))) and len(list(folder.glob("reference-*.npy"))) == len(models)
+    assert set(computed) == set(range(len(models))) and len(list(folder.glob("reference-*.npy"))) == len(models)
 
 
 # -------------------------------------------------------------------------------------------------------------- routers
 
 
 def router_logits() -> torch.Tensor:
-    """[layers, tokens of the global batch, experts]."""
+    """Returns the router logits [layers, tokens of the global batch, experts]."""
     o, config = case.options(), case.CONFIGS["moe"]
     parallel.initialize(o)
     model = case.model.build(o, config)[0]

@@ -27,7 +27,7 @@ KEPT = re.compile(  # code, the target of a link, a status, a word or number wit
 
 
 def kept(text: str) -> list[str]:
-    """What a translation keeps, in the order of the text."""
+    """Returns the words that a translation keeps, in the order of the text."""
     for english, chinese in STATUS.items():
         text = text.replace(chinese, f" {english}")
     words = (match[0] for match in KEPT.finditer(text))
@@ -35,9 +35,9 @@ def kept(text: str) -> list[str]:
 
 
 def sections(text: str) -> list[tuple[str, dict[str, list]]]:
-    """Of each section its heading and: the heading's level, commands without comments, cells of its tables, and what its
-    prose keeps, sorted, as the order of words differs."""
-    found = []
+    """Returns (heading, parts) of each section. The parts are the heading's level, commands without comments, cells of
+    tables, and the words that prose keeps. These are sorted, because a translation changes the order of words."""
+    result = []
     for section in re.split(r"^(?=#)", text, flags=re.M)[1:]:
         heading, *lines = section.splitlines()
         prose = "\n".join(line for line in lines if not line.startswith(("    ", "|")))
@@ -47,12 +47,12 @@ def sections(text: str) -> list[tuple[str, dict[str, list]]]:
             "tables": [[kept(c) for c in re.split(r"(?<!\\)\|", line)] for line in lines if line.startswith("|")],
             "prose": sorted(kept(f"{heading}\n{prose}")),
         }
-        found.append((heading, parts))
-    return found
+        result.append((heading, parts))
+    return result
 
 
 def differences(english: str, chinese: str) -> list[str]:
-    """Where the two do not say the same, one line each."""
+    """Returns one line for each place where the two texts differ."""
     both = [sections(text) for text in (english, chinese)]
     if len(both[0]) != len(both[1]):
         return [f"{len(both[0])} sections in README.md, {len(both[1])} in README.zh.md"]
@@ -70,8 +70,8 @@ def read(path) -> str:
 
 
 def test_readmes_say_the_same():
-    found = differences(read(ENGLISH), read(CHINESE))
-    assert not found, "\n".join(found)
+    differing = differences(read(ENGLISH), read(CHINESE))
+    assert not differing, "\n".join(differing)
 
 
 @pytest.mark.parametrize("path", LINKS, ids=lambda path: path.name)

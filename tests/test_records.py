@@ -1,4 +1,4 @@
-"""Rows of the user's text files: where a line ends, what is no UTF-8, what cannot be read, and prompts."""
+"""Rows of the user's text files: ends of lines, other encodings than UTF-8, unreadable rows, and prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def readable(rows) -> list:
-    """The rows, and of those that cannot be read line and reason."""
+    """Returns (line, row) of every row. The reason takes the place of a row that cannot be read."""
     return [(line, row.args[0] if isinstance(row, BadRow) else row) for line, row in rows]
 
 

@@ -1,5 +1,5 @@
-"""What stands in where nothing is named: a tokenizer, encoders, learning rates, a warm-up. The demo's parts belong to the
-demo's weights alone."""
+"""Defaults where the user names nothing: tokenizer, encoders, learning rates, warm-up. The demo's parts are defaults
+for the demo's weights alone."""
 
 import json
 import os
@@ -21,7 +21,7 @@ qwen3, wan21 = qwen_case.jobs, wan_case.jobs
 
 
 def release(folder, size: str = "0.6B"):
-    """Config and headers of a released Qwen3, data that take no room on the disk, and no tokenizer."""
+    """Makes a released Qwen3 with true config and headers, data that take no room on the disk, and no tokenizer."""
     folder.mkdir()
     config = qwen_case.config.SIZES[size]
     (folder / "config.json").write_text(json.dumps(config.to_released()))
@@ -78,7 +78,7 @@ def test_demos_weights_have_the_demos_tokenizer_however_they_are_named(monkeypat
 
 
 def checkpoint(folder, weights, config):
-    """The state.json of a run that was trained with these encoders."""
+    """Writes a checkpoint, state.json and empty manifest, of a run that was trained with these encoders."""
     folder.mkdir(parents=True)
     start = {"weights": str(weights), **wan21.frozen_parts(weights, config)}
     values = {"step": 3, "start": start, "model": vars(config) | {"patch_size": list(config.patch_size)}}
@@ -89,7 +89,7 @@ def checkpoint(folder, weights, config):
 
 @pytest.fixture
 def encoders(tmp_path):
-    """A folder of weights that is not the demo's, its VAE and text encoder of a byte each."""
+    """Makes a folder of weights that is not the demo's. Its VAE and its text encoder hold one number each."""
     folder = released(tmp_path / "weights", "1.3B")
     for i, part in enumerate(("vae", "text_encoder")):
         save_file({"x": torch.tensor([float(i)])}, folder / part / "model.safetensors")
@@ -139,7 +139,7 @@ def test_without_options_every_device_runs_the_tiny_size(device, monkeypatch):
         (["--job", "dpo"], 5e-7, 5e-8),
         (["--job", "dpo", "--lora-rank", "8"], 5e-6, 5e-7),
         (["--job", "lora", "--lr", "3e-5"], 3e-5, 3e-6),
-        (["--job", "lora", "--layout", "8B-lora"], 1.25e-5, 1.25e-7),  # the layout is the job's own
+        (["--job", "lora", "--layout", "8B-lora"], 1.25e-5, 1.25e-7),  # this layout is made for the job
         (["--job", "lora", "--layout", "8B-A3"], 1e-4, 1e-5),
         (["--job", "sft", "--layout", "8B-sft"], 1.25e-6, 1.25e-7),
     ],
@@ -199,7 +199,7 @@ def test_no_step_trains_at_rate_zero(schedule):
 
 
 def test_a_run_says_what_it_goes_on_with(tmp_path):
-    """The checkpoint of a real run holds its tokenizer, what it began with and its options; each call's options stay."""
+    """A real run's checkpoint holds its tokenizer, starting facts and options. Each call's config file is kept."""
     from ranks import run_ranks
 
     qwen3.prepare(qwen3.parse("train", []))
@@ -219,8 +219,8 @@ def test_a_run_says_what_it_goes_on_with(tmp_path):
     assert "changed since then: " in log and "steps 1 -> 2" in log and "lr 0.005 -> 0.001" in log
     assert "steps = 1" in (tmp_path / "run" / "config.1.toml").read_text()
     assert "steps = 2" in (tmp_path / "run" / "config.toml").read_text()
-    said = qwen3.parse("infer", ["--weights", str(last), "--prompt", "x"])
-    assert said.tokenizer == last
+    infer_options = qwen3.parse("infer", ["--weights", str(last), "--prompt", "x"])
+    assert infer_options.tokenizer == last
 
 
 # ------------------------------------------------------------------------------------------------------- words of a run
@@ -230,32 +230,32 @@ def test_a_run_says_what_it_goes_on_with(tmp_path):
 def test_epochs_are_counted_and_may_stand_for_steps(epochs, steps, warmup, says, capsys, monkeypatch):
     monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
     o = qwen_case.options(steps=600, warmup=60, epochs=epochs)
-    o = train.count_epochs(o, 15 if epochs is None else 16)  # 4 a step
+    o = train.count_epochs(o, 15 if epochs is None else 16)  # samples; a step takes 4
     o = train.count_epochs(o, 16) if epochs is None else o
     assert (o.steps, o.warmup) == (steps, warmup)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "an epoch is 4.0 steps (16 samples, 4 a step)" in said
-        and f"{steps} steps, {warmup} of them warm-up, are {says} epochs" in said
+        "an epoch is 4.0 steps (16 samples, 4 a step)" in printed
+        and f"{steps} steps, {warmup} of them warm-up, are {says} epochs" in printed
     )
 
 
 def test_what_a_run_starts_from_is_said(tmp_path):
     weights = release(tmp_path / "weights")
     own = ["--weights", str(weights), "--tokenizer", str(qwen3.DEMO_TOKENIZER)]
-    said = {
+    starts = {
         "drawn weights, seed 3": ["--seed", "3"],
         "the demo's weights": ["--job", "lora"],
         f"released weights {weights}": own,
     }
-    for words, argv in said.items():
+    for words, argv in starts.items():
         assert starts_from(qwen3.parse("train", argv), qwen3.DEMO).startswith(words)
     assert wan21.starts_from(wan21.parse("train", [])).startswith("drawn weights, seed 0, beside the VAE")
     assert wan21.starts_from(wan21.parse("train", ["--job", "lora"])).startswith("the demo's weights")
 
 
 def test_the_command_at_the_end_of_a_run_is_one_that_parses(tmp_path):
-    """Of a run of adapters and of one of all parameters."""
+    """This holds for a run that trains adapters and for one that trains all parameters."""
     from types import SimpleNamespace
 
     adapted = qwen3.parse("train", ["--job", "lora", "--out", str(tmp_path)])
@@ -279,10 +279,10 @@ def test_captions_longer_than_the_text_encoder_are_named(capsys):
     encoder = TextEncoder(wan21.DEMO_WEIGHTS, torch.device("cpu"), torch.float32, 16)
     short, long = "a handwritten three", "a handwritten three moves up " * 6
     encoder.encode([short, long, long])
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     length = len(encoder.tokenizer(long.strip()).input_ids)
-    assert length > 16 and said.count("warning") == 1
-    assert f"the last {length - 16} of {length} are left out of '{long[:60]}'" in said
+    assert length > 16 and printed.count("warning") == 1
+    assert f"the last {length - 16} of {length} are left out of '{long[:60]}'" in printed
 
 
 def test_latents_that_are_not_finite_are_an_error_and_no_black_video(monkeypatch):
@@ -304,7 +304,7 @@ def test_a_prompt_too_long_for_the_model_is_refused_before_anything_starts(tmp_p
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"prompts.jsonl:2 has \d+ tokens, and 256 of an answer .* 2048 positions"):
         qwen3.parse("infer", ["--prompts", str(tmp_path / "prompts.jsonl")])
-    text = "word " * 400  # more bytes than positions are left, and fewer tokens
+    text = "word " * 400  # it has more bytes than positions are left, but fewer tokens
     assert qwen3.parse("infer", ["--prompt", text]).prompt == text
 
 

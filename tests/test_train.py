@@ -1,5 +1,5 @@
-"""The loop of common/train.py on a tiny model: which steps are applied, the averaged weights, what a step's row says, which
-checkpoints stay. Runs of whole jobs are in test_resume.py and beside each recipe."""
+"""The loop of common/train.py on a tiny model: which steps are applied, the averaged weights, what a step's row holds,
+and which checkpoints are kept. test_resume.py and the tests of each recipe run whole jobs."""
 
 import json
 import shutil
@@ -19,30 +19,30 @@ from common import train as loop
 
 pytestmark = pytest.mark.L4
 
-TOKENS, FLOPS, DECAY = 24, 7e9, 0.75  # of a sample, as the recipe states them; of averaged weights
+TOKENS, FLOPS, DECAY = 24, 7e9, 0.75  # the first two: of a sample, as a recipe states them
 FAULTS = {  # what is wrong with a step -> (added to its loss, factor of the gradient)
     "loss": (float("nan"), float("nan")),
     "loss alone": (float("inf"), 1.0),
     "gradient alone": (0.0, float("inf")),
     "gradient alone, not a number": (0.0, float("nan")),
-    "the gradient's norm alone": (0.0, 1e30),  # its squares are more than fp32 holds
+    "the gradient's norm alone": (0.0, 1e30),  # its square overflows fp32
 }
 
 
 def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]] | None = None) -> list[dict]:
-    """On every rank: the loop over `loaded`, by default the tiny case's own batches in order: (number of a batch, fault or
-    ""). Returns rank 0's whole weights as each step finds them."""
+    """Runs the loop on every rank. `loaded` lists (number of a batch, fault or "") of each step, by default the tiny
+    case's own batches in order. Rank 0 returns the whole weights before each step."""
     settings = {"lr": 1e-2, "lr_schedule": "linear", "weight_decay": 0.1, "deterministic": True, "keep": 9, "out": out}
     o = case.options(**settings | values)
     parallel.initialize(o)
-    chunks, seen = case.model.build(o, case.CONFIG), []
+    chunks, snapshots = case.model.build(o, case.CONFIG), []
     case.load(chunks, case.random_state())
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
     loaded = loaded or [(step, "") for step in range(o.steps)]
 
     def prepare(what: tuple[int, str]) -> list[dict]:
         number, fault = what
-        seen.append(whole(o, wrapped, gradient=False))
+        snapshots.append(whole(o, wrapped, gradient=False))
         return [batch | {"fault": fault} for batch in case.my_batches(o, number)]
 
     try:
@@ -60,7 +60,7 @@ def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]]
         )
     finally:
         torch.use_deterministic_algorithms(False)
-    return seen if dist.get_rank() == 0 else []
+    return snapshots if dist.get_rank() == 0 else []
 
 
 def forward_step(iterator, model):
@@ -77,7 +77,7 @@ def forward_step(iterator, model):
 
 
 def rows_of(out: Path) -> list[dict]:
-    """The last row of each step."""
+    """Returns the last row of each step."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return list({row["step"]: row for row in rows if row["kind"] == "step"}.values())
 
@@ -87,40 +87,40 @@ def saved(out: Path, step: int) -> Path:
 
 
 def cut(out: Path, last: int) -> Path:
-    """The run as it would be had it died after checkpoint `last`."""
-    other = shutil.copytree(out, out.with_name(f"{out.name} cut"))
-    for later in other.glob("checkpoints/step-*"):
+    """Copies a run as it would be if it had died after checkpoint `last`."""
+    copy = shutil.copytree(out, out.with_name(f"{out.name} cut"))
+    for later in copy.glob("checkpoints/step-*"):
         if int(later.name.removeprefix("step-")) > last:
             shutil.rmtree(later)
-    return other
+    return copy
 
 
 # ------------------------------------------------------------------------------------------------------- skipped steps
 
 
 def test_steps_that_are_not_finite_leave_the_run_as_if_they_had_never_been_and_a_resumed_one_too(tmp_path):
-    """Weights, averaged weights, moments and their corrections, learning rates."""
-    plain, marred, n = tmp_path / "plain", tmp_path / "marred", len(FAULTS)
+    """This covers weights, averaged weights, moments and their bias corrections, and learning rates."""
+    plain, faulty, n = tmp_path / "plain", tmp_path / "marred", len(FAULTS)
     run_ranks(1, run, plain, {"steps": 2 * n + 2, "save_every": n}, DECAY)
-    loaded = [(number, fault) for number, what in enumerate(FAULTS) for fault in ("", what)]
+    loaded = [(number, fault) for number, name in enumerate(FAULTS) for fault in ("", name)]
     loaded += [(n, ""), (n + 1, "")]
-    seen = run_ranks(1, run, marred, {"steps": 2 * n + 2, "save_every": 2 * n}, DECAY, loaded)[0]
-    still = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(seen, seen[1:], strict=False)]
-    assert still == [fault != "" for _, fault in loaded[:-1]], dict(zip(FAULTS, still[1::2], strict=False))
-    rows = rows_of(marred)
+    snapshots = run_ranks(1, run, faulty, {"steps": 2 * n + 2, "save_every": 2 * n}, DECAY, loaded)[0]
+    unchanged = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(snapshots, snapshots[1:], strict=False)]
+    assert unchanged == [fault != "" for _, fault in loaded[:-1]], dict(zip(FAULTS, unchanged[1::2], strict=False))
+    rows = rows_of(faulty)
     assert [row["skipped"] for row in rows] == [*((i + 1) // 2 for i in range(2 * n)), n, n]
-    want, got = tensors(saved(plain, n)), tensors(saved(marred, 2 * n))
+    want, got = tensors(saved(plain, n)), tensors(saved(faulty, 2 * n))
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
     rates, applied = [row["lr"] for row in rows_of(plain)], [row["lr"] for row in rows]
     assert applied[0::2][:n] + applied[-2:] == rates[: n + 2] and len(set(rates)) > n
-    facts = [json.loads((saved(marred, step) / "state.json").read_text()) for step in (2 * n, 2 * n + 2)]
-    assert [(f["step"], f["optimizer_steps"]) for f in facts] == [(2 * n, n), (2 * n + 2, n + 2)]
+    states = [json.loads((saved(faulty, step) / "state.json").read_text()) for step in (2 * n, 2 * n + 2)]
+    assert [(f["step"], f["optimizer_steps"]) for f in states] == [(2 * n, n), (2 * n + 2, n + 2)]
 
-    parts = cut(marred, 2 * n)
+    parts = cut(faulty, 2 * n)
     run_ranks(1, run, parts, {"steps": 2 * n + 2}, DECAY, loaded)
     for key in ("lr", "loss", "grad_norm"):
         assert [row[key] for row in rows_of(parts)[-2:]] == [row[key] for row in rows[-2:]], key
-    want, got = (tensors(saved(out, 2 * n + 2)) for out in (marred, parts))
+    want, got = (tensors(saved(out, 2 * n + 2)) for out in (faulty, parts))
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 
@@ -131,7 +131,7 @@ LAYOUTS = {"one": (1, {}), "fsdp2": (2, {"fsdp": True}), "tp2 sp": (2, {"tp": 2,
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def averaging(request, tmp_path_factory) -> tuple[Path, int, list[dict]]:
-    """A run's folder, its processes, and the weights before each step."""
+    """Returns (folder of a run, number of its processes, weights before each step)."""
     (world, layout), out = LAYOUTS[request.param], tmp_path_factory.mktemp("run") / "run"
     return out, world, run_ranks(world, run, out, layout | {"steps": 4, "save_every": 2}, DECAY)[0]
 
@@ -139,15 +139,15 @@ def averaging(request, tmp_path_factory) -> tuple[Path, int, list[dict]]:
 def test_averaged_weights_follow_their_decay_from_the_first_weights_on_and_through_a_resume(averaging):
     out, _, seen = averaging
     parts = cut(out, 2)
-    run_ranks(1, run, parts, {"steps": 4}, DECAY)  # on one process, whatever wrote the checkpoint
-    half, whole, resumed = tensors(saved(out, 2)), tensors(saved(out, 4)), tensors(saved(parts, 4))
+    run_ranks(1, run, parts, {"steps": 4}, DECAY)  # on one process, whatever layout wrote the checkpoint
+    half, final, resumed = tensors(saved(out, 2)), tensors(saved(out, 4)), tensors(saved(parts, 4))
     for key, average in case.random_state().items():
-        for step, weight in enumerate([seen[1][key], seen[2][key], seen[3][key], whole[key]], 1):
+        for step, weight in enumerate([seen[1][key], seen[2][key], seen[3][key], final[key]], 1):
             average = DECAY * average + (1 - DECAY) * weight
-            for found in {2: [half], 4: [whole, resumed]}.get(step, []):
-                assert (found[f"ema.{key}"] - average).abs().max() <= 1e-5 * average.abs().max(), (step, key)
-    assert {key for key in whole if key.startswith("ema.")} == {f"ema.{key}" for key in seen[0]}
-    assert max((whole[f"ema.{key}"] - whole[key]).abs().max().item() for key in seen[0]) > 1e-3
+            for state in {2: [half], 4: [final, resumed]}.get(step, []):
+                assert (state[f"ema.{key}"] - average).abs().max() <= 1e-5 * average.abs().max(), (step, key)
+    assert {key for key in final if key.startswith("ema.")} == {f"ema.{key}" for key in seen[0]}
+    assert max((final[f"ema.{key}"] - final[key]).abs().max().item() for key in seen[0]) > 1e-3
 
 
 def test_rates_are_of_the_cluster_by_the_sample_and_of_a_device_by_the_token_and_the_operation(averaging):
@@ -157,7 +157,7 @@ def test_rates_are_of_the_cluster_by_the_sample_and_of_a_device_by_the_token_and
         assert row["samples"] == row["step"] * batch and row["tokens"] == batch * TOKENS
         assert row["samples_per_second"] == pytest.approx(batch / seconds)
         assert row["tokens_per_second_per_device"] == pytest.approx(batch * TOKENS / seconds / world)
-        # A backward takes twice a forward's operations. 67 TFLOP/s: an H200's in fp32.
+        # A backward takes twice the operations of a forward. An H200 has 67 TFLOP/s in fp32.
         assert row["tflops_per_device"] == pytest.approx(3 * batch * FLOPS / seconds / world / 1e12)
         assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 67.0)
 
@@ -166,27 +166,27 @@ def test_rates_are_of_the_cluster_by_the_sample_and_of_a_device_by_the_token_and
 
 
 def save_some(folder: Path, keep: int, steps: list[int]) -> list[list[str]]:
-    """The checkpoints that are there after each save."""
+    """Returns the names of the checkpoints that exist after each save."""
     parallel.initialize(case.options())
-    module, found = torch.nn.Linear(2, 1), []
+    module, kept = torch.nn.Linear(2, 1), []
     for step in steps:
         checkpoint.save(folder, step, [module], None, {"step": step}, keep=keep)
-        found.append(sorted(path.name for path in folder.glob("step-*")))
-    return found
+        kept.append(sorted(path.name for path in folder.glob("step-*")))
+    return kept
 
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_as_many_checkpoints_stay_as_asked_the_newest(keep, tmp_path):
     steps = [5, 10, 15, 20, 21][: keep + 2]
     names = [f"step-{step:06d}" for step in steps]
-    found = run_ranks(1, save_some, tmp_path, keep, steps)[0]
-    assert found == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
+    kept = run_ranks(1, save_some, tmp_path, keep, steps)[0]
+    assert kept == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
     assert (tmp_path / "latest").read_text() == names[-1]
 
 
 def test_the_checkpoint_just_written_stays_though_an_earlier_run_left_later_ones(tmp_path):
-    found = run_ranks(1, save_some, tmp_path, 2, [20, 30, 5, 10])[0]
-    assert found[2:] == [["step-000005", "step-000030"], ["step-000005", "step-000010"]]  # its own before the other's
+    kept = run_ranks(1, save_some, tmp_path, 2, [20, 30, 5, 10])[0]
+    assert kept[2:] == [["step-000005", "step-000030"], ["step-000005", "step-000010"]]  # its own are kept first
     assert (tmp_path / "latest").read_text() == "step-000010"
 
 

@@ -1,4 +1,4 @@
-"""common/video.py: which frames are read of a video or picture, and what is refused."""
+"""common/video.py: which frames it reads from a video or picture, and what it refuses."""
 
 from fractions import Fraction
 
@@ -25,7 +25,7 @@ def test_exactly_the_frames_asked_for_are_returned(clips, indices):
 @pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_display_matrix_is_applied(tmp_path, quarter_turns, mirrored):
-    """As FFmpeg has it: turned first, then mirrored from left to right."""
+    """As in FFmpeg, a frame is turned first, then mirrored from left to right."""
     path = clip(tmp_path / "turned.mp4", frames=10, quarter_turns=quarter_turns, mirrored=mirrored)
     assert probe_video(path) == VideoInfo(10, 24.0, HEIGHT, WIDTH)
     assert numbers(read_frames(path, range(10))) == list(range(10))
@@ -45,7 +45,7 @@ def test_frames_after_a_seek_are_exact_in_every_codec(tmp_path, name, codec):
 
 @pytest.mark.parametrize("name", ["long.mp4", "long.mkv", "h264.ts", "h264.avi", "mpeg4_b.avi", "h264.flv", "vfr.mp4"])
 def test_frames_are_those_of_decoding_from_the_start(name):
-    """Without an index a seek leads behind the frame (.ts); B frames in .avi have no presentation times."""
+    """Without an index (.ts) a seek may land behind the frame. B frames in .avi have no presentation times."""
     with av.open(str(CASES / name)) as container:
         whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert probe_video(CASES / name).frames == len(whole)
@@ -75,13 +75,13 @@ def test_recording_that_begins_between_keyframes_is_shown_from_the_first_on(tmp_
 
 
 def seconds(frames: np.ndarray) -> list[float]:
-    """Of the cases whose grey value is 60 times the time."""
+    """Returns the time of each frame of a case whose grey value is 60 times the time."""
     return [float(frame.mean()) / 60 for frame in frames]
 
 
 @pytest.mark.parametrize("name", ["vfr.mp4", "cfr30.mp4"])
 def test_frames_at_a_rate_show_their_time(name):
-    """2 s at 30 frames a second, then 2 s at 5; and 4 s at 30, by timestamps rounded to milliseconds."""
+    """vfr.mp4: 2 s at 30 frames a second, then 2 s at 5. cfr30.mp4: 4 s at 30, its timestamps rounded to ms."""
     frames = read_frames(CASES / name, range(64), fps=16)
     step = [1 / 30 if name == "cfr30.mp4" or n < 32 else 1 / 5 for n in range(64)]
     shown = [int(n / 16 / s + 1e-6) * s for n, s in enumerate(step)]
@@ -97,7 +97,7 @@ def test_length_at_a_rate_follows_from_timestamps_and_the_last_duration():
     assert [resampled_length(info, fps) for fps in (16, 30, 2.5, None)] == [64, 120, 10, 70]
 
 
-TIMES = {  # name: when the frames are shown, for how long the last one; the headers say 30 a second
+TIMES = {  # name: (when each frame is shown, for how long the last one), in s; the headers say 30 a second
     "a frame for 3 s": ([0, 0.1, 0.2, 3.2, 3.3, 3.4], 0.1),
     "the last one for 3 s": ([0, 0.1, 0.2, 0.3], 3.0),
     "slower and slower": ([0, 0.033, 0.1, 0.25, 0.6, 1.9], 0.033),
@@ -109,11 +109,11 @@ TIMES = {  # name: when the frames are shown, for how long the last one; the hea
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "flv", "ts"])
 def test_variable_rates_are_followed_in_every_container(tmp_path, name, suffix):
     times, last = TIMES[name]
-    last = 0.1 if suffix == "flv" else last  # it declares the whole duration: the file would count as cut off
+    last = 0.1 if suffix == "flv" else last  # flv declares the whole duration: else the file counts as cut off
     codec = {"flv": "flv1", "ts": "libx264"}.get(suffix, "mpeg4")
     path = timed(tmp_path / f"x.{suffix}", times, last, codec=codec)
     info = probe_video(path)
-    if suffix == "mp4":  # the others do not store how long the last one is shown
+    if suffix == "mp4":  # the other containers do not store how long the last frame is shown
         assert info.duration == pytest.approx(times[-1] + last - times[0], abs=1e-3)
     for fps in (16, 7):
         length = resampled_length(info, fps)

@@ -17,7 +17,7 @@ from common import train as loop
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-TOLERANCE = 1e-5  # of the largest entry
+TOLERANCE = 1e-5  # relative to the largest entry
 PUBLISHED = {
     "1.3B": (1_418_996_800, 825),
     "14B": (14_288_491_584, 1095),
@@ -49,14 +49,14 @@ def ours(state: dict[str, torch.Tensor], config=case.CONFIG, **layout):
 def test_published_size_has_exactly_the_released_parameters_and_keys(size):
     config = case.config.SIZES[size]
     with torch.device("meta"):
-        theirs = oracle(config)
+        reference = oracle(config)
     model = case.model.build(case.options(), config, torch.device("meta"))[0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     count, tensors = PUBLISHED[size]
     assert sum(math.prod(s) for s in shapes.values()) == count == config.parameters
     assert shapes == case.convert.shapes(config) and len(shapes) == tensors
     released = {case.convert.to_diffusers(name): shape for name, shape in shapes.items()}
-    assert released == {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    assert released == {name: tuple(p.shape) for name, p in reference.state_dict().items()}
 
 
 @pytest.mark.L1
@@ -75,16 +75,16 @@ def test_config_survives_both_released_formats(size, tmp_path):
     config = case.config.SIZES[size]
     for name, values in (("diffusers", config.to_diffusers()), ("original", config.to_original())):
         folder = tmp_path / name
-        where = folder / "transformer" if name == "diffusers" else folder
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(json.dumps(values))
+        config_folder = folder / "transformer" if name == "diffusers" else folder
+        config_folder.mkdir(parents=True)
+        (config_folder / "config.json").write_text(json.dumps(values))
         assert case.config.WanConfig.from_folder(folder) == config
 
 
 # ----------------------------------------------------------------------------------------------------- oracle parity
 
 
-# diffusers takes the last 512 rows of an image-to-video context for the text
+# In image-to-video, diffusers treats the last 512 rows of the context as the text.
 LONG = {"text_len": 512}
 CONFIGS = {
     "t2v": case.CONFIG,
@@ -100,28 +100,28 @@ CONFIGS = {
 def test_forward_and_gradients_equal_diffusers(task, recompute):
     config = CONFIGS[task]
     state = case.random_state(config=config)
-    model, theirs = ours(state, config, recompute=recompute), oracle(config)
-    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
+    model, reference = ours(state, config, recompute=recompute), oracle(config)
+    reference.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
     batches = [case.sample_batch(i, config=config) for i in range(3)]
     batch = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
     x, t, text, y, image = (batch.get(k) for k in ("x", "t", "text", "y", "image"))
     pictures = (
         image.view(-1, config.image_tokens, config.image_dim) if config.first_last else image
     )  # theirs: [2B, I, …]
-    want = theirs(x if y is None else torch.cat((x, y), 1), t, text, pictures).sample
+    want = reference(x if y is None else torch.cat((x, y), 1), t, text, pictures).sample
     got = case.model.unpatchify(model(x, t, text, y, image), x.shape[2:], config.patch_size)
     assert close(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
     (want * direction).sum().backward()
     (got * direction).sum().backward()
     gradients = {case.convert.to_diffusers(name): p.grad for name, p in model.named_parameters()}
-    assert gradients.keys() == dict(theirs.named_parameters()).keys()
-    off = [name for name, p in theirs.named_parameters() if not close(gradients[name], p.grad)]
-    assert not off
+    assert gradients.keys() == dict(reference.named_parameters()).keys()
+    unequal = [name for name, p in reference.named_parameters() if not close(gradients[name], p.grad)]
+    assert not unequal
 
 
 def test_a_swapped_query_and_key_would_be_noticed():
-    """The parity test has teeth: exchanging two equal-shaped weights moves the output far beyond the tolerance."""
+    """The parity test detects errors: exchanging two weights of equal shape moves the output beyond the tolerance."""
     state = case.random_state()
     swapped = dict(state)
     swapped["blocks.1.norm3.weight"], swapped["blocks.2.norm3.weight"] = (
@@ -182,7 +182,7 @@ def test_sampling_equals_the_diffusers_pipeline(sampler):
 
 
 @pytest.mark.parametrize(
-    ("kind", "min_lr", "decay"),  # of the share of the way from the end of the warm-up to the step after the last
+    ("kind", "min_lr", "decay"),  # decay: by progress from the end of warm-up to the step after the last
     [
         ("constant", None, lambda p: 1.0),
         ("cosine", None, lambda p: (1 + math.cos(math.pi * p)) / 2),
@@ -259,11 +259,11 @@ def test_loss_is_the_weighted_mean_squared_error():
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A folder as diffusers writes it, every parameter random."""
+    """Makes a folder as diffusers writes it, with every parameter random."""
     folder = tmp_path_factory.mktemp("released")
-    theirs = oracle()
-    theirs.load_state_dict({case.convert.to_diffusers(k): v for k, v in case.random_state(7).items()})
-    theirs.save_pretrained(folder / "transformer")
+    reference = oracle()
+    reference.load_state_dict({case.convert.to_diffusers(k): v for k, v in case.random_state(7).items()})
+    reference.save_pretrained(folder / "transformer")
     return folder
 
 
@@ -273,14 +273,14 @@ def released(tmp_path_factory):
     [("t2v", torch.float32), ("t2v", torch.bfloat16), ("i2v", torch.bfloat16), ("flf2v", torch.float32)],
 )
 def test_released_layouts_convert_bit_exactly(to, task, dtype, tmp_path):
-    theirs = oracle(CONFIGS[task]).to(dtype)
-    theirs.save_pretrained(tmp_path / "a" / "transformer")
+    reference = oracle(CONFIGS[task]).to(dtype)
+    reference.save_pretrained(tmp_path / "a" / "transformer")
     first = tmp_path / "b"
     convert(tmp_path / "a", to, first, CONFIGS[task])
     convert(first, "diffusers", tmp_path / "c", CONFIGS[task])
     reader, back = weights.Reader(), weights.index(tmp_path / "c" / "transformer")
-    assert back.keys() == theirs.state_dict().keys()
-    for key, want in theirs.state_dict().items():
+    assert back.keys() == reference.state_dict().keys()
+    for key, want in reference.state_dict().items():
         got = reader.read(back[key])
         assert got.dtype == dtype and torch.equal(got, want), key
 
@@ -308,7 +308,7 @@ def test_a_norm_that_no_model_applies_is_passed_over_and_nothing_else(tmp_path):
 
 
 def through_layout(layout: dict, source: str, target: str) -> None:
-    """Released weights -> this layout -> sharded checkpoint."""
+    """Loads released weights in this layout and saves a sharded checkpoint."""
     from pathlib import Path
 
     o = case.options(**layout)
@@ -333,7 +333,7 @@ def test_weights_survive_a_layout_bit_exactly(layout, released, tmp_path):
 
 
 def restored_as(folder, part: str, dtype: torch.dtype, name: str = "") -> None:
-    """A part of a release with its matrices in another dtype, in their file or in one beside it."""
+    """Stores the matrices of a part of a release in another dtype, in their file or in a file `name` beside it."""
     from safetensors.torch import load_file, save_file
 
     (file,) = (folder / part).glob("*.safetensors")
@@ -348,7 +348,7 @@ def restored_as(folder, part: str, dtype: torch.dtype, name: str = "") -> None:
 def test_a_part_whose_numbers_need_a_scale_is_refused_by_dtype(part, dtype, name, tmp_path):
     folder = shutil.copytree(case.jobs.DEMO_WEIGHTS, tmp_path / "w")
     restored_as(folder, part, dtype, "weights.fp8.safetensors" if part != "transformer" else "")
-    if part != "transformer":  # a variant beside the weights that are loaded
+    if part != "transformer":  # a variant beside the weights that are loaded does not matter
         case.jobs.parse("infer", ["--weights", str(folder), "--prompt", "a"])
         (folder / part / "weights.fp8.safetensors").unlink()
         restored_as(folder, part, dtype)
@@ -378,7 +378,7 @@ def weights_from(folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_sharded_folder_fills_a_model_as_the_release_does(tmp_path):
-    """With the frozen parts beside it, as training from one wants them."""
+    """The frozen parts lie beside it, as training from such a folder requires."""
     released, sharded = case.jobs.DEMO_WEIGHTS, tmp_path / "sharded"
     run_ranks(1, case.job, "convert", "--weights", released, "--to", "sharded", "--out", sharded)
     for part in ("vae", "text_encoder", "tokenizer"):

@@ -1,4 +1,4 @@
-"""Evaluation: each score against its formula, or transformers' own, written out; the job on the demo; what is refused."""
+"""Evaluation: each score equals its formula, or transformers' own; the job on the demo; refusals."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ VISION = {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "n
 
 
 def clips(count: int = 3) -> list[np.ndarray]:
-    """uint8 [F, H, W, 3], neither square nor of the models' size."""
+    """Draws videos, uint8 [F, H, W, 3], neither square nor of the models' size."""
     return list(np.random.default_rng(0).integers(256, size=(count, 5, 40, 56, 3), dtype=np.uint8))
 
 
 def vision_model(kind: str, folder):
-    """A tiny random model, every parameter drawn, saved with its image processor."""
+    """Makes a tiny model, every parameter drawn, and its image processor. Saves both and returns both."""
     torch.manual_seed(3)
     if kind == "clip":
         config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=20)
@@ -45,16 +45,16 @@ def vision_model(kind: str, folder):
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     model.save_pretrained(folder)
-    made = processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    made.save_pretrained(folder)
-    return model.eval(), made
+    image_processor = processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image_processor.save_pretrained(folder)
+    return model.eval(), image_processor
 
 
 # ---------------------------------------------------------------------------------------------------------- one score
 
 
 @pytest.mark.L2
-@pytest.mark.parametrize("features", [6, 40])  # more and fewer than clips
+@pytest.mark.parametrize("features", [6, 40])  # fewer features than clips, and more
 def test_frechet_distance_is_the_closed_formula(features):
     generator = np.random.default_rng(0)
     a = generator.normal(size=(30, features)) @ generator.normal(size=(features, features))
@@ -62,7 +62,7 @@ def test_frechet_distance_is_the_closed_formula(features):
     means, (A, B) = a.mean(0) - b.mean(0), (np.cov(x, rowvar=False) for x in (a, b))
     root = np.trace(sqrtm(A @ B)).real if features < 25 else np.sqrt(np.linalg.eigvals(A @ B).real.clip(0)).sum()
     want = means @ means + np.trace(A) + np.trace(B) - 2 * root
-    rounding = 1e-9 if features < 25 else 1e-7  # the formula's roots of eigenvalues that are 0 but for rounding
+    rounding = 1e-9 if features < 25 else 1e-7  # the formula takes roots of eigenvalues that are 0 but for rounding
     assert scores.frechet_distance(a, b) == pytest.approx(want, rel=rounding)
     assert scores.frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * np.trace(A))
     assert scores.frechet_distance(a, a + 3) == pytest.approx(9 * features, rel=1e-9)
@@ -93,9 +93,9 @@ def test_features_are_the_models_own_a_frame_at_a_time(kind, tmp_path):
                 pixels = processor([video[i] for i in (0, 1, 3, 4)], return_tensors="pt")["pixel_values"]
                 want = model(pixels).last_hidden_state[0].mean(0)
             else:
-                one = model.vision_model if kind == "clip" else model
+                vision = model.vision_model if kind == "clip" else model
                 pixels = [processor(frame, return_tensors="pt")["pixel_values"] for frame in video]
-                want = torch.cat([one(p).pooler_output for p in pixels]).mean(0)
+                want = torch.cat([vision(p).pooler_output for p in pixels]).mean(0)
         got = torch.from_numpy(features(video))
         assert got.shape == (36,) and (got - want).abs().max() <= TOLERANCE * want.abs().max()
 
@@ -143,28 +143,28 @@ def test_the_job_goes_on_where_it_stopped_in_any_layout_and_says_what_it_did_not
         "not measured: needs --clip DIR",
     ]
     assert (out / "real_above_sampled_below.gif").is_file()
-    # One is lost and two more are wanted: these are made, the others kept, by one process as by two.
+    # One is lost and one more is wanted: these two are made, the others are kept, in another layout.
     files = [out / "videos" / f"{i:05d}.mp4" for i in range(6)]
     lost = frames(files[3])
     files[3].unlink()
-    made = {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    made_at = {file: file.stat().st_mtime_ns for file in files if file.is_file()}
     models = ["--feature-model", tmp_path / "videomae", "--clip", tmp_path / "clip"]
     run_ranks(2, job, *settings, "--limit", 6, "--tp", 2, "--sp", *models)
-    assert all(file.stat().st_mtime_ns == before for file, before in made.items()) and len(made) == 4
-    assert np.abs(frames(files[3]) - lost).mean() < 0.5  # of 255; rounding before the codec
+    assert all(file.stat().st_mtime_ns == before for file, before in made_at.items()) and len(made_at) == 4
+    assert np.abs(frames(files[3]) - lost).mean() < 0.5  # of 255: the codec sees rounding differences
     rows = {row["score"]: row for row in json.loads((out / "results.json").read_text())["scores"]}
     assert rows["digit"]["n"] == 6 and rows["FVD-like"]["samples"] > 0
     assert "videomae, 36 features, to 6 real clips; no more clips than features" in rows["FVD-like"]["note"]
     message = run_ranks(1, refused, *settings, "--limit", 6, "--cfg", 2)[0]
     assert "cfg 4.0, not 2.0" in message and "fix: --out" in message
-    # The same files as videos that are there: the same scores, real clips against themselves nothing.
-    listed = case.jobs.demo_list("test")
-    rows_of_list = [json.loads(line) for line in listed.read_text().splitlines()][:6]
+    # The same files, given as videos that exist, get the same scores.
+    demo_list = case.jobs.demo_list("test")
+    rows_of_list = [json.loads(line) for line in demo_list.read_text().splitlines()][:6]
     own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps(r | {"path": str(listed.parent / r["path"])}) + "\n" for r in rows_of_list))
+    own.write_text("".join(json.dumps(r | {"path": str(demo_list.parent / r["path"])}) + "\n" for r in rows_of_list))
     python = stand_in(tmp_path)
-    asked = ["--data", own, *models, "--vbench", "motion_smoothness", "--vbench-python", python]
-    run_ranks(2, job, "--videos", out / "videos", *asked, "--out", tmp_path / "again")
+    argv = ["--data", own, *models, "--vbench", "motion_smoothness", "--vbench-python", python]
+    run_ranks(2, job, "--videos", out / "videos", *argv, "--out", tmp_path / "again")
     again = {row["score"]: row for row in json.loads((tmp_path / "again" / "results.json").read_text())["scores"]}
     for key, side in (("FVD-like", "samples"), ("CLIP score", "samples"), ("CLIP score", "real")):
         assert again[key][side] == pytest.approx(rows[key][side], rel=TOLERANCE)
@@ -172,7 +172,7 @@ def test_the_job_goes_on_where_it_stopped_in_any_layout_and_says_what_it_did_not
 
 
 def stand_in(folder):
-    """An interpreter with a package vbench that is not the real one."""
+    """Makes an interpreter whose package vbench is a stand-in."""
     (folder / "vb").mkdir()
     (folder / "vb" / "vbench.py").write_text(STAND_IN)
     python = folder / "vb" / "python"

@@ -1,4 +1,4 @@
-"""extract_features.sh: training on its folder is training online, without the encoders; resume, damage, refusals."""
+"""extract_features.sh: training on its folder equals online training, without encoders; resume, damage, refusals."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ CLIPS = 13
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """A list of 13 videos of two shapes, one of which breaks off where only decoding sees it."""
+    """Makes a list of 13 videos, one of which is damaged so that only decoding detects it."""
     folder = tmp_path_factory.mktemp("clips") / "demo"
     import_module(f"zoo.{case.RECIPE}.demo.make_data").make(folder, train=CLIPS, test=0)
     damaged = folder / "clips" / "train-00005.mp4"
@@ -46,7 +46,7 @@ def extracting(clips: Path, out: Path) -> list:
 
 @pytest.fixture(scope="module")
 def folder(clips, tmp_path_factory) -> Path:
-    """Features made by two processes."""
+    """Extracts the features with two processes."""
     out = tmp_path_factory.mktemp("features") / "features"
     run_ranks(2, case.job, "extract", *extracting(clips, out))
     return out
@@ -64,7 +64,7 @@ def trained(out: Path, *options) -> dict:
 
 
 def test_features_train_as_online_does_without_the_encoders(clips, folder, tmp_path):
-    """The row that cannot be decoded is replaced by the same other row in both."""
+    """In both, the same other row replaces the one that cannot be decoded."""
     bare = tmp_path / "bare"
     shutil.copytree(DEMO, bare, ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
     online = trained(tmp_path / "online", "--data", clips, *SHAPES)

@@ -1,4 +1,4 @@
-"""Image-to-video of Wan2.1: what the model is conditioned on against diffusers' pipeline, pictures and prompt files."""
+"""Image-to-video of Wan2.1: condition and samples equal those of diffusers' pipeline; pictures; prompt files."""
 
 import dataclasses
 import json
@@ -27,9 +27,9 @@ FOLDER, PROMPT = case.jobs.DEMO_I2V, "a handwritten three moves to the left"
 
 @pytest.fixture(scope="module")
 def pipeline() -> WanImageToVideoPipeline:
-    made = WanImageToVideoPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    return made
+    loaded = WanImageToVideoPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_condition_equals_that_of_the_diffusers_pipeline(pipeline, frames, last,
 
 def test_sampling_equals_the_diffusers_pipeline(pipeline, frames, tmp_path):
     o = case.jobs.parse("train", ["--job", "finetune", "--task", "i2v"])
-    config = dataclasses.replace(case.config.model_config(o), text_len=512)  # diffusers knows no other with an image
+    config = dataclasses.replace(case.config.model_config(o), text_len=512)  # with an image diffusers supports no other
     chunk = case.model.build(o, config)[0]
     case.convert.fill([chunk], o, config, case.model.draw)
     encoder = encoders.TextEncoder(FOLDER, device.current(), torch.float32, config.text_len)
@@ -94,7 +94,7 @@ def test_video_to_video_equals_the_diffusers_pipeline(frames, sampler):
     )  # fmt: skip
     pipeline = WanVideoToVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae_scale_factor_spatial = 8  # it counts the stages of the VAE, and the tiny one folds 2x2 pixels instead
+    pipeline.vae_scale_factor_spatial = 8  # it counts the VAE's stages, but the tiny VAE folds 2x2 pixels instead
     if sampler == "euler":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     want = pipeline(
@@ -146,7 +146,7 @@ def test_a_run_between_first_and_last_frames_trains_in_a_layout_and_its_export_s
     assert len(case.steps_of(run)) == 2 and len(list((run / "samples").glob("*.gif"))) == 4
     assert case.config.size_of(export) == "tiny-flf2v"
     shown = [FOLDER / "../images" / name for name in ("three.png", "seven.png")]
-    ask = [
+    argv = [
         "--weights",
         export,
         "--prompt",
@@ -158,7 +158,7 @@ def test_a_run_between_first_and_last_frames_trains_in_a_layout_and_its_export_s
         "--out",
         tmp_path / "out",
     ]
-    run_ranks(1, case.job, "infer", *ask, "--image", shown[0], "--last-image", shown[1], "--fit", "crop")
+    run_ranks(1, case.job, "infer", *argv, "--image", shown[0], "--last-image", shown[1], "--fit", "crop")
     with Image.open(tmp_path / "out" / "0000.gif") as gif:
         assert gif.n_frames == 5
 
@@ -199,8 +199,8 @@ def test_prompts_with_pictures_are_read_from_lines_and_from_json(tmp_path):
 
 
 def test_rows_of_json_are_prompts_of_text_to_video_and_not_their_text():
-    found = read_requests(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl", "--prompts")
-    assert [request.prompt for request in found] == [
+    requests = read_requests(Path(__file__).parent / "cases" / "wan21" / "prompts.jsonl", "--prompts")
+    assert [request.prompt for request in requests] == [
         "a handwritten three moves to the left", "a handwritten seven moves up"
     ]  # fmt: skip
 

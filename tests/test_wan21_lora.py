@@ -1,4 +1,4 @@
-"""lora_t2v.sh: its folder in peft and diffusers, layouts against one process, resume, merging, what it refuses."""
+"""lora_t2v.sh: its folder works in peft and diffusers, layouts equal one process; resume; merging; refusals."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def draw_b(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def adapt(chunks, **options) -> None:
-    """The recipe's own targets; B drawn too, which would hide what A does while it is zero."""
+    """Adds adapters to the recipe's own targets. B is drawn too, because a B of zero would hide A."""
     lora.add(chunks, TARGETS, **{"rank": 6, "alpha": 9, "seed": 7} | options)
     checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
 
@@ -40,7 +40,7 @@ def adapt(chunks, **options) -> None:
 
 
 def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
-    """Velocities of the demo's model with random adapters: ours, and in others from the folder we write."""
+    """Returns velocities of the demo's model with random adapters: ours, and others' that read the folder we write."""
     import peft
     from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
@@ -48,7 +48,7 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
     released = {"t2v": DEMO, "i2v": case.jobs.DEMO_I2V}[task]
     o = case.jobs.parse("train", ["--job", "lora", "--weights", str(released)])
     config = case.config.model_config(o)
-    if config.given_frames:  # diffusers takes the last 512 rows for the text
+    if config.given_frames:  # diffusers treats the last 512 rows as the text
         config = dataclasses.replace(config, text_len=512)
     model = case.model.build(o, config)[0]
     case.convert.fill([model], o, config, case.model.draw)
@@ -75,14 +75,14 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
         pipeline = kind.from_pretrained(released, torch_dtype=torch.float32)
         pipeline.load_lora_weights(folder / "adapter")
         plain = WanTransformer3DModel.from_pretrained(released / "transformer", torch_dtype=torch.float32)
-        theirs = {
+        readers = {
             "diffusers": pipeline.transformer,
             "peft": peft.PeftModel.from_pretrained(plain, folder / "adapter"),
             "merged weights in diffusers": WanTransformer3DModel.from_pretrained(folder / "merged" / "transformer"),
         }
-        for name, other in theirs.items():
+        for name, reader in readers.items():
             inputs = {"hidden_states": theirs_x, "timestep": t, "encoder_hidden_states": text} | image
-            velocity = other(**inputs, return_dict=False)[0]
+            velocity = reader(**inputs, return_dict=False)[0]
             out[name] = case.model.velocity_tokens(velocity, config.patch_size)
     return out
 
@@ -99,7 +99,7 @@ def test_the_adapter_folder_is_the_same_model_in_peft_and_in_diffusers(task, tmp
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
-LAYOUTS = {  # those in which a frozen base asks something else of the layout; the rest in test_lora.py
+LAYOUTS = {  # those in which a frozen base needs special care; test_lora.py has the others
     "recompute full": (1, {"recompute": "full"}),
     "recompute selective": (1, {"recompute": "selective"}),
     "offloaded, recompute full": (1, {"recompute": "full", "offload_activations": True}),
@@ -113,7 +113,7 @@ LAYOUTS = {  # those in which a frozen base asks something else of the layout; t
 
 @pytest.mark.L3
 def test_layouts_equal_single_process():
-    """Adapters on blocks alone: no input of the first block needs a gradient, yet every adapter has its own."""
+    """Only blocks have adapters: no input of the first block needs a gradient, yet every adapter gets its gradient."""
     single = run_ranks(1, layouts.run_layout, {}, 3, True, adapt)[0]
     assert len(single["gradients"]) == 2 * 4 * (2 * 4 + 2) and all(g.any() for g in single["gradients"].values())
     for world, layout in LAYOUTS.values():
@@ -122,7 +122,7 @@ def test_layouts_equal_single_process():
 
 @torch.no_grad()
 def merge_in_memory(chunks: list[torch.nn.Module]) -> None:
-    """W += s B A of modules that hold all of W; their forward is the plain one again."""
+    """Adds s B A to W, in modules that hold all of W, and gives them back their plain forward."""
     for module in [m for chunk in chunks for m in chunk.modules() if type(m) in lora.PLAIN]:
         module.weight.copy_(lora.merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
         module.__class__ = lora.PLAIN[type(module)]
@@ -130,7 +130,7 @@ def merge_in_memory(chunks: list[torch.nn.Module]) -> None:
 
 
 def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
-    """Whole weights after `release.merge_into`, of adapters that a group of one writes first."""
+    """Returns whole weights after `release.merge_into`. If `folder` is missing, this makes it and merges by hand."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -159,7 +159,7 @@ IN_DIFFUSERS = {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn"
                 for a, b in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)} | {
                 "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}  # fmt: skip
 DOWN_UP, A_B, DEFAULT = ("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora_A.default", "lora_B.default")
-WRITERS = {  # trainer: (before each name, names of linears, names of the factors, where the scale is)
+WRITERS = {  # trainer: (prefix of each name, names of linears, names of the factors, where the scale is)
     "peft": ("base_model.model.", "diffusers", A_B, "adapter_config.json"),
     "peft over the original code": ("base_model.model.", "original", A_B, "adapter_config.json"),
     "diffusers": ("transformer.", "diffusers", A_B, None),
@@ -178,29 +178,29 @@ WRITERS = {  # trainer: (before each name, names of linears, names of the factor
 
 
 def factors(config=case.CONFIG) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """{linear of a block: (A, B, alpha)}, with a rank and an alpha of its own in every block and kind."""
-    g, found = torch.Generator().manual_seed(5), {}
+    """Draws {linear of a block: (A, B, alpha)}. Ranks and alphas differ between blocks and between kinds of linears."""
+    g, pairs = torch.Generator().manual_seed(5), {}
     for i in range(config.num_layers):
         for j, name in enumerate(IN_DIFFUSERS):
             outputs, inputs = case.convert.shapes(config)[f"blocks.{i}.{name}.weight"]
             r = 2 + (i + j) % 3
             A, B = torch.randn(r, inputs, generator=g), torch.randn(outputs, r, generator=g)
-            found[f"blocks.{i}.{name}"] = (0.3 * A, 0.2 * B, 1.5 + i + 0.25 * j)
-    return found
+            pairs[f"blocks.{i}.{name}"] = (0.3 * A, 0.2 * B, 1.5 + i + 0.25 * j)
+    return pairs
 
 
 def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> None:
-    """Adapters as a trainer writes them; written by hand, not from the recipe's tables."""
+    """Writes adapters as a trainer does. The names are made by hand here, not from the recipe's tables."""
     prefix, kind, (a, b), scale = WRITERS[writer]
     tensors, ranks, alphas = dict(extra or {}), {}, {}
     for linear, (A, B, alpha) in found.items():
         _, block, name = linear.split(".", 2)
-        theirs = {"original": linear, "diffusers": f"blocks.{block}.{IN_DIFFUSERS.get(name)}",
+        target = {"original": linear, "diffusers": f"blocks.{block}.{IN_DIFFUSERS.get(name)}",
                   "underscored": f"blocks_{block}_{name.replace('.', '_')}"}[kind]  # fmt: skip
-        tensors |= {f"{prefix}{theirs}.{a}.weight": A.clone(), f"{prefix}{theirs}.{b}.weight": B.clone()}
+        tensors |= {f"{prefix}{target}.{a}.weight": A.clone(), f"{prefix}{target}.{b}.weight": B.clone()}
         if scale == "alpha":
-            tensors[f"{prefix}{theirs}.alpha"] = torch.tensor(alpha)
-        ranks[theirs], alphas[theirs] = len(A), alpha
+            tensors[f"{prefix}{target}.alpha"] = torch.tensor(alpha)
+        ranks[target], alphas[target] = len(A), alpha
     facts = {"r": 9, "lora_alpha": 99, "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": list(ranks)}
     header = {"format": "pt"}
     if scale == "header":
@@ -218,22 +218,24 @@ def merged_from(path: Path, config, state: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.L2
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_trainers_adapter_is_the_same_as_in_pefts_format(writer, tmp_path):
-    found, state, scale = factors(), case.random_state(), WRITERS[writer][3]
-    if scale is None:  # such a file does not say it: alpha is the rank
-        found = {name: (A, B, float(len(A))) for name, (A, B, _) in found.items()}
-    for folder, by in (("theirs", writer), ("peft", "peft")):
+    adapters, state, scale = factors(), case.random_state(), WRITERS[writer][3]
+    if scale is None:  # such a file does not hold alpha: it is the rank
+        adapters = {name: (A, B, float(len(A))) for name, (A, B, _) in adapters.items()}
+    for folder, trainer in (("theirs", writer), ("peft", "peft")):
         (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "adapter_model.safetensors", by, found)
-    if scale != "adapter_config.json":  # any name will do
+        write(tmp_path / folder / "adapter_model.safetensors", trainer, adapters)
+    if scale != "adapter_config.json":  # the file may have any name
         (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "my [v2].safetensors")
     (file,) = (tmp_path / "theirs").glob("*.safetensors")
     config = case.CONFIG
     want, *got = (merged_from(path, config, state) for path in (tmp_path / "peft", file.parent, file))
     for name, weight in state.items():
-        A, B, alpha = found.get(name.removesuffix(".weight"), (None, None, 0))
+        A, B, alpha = adapters.get(name.removesuffix(".weight"), (None, None, 0))
         exact = weight if A is None else (weight.double() + alpha / len(A) * (B.double() @ A.double()))
-        for read in got:
-            assert relative(read[name], want[name]) <= 1e-6 and relative(read[name].double(), exact.double()) <= 1e-6
+        for tensors in got:
+            assert (
+                relative(tensors[name], want[name]) <= 1e-6 and relative(tensors[name].double(), exact.double()) <= 1e-6
+            )
         assert A is None or relative(weight, want[name]) > 0.1
 
 
@@ -244,11 +246,11 @@ def test_an_adapter_changes_the_weights_as_diffusers_reads_it(writer, tmp_path):
 
     write(tmp_path / "a.safetensors", writer, factors())
     pairs, reader = case.convert.adapter(tmp_path, case.CONFIG)[0], weights.Reader()
-    theirs = WanPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))  # its alphas are in its factors
-    assert len(theirs) == 2 * len(pairs) == 2 * 4 * 10
+    diffusers_state = WanPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))  # with the alphas in the factors
+    assert len(diffusers_state) == 2 * len(pairs) == 2 * 4 * 10
     for linear, pair in pairs.items():
         _, block, name = linear.split(".", 2)
-        A, B = (theirs[f"transformer.blocks.{block}.{IN_DIFFUSERS[name]}.{part}.weight"] for part in A_B)
+        A, B = (diffusers_state[f"transformer.blocks.{block}.{IN_DIFFUSERS[name]}.{part}.weight"] for part in A_B)
         assert relative(pair.settings.scale * (reader.read(pair.B) @ reader.read(pair.A)), B @ A) <= 1e-6
 
 
@@ -264,13 +266,13 @@ DIFFERENCES = {  # name in the file -> (our parameter, shape)
 
 
 def distilled(path: Path) -> dict[str, torch.Tensor]:
-    """A file as lightx2v's are, and the weights that `random_state` is with it."""
-    g, state, found = torch.Generator().manual_seed(6), case.random_state(), factors()
+    """Writes a file as lightx2v does. Returns the weights of `random_state` with that file merged."""
+    g, state, adapters = torch.Generator().manual_seed(6), case.random_state(), factors()
     changes = {key: torch.randn(shape, generator=g) for key, (_, shape) in DIFFERENCES.items()}
-    write(path, "lightx2v", found, {f"diffusion_model.{key}": value for key, value in changes.items()})
+    write(path, "lightx2v", adapters, {f"diffusion_model.{key}": value for key, value in changes.items()})
     for key, value in changes.items():
         state[DIFFERENCES[key][0]] += value
-    for linear, (A, B, alpha) in found.items():
+    for linear, (A, B, alpha) in adapters.items():
         state[f"{linear}.weight"] += alpha / len(A) * B @ A
     return state
 
@@ -290,7 +292,7 @@ def test_whole_differences_of_a_distilled_adapter_are_added_in_every_layout(tmp_
 
 
 def continued(layout: dict, path: Path, copy: Path) -> None:
-    """The adapters of a file, in a model that could train them, written as ours."""
+    """Loads the adapters of a file into a model that could train them, and writes them in our format."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -325,9 +327,9 @@ def test_each_linear_keeps_its_rank_and_scale_from_musubis_file_through_training
 
 
 def of_the_demo(path: Path, *names: str, writer: str = "lightx2v", drop: str = "", dtype=torch.float32) -> Path:
-    """One linear's adapter for the tiny size, with further tensors so named, but for those whose name ends in `drop`."""
-    found = {"blocks.2.self_attn.v": (torch.ones(3, 128), torch.ones(128, 3), 2.0)}
-    write(path, writer, found, {name: torch.ones(128) for name in names})
+    """Writes one linear's adapter for the tiny size, with further tensors `names`, without names that end in `drop`."""
+    adapters = {"blocks.2.self_attn.v": (torch.ones(3, 128), torch.ones(128, 3), 2.0)}
+    write(path, writer, adapters, {name: torch.ones(128) for name in names})
     tensors = {k: v.to(dtype) for k, v in load_file(path).items() if not drop or not k.endswith(drop)}
     save_file(tensors, path)
     return path
@@ -422,7 +424,7 @@ def test_adapters_are_checked_without_torch(tmp_path):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> list:
-    """Options of a run of lora_t2v.sh on twelve clips."""
+    """Returns the options of a run of lora_t2v.sh on twelve clips."""
     from importlib import import_module
 
     folder = tmp_path_factory.mktemp("clips") / "demo"
@@ -475,10 +477,10 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it_as_conver
         assert torch.equal(got[key], weight if A is None else (weight.float() + B @ A).bfloat16()), key
     assert not torch.equal(got["blocks.3.ffn.net.2.weight"], base["blocks.3.ffn.net.2.weight"])
     videos = []
-    for where in (["--adapter", adapter], ["--weights", tmp_path / "merged"]):
+    for model in (["--adapter", adapter], ["--weights", tmp_path / "merged"]):
         out = tmp_path / f"videos{len(videos)}"
         fast = ["--precision", "bf16", "--video", "5x48x48", "--sample-steps", "2", "--format", "gif", "--out", out]
-        run_ranks(1, case.job, "infer", *where, *fast, "--prompt", "a handwritten three moves up")
+        run_ranks(1, case.job, "infer", *model, *fast, "--prompt", "a handwritten three moves up")
         with Image.open(out / "0000.gif") as gif:
             videos.append([frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(gif)])
     assert videos[0] == videos[1]
@@ -489,17 +491,17 @@ def test_a_run_goes_on_from_an_adapter_in_another_layout_and_merges_it_as_conver
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An adapter folder of rank 4 for the demo's size, for which the tensors are written by hand."""
-    where = tmp_path_factory.mktemp("adapter")
-    (where / "adapter_config.json").write_text(
+    """Writes an adapter folder of rank 4 for the demo's size, its tensors made by hand."""
+    written = tmp_path_factory.mktemp("adapter")
+    (written / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["to_q"]})
     )
     tensors = {"lora_A": torch.zeros(4, 128), "lora_B": torch.zeros(128, 4)}
     names = [f"base_model.model.blocks.{i}.attn{j}.to_q" for i in range(4) for j in (1, 2)]
     save_file(
-        {f"{n}.{p}.weight": t.clone() for n in names for p, t in tensors.items()}, where / "adapter_model.safetensors"
+        {f"{n}.{p}.weight": t.clone() for n in names for p, t in tensors.items()}, written / "adapter_model.safetensors"
     )
-    return where
+    return written
 
 
 WRONG = {

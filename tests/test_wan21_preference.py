@@ -1,5 +1,5 @@
-"""dpo_t2v.sh and dpo_i2v.sh: loss and gradients against the formula on diffusers' model, layouts against one process, the
-reference, pairs, resume."""
+"""dpo_t2v.sh and dpo_i2v.sh: loss and gradients equal the formula on diffusers' model, layouts equal one process; the
+reference; pairs; resume."""
 
 import contextlib
 import dataclasses
@@ -29,25 +29,25 @@ from common.margins import Margins
 preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
 TOLERANCE = 1e-5
 CONFIGS = {"t2v": case.CONFIG, "i2v": case.I2V}
-BETA, SFT = 30.0, 0.4  # errors of random weights are far apart: the loss must not be flat
+BETA, SFT = 30.0, 0.4  # the loss is not flat here, though errors of random weights are far apart
 
 
 def pairs(places: list[int], config) -> dict:
-    """A micro-batch of the pairs of these places of the global batch: the chosen videos, then the rejected ones."""
+    """Makes a micro-batch of the pairs at these places of the global batch: chosen videos, then rejected ones."""
     chosen, rejected = ([case.sample_batch(first + i, 0, config) for i in places] for first in (0, 100))
-    for one, other in zip(chosen, rejected, strict=True):
-        other.update({key: one[key] for key in ("t", "weight", "text", "y", "image") if key in one})
+    for preferred, worse in zip(chosen, rejected, strict=True):
+        worse.update({key: preferred[key] for key in ("t", "weight", "text", "y", "image") if key in preferred})
     return {key: torch.cat([b[key] for b in chosen + rejected]) for key in chosen[0]}
 
 
 def options(**layout) -> SimpleNamespace:
     o = case.options(**layout)
-    named = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
-    return SimpleNamespace(**named | {"beta": BETA, "sft_weight": SFT})
+    fields = {name: getattr(o, name) for name in dir(o) if not name.startswith("_")}
+    return SimpleNamespace(**fields | {"beta": BETA, "sft_weight": SFT})
 
 
 def measuring(o, config):
-    """What measures the errors of micro-batches."""
+    """Returns the function that measures the errors of micro-batches."""
     return functools.partial(preference.measure, o, lambda batches: case.sequence_length(o, config))
 
 
@@ -55,7 +55,7 @@ def measuring(o, config):
 
 
 def by_hand(policy, reference, batch: dict) -> torch.Tensor:
-    """Diffusion-DPO, arXiv:2311.12908 equation 14, with velocities, a pair at a time."""
+    """Computes Diffusion-DPO, arXiv:2311.12908 equation 14, with velocities, a pair at a time."""
     half, losses = len(batch["x"]) // 2, []
     for i in range(half):
         e = {}
@@ -71,16 +71,16 @@ def by_hand(policy, reference, batch: dict) -> torch.Tensor:
 
 
 def beside_diffusers(which: str) -> dict:
-    """{name: (ours, theirs)} of the loss and of every gradient."""
+    """Returns {name: (ours, theirs)} of the loss and of every gradient."""
     o = options(micro_batch=4)
-    config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers takes it
+    config = CONFIGS[which] if which == "t2v" else dataclasses.replace(case.I2V, text_len=512)  # as diffusers needs it
     parallel.initialize(o)
     states = [case.random_state(seed, config) for seed in (0, 1)]
-    theirs = [oracle(config) for _ in states]
-    for model, state in zip(theirs, states, strict=True):
+    diffusers_models = [oracle(config) for _ in states]
+    for model, state in zip(diffusers_models, states, strict=True):
         model.load_state_dict({case.convert.to_diffusers(k): v for k, v in state.items()}, strict=True)
     batch = pairs([0, 1], config)
-    want = by_hand(*theirs, batch)
+    want = by_hand(*diffusers_models, batch)
     want.backward()
     policy, reference = (case.model.build(o, config) for _ in states)
     for chunks, state in zip((policy, reference), states, strict=True):
@@ -92,7 +92,7 @@ def beside_diffusers(which: str) -> dict:
     got, reported = loss(output)
     got.backward()
     assert reported["loss"] == got and margins()["accuracy"] in (0, 0.5, 1)
-    gradients = dict(theirs[0].named_parameters())
+    gradients = dict(diffusers_models[0].named_parameters())
     both = {name: (p.grad, gradients[case.convert.to_diffusers(name)].grad) for name, p in policy[0].named_parameters()}
     return both | {"loss": (got.detach(), want.detach())}
 
@@ -100,10 +100,10 @@ def beside_diffusers(which: str) -> dict:
 @pytest.mark.L2
 @pytest.mark.parametrize("which", CONFIGS)
 def test_loss_and_gradients_equal_the_formula_on_diffusers_model(which):
-    found = run_ranks(1, beside_diffusers, which)[0]
-    off = {name: ((g - w).abs().max() / w.abs().max()).item() for name, (g, w) in found.items()}
-    assert not {name: value for name, value in off.items() if not value <= TOLERANCE}
-    assert 0.05 < found["loss"][0] < 50
+    values = run_ranks(1, beside_diffusers, which)[0]
+    errors = {name: ((g - w).abs().max() / w.abs().max()).item() for name, (g, w) in values.items()}
+    assert not {name: value for name, value in errors.items() if not value <= TOLERANCE}
+    assert 0.05 < values["loss"][0] < 50
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -120,7 +120,7 @@ LAYOUTS = {
 
 
 def run_layout(layout: dict, which: str) -> dict:
-    """On every rank: adapters that are not zero, a step's loss, margins and gradients, put together."""
+    """Runs a step on every rank, with adapters that are not zero. Rank 0 returns loss, margins and whole gradients."""
     config, o = CONFIGS[which], options(micro_batch=2, **layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -160,7 +160,7 @@ def test_layout_equals_single_process(name, which):
 
 
 def base_errors() -> list[torch.Tensor]:
-    """The errors of the same model that never had adapters."""
+    """Returns the errors of the same model that never had adapters."""
     o = options(micro_batch=2)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -172,8 +172,8 @@ def base_errors() -> list[torch.Tensor]:
 @pytest.mark.L2
 def test_the_reference_is_the_model_before_it_had_adapters():
     got, want = single("t2v")["errors"], run_ranks(1, base_errors)[0]
-    off = [((a - b).abs().max() / b.max()).item() for a, b in zip(got, want, strict=True)]
-    assert len(off) == 2 and max(off) < 1e-6, off
+    errors = [((a - b).abs().max() / b.max()).item() for a, b in zip(got, want, strict=True)]
+    assert len(errors) == 2 and max(errors) < 1e-6, errors
 
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
@@ -193,8 +193,8 @@ def test_pairs_are_read_with_both_videos_or_reported_by_line(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, report = read_pairs(path)
-    assert [(row.path[-5:], row.caption, row.where) for row in found] == [
+    videos, report = read_pairs(path)
+    assert [(row.path[-5:], row.caption, row.where) for row in videos] == [
         ("a.mp4", "one", "pairs.jsonl:1"), ("b.mp4", "one", "pairs.jsonl:1"),
         ("c.mp4", "six", "pairs.jsonl:6"), ("a.mp4", "six", "pairs.jsonl:6"),
     ]  # fmt: skip
@@ -241,8 +241,8 @@ def job(*argv) -> None:
 
 def steps_of(out) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "grad_norm", "margin", "accuracy")
-    return [{key: row[key] for key in kept} for row in rows if row["kind"] == "step"]
+    columns = ("step", "loss", "grad_norm", "margin", "accuracy")
+    return [{key: row[key] for key in columns} for row in rows if row["kind"] == "step"]
 
 
 @pytest.mark.L4
@@ -266,7 +266,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one_and_starts_at_no_margin(task,
 
 
 def few(path, folder):
-    """A list of the first pairs of one."""
+    """Writes a list of the first ten pairs of the list at `path`."""
     rows = [json.loads(line) for line in path.read_text().splitlines()[:10]]
     for row in rows:
         row |= {side: str(path.parent / row[side]) for side in ("chosen", "rejected")}

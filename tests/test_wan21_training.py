@@ -1,4 +1,5 @@
-"""Training of Wan2.1 beyond a step's gradients: what a draw decides, what a pair shares, what is averaged and sampled."""
+"""Training of Wan2.1 beyond a step's gradients: what a random draw decides, what a pair shares, and which weights are
+averaged and sampled."""
 
 import dataclasses
 import functools
@@ -25,7 +26,7 @@ preference = importlib.import_module(f"zoo.{case.RECIPE}.preference")
 
 
 def by_index(shift: float) -> tuple[list[float], list[float]]:
-    """(t, bell weight) of the timesteps 0 .. 999, by hand."""
+    """Computes (t, bell weight) of the timesteps 0 .. 999 by hand."""
     noise = [1 - i / 1000 for i in range(1000)]
     t = [1000 * shift * u / (1 + (shift - 1) * u) for u in noise]
     bell = [math.exp(-2 * ((each - 500) / 1000) ** 2) for each in t]
@@ -58,14 +59,14 @@ def test_noise_level_and_loss_weight_are_of_one_timestep_and_every_one_is_drawn(
 
 @pytest.mark.L2
 def test_rotary_tables_are_diffusers_whatever_grid_came_before():
-    """Six grids of as many tokens, heads of two widths, each asked for twice."""
+    """The six grids have equal numbers of tokens, heads have two widths, and each table is requested twice."""
     wider = dataclasses.replace(case.CONFIG, num_heads=2)
     for grid in [(2, 4, 8), (2, 8, 4), (4, 2, 8), (4, 8, 2), (8, 2, 4), (8, 4, 2)] * 2:
         for config in (case.CONFIG, wider):
-            theirs = WanRotaryPosEmbed(config.head_dim, config.patch_size, 32)(torch.empty(1, 16, *grid))
+            reference = WanRotaryPosEmbed(config.head_dim, config.patch_size, 32)(torch.empty(1, 16, *grid))
             got = case.model.rotary_table([*grid], config, torch.device("cpu"))[:, 0, 0]  # [L, E/2, (cos, sin)]
-            for mine, other in zip(got.unbind(-1), theirs, strict=True):
-                assert (mine - other[0, :, 0, ::2]).abs().max() < 1e-6, grid
+            for part, want in zip(got.unbind(-1), reference, strict=True):
+                assert (part - want[0, :, 0, ::2]).abs().max() < 1e-6, grid
 
 
 # ------------------------------------------------------------------------------------------------------ pairs, dropout
@@ -73,7 +74,7 @@ def test_rotary_tables_are_diffusers_whatever_grid_came_before():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """A list of eight demo clips, and beside it one of their four pairs."""
+    """Makes a list of eight demo clips, and beside it a list of their four pairs."""
     make_data = importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data")
     folder = tmp_path_factory.mktemp("clips") / "demo"
     make_data.make(folder, train=8, test=0)
@@ -88,7 +89,7 @@ def clips(tmp_path_factory) -> Path:
 
 
 def training(data: Path, out: Path, *argv):
-    """(options, architecture, chunks with adapters that are not zero, batches) of a job with dropout."""
+    """Returns (options, architecture, chunks with adapters that are not zero, batches) of a job with dropout."""
     common = ["--data", str(data), "--out", str(out), "--workers", "0", "--buckets", "13x48x48", "--lora-rank", "4",
               "--lora-dropout", "0.5", "--sample-steps", "2", "--weighting", "bell", "--caption-dropout", "0.5"]  # fmt: skip
     o = case.jobs.parse("train", [*common, *argv])
@@ -102,8 +103,8 @@ def training(data: Path, out: Path, *argv):
 
 
 def pairs_of(data: Path, out: Path, task: str) -> tuple[list[dict], list[dict], dict, list[dict]]:
-    """(two micro-batches of two pairs each, their videos and conditions as encoded alone; the held-out measures with a
-    dropout and then without one)."""
+    """Returns two micro-batches of two pairs each, latents and conditions of their videos encoded apart, and the
+    held-out measures: with dropout modules in the model, then without them."""
     batch = ["--micro-batch", "4", "--global-batch", "8"]
     o, config, chunks, batches = training(data, out, "--job", "dpo", "--task", task, *batch)
     loaded = next(iter(batches(0, 1)))
@@ -111,17 +112,17 @@ def pairs_of(data: Path, out: Path, task: str) -> tuple[list[dict], list[dict], 
     for batch in loaded.micro_batches:
         latents, _, condition = batches.encoders.encode(batch["pixels"], batch["captions"])
         alone.append({"latents": latents} | condition)
-    reference, found = functools.partial(without_adapters, chunks), []
+    reference, measures = functools.partial(without_adapters, chunks), []
 
     def length(batch: list[dict]) -> int:
         return config.tokens(batch[0]["x"].shape[2:]) + config.context_rows
 
     measure = functools.partial(preference.measure, o, length)
     for _ in range(2):
-        found.append(held_out(o, batches, chunks, reference, measure))
+        measures.append(held_out(o, batches, chunks, reference, measure))
         for module in (m for chunk in chunks for m in chunk.modules() if hasattr(m, "lora_dropout")):
             module.lora_dropout = torch.nn.Identity()
-    return prepared, alone, found
+    return prepared, alone, measures
 
 
 @pytest.mark.L2
@@ -141,7 +142,7 @@ def test_the_videos_of_a_pair_share_all_but_their_latents_and_are_measured_witho
         for name in ("y", "image") if task == "i2v" else ():
             assert torch.equal(batch[name][:2], batch[name][2:]), name
             assert (batch[name][:2] - encoded[name][:2]).abs().max() < 1e-4, name
-            assert (encoded[name][:2] - encoded[name][2:]).abs().max() > 0.1, name  # their own would be another
+            assert (encoded[name][:2] - encoded[name][2:]).abs().max() > 0.1, name  # a rejected video's own differs
         noises += [*noise[:2]]
     assert len({round(noise.sum().item(), 2) for noise in noises}) == len(noises) == 4
     assert len({each for batch in prepared for each in batch["t"].tolist()}) == 4
@@ -149,12 +150,12 @@ def test_the_videos_of_a_pair_share_all_but_their_latents_and_are_measured_witho
 
 
 def sampled_twice(data: Path, out: Path) -> tuple[list[np.ndarray], list[bool]]:
-    """(the same samples with the random state elsewhere, whether modules are in training afterwards)."""
+    """Samples twice under different random states. Returns the videos, and which modules are in training mode then."""
     o, config, chunks, batches = training(data, out, "--job", "lora", "--micro-batch", "2", "--global-batch", "4")
-    asked, videos = case.train.to_sample(o, config, batches.index)[:2], []
+    requests, videos = case.train.to_sample(o, config, batches.index)[:2], []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        videos.append(np.stack(case.train.sample_videos(o, config, chunks, batches, asked)))
+        videos.append(np.stack(case.train.sample_videos(o, config, chunks, batches, requests)))
     return videos, [module.training for chunk in chunks for module in chunk.modules()]
 
 
@@ -169,7 +170,7 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(clips, tm
 
 
 def sampled_from(*argv) -> dict[str, torch.Tensor]:
-    """A training run; what trains of the weights it samples from at its end, in place of samples."""
+    """Runs a training job, but without samples. Returns the trained parameters that it would sample from at its end."""
     seen = {}
 
     def finish(o, config, chunks, *rest) -> None:
@@ -186,29 +187,29 @@ def sampled_from(*argv) -> dict[str, torch.Tensor]:
 def test_averaged_weights_are_what_is_exported_and_sampled_and_converted(job, clips, tmp_path):
     settings = ["--job", job, "--data", clips, "--workers", "0", "--buckets", "13x48x48", "--micro-batch", "2", "--steps", "2",
                 "--global-batch", "4", "--lr", "1e-2", "--lr-schedule", "constant", "--warmup", "0", "--ema", "0.75"]  # fmt: skip
-    seen = run_ranks(1, sampled_from, *settings, "--out", tmp_path / "run", "--export", tmp_path / "mine")[0]
+    used = run_ranks(1, sampled_from, *settings, "--out", tmp_path / "run", "--export", tmp_path / "mine")[0]
     last = tmp_path / "run" / "checkpoints" / "step-000002"
-    held = tensors(last)
-    average = {key.removeprefix("ema."): value for key, value in held.items() if key.startswith("ema.")}
-    assert average.keys() == seen.keys() and all(torch.equal(average[key], seen[key]) for key in seen)
-    assert max((average[key] - held[key]).abs().max().item() for key in average) > 1e-3
+    stored = tensors(last)
+    average = {key.removeprefix("ema."): value for key, value in stored.items() if key.startswith("ema.")}
+    assert average.keys() == used.keys() and all(torch.equal(average[key], used[key]) for key in used)
+    assert max((average[key] - stored[key]).abs().max().item() for key in average) > 1e-3
     if job == "lora":
-        found = load_file(tmp_path / "mine" / "adapter_model.safetensors")
+        adapter = load_file(tmp_path / "mine" / "adapter_model.safetensors")
         linears = {key: case.convert.to_diffusers(f"{key.rpartition('.')[0]}.weight") for key in average}
         keys = {
             key: f"base_model.model.{name[:-7]}.{key[-6:]}.weight" for key, name in linears.items()
         }  # lora_A, lora_B
-        assert found.keys() == set(keys.values())
-        assert all(torch.equal(found[keys[key]], value) for key, value in average.items())
+        assert adapter.keys() == set(keys.values())
+        assert all(torch.equal(adapter[keys[key]], value) for key, value in average.items())
         return
     (exported,) = (tmp_path / "mine" / "transformer").glob("*.safetensors")
-    asked = {"ema": ["--ema"], "plain": []}
-    for name, more in asked.items():
+    kinds = {"ema": ["--ema"], "plain": []}
+    for name, more in kinds.items():
         run_ranks(1, case.job, "convert", "--weights", last, "--to", "diffusers", "--out", tmp_path / name, *more)
     exported, ema, plain = map(
-        load_file, (exported, *(next((tmp_path / n / "transformer").glob("*.safetensors")) for n in asked))
+        load_file, (exported, *(next((tmp_path / n / "transformer").glob("*.safetensors")) for n in kinds))
     )
     for key, value in average.items():
         theirs = case.convert.to_diffusers(key)
         assert torch.equal(exported[theirs], value) and torch.equal(ema[theirs], value), key
-        assert torch.equal(plain[theirs], held[key]), key
+        assert torch.equal(plain[theirs], stored[key]), key

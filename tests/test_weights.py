@@ -1,4 +1,4 @@
-"""Released weights: what is refused from headers alone, and that slices, dtypes and shards are read and written exactly."""
+"""Released weights: what is refused by headers alone; slices, dtypes and shards are read and written exactly."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards and the index that belongs to them."""
+    """Writes two shards and their index."""
     save_file({"a": TENSORS["a"]}, tmp_path / "m-00001-of-00002.safetensors")
     save_file({k: TENSORS[k] for k in "bc"}, tmp_path / "m-00002-of-00002.safetensors")
     write_map(tmp_path, {"a": 1, "b": 2, "c": 2})
@@ -198,12 +198,12 @@ def test_fingerprint_changes_with_the_weights(folder):
     before = weights.fingerprint(folder)
     save_file({"a": TENSORS["a"] + 1}, folder / "m-00001-of-00002.safetensors")
     assert weights.fingerprint(folder) != before
-    (folder / "adapter_config.json").write_text('{"lora_alpha": 4}')  # of an adapter: its scale
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 4}')  # an adapter's config, which has its scale
     scaled = weights.fingerprint(folder)
     (folder / "adapter_config.json").write_text('{"lora_alpha": 8}')
     assert scaled != weights.fingerprint(folder) != before
-    one, other = (weights.fingerprint(folder / f"m-0000{i}-of-00002.safetensors") for i in (1, 2))
-    assert one != other
+    first, second = (weights.fingerprint(folder / f"m-0000{i}-of-00002.safetensors") for i in (1, 2))
+    assert first != second
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])

@@ -1,4 +1,4 @@
-"""Test videos: every frame shows its own number, so that a reader is checked frame by frame; and damage to them."""
+"""Makes test videos, and damages them. Every frame shows its own number, so a reader can be checked frame by frame."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 
 HEIGHT, WIDTH = 64, 96
 MS = Fraction(1, 1000)
-CASES = Path(__file__).parent / "cases" / "wan21"  # files that were read wrongly
+CASES = Path(__file__).parent / "cases" / "wan21"  # files that are easy to read wrongly
 
 
 def draw(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Top half: the number in 8 binary blocks, lowest left. Bottom: red on the left, blue on the right."""
+    """Draws a frame. Top half: the number as 8 binary blocks, lowest bit left. Bottom half: red left, blue right."""
     frame = np.full((height, width, 3), 30, np.uint8)
     for bit in range(8):
         if number >> bit & 1:
@@ -79,7 +79,7 @@ def damage(path: Path, kind: str, source: Path) -> Path:
 
 
 def timed(path: Path, times: list[float], last: float, rate=30, codec="mpeg4") -> Path:
-    """Frame k is shown from times[k] on, the last one for `last` seconds; the header says `rate`."""
+    """Writes a video. It shows frame k from times[k] on, the last one for `last` seconds. Its header says `rate`."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = HEIGHT, WIDTH, "yuv420p", MS
