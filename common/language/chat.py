@@ -100,7 +100,7 @@ def _message(turn: Any, field: str) -> dict:
 
 
 def _is_learnt(turn: dict, field: str) -> bool:
-    """Returns whether an answer is to be learnt; keys of OpenAI (weight), ms-swift (loss) or Axolotl (train, training)."""
+    """Whether an answer is to be learnt, by the keys of OpenAI (weight), ms-swift (loss), Axolotl (train, training)."""
     if turn.get("train_detail"):
         raise BadRow("bad row", f"{field}.train_detail chooses parts of an answer; expected train, true or false")
     for key in ("weight", "loss", "train", "training"):
@@ -354,7 +354,7 @@ class Chat:
             train_on: "all" answers, the "last", or the "complete" ones, whose thoughts the template does not leave out.
 
         Raises:
-            BadRow: a text holds a special token's name, the template refuses the messages, or no answer is to be learnt.
+            BadRow: a special token's name in a text, the template refuses the messages, or no answer is to be learnt.
         """
         texts = [("tools", json.dumps(tools, ensure_ascii=False))]
         for i, message in enumerate(messages):
