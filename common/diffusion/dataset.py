@@ -164,7 +164,7 @@ def count_frames(index: Index, global_batch: int) -> str:
 
 
 def build_index(o, source: Path, buckets: list[Bucket], *, pairs: bool, name: str, drops: str) -> Index:
-    """Returns the run folder's index of the list `source`. Rank 0 makes it once; all ranks read it, also after a resume.
+    """Returns the run folder's index of the list `source`. Rank 0 makes it once; all ranks read it, after a resume too.
 
     It is made again if the list, the buckets, the rate or the decoder differ. (The checks of the options make sure that
     a run with checkpoints continues with the same ones.) With --features, the index of that folder is copied instead.
@@ -245,7 +245,7 @@ class VideoTextDataset:
         return self.index.rows[row].path
 
     def key(self, row: int) -> str:
-        """Returns the name of the row's cache entry. A file that is gone keeps its name, so that the entry still serves."""
+        """Returns the name of the row's cache entry. A file that is gone keeps its name: the entry still serves."""
         entry = self.index.rows[row]
         try:
             stat = os.stat(entry.path)
@@ -262,8 +262,7 @@ class VideoTextDataset:
 
         It has `rows` (those really read), `captions`, `keys` (cache names, or None without a cache) and `dropped` (rows
         that could not be decoded -> the reason). It also has either `latents` fp32 [B, C, f, h, w],
-        `text` [B, longest n, D] and whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]; the others are
-        None.
+        `text` [B, longest n, D] and whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]; others are None.
 
         Cached tensors are returned only if every row has them. Otherwise all rows are decoded, so that the same batch
         is always encoded together and a resumed run gets the same bits.

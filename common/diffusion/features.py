@@ -107,14 +107,14 @@ def apply_features(o, asked: set[str]):
         return o
     if refused := {"--data", "--cache", "--decoder"} & asked:
         raise ValueError(f"{refused.pop()} beside --features, which are of their own data; fix: leave one of them out")
-    settings = read_settings(o.features)
+    saved = read_settings(o.features)
     for flag, key in (("--buckets", "buckets"), ("--fps", "fps")):
-        if flag in asked and getattr(o, key) != settings[key]:
+        if flag in asked and getattr(o, key) != saved[key]:
             raise ValueError(
-                f"{o.features} was made with {key} {settings[key]} and not {getattr(o, key)}; fix: leave {flag} out, or "
+                f"{o.features} was made with {key} {saved[key]} and not {getattr(o, key)}; fix: leave {flag} out, or "
                 "extract_features.sh with it"
             )
-    return dataclasses.replace(o, buckets=settings["buckets"], fps=settings["fps"])
+    return dataclasses.replace(o, buckets=saved["buckets"], fps=saved["fps"])
 
 
 def check_features(folder: Path, now: dict) -> None:

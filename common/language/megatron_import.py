@@ -72,11 +72,11 @@ def _read(path: Path) -> dict:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = re.search(
+        why = re.search(
             r"[Uu]nsupported (?:global: )?(?:GLOBAL \S+|operand \d+)|Can only .*|mmap can only .*", str(error)
         )
         raise ValueError(
-            f"{path} is a pickle that torch's restricted reader refuses: {reason[0] if reason else error}; expected tensors, "
+            f"{path} is a pickle that torch's restricted reader refuses: {why[0] if why else error}; expected tensors, "
             "plain values and megatron-core's own types, of pickle protocol 2; fix: strip it where you trust it (README)"
         ) from None
 
