@@ -262,7 +262,8 @@ class VideoTextDataset:
 
         It has `rows` (those really read), `captions`, `keys` (cache names, or None without a cache) and `dropped` (rows
         that could not be decoded -> the reason). It also has either `latents` fp32 [B, C, f, h, w],
-        `text` [B, longest n, D] and whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]; others are None.
+        `text` [B, longest n, D] and whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]. Others
+        are None.
 
         Cached tensors are returned only if every row has them. Otherwise all rows are decoded, so that the same batch
         is always encoded together and a resumed run gets the same bits.

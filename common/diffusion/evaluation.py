@@ -26,7 +26,7 @@ from .requests import Request
 
 
 def scan_readable(o, rows: list[Row], bucket: Bucket, fps: float | None) -> Index:
-    """Returns the rows with videos of this shape, on every rank. Raises ValueError if more than --max-drop have none."""
+    """Returns the rows with videos of this shape, on every rank. Raises ValueError if over --max-drop have none."""
     indices = [None]
     if dist.get_rank() == 0:
         report = DropReport()

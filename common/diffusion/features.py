@@ -1,4 +1,4 @@
-"""Features are latents and text embeddings that extract_features.sh computes once, so that training loads no encoders.
+"""Features: extract_features.sh computes latents and text embeddings once. Training then loads no VAE and no encoder.
 
     features/settings.json       what they depend on: the encoders' content, precision, list, buckets, frame rate
     features/index.jsonl         the videos and their buckets, as in a run folder

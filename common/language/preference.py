@@ -7,7 +7,7 @@ With s(y) the score of an answer y of |y| tokens to x, D = s(chosen) - s(rejecte
     ipo       s = (log pi(y|x) - log ref(y|x)) / |y|      (D - 1 / (2 beta))^2
     simpo     s = log pi(y|x) / |y|                       that of sigmoid with beta D - gamma in place of beta D
 
-Each loss also has sft_weight * -log pi(chosen|x) / |chosen|. The mean is over the pairs of the global batch. DPO:
+sft_weight * -log pi(chosen|x) / |chosen| is added to each. The mean is over the pairs of the global batch. DPO:
 arXiv:2305.18290, its smoothing: arXiv:2403.00409; hinge: SLiC, arXiv:2305.10425; IPO: arXiv:2310.12036; SimPO:
 arXiv:2405.14734; the added term: arXiv:2404.19733. trl's DPOTrainer and CPOTrainer have the same losses.
 
