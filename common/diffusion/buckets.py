@@ -1,12 +1,12 @@
-"""Buckets: the shapes that training videos are cut to, and which of them a video goes to.
+"""Buckets are the shapes that training videos are cut to. This module makes them and chooses the bucket of a video.
 
-A video goes to the bucket of the nearest aspect ratio among those it has enough frames for. Ratios 5 % apart count as
-equal, and of equal ones the longest bucket is taken. A bucket of 1 frame holds pictures.
+A video goes to the bucket of the nearest aspect ratio, among the buckets for which it has enough frames. Ratios within
+5 % count as equal, and of equal ones the longest bucket is taken. A bucket of 1 frame holds pictures.
 
-`auto:81x480x832` makes the buckets. Of each usual aspect ratio it takes the shape that loses least of 480*832 pixels, and
-of each shape lengths of 81 frames and 16 fewer each, down to 1.
+`auto:81x480x832` makes the buckets. For each usual aspect ratio it takes the shape that loses least of 480*832 pixels,
+and for each shape the lengths 81, 65, … (16 frames fewer each) down to 1.
 
-No torch here.
+This module does not import torch.
 """
 
 import math
@@ -16,22 +16,22 @@ from dataclasses import dataclass
 from common.video import VideoInfo, resampled_length
 
 MAX_ASPECT = 2.0  # a video this much wider or taller than every bucket would lose half of its picture
-SAME_ASPECT = 0.05  # aspects this near (in log) are one: 480x832 is as good for 16:9 as 720x1280
+SAME_ASPECT = 0.05  # aspects this near (in log) count as equal: 480x832 is as good for 16:9 as 720x1280
 ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)  # width / height of the buckets made by auto
-LENGTH_STEP = 16  # frames between the lengths made by auto: at 16 fps a second
+LENGTH_STEP = 16  # frames between the lengths made by auto: one second at 16 fps
 
 
 @dataclass(frozen=True)
 class Strides:
-    """What a model asks of a shape."""
+    """The rules of a model for shapes."""
 
     frames: int  # the causal VAE's stride in time: a video has n * frames + 1 frames
-    side: int  # pixels along the side of a token: the VAE's stride times the patch's
+    side: int  # pixels along the side of a token: the VAE's stride times the patch size
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pixels of one shape of training video."""
+    """The shape of a training video, in frames and pixels."""
 
     frames: int
     height: int
@@ -41,7 +41,7 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
     def check(self, strides: Strides, flag: str = "--buckets") -> "Bucket":
-        """This bucket. ValueError: the model cannot have this shape; names the nearest that it can."""
+        """Returns this bucket. Raises ValueError, which names the nearest possible shapes, if the model refuses it."""
         n, side = strides.frames, strides.side
         if self.frames < 1 or (self.frames - 1) % n:
             near = max(1, (self.frames - 1) // n * n + 1)
@@ -57,11 +57,11 @@ class Bucket:
 
 
 def parse_buckets(text: str, strides: Strides | None, flag: str = "--buckets") -> list[Bucket]:
-    """`81x480x832,49x480x832`, frames x height x width -> buckets, checked unless strides is None. flag: the option that
-    the text is from.
+    """Parses `81x480x832,49x480x832` (frames x height x width) to buckets, and checks them unless strides is None.
+    flag: the option that the text comes from.
 
     Raises:
-        ValueError: the text is no list of shapes, or as `Bucket.check`.
+        ValueError: the text is not a list of shapes, or as `Bucket.check`.
     """
     buckets = []
     for part in text.split(","):
@@ -74,8 +74,8 @@ def parse_buckets(text: str, strides: Strides | None, flag: str = "--buckets") -
 
 
 def make_buckets(text: str, strides: Strides, split: int = 1) -> list[Bucket]:
-    """`auto:81x480x832` -> buckets of at most so many frames and pixels. The tokens of a frame are a multiple of `split`,
-    the ranks that share a sequence."""
+    """Makes the buckets of `auto:81x480x832`, with at most that many frames and pixels. The tokens of a frame are a
+    multiple of `split`, the number of ranks that share a sequence."""
     largest, *more = parse_buckets(text.removeprefix("auto:"), strides)
     if more:
         raise ValueError(f"{text} names {1 + len(more)} shapes; expected one, the largest; fix: --buckets")
@@ -84,7 +84,7 @@ def make_buckets(text: str, strides: Strides, split: int = 1) -> list[Bucket]:
     shapes = [(h, w) for h in sides for w in sides if h * w <= area and h * w // side**2 % split == 0]
 
     def lost(shape: tuple[int, int], aspect: float) -> float:
-        """What cropping loses of the picture, and what the shape lacks of the area, as logarithms."""
+        """Returns what cropping loses of the picture plus what the shape lacks of the area, as logarithms."""
         return abs(math.log(shape[1] / shape[0] / aspect)) + math.log(area / shape[0] / shape[1])
 
     lengths = [*range(largest.frames, 1, -LENGTH_STEP), 1]
@@ -93,7 +93,7 @@ def make_buckets(text: str, strides: Strides, split: int = 1) -> list[Bucket]:
 
 
 def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket], fps: float | None) -> int | str:
-    """Number of the bucket of a video resampled to `fps` (None: its own rate), or the reason why none fits."""
+    """Returns the bucket index of a video resampled to `fps` (None: its own rate), or the reason why none fits."""
     frames = resampled_length(info, fps)
     long_enough = [i for i, bucket in enumerate(buckets) if bucket.frames <= frames]
     aspect = {i: abs(math.log(info.width / info.height * buckets[i].height / buckets[i].width)) for i in long_enough}

@@ -1,9 +1,9 @@
-"""Find cache settings that keep a stated quality: the kind of cache, its start, interval and end.
+"""Finds cache settings that keep a given quality: the kind of cache, its start, interval and end.
 
-For every kind, interval and end (always before the last step, whose own value counts most) a start as early as the
-quality allows is found by bisection, on the worst video. Quality does not rise evenly with the start, because which of the
-last steps are computed moves it too: an earlier start may be good enough where a later one was not. Everything tried is
-in the table. Of what keeps the quality the fastest is proposed.
+For every kind, interval and end (always before the last step, whose own value matters most), bisection finds a start as
+early as the quality of the worst video allows. Quality does not rise evenly with the start, because the start also
+decides which of the last steps are computed: an earlier start may be good enough where a later one is not. The table
+shows everything that was tried. The fastest setting that keeps the quality is proposed.
 """
 
 import math
@@ -22,7 +22,7 @@ INTERVALS = (2, 3, 4, 6)
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting and what came of it: seconds of a video (median), PSNR and SSIM of the worst one."""
+    """A setting and its results: seconds of a video (median), PSNR and SSIM of the worst video."""
 
     kind: str
     start: int
@@ -40,40 +40,40 @@ class Tried:
 def search(
     make: Callable[[], tuple[list[torch.Tensor], float]], schedules: dict[str, Schedule], steps: int, psnr: float
 ) -> None:
-    """Print what was tried and what is proposed. Collective.
+    """Tries cache settings; prints each of them and the one proposed. Collective.
 
     Args:
-        make: makes the videos of all prompts under the schedules, uint8 [1, 3, F, H, W] each, and gives the seconds that
-            sampling one took (median).
-        schedules: of each kind to try. They have interval 1, at which a cache does nothing, bit for bit.
-        steps: sampling steps. psnr: dB to the uncached videos to keep.
+        make: makes the videos of all prompts under the schedules. It returns them, uint8 [1, 3, F, H, W] each, and the
+            median seconds of sampling one.
+        schedules: one for each kind to try. They have interval 1, at which a cache does nothing, bit for bit.
+        steps: sampling steps. psnr: the PSNR to the uncached videos that must be kept, in dB.
     """
-    first, tried = dist.get_rank() == 0, {}
+    main_rank, tried = dist.get_rank() == 0, {}
     make()  # warm-up
-    wanted, plain_seconds = make()
+    uncached, plain_seconds = make()
 
     def with_cache(kind: str, start: int, interval: int, end: int) -> tuple[list[torch.Tensor], float]:
         plan = schedules[kind]
         plan.start, plan.interval, plan.end = start, interval, end
-        made = make()
+        result = make()
         plan.interval = 1
-        return made
+        return result
 
     def measure(*key) -> Tried:
-        """Of a kind, start, interval and end."""
+        """Measures a (kind, start, interval, end) once."""
         if key not in tried:
-            got, seconds = with_cache(*key)
-            pairs = list(zip(got, wanted, strict=True))
+            videos, seconds = with_cache(*key)
+            pairs = list(zip(videos, uncached, strict=True))
             worst = min(scores.psnr(*pair) for pair in pairs), min(scores.ssim(*pair) for pair in pairs)
             shared = [(seconds, *worst)]
-            dist.broadcast_object_list(shared, 0)  # every rank takes the same decisions
+            dist.broadcast_object_list(shared, 0)  # so that every rank takes the same decisions
             tried[key] = Tried(*key, *shared[0])
-            if first:
+            if main_rank:
                 print(_line(tried[key], plain_seconds, psnr), flush=True)
         return tried[key]
 
-    if first:
-        print(f"uncached: {plain_seconds:.3f} s a video, {len(wanted)} prompts, {steps} steps; wanted: {psnr} dB")
+    if main_rank:
+        print(f"uncached: {plain_seconds:.3f} s a video, {len(uncached)} prompts, {steps} steps; wanted: {psnr} dB")
         print("cache      start interval  end   seconds  speed-up   PSNR    SSIM   (worst video)")
     for kind in schedules:
         for interval in INTERVALS:
@@ -85,13 +85,13 @@ def search(
                     low, high = (low, middle) if keeps else (middle + 1, high)
     best = min((t for t in tried.values() if t.psnr >= psnr), key=lambda t: t.seconds, default=None)
     gain = 0.0
-    if best is not None:  # again and in turns: a machine's speed may have wandered since the uncached ones were timed
+    if best is not None:  # times both again, in turns: the machine's speed may have changed since the first timing
         turns = [(make()[1], with_cache(best.kind, best.start, best.interval, best.end)[1]) for _ in range(3)]
         plain, cached = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
         gain = plain / cached
-    if first and gain > 1:
+    if main_rank and gain > 1:
         print(f"use: {best.flags}\n{gain:.2f} x uncached sampling, timed again in turns; PSNR {best.psnr:.2f} dB")
-    elif first:
+    elif main_rank:
         print(f"no setting keeps {psnr} dB and saves time; fix: a lower --psnr, or more --sample-steps")
 
 

@@ -1,11 +1,11 @@
-"""Pieces of what makes sampling cheaper at a price in quality. The recipe puts them around its own blocks.
+"""Parts that make sampling cheaper at some cost in quality. The recipe puts them around its own blocks.
 
-- reuse: a value is computed at every `interval`-th step and reused in between.
-- window order: the order of tokens in which sparse attention leaves out blocks of them.
+- reuse: a value is computed at every `interval`-th step and reused at the steps between.
+- window order: the order of tokens in which sparse attention leaves out blocks of tokens.
 - int8: linears keep weights of one byte, with a scale per output channel.
 
-They read from a `Moment` where the sampler is, and count nothing themselves. A cached value is keyed by branch of guidance,
-video and the step it was computed at, and each block has a `Reuse` of its own, so no value is taken for another.
+They read the sampler's position from a `Moment`, and count nothing themselves. A cached value is keyed by the guidance
+branch, the video and the step at which it was computed. Each block has its own `Reuse`, so values never mix.
 """
 
 from collections.abc import Iterable
@@ -22,11 +22,11 @@ WINDOW = 8  # side, in tokens, of the spatial windows of sparse attention
 
 @dataclass
 class Moment:
-    """Where the sampler is. It writes, the modules here read."""
+    """The sampler's position. The sampler writes it; the modules here read it."""
 
     video: int = -1
     step: int = 0
-    branch: int = 0  # of the guidance: 0 with the prompt, 1 without
+    branch: int = 0  # guidance branch: 0 with the prompt, 1 without
 
 
 # ---- caches ----
@@ -34,8 +34,8 @@ class Moment:
 
 @dataclass
 class Schedule:
-    """Values are kept from step `start` on at every `interval`-th step. They are given back at the steps between, up to
-    and including `end` (MindIE-SD's rule)."""
+    """From step `start` on, values are kept at every `interval`-th step and reused at the steps between, up to and
+    including `end` (MindIE-SD's rule)."""
 
     start: int | None
     interval: int | None
@@ -43,14 +43,14 @@ class Schedule:
 
 
 class Reuse:
-    """The last computed value of each branch, and when it may stand for a new one."""
+    """The last computed value of each branch, and the rule for its reuse."""
 
     def __init__(self, schedule: Schedule, moment: Moment):
         self.schedule, self.moment = schedule, moment
         self.kept: dict[int, tuple[int, int, torch.Tensor]] = {}  # branch -> video, step, value
 
     def get(self) -> torch.Tensor | None:
-        """The value to use at this moment instead of computing; None: compute."""
+        """Returns the value to reuse at this moment, or None if it must be computed."""
         plan, now = self.schedule, self.moment
         age = (now.step - plan.start) % plan.interval
         if not plan.start < now.step <= plan.end or age == 0 or now.branch not in self.kept:
@@ -59,7 +59,7 @@ class Reuse:
         return value if (video, step) == (now.video, now.step - age) else None
 
     def put(self, value: torch.Tensor) -> None:
-        """Keep a computed value if a later step may want it; drop the one it replaces."""
+        """Keeps a computed value if a later step may reuse it; drops the value that it replaces."""
         plan, now = self.schedule, self.moment
         self.kept.pop(now.branch, None)
         if plan.interval > 1 and plan.start <= now.step < plan.end:
@@ -70,7 +70,7 @@ class Reuse:
 
 
 def window_order(frames: int, rows: int, columns: int) -> torch.Tensor:
-    """Token indices [F*H*W], frame by frame, within a frame by 8x8 windows (smaller at the far edges), row by row."""
+    """Returns token indices [F*H*W] by frame, then by 8x8 window (smaller at the far edges), each row by row."""
     t, y, x = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
     place = t
     for value, values in ((y // WINDOW, rows), (x // WINDOW, columns), (y % WINDOW, WINDOW), (x % WINDOW, WINDOW)):
@@ -82,10 +82,10 @@ def window_order(frames: int, rows: int, columns: int) -> torch.Tensor:
 
 
 class Int8Weight(nn.Module):
-    """How a linear keeps its weight [outputs, inputs]: int8 rounded to nearest, times an fp32 scale per output.
+    """Keeps a linear's weight [outputs, inputs] as int8, rounded to nearest, times an fp32 scale per output.
 
-    A parametrisation: the linear goes on reading `weight`, which is made from the bytes whenever it is read. It saves
-    memory, not time. Under tensor parallelism each rank rounds the slice it holds.
+    It is a parametrisation: the linear still reads `weight`, which is computed from the bytes at every read. This saves
+    memory, not time. Under tensor parallelism each rank rounds its own slice.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -101,7 +101,7 @@ class Int8Weight(nn.Module):
 
 
 def quantize(blocks: Iterable[nn.Module]) -> None:
-    """Keep the weights of the blocks' parallel linears as int8. Biases and norms stay as they are."""
+    """Keeps the weights of the blocks' parallel linears as int8. Biases and norms do not change."""
     for block in blocks:
         for linear in [m for m in block.modules() if isinstance(m, (parallel.ColumnLinear, parallel.RowLinear))]:
             linear.weight.requires_grad_(False)

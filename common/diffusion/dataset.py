@@ -1,14 +1,14 @@
-"""Videos of the user's lists -> an index of buckets -> micro-batches.
+"""Turns the videos of the user's lists into an index of buckets, and the index into micro-batches.
 
-A video is resampled to the training rate. The frame for a moment is the last one shown at or before it, so a lower rate
-repeats frames and a variable one is followed. The centre window of the bucket's length is scaled to cover the bucket's
-shape and centre-cropped. A still image is a video of one frame, an animated one (WebP, PNG, GIF) a video. A global batch
-holds one bucket, so its shapes are equal on every rank.
+A video is resampled to the training rate. The frame for a moment is the last one shown at or before it, so a video of a
+lower rate repeats frames, and a variable rate is followed. The centre window of the bucket's length is scaled to cover
+the bucket's shape and centre-cropped. A still image is a video of one frame, an animated image (WebP, PNG, GIF) is a
+video. A global batch holds one bucket, so its shapes are equal on every rank.
 
-The cost: the rest of a longer video is never seen (81 frames at 16 fps are 5.06 s). A 16:9 video in 832x480 loses 2.5 % of
-its width. Step times differ by bucket. Rows that do not fill a batch wait for the next epoch.
+The cost: frames outside the window are not used (81 frames at 16 fps are 5.06 s). A 16:9 video in 832x480 loses 2.5 %
+of its width. Step times differ by bucket. Rows that do not fill a batch wait for the next epoch.
 
-Importing this module imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .lists import Row, read_pairs, read_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_REPLACED = 64  # undecodable videos in a row before it is the storage, not the videos
+MAX_REPLACED = 64  # so many undecodable videos in a row mean that the storage is at fault
 
 
 # ---- the index ----
@@ -46,8 +46,8 @@ MAX_REPLACED = 64  # undecodable videos in a row before it is the storage, not t
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A video that passed the scan. `size` (bytes) and `mtime_ns` are as they were then; `frames`, `fps` and `duration` as
-    in `VideoInfo`. `decoder`: which one reads it."""
+    """A video that passed the scan. `size` (bytes) and `mtime_ns` are those at the scan. `frames`, `fps` and `duration`
+    are as in `VideoInfo`. `decoder` names the decoder that reads it."""
 
     path: str
     caption: str
@@ -63,14 +63,14 @@ class IndexRow:
 
 @dataclass(frozen=True)
 class Index:
-    """What a run trains on. A row's id is its place in `rows`. The index is kept in the run folder, so that a resumed run
-    has the same ids whatever became of the files."""
+    """The videos that a run trains on. A row's id is its place in `rows`. The run folder keeps the index, so that a
+    resumed run has the same ids even if files have changed."""
 
     rows: list[IndexRow]
     buckets: list[Bucket]
     fps: float | None
     decoder: str = "pyav"
-    list_content: str = ""  # of the list that was scanned
+    list_content: str = ""  # `resume.content` of the list that was scanned
 
     def save(self, path: str | Path) -> None:
         head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
@@ -93,9 +93,9 @@ def scan(
     workers: int = 8,
     decoder: str = "pyav",
 ) -> Index:
-    """Measure every file in `workers` threads and give it a bucket. The order of `rows` is kept.
+    """Measures every file in `workers` threads and gives it a bucket. The order of `rows` is kept.
 
-    decoder: decord reads only the files that it reads right. How many others there are, and why, is printed.
+    decoder: "decord" reads only the files that it reads right. The number of the others, and the reasons, are printed.
     """
     from tqdm import tqdm
 
@@ -103,10 +103,10 @@ def scan(
         try:
             stat = os.stat(row.path)
             return probe_video(row.path), stat, decord_refusal(row.path) if decoder == "decord" else None
-        except (VideoError, OSError) as error:  # OSError: gone since the list was read
+        except (VideoError, OSError) as error:  # OSError: the file was removed after the list was read
             return error
 
-    kept, refused = [], DropReport()
+    scanned, refused = [], DropReport()
     with ThreadPoolExecutor(workers) as pool:
         results = tqdm(pool.map(probe, rows), total=len(rows), desc="scanning videos", mininterval=1)
         for row, result in zip(rows, results, strict=True):
@@ -125,50 +125,50 @@ def scan(
                 refused.add(refusal, row.where, row.path)
             measured = {"frames": info.frames, "fps": info.fps, "duration": info.duration}
             facts = {"bucket": bucket, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            kept.append(IndexRow(**asdict(row), **facts, **measured, decoder="pyav" if refusal else decoder))
+            scanned.append(IndexRow(**asdict(row), **facts, **measured, decoder="pyav" if refusal else decoder))
     if decoder == "decord":
         others = f", PyAV the others: {refused.reasons}" if refused.drops else ""
-        print(f"decord reads {len(kept) - len(refused.drops)} of {len(kept)} videos{others}", flush=True)
-    return Index(kept, list(buckets), fps, decoder)
+        print(f"decord reads {len(scanned) - len(refused.drops)} of {len(scanned)} videos{others}", flush=True)
+    return Index(scanned, list(buckets), fps, decoder)
 
 
 def keep_pairs(index: Index, report: DropReport) -> Index:
-    """Of the scanned rows of `read_pairs` the pairs both of whose videos go to one bucket, as two rows each."""
+    """Keeps the pairs whose videos both go to one bucket, as two rows each, from the scanned rows of `read_pairs`."""
     places: dict[str, list[IndexRow]] = {}
     for row in index.rows:
         places.setdefault(row.where, []).append(row)
-    kept = []
+    rows = []
     for where, pair in places.items():
-        if len(pair) < 2:  # the other one is in the report
+        if len(pair) < 2:  # the report has the other one already
             report.add("other of a pair dropped", where, pair[0].path)
         elif pair[0].bucket != pair[1].bucket:
             shapes = " and ".join(str(index.buckets[row.bucket]) for row in pair)
             for row in pair:
                 report.add("pair of two buckets", where, f"{row.path}: {shapes}")
         else:
-            kept += pair
-    return dataclasses.replace(index, rows=kept)
+            rows += pair
+    return dataclasses.replace(index, rows=rows)
 
 
 def count_frames(index: Index, global_batch: int) -> str:
-    """In words, by bucket: the frames that are trained on, of those that the videos have at the training rate."""
-    lines, used, given = [], 0, 0
+    """Describes, by bucket, how many of the frames that the videos have at the training rate are trained on."""
+    lines, used, total = [], 0, 0
     for number, bucket in enumerate(index.buckets):
         rows = [row for row in index.rows if row.bucket == number]
         if rows:
-            there = sum(resampled_length(row, index.fps) for row in rows)
-            used, given = used + len(rows) * bucket.frames, given + there
-            few = f"; fewer than a batch of {global_batch}, which repeats some" if len(rows) < global_batch else ""
-            lines.append(f"  {bucket}: {len(rows)} videos, {len(rows) * bucket.frames} of {there} frames{few}")
-    return "\n".join([f"buckets: {used} of {given} frames used ({used / given:.1%})", *lines])
+            available = sum(resampled_length(row, index.fps) for row in rows)
+            used, total = used + len(rows) * bucket.frames, total + available
+            note = f"; fewer than a batch of {global_batch}, which repeats some" if len(rows) < global_batch else ""
+            lines.append(f"  {bucket}: {len(rows)} videos, {len(rows) * bucket.frames} of {available} frames{note}")
+    return "\n".join([f"buckets: {used} of {total} frames used ({used / total:.1%})", *lines])
 
 
 def build_index(o, source: Path, buckets: list[Bucket], *, pairs: bool, name: str, drops: str) -> Index:
-    """The index of the list `source` in the run folder. Rank 0 makes it once, then all ranks read it, also after a resume.
+    """Returns the run folder's index of the list `source`. Rank 0 makes it once; all ranks read it, after a resume too.
 
-    It is made again if it is of another list, other buckets, another rate or decoder. (That a run with checkpoints goes on
-    with the same ones is checked with the options.) With --features their index is copied instead. name, drops: the files
-    in the run folder of the index and of the rows left out.
+    It is made again if the list, the buckets, the rate or the decoder differ. (The checks of the options make sure that
+    a run with checkpoints continues with the same ones.) With --features, the index of that folder is copied instead.
+    name, drops: the files in the run folder for the index and for the rows left out.
     """
     import torch.distributed as dist
 
@@ -190,13 +190,13 @@ def build_index(o, source: Path, buckets: list[Bucket], *, pairs: bool, name: st
 
 
 def _copy_index(o, path: Path, drops: str) -> Index:
-    """The index of a features folder. ValueError: the run folder's is of other data."""
+    """Copies the index of a features folder to `path` and returns it. Raises ValueError if `path` is of other data."""
     import torch.distributed as dist
 
     index = o.features / "index.jsonl"
     if path.is_file() and path.read_bytes() != index.read_bytes():
         raise ValueError(f"{path} is of other data than {index}; fix: --features, or another --out")
-    dist.barrier()  # all have looked before one writes
+    dist.barrier()  # every rank looks before rank 0 writes
     if dist.get_rank() == 0:
         o.out.mkdir(parents=True, exist_ok=True)
         shutil.copy(index, path)
@@ -205,12 +205,12 @@ def _copy_index(o, path: Path, drops: str) -> Index:
 
 
 def _still_holds(path: Path, source: Path, buckets: list[Bucket], o) -> bool:
-    """Whether the index in a run folder is of the list, buckets, rate and decoder asked for now. Says so if it is not."""
+    """Returns whether the index in a run folder has the options' list, buckets, rate and decoder. Prints if not."""
     if not path.is_file():
         return False
-    kept = Index.load(path)
-    now = (resume.content([source]), buckets, o.fps or None, o.decoder)
-    if now == (kept.list_content, kept.buckets, kept.fps, kept.decoder):
+    saved = Index.load(path)
+    requested = (resume.content([source]), buckets, o.fps or None, o.decoder)
+    if requested == (saved.list_content, saved.buckets, saved.fps, saved.decoder):
         return True
     print(f"{path} is of another list, --buckets, --fps or --decoder: scanning again", flush=True)
     return False
@@ -220,15 +220,15 @@ def _still_holds(path: Path, source: Path, buckets: list[Bucket], o) -> bool:
 
 
 class VideoTextDataset:
-    """Micro-batches of an index: decoded videos, or the cached tensors that the frozen encoders made of them."""
+    """Micro-batches of an index: decoded videos, or cached tensors that the frozen encoders made of them."""
 
     def __init__(
         self, index: Index, *, cache_dir: str | Path | None = None, encoder: str = "", random_start: int | None = None
     ):
         """
         Args:
-            encoder: names whatever decides the cached tensors besides the data (VAE, text encoder, precision).
-            random_start: a seed. The window then starts at random by (seed, epoch, row), not in the centre.
+            encoder: names everything that decides the cached tensors besides the data (VAE, text encoder, precision).
+            random_start: a seed. The window then starts at a place drawn by (seed, epoch, row), not in the centre.
         """
         if cache_dir is not None and random_start is not None:
             raise ValueError(
@@ -245,7 +245,7 @@ class VideoTextDataset:
         return self.index.rows[row].path
 
     def key(self, row: int) -> str:
-        """Name of the row's cache entry. A file that is gone keeps the name of the scan: its cache entry still serves."""
+        """Returns the name of the row's cache entry. A file that is gone keeps its name: the entry still serves."""
         entry = self.index.rows[row]
         try:
             stat = os.stat(entry.path)
@@ -258,14 +258,15 @@ class VideoTextDataset:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
-        """A micro-batch of rows of one bucket.
+        """Returns a micro-batch of rows of one bucket.
 
-        Returns `rows` (those really read), `captions`, `keys` (cache names, or None without a cache) and `dropped` (rows
-        that could not be decoded: why). Beside them either `latents` fp32 [B, C, f, h, w], `text` [B, longest n, D] and
-        whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]; the others are None.
+        It has `rows` (those really read), `captions`, `keys` (cache names, or None without a cache) and `dropped` (rows
+        that could not be decoded -> the reason). It also has either `latents` fp32 [B, C, f, h, w],
+        `text` [B, longest n, D] and whatever else was cached with them, or `pixels` uint8 [B, 3, F, H, W]. Others
+        are None.
 
-        Cached tensors are returned only if every row has them. Else all rows are decoded: then the same batch is always
-        encoded together, and a resumed run gets the same bits.
+        Cached tensors are returned only if every row has them. Otherwise all rows are decoded, so that the same batch
+        is always encoded together and a resumed run gets the same bits.
         """
         from torch import from_numpy, stack
         from torch.nn.utils.rnn import pad_sequence
@@ -277,30 +278,30 @@ class VideoTextDataset:
             batch |= {name: stack([c[name] for c in cached]) for name in cached[0] if name != "text"}
             batch["text"] = pad_sequence([c["text"] for c in cached], batch_first=True)
         else:
-            read = [self._read_or_next(row, epoch, batch["dropped"]) for row in rows]
-            batch["rows"], pixels = map(list, zip(*read, strict=True))
+            decoded = [self._read_or_next(row, epoch, batch["dropped"]) for row in rows]
+            batch["rows"], pixels = map(list, zip(*decoded, strict=True))
             batch["pixels"] = from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).contiguous()  # -> B 3 F H W
             batch["keys"] = keys and [self.key(row) for row in batch["rows"]]
         return batch | {"captions": [self.index.rows[row].caption for row in batch["rows"]]}
 
     def _read_or_next(self, row: int, epoch: int, dropped: dict[int, str]) -> tuple[int, np.ndarray]:
-        """The row, or the next of its bucket that can be decoded, and its pixels uint8 [F, H, W, 3]. Those that cannot be
-        decoded are added to `dropped`."""
-        same = self._bucket_rows[self.index.rows[row].bucket]
-        start = bisect_left(same, row)
-        for turn in range(min(len(same), MAX_REPLACED)):
-            candidate = same[(start + turn) % len(same)]
+        """Returns the row, or the next of its bucket that can be decoded, and its pixels uint8 [F, H, W, 3]. Adds the
+        rows that cannot be decoded to `dropped`."""
+        rows = self._bucket_rows[self.index.rows[row].bucket]
+        start = bisect_left(rows, row)
+        for turn in range(min(len(rows), MAX_REPLACED)):
+            candidate = rows[(start + turn) % len(rows)]
             try:
                 return candidate, self.read(candidate, epoch)
             except VideoError as error:
                 dropped[candidate] = last = str(error)
         raise ValueError(
-            f"{turn + 1} of the {len(same)} videos of bucket {self.index.buckets[self.index.rows[row].bucket]} fail one "
+            f"{turn + 1} of the {len(rows)} videos of bucket {self.index.buckets[self.index.rows[row].bucket]} fail one "
             f"after another, the last is {last}; expected readable files; fix: these files, then delete the run's index"
         )
 
     def read(self, row: int, epoch: int = 0) -> np.ndarray:
-        """Pixels uint8 [F, H, W, 3] of a row's window. VideoError: it cannot be decoded."""
+        """Returns pixels uint8 [F, H, W, 3] of a row's window. Raises VideoError if it cannot be decoded."""
         entry = self.index.rows[row]
         bucket, fps = self.index.buckets[entry.bucket], self.index.fps
         spare = resampled_length(entry, fps) - bucket.frames
@@ -312,7 +313,7 @@ class VideoTextDataset:
         return read_frames(entry.path, window, lambda frame: fit(frame[None])[0], fps, entry.decoder)
 
     def drops(self, dropped: dict[int, str]) -> list[dict]:
-        """For `note_drops`: rows that could not be decoded, and why."""
+        """Returns the rows that could not be decoded, with the reasons, in the form that `note_drops` takes."""
         return [self._drop(row, "corrupt video (decode)", why) for row, why in dropped.items()]
 
     def _drop(self, row: int, reason: str, detail: str) -> dict:
@@ -321,7 +322,7 @@ class VideoTextDataset:
 
 
 class PairDataset(VideoTextDataset):
-    """Micro-batches of pairs, of an index by `keep_pairs`: pair i is its rows 2i (chosen) and 2i + 1 (rejected)."""
+    """Micro-batches of pairs from an index of `keep_pairs`: pair i is its rows 2i (chosen) and 2i + 1 (rejected)."""
 
     def __len__(self) -> int:
         return len(self.index.rows) // 2
@@ -330,8 +331,8 @@ class PairDataset(VideoTextDataset):
         return self.index.rows[2 * pair].where
 
     def fetch(self, pairs: Sequence[int], epoch: int = 0) -> dict[str, Any]:
-        """As `VideoTextDataset.fetch`: the chosen videos of all pairs, then the rejected ones. A pair that cannot be
-        decoded is replaced by the next of its bucket."""
+        """Works like `VideoTextDataset.fetch`; the chosen videos of all pairs come first, then the rejected ones. A
+        pair that cannot be decoded is replaced by the next of its bucket."""
         dropped = {}
         for _ in range(MAX_REPLACED):
             wanted = [2 * pair for pair in pairs] + [2 * pair + 1 for pair in pairs]
@@ -344,18 +345,18 @@ class PairDataset(VideoTextDataset):
         raise ValueError(f"{MAX_REPLACED} pairs of {self.where(pairs[0])} on cannot be decoded; fix: these files")
 
     def drops(self, dropped: dict[int, str]) -> list[dict]:
-        """As `VideoTextDataset.drops`, each with the other video of its pair."""
+        """Works like `VideoTextDataset.drops`, and adds the other video of each pair."""
         others = [row ^ 1 for row in dropped if row ^ 1 not in dropped]
         lost = [self._drop(row, "other of a pair dropped", self.index.rows[row].path) for row in others]
         return super().drops(dropped) + lost
 
     def _next(self, pair: int) -> int:
-        same = self._bucket_rows[self.index.rows[2 * pair].bucket]
-        return same[(bisect_left(same, 2 * pair) + 2) % len(same)] // 2
+        rows = self._bucket_rows[self.index.rows[2 * pair].bucket]
+        return rows[(bisect_left(rows, 2 * pair) + 2) % len(rows)] // 2
 
 
 def rows_by_bucket(index: Index) -> dict[int, list[int]]:
-    """The row ids of each bucket, ascending."""
+    """Returns the row ids of each bucket, ascending."""
     rows: dict[int, list[int]] = {}
     for row, entry in enumerate(index.rows):
         rows.setdefault(entry.bucket, []).append(row)
@@ -368,8 +369,8 @@ def rows_by_bucket(index: Index) -> dict[int, list[int]]:
 def store(
     cache_dir: str | Path, key: str, latents: Tensor, text: Tensor, condition: dict[str, Tensor] | None = None
 ) -> None:
-    """Keep latents [C, f, h, w] and the tensors of a condition in fp32, and the text embedding [T, D] without its zero
-    rows. The file appears under its name only when it is whole."""
+    """Writes latents [C, f, h, w] and the tensors of a condition in fp32, and the text embedding [T, D] without its
+    zero rows. The file appears under its name only when it is complete."""
     from safetensors.torch import save_file
 
     path = Path(cache_dir) / f"{key}.safetensors"
@@ -382,13 +383,13 @@ def store(
 
 
 def without_padding(text: Tensor) -> Tensor:
-    """A text embedding [T, D] without its zero rows, on the CPU."""
+    """Returns a text embedding [T, D] without its zero rows, on the CPU."""
     text = text.cpu()
     return text[: int(text.any(-1).sum())].clone()
 
 
 def load_cached(cache_dir: Path, keys: Sequence[str]) -> list[dict[str, Tensor]] | None:
-    """The stored tensors of all `keys`, or None if one is missing or damaged."""
+    """Returns the stored tensors of all `keys`, or None if one is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,6 +1,6 @@
-"""What an evaluation does whatever the model: clips read back from their files, scores shared out over the ranks, a table.
+"""The parts of an evaluation that are the same for every model: reading clips, sharing scores over ranks, the table.
 
-Real clips and samples are read alike, from their files, at one shape and one rate. Shapes: F frames, H height, W width.
+Real clips and samples are both read from files, at one shape and one rate. Shapes: F frames, H height, W width.
 """
 
 import json
@@ -26,28 +26,28 @@ from .requests import Request
 
 
 def scan_readable(o, rows: list[Row], bucket: Bucket, fps: float | None) -> Index:
-    """The rows that are videos of this shape, the same on every rank. ValueError: more than --max-drop are not."""
-    held = [None]
+    """Returns the rows with videos of this shape, on every rank. Raises ValueError if over --max-drop have none."""
+    indices = [None]
     if dist.get_rank() == 0:
         report = DropReport()
-        held = [scan(rows, [bucket], fps, report, decoder=o.decoder)]
+        indices = [scan(rows, [bucket], fps, report, decoder=o.decoder)]
         if report.drops:
             print(report, file=sys.stderr, flush=True)
         report.check(len(rows), o.max_drop)
-    dist.broadcast_object_list(held)
-    return held[0]
+    dist.broadcast_object_list(indices)
+    return indices[0]
 
 
 def read_clip(clips: Index, place: int) -> np.ndarray:
-    """uint8 [F, H, W, 3]. ValueError: it cannot be decoded."""
+    """Reads a clip as uint8 [F, H, W, 3]. Raises ValueError if it cannot be decoded."""
     batch = VideoTextDataset(clips).fetch([place])
-    if batch["rows"] != [place]:  # training would go on with the next one
+    if batch["rows"] != [place]:  # the next one, which training would use instead
         raise ValueError(f"cannot decode {batch['dropped'][place]}; fix: take it out of --data or --videos")
     return batch["pixels"][0].permute(1, 2, 3, 0).numpy()
 
 
 def score_shares(clips: Index, score: Callable, what: str) -> list:
-    """score(video, caption) of every clip, in order, on every rank. Each rank computes its share."""
+    """Returns score(video, caption) of every clip, in order, on every rank. Each rank computes its share."""
     rank, world = dist.get_rank(), dist.get_world_size()
     bar = tqdm(range(rank, len(clips.rows), world), desc=what, disable=rank > 0 or not sys.stderr.isatty())
     parts = [None] * world
@@ -56,25 +56,25 @@ def score_shares(clips: Index, score: Callable, what: str) -> list:
 
 
 def note_settings(o, requests: list[Request]) -> None:
-    """Write OUT/settings.json, which says what the samples depend on. ValueError: those in OUT were made otherwise."""
+    """Writes OUT/settings.json, which says what the samples depend on. Raises ValueError if those in OUT differ."""
     rows = [[value for value in (r.prompt, r.image, r.last_image) if value is not None] for r in requests]
-    now = json.loads(json.dumps(videos.describe(o) | {"asked": rows}, default=str))
+    current = json.loads(json.dumps(videos.describe(o) | {"asked": rows}, default=str))
     path = o.out / "settings.json"
-    before = json.loads(path.read_text()) if path.is_file() else now
-    differs = [f"{key} {before.get(key)!r}, not {now[key]!r}" for key in now if key != "asked"
-               and before.get(key) != now[key]]  # fmt: skip
-    pairs = zip(before["asked"], now["asked"], strict=False)  # one may have more than the other: --limit
-    differs += [f"row {i} {a!r}, not {b!r}" for i, (a, b) in enumerate(pairs) if a != b][:1]
-    if differs:
-        raise ValueError(f"{o.out} has samples made otherwise: {'; '.join(differs)}; fix: --out")
-    path.write_text(json.dumps(now | {"asked": max(before["asked"], now["asked"], key=len)}, indent=2))
+    saved = json.loads(path.read_text()) if path.is_file() else current
+    differences = [f"{key} {saved.get(key)!r}, not {current[key]!r}" for key in current if key != "asked"
+                   and saved.get(key) != current[key]]  # fmt: skip
+    pairs = zip(saved["asked"], current["asked"], strict=False)  # --limit may give one more rows than the other
+    differences += [f"row {i} {a!r}, not {b!r}" for i, (a, b) in enumerate(pairs) if a != b][:1]
+    if differences:
+        raise ValueError(f"{o.out} has samples made otherwise: {'; '.join(differences)}; fix: --out")
+    path.write_text(json.dumps(current | {"asked": max(saved["asked"], current["asked"], key=len)}, indent=2))
 
 
 # ---- scores ----
 
 
 def measure(o, made: Index, real: Index | None) -> list[dict]:
-    """Rows of the scores by frozen models. A score that nothing was given for says so."""
+    """Returns a row for each score by frozen models. The row of a score without its model or data says so."""
     rows, count = [], len(made.rows)
     needs = "--feature-model DIR" if o.feature_model is None else "--data LIST, of real clips" if real is None else None
     if needs:
@@ -94,25 +94,25 @@ def measure(o, made: Index, real: Index | None) -> list[dict]:
         rows.append({"score": "CLIP score", "note": "not measured: needs --clip DIR"})
     else:
         score = scores.ClipScore(o.clip, device.current())
-        found = [np.mean(score_shares(side, score, "CLIP score")) if side else None for side in (made, real)]
-        rows.append({"score": "CLIP score", "samples": found[0], "real": found[1], "n": count})
+        means = [np.mean(score_shares(side, score, "CLIP score")) if side else None for side in (made, real)]
+        rows.append({"score": "CLIP score", "samples": means[0], "real": means[1], "n": count})
     return rows
 
 
 def measure_vbench(o, made: Index) -> list[dict]:
-    """Rows of VBench's dimensions, which needs a folder of the videos by itself."""
+    """Returns a row for each of VBench's dimensions. VBench needs a folder that holds the videos only."""
     out = o.out / "vbench"
     folder, captions = out / "videos", {}
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    for stale in folder.iterdir():
+        stale.unlink()
     for i, row in enumerate(made.rows):
         name = f"{i:05d}{Path(row.path).suffix}"
         (folder / name).symlink_to(row.path)
         captions[name] = row.caption
-    where = "cuda" if device.KIND == "cuda" else "cpu"
-    found = scores.vbench(o.vbench_python, o.vbench.split(","), captions, folder, out, where)
-    return [{"score": f"VBench {key}", "samples": value, "n": len(captions)} for key, value in found.items()]
+    kind = "cuda" if device.KIND == "cuda" else "cpu"
+    values = scores.vbench(o.vbench_python, o.vbench.split(","), captions, folder, out, kind)
+    return [{"score": f"VBench {key}", "samples": value, "n": len(captions)} for key, value in values.items()]
 
 
 def _table(rows: list[dict]) -> str:
@@ -132,7 +132,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def report(o, rows: list[dict]) -> None:
-    """Write OUT/results.json and print the table."""
+    """Writes OUT/results.json and prints the table."""
     facts = {
         "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": runlog.commit(),
         "hardware": device.name(), "devices": o.world, "shape": o.video, "fps": o.fps,

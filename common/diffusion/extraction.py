@@ -1,7 +1,7 @@
-"""The extraction loop: the frozen encoders over every video of an index, once, into the shards of a features folder.
+"""The extraction loop: it runs the frozen encoders once over every video of an index, and writes a features folder.
 
-Rank r of n makes the shards r, r + n, … one video at a time, so that a shard's bits depend on nothing else. Shards that
-are there already are kept. features.py says what the folder looks like.
+Of the missing shards, rank r of n makes number r, r + n, … It encodes one video at a time, so that a shard's bits
+depend on nothing else. Shards that exist already are kept. features.py describes the folder.
 """
 
 import sys
@@ -22,7 +22,7 @@ from .features import shard_path, write_json, write_tensors
 
 
 class Decoded:
-    """What decoding processes do: pixels uint8 [1, 3, F, H, W] of a row, or why it cannot be decoded."""
+    """Decodes a row, in the loader's processes, to pixels uint8 [1, 3, F, H, W], or to the reason why it cannot."""
 
     def __init__(self, dataset: VideoTextDataset):
         self.dataset = dataset
@@ -36,34 +36,35 @@ class Decoded:
 
 
 def extract(o, index: Index, encode: Callable, encode_text: Callable) -> None:
-    """Make the shards that are missing, and the manifest when all are there. Collective.
+    """Makes the shards that are missing, and the manifest when all are there. Collective.
 
-    encode(pixels uint8 [B, 3, F, H, W], captions) -> (latents [B, C, f, h, w], text [B, T, D], condition: named tensors);
-    encode_text(captions) -> text. A rank without a shard to make calls neither, so that it loads no encoders.
+    encode(pixels uint8 [B, 3, F, H, W], captions) -> (latents [B, C, f, h, w], text [B, T, D], condition: named
+    tensors); encode_text(captions) -> text. A rank without a shard to make calls neither, so it need not load the
+    encoders.
 
     Raises:
         ValueError: more than the share --max-drop of the videos cannot be decoded.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     missing = _missing_shards(o, len(index.rows))
-    dist.barrier()  # all have looked before one writes
+    dist.barrier()  # every rank looks before any rank writes
     mine = missing[rank::world]
     if rank == 0:
         print(f"{len(index.rows)} rows, {sum(map(len, missing))} of them to do, on {world} ranks", flush=True)
-    hidden = rank > 0 or not sys.stderr.isatty()
+    quiet = rank > 0 or not sys.stderr.isatty()
     rows = _make_shards(o, index, mine, encode, encode_text) if mine else ()
-    for _ in tqdm(rows, total=sum(map(len, mine)), disable=hidden, unit="video", desc="rank 0"):
+    for _ in tqdm(rows, total=sum(map(len, mine)), disable=quiet, unit="video", desc="rank 0"):
         pass
     dist.barrier()
     if rank == 0:
         report = check_drops(o.out / "drops.jsonl", len(index.rows), o.max_drop)
-        there = len(index.rows) - len(_write_manifest(o, index))
-        print(f"{report}\nfeatures    {o.out}: {there} videos", flush=True)
+        extracted = len(index.rows) - len(_write_manifest(o, index))
+        print(f"{report}\nfeatures    {o.out}: {extracted} videos", flush=True)
     dist.barrier()
 
 
 def _missing_shards(o, rows: int) -> list[range]:
-    """The rows of every shard that is not there, or not with the size the manifest of an earlier run gives it."""
+    """Returns the rows of every shard that is missing, or has another size than in the manifest of an earlier run."""
     manifest = o.out / "manifest.json"
     sizes = weights.read_json(manifest)["shards"] if manifest.is_file() else {}
     shards = [range(first, min(first + o.rows_of_shard, rows)) for first in range(0, rows, o.rows_of_shard)]
@@ -76,7 +77,7 @@ def _missing_shards(o, rows: int) -> list[range]:
 
 
 def _make_shards(o, index: Index, shards: list[range], encode: Callable, encode_text: Callable) -> Iterator[int]:
-    """Write these shards and, on rank 0, the empty caption. Yields each row when it is done."""
+    """Writes these shards and, on rank 0, the empty caption's text embedding. Yields each row when it is done."""
     if dist.get_rank() == 0:
         write_tensors(o.out / "empty.safetensors", {"text": without_padding(encode_text([""])[0])})
     dataset = VideoTextDataset(index)
@@ -103,7 +104,7 @@ def _make_shards(o, index: Index, shards: list[range], encode: Callable, encode_
 
 
 def _write_manifest(o, index: Index) -> list[int]:
-    """List the shards and, from what they really hold, the rows that have no features, which are returned."""
+    """Writes the manifest: the shards, and the rows that they hold no features of. Returns these rows."""
     paths, present = sorted((o.out / "shards").glob("*.safetensors")), set()
     names: set[str] = set()
     for path in paths:

@@ -1,20 +1,20 @@
-"""The user's lists of clips and of preference pairs -> rows, each with a caption and an existing file.
+"""Reads the user's lists of clips and of preference pairs as rows, each with a caption and an existing file.
 
-Formats of clips, paths relative to the list's own folder:
+Formats of clips; paths are relative to the list's own folder:
 
     videos.jsonl   {"path": "a.mp4", "cap": "a red car"}     or a list of captions
     videos.json    [{"path": "a.mp4", "cap": "a red car", "num_frames": 81, "fps": 16.0}, …]      (MindSpeed-MM)
     videos.csv     a header line with the same names
     data.txt       folder,videos.json      a line per data set, paths relative to the folder      (MindSpeed-MM)
 
-The path may also be called "video", "file_path" or "file_name", the caption "caption", "text" or "prompt". Of several of
-these the first counts. Other keys are ignored: size, rate and length are measured, not believed.
+The path may also be called "video", "file_path" or "file_name", the caption "caption", "text" or "prompt". If a row has
+several of these, the first in this order counts. Other keys are ignored: size, rate and length are measured.
 
 Format of pairs:
 
     pairs.jsonl    {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "a red car"}               or .json
 
-No torch here.
+This module does not import torch.
 """
 
 import os
@@ -38,12 +38,12 @@ class Row:
 
 
 def read_rows(path: str | Path, seed: int | None = None) -> tuple[list[Row], DropReport]:
-    """The rows that have a caption and an existing file. The others are in the report.
+    """Returns the rows that have a caption and an existing file, and a report of the others.
 
-    Of a list of captions the first is taken. With `seed` one is drawn at random, the same in every run.
+    From a list of captions the first is taken. With `seed`, one is drawn at random, the same in every run.
 
     Raises:
-        ValueError: the list itself is missing, malformed, or of an unknown kind; names file and line.
+        ValueError: the list itself is missing, malformed, or of an unknown kind; the message names file and line.
     """
     rows, report = [], DropReport()
     for where, item, folder in _items(Path(path).absolute(), report):
@@ -66,50 +66,50 @@ def read_rows(path: str | Path, seed: int | None = None) -> tuple[list[Row], Dro
 
 
 def read_pairs(path: str | Path) -> tuple[list[Row], DropReport]:
-    """The pairs of a list, as two rows each: the chosen video, then the rejected one. Incomplete pairs are in the report.
+    """Returns the pairs of a list, as two rows each (chosen video, then rejected one), and a report of the others.
 
     Raises:
-        ValueError: the list itself is missing, malformed, or of an unknown kind; names file and line.
+        ValueError: the list itself is missing, malformed, or of an unknown kind; the message names file and line.
     """
     path, rows, report = Path(path).absolute(), [], DropReport()
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"unknown kind of list of pairs: {path}; expected .jsonl or .json; fix: --data")
     for where, item, folder in _items(path, report):
         caption = next((item[k] for k in CAPTION_KEYS if item.get(k)), None)
-        lacking = [key for key in ("chosen", "rejected") if not isinstance(item.get(key), str) or not item[key]]
-        if lacking:
-            report.add(f"no {lacking[0]}", where, f"keys: {', '.join(map(str, item))}")
+        missing_keys = [key for key in ("chosen", "rejected") if not isinstance(item.get(key), str) or not item[key]]
+        if missing_keys:
+            report.add(f"no {missing_keys[0]}", where, f"keys: {', '.join(map(str, item))}")
         elif not isinstance(caption, str) or not caption.strip():
             report.add("no caption", where, item["chosen"])
         elif item["chosen"] == item["rejected"]:
             report.add("one video twice", where, item["chosen"])
         else:
             files = [os.path.abspath(folder / item[key]) for key in ("chosen", "rejected")]
-            lost = [file for file in files if not os.path.isfile(file)]
-            if lost:
-                report.add("missing file", where, lost[0])
+            missing_files = [file for file in files if not os.path.isfile(file)]
+            if missing_files:
+                report.add("missing file", where, missing_files[0])
             else:
                 rows += [Row(file, _clean(caption), where) for file in files]
     return rows, report
 
 
 def check_list(path: Path, max_drop: float, pairs: bool = False) -> None:
-    """Read a list and check that at most the share `max_drop` of its rows, or pairs, is unusable.
+    """Reads a list and checks that at most the share `max_drop` of its rows, or pairs, is unusable.
 
     Raises:
-        ValueError: more are, or as `read_rows`.
+        ValueError: more are unusable, or as `read_rows`.
     """
     rows, report = (read_pairs if pairs else read_rows)(path)
     report.check(len(rows) // (2 if pairs else 1) + len(report.drops), max_drop)
 
 
 def _clean(caption: str) -> str:
-    """Without the lone surrogates of scraped text, at which a tokenizer would stop the run."""
+    """Replaces the lone surrogates of scraped text, on which a tokenizer would fail, and strips the ends."""
     return caption.strip().encode(errors="replace").decode()
 
 
 def _items(path: Path, report: DropReport) -> Iterator[tuple[str, dict, Path]]:
-    """(file:line, row, folder of its paths) of any format. Rows that cannot be read go to the report.
+    """Yields (file:line, row, folder of its paths) of any format. Rows that cannot be read go to the report.
 
     Raises:
         ValueError: as `_read_list`, or there is no row at all.
@@ -127,7 +127,7 @@ def _items(path: Path, report: DropReport) -> Iterator[tuple[str, dict, Path]]:
 
 
 def _lists(path: Path) -> Iterator[tuple[str, Path]]:
-    """(name of a list, folder of its paths): the file itself, or what a data.txt names."""
+    """Yields (name of a list, folder of its paths): the file itself, or the lists that a data.txt names."""
     if path.suffix != ".txt":
         yield path.name, path.parent
         return
@@ -141,7 +141,8 @@ def _lists(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_list(path: Path) -> Iterator[tuple[int, dict | BadRow]]:
-    """(line number, row) of a .jsonl, .json or .csv list. ValueError: it is malformed; names file and line."""
+    """Yields (line number, row) of a .jsonl, .json or .csv list. Raises ValueError, which names file and line, if it is
+    malformed."""
     if path.suffix not in (".jsonl", ".json", ".csv"):
         raise ValueError(f"unknown kind of list: {path}; expected .jsonl, .json, .csv or data.txt; fix: --data")
     if not path.is_file():

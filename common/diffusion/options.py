@@ -1,5 +1,6 @@
-"""The options that video and image diffusion jobs share, and what can be known to be wrong with them before a process
-starts. A recipe's option classes extend these, and restate an option to give it another default. No torch here.
+"""Options that video and image diffusion jobs share, and the checks of them that are possible before a process starts.
+
+A recipe's option classes extend these, and restate an option to change its default. This module does not import torch.
 """
 
 import dataclasses
@@ -25,14 +26,14 @@ DATA_HELP = (  # the keys of `read_rows` and `read_pairs`
     "rejected and a caption (default: the demo's)"
 )
 DECODER = "decord reads the videos on which it agrees with PyAV, and PyAV the others; it has to be installed"
-# What VBench 0.1.5 says of videos that were not sampled from its own prompts and named by them.
+# The dimensions of VBench 0.1.5 for videos that are not sampled from, and named by, its own prompts.
 VBENCH = ("subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality", "temporal_style",
           "overall_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(cli.LayoutOptions):
-    """What a job without these options reads in their place. They are class attributes, not options."""
+    """Values for jobs without these options. They are class attributes, not options."""
 
     task = features = buckets = video = None
     decoder, workers, cache, full = "pyav", 0, "none", False
@@ -40,7 +41,7 @@ class JobOptions(cli.LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(JobOptions):
-    """What videos are read as."""
+    """Options of how videos are read."""
 
     buckets: str = option(
         "video shapes FRAMESxHEIGHTxWIDTH, comma-separated, or auto:FRAMESxHEIGHTxWIDTH, the largest of them", None,
@@ -73,7 +74,7 @@ class PreferenceOptions(JobOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateOptions(JobOptions):
-    """What makes sampling faster or smaller; see the recipe's README."""
+    """Options that make sampling faster or save memory; see the recipe's README."""
 
     cfg_parallel: bool = option(
         "the two branches of the guidance on two data-parallel ranks", False, group="acceleration"
@@ -113,18 +114,18 @@ class AccelerateOptions(JobOptions):
 
     @property
     def lanes(self) -> int:
-        """Videos made at the same time."""
+        """The number of videos made at the same time."""
         return self.dp // (2 if self.cfg_parallel else 1)
 
     def cached_blocks(self, layers: int) -> range:
-        """The run of `--cache-blocks`, by block index."""
+        """Returns the block indices of `--cache-blocks`."""
         first, last = map(int, self.cache_blocks.split("-")) if self.cache_blocks else (0, layers - 1)
         return range(first, last + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferOptions(AccelerateOptions):
-    """The recipe gives the sampler, its steps, shift and guidance their defaults."""
+    """The recipe sets the defaults of the sampler, its steps, its shift and the guidance."""
 
     checkpoint: Path | None = option(
         "sharded checkpoint whose transformer replaces the one of --weights", group="model"
@@ -158,7 +159,7 @@ class InferOptions(AccelerateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(JobOptions):
-    """Beside `InferOptions`: what samples are scored against, and by which models."""
+    """Options for use with `InferOptions`: what samples are scored against, and by which models."""
 
     data: Path | None = option("list of real clips, whose captions are sampled (default: the demo's)", group="scores")
     videos: Path | None = option(
@@ -204,11 +205,11 @@ def check_decoder(o) -> None:
 
 
 def check_job(o, asked: set[str], launchers: dict[str, str]) -> None:
-    """Options of another job are refused, and the batch of dpo is one of pairs. asked: the flags on the command line.
-    launchers: those of the option groups adapters and preference, in words."""
+    """Refuses options of another job, and batch sizes of dpo that do not hold whole pairs. asked: the flags on the
+    command line. launchers: the launchers of the option groups adapters and preference, in words."""
     for f in dataclasses.fields(o):
         flag, group = flag_of(f.name), f.metadata["group"]
-        if flag not in asked or getattr(o, f.name) == f.default:  # a printed config names every option
+        if flag not in asked or getattr(o, f.name) == f.default:  # a printed config gives every option
             continue
         if (group == "adapters" and not o.adapts) or (group == "preference" and o.job != "dpo"):
             raise ValueError(f"{flag} is of {launchers[group]}, and this is {o.job}; fix: leave {flag} out")
@@ -233,7 +234,7 @@ def check_job(o, asked: set[str], launchers: dict[str, str]) -> None:
 
 
 def check_targets(targets: str, linears: list[str]) -> None:
-    """Every target is the end of a linear's name. linears: their names, those of blocks as WORD.INDEX.REST."""
+    """Checks that every target is the end of a linear's name. linears: names; those in blocks are WORD.INDEX.REST."""
     unknown = [t for t in targets.split(",") if not any(f".{name}".endswith(f".{t}") for name in linears)]
     if unknown:
         kinds = dict.fromkeys(re.sub(r"^\w+\.\d+\.", "", name) for name in linears)
@@ -244,28 +245,29 @@ def check_targets(targets: str, linears: list[str]) -> None:
 
 
 def without_layout(o, asked: set[str]):
-    """The options of a job that splits no model, whatever the named layout says. ValueError: a split is asked for."""
-    alone = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
-    for name in alone:
+    """Returns the options of a job that splits no model, whatever the named layout says. Raises ValueError if the
+    command line asks for a split."""
+    one_device = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
+    for name in one_device:
         if {f"--{name}", f"--no-{name}"} & asked:
             raise ValueError(f"--{name}: extraction splits no model, its processes share the videos; fix: NPROC alone")
-    return dataclasses.replace(o, **alone, recompute="none", micro_batch=1, global_batch=None)
+    return dataclasses.replace(o, **one_device, recompute="none", micro_batch=1, global_batch=None)
 
 
 def check_parts(folder: Path, parts: list[str]) -> None:
-    """A weights folder has these parts, and none is quantised."""
+    """Checks that a weights folder has these parts, and that none is quantised."""
     for part in parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} has no {part}/; expected a released diffusers folder; fix: --weights")
         for file in sorted((folder / part).glob("*.safetensors")):
-            if file.stem.split("-")[0].isidentifier():  # not a variant, like model.fp8, which nobody loads
+            if file.stem.split("-")[0].isidentifier():  # skips variants such as model.fp8, which are not loaded
                 weights.refuse_quantised(weights.index_file(file), file)
 
 
 def check_acceleration(o, layers: int, latents: tuple[int, int, int], tokens: tuple[int, int, int]):
-    """Everything about the accelerations that can be wrong before weights are read; fills their defaults.
+    """Checks the accelerations as far as possible without reading weights, and fills in their defaults.
 
-    layers: blocks of the model; latents, tokens: frames, rows and columns of the video's.
+    layers: blocks of the model. latents, tokens: frames, rows and columns of the video's latents and of its tokens.
     """
     steps, ranks = o.sample_steps, o.world // max(o.lanes, 1)
     if o.cfg_parallel and o.cfg == 1:
@@ -301,8 +303,8 @@ def check_acceleration(o, layers: int, latents: tuple[int, int, int], tokens: tu
     if o.cache_blocks:
         if o.cache != "blocks":
             raise ValueError(f"cache_blocks={o.cache_blocks!r} with --cache {o.cache}; fix: --cache blocks")
-        run = re.fullmatch(r"(\d+)-(\d+)", o.cache_blocks)
-        if not run or not int(run[1]) <= int(run[2]) < layers:
+        match = re.fullmatch(r"(\d+)-(\d+)", o.cache_blocks)
+        if not match or not int(match[1]) <= int(match[2]) < layers:
             raise ValueError(
                 f"cache_blocks={o.cache_blocks!r}; expected FIRST-LAST within 0-{layers - 1}; fix: --cache-blocks"
             )
@@ -333,7 +335,7 @@ def check_acceleration(o, layers: int, latents: tuple[int, int, int], tokens: tu
 
 
 def check_scores(o) -> None:
-    """What an evaluation is given to score with."""
+    """Checks the data and the models that an evaluation is given to score with."""
     if o.data is not None and (o.prompt is not None or o.prompts):
         raise ValueError("--data has captions of its own; fix: either --data, or --prompt and --prompts")
     if o.video_in is not None:
@@ -357,7 +359,7 @@ def check_scores(o) -> None:
 
 
 def check_videos(o):
-    """--data can be read and, if there are --videos, has a row for each. Fills in their shape."""
+    """Checks that --data can be read and, with --videos, has a row for each video. Fills in the videos' shape."""
     check_list(o.data, o.max_drop)
     if o.videos is None:
         return o
@@ -379,12 +381,12 @@ def videos_of(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.mp4") if not file.name.startswith("."))
 
 
-# ---- what a run and a checkpoint began with ----
+# ---- the start of a run and of a checkpoint ----
 
 
 def run_facts(o, start: dict, frozen: dict[str, str]) -> dict:
-    """What a run cannot change any more: what it starts from, and what decides its videos and their order. frozen: the
-    content of the encoders."""
+    """Returns the facts that a run cannot change: what it starts from (`start`), and what decides its videos and their
+    order. frozen: the content of the encoders."""
     facts = {"job": o.job, "seed": o.seed, "global_batch": o.global_batch, "buckets": o.buckets, "fps": o.fps}
     listed = o.features / "index.jsonl" if o.features else o.data
     content = resume.content([listed]) if listed.is_file() else None  # the demo's list may not be made yet
@@ -395,15 +397,15 @@ def run_facts(o, start: dict, frozen: dict[str, str]) -> dict:
 
 
 def find_checkpoint(o) -> tuple[Path, dict]:
-    """The newest checkpoint of --checkpoint, and its state.json."""
-    found = resume.newest_state(o.checkpoint)
-    if found is None:
+    """Returns the newest checkpoint of --checkpoint, and its state.json."""
+    newest = resume.newest_state(o.checkpoint)
+    if newest is None:
         raise ValueError(f"--checkpoint {o.checkpoint} holds no checkpoint; expected a sharded one; fix: --checkpoint")
-    return found
+    return newest
 
 
 def encoders_of(folder: Path, state: dict) -> Path:
-    """The weights folder whose VAE and encoders the run of a checkpoint was trained with."""
+    """Returns the weights folder whose VAE and encoders a checkpoint's run was trained with."""
     trained_with = state.get("start", {}).get("weights")
     if trained_with is None or not Path(trained_with).is_dir():
         raise ValueError(
@@ -414,12 +416,12 @@ def encoders_of(folder: Path, state: dict) -> Path:
 
 
 def check_encoders(o, frozen: dict[str, str]) -> None:
-    """A checkpoint is sampled with the VAE and the encoders that it was trained with. frozen: the content of those of
-    --weights."""
+    """Checks that a checkpoint is sampled with the VAE and the encoders that it was trained with. frozen: the content
+    of those of --weights."""
     folder, state = find_checkpoint(o)
     start = state.get("start", {})
-    if other := [name for name, there in frozen.items() if start.get(name, there) != there]:
+    if different := [name for name, content in frozen.items() if start.get(name, content) != content]:
         raise ValueError(
-            f"{folder} was trained with another {' and '.join(other)} than {o.weights} has; fix: --weights "
+            f"{folder} was trained with another {' and '.join(different)} than {o.weights} has; fix: --weights "
             f"{start['weights']}, or one with the same"
         )

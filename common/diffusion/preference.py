@@ -1,18 +1,18 @@
-"""Learning from pairs of videos of one caption, of which the first is preferred (Diffusion-DPO, arXiv:2311.12908, for flow
-matching).
+"""Learns from pairs of videos of one caption, the first of which is preferred: Diffusion-DPO (arXiv:2311.12908) for
+flow matching.
 
-With e(v) the mean squared error of the velocity predicted for a video v, and e_ref(v) that of the model as training
-starts, both at the same timestep and with the same noise for the two videos of a pair,
+Let e(v) be the mean squared error of the velocity predicted for a video v, and e_ref(v) that of the model at the start
+of training. Both have the same timestep and noise, which the two videos of a pair share. Then
 
     r(v)  = -beta / 2 * (e(v) - e_ref(v))                                       the implicit reward
     loss  = -log sigmoid(r(chosen) - r(rejected)) + sft_weight * e(chosen)      mean over the pairs of the global batch
 
-MindSpeed-MM has the same with -beta * t in place of -beta / 2 and t in 0..1000, and a factor for the pair's scores which
-its published settings make 1.
+MindSpeed-MM has -beta * t in place of -beta / 2, with t in 0..1000, and a factor for the pair's scores, which is 1 in
+its published settings.
 
-A micro-batch holds the chosen videos of its P pairs, then the rejected ones: one forward serves both. The reference takes
-another forward, without gradients. The recipe says how an error is measured: `measure(chunks, micro_batches)` gives the
-errors [2P] of each micro-batch, and nothing on the earlier pipeline stages.
+A micro-batch holds the chosen videos of its P pairs, then the rejected ones, so one forward serves both. The reference
+takes another forward, without gradients. The recipe measures errors: `measure(chunks, micro_batches)` returns the
+errors [2P] of each micro-batch, and an empty list on the earlier pipeline stages.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from megatron.core import parallel_state as mpu
 from common import device
 from common.margins import Margins
 
-DRAWS = 4  # of noise and timestep for each held-out pair
+DRAWS = 4  # draws of noise and timestep for each held-out pair
 
 
 # ---- loss ----
 
 
 def sum_over_tokens(error: torch.Tensor, mc) -> torch.Tensor:
-    """[B], of this rank's tokens -> [B] of all tokens, whole on every rank. mc: the model's megatron config.
+    """Sums errors [B] of this rank's tokens to those of all tokens, on every rank. mc: the model's megatron config.
 
-    The backward gives each rank the gradient of its own tokens' part only: gradients are summed over the ranks later.
+    The backward gives each rank the gradient of its own tokens only, because gradients are summed over the ranks later.
     """
     groups = [mpu.get_context_parallel_group()] if mc.context_parallel_size > 1 else []
     groups += [mpu.get_tensor_model_parallel_group()] if mc.sequence_parallel else []
@@ -47,19 +47,19 @@ def sum_over_tokens(error: torch.Tensor, mc) -> torch.Tensor:
 
 
 def pair_losses(o, error: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, reward margins) [P] of the errors [2P] of P chosen and then P rejected videos."""
+    """Returns (losses, reward margins) [P] from the errors [2P] of P chosen and then P rejected videos."""
     chosen, rejected = (-o.beta / 2 * (error - reference)).chunk(2)
     margin = chosen - rejected
     return o.sft_weight * error.chunk(2)[0] - F.logsigmoid(margin), margin.detach()
 
 
 def mean_loss(o, margins: Margins, error: torch.Tensor, reference: torch.Tensor, mc) -> tuple[torch.Tensor, dict]:
-    """The mean over this micro-batch's pairs of their errors [2P], and what the loop reports of it."""
+    """Returns the mean loss of this micro-batch's pairs, given their errors [2P], and what the loop reports of it."""
     losses, margin = pair_losses(o, error, reference)
     margins.seen.append(margin)
     value = losses.mean()
-    # Every rank of cp has the whole of it, and so has every rank of tp. The loop adds them up over cp and, if they hold
-    # different tokens, over tp; else it takes the mean over tp.
+    # Every context and tensor parallel rank has the whole value. The loop adds over cp and, if they hold different
+    # tokens (sp), over tp; otherwise it takes the mean over tp.
     copies = mc.context_parallel_size * (mc.tensor_model_parallel_size if mc.sequence_parallel else 1)
     return value, {"loss": value.detach() / copies}
 
@@ -69,7 +69,7 @@ def mean_loss(o, margins: Margins, error: torch.Tensor, reference: torch.Tensor,
 
 @contextlib.contextmanager
 def without_adapters(chunks: list[torch.nn.Module]):
-    """The model as it was before it had adapters: their scale is 0 inside this block."""
+    """Yields the model without the effect of its adapters: their scale is 0 inside this block."""
     adapted = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "lora")]
     settings = [module.lora for module in adapted]
     for module in adapted:
@@ -77,13 +77,13 @@ def without_adapters(chunks: list[torch.nn.Module]):
     try:
         yield chunks
     finally:
-        for module, kept in zip(adapted, settings, strict=True):
-            module.lora = kept
+        for module, setting in zip(adapted, settings, strict=True):
+            module.lora = setting
 
 
 def with_reference(reference: Callable, measure: Callable, batches: list[dict]) -> list[dict]:
-    """The micro-batches with the reference's errors, on the ranks where the loss is computed. reference() is a context
-    that gives the reference's chunks."""
+    """Returns the micro-batches with the reference's errors added, on the ranks that compute the loss. reference() is a
+    context manager that yields the reference's chunks."""
     with reference() as chunks:
         errors = measure(chunks, batches)
     return [batch | {"reference": error} for batch, error in zip(batches, errors, strict=True)] if errors else batches
@@ -93,27 +93,27 @@ def with_reference(reference: Callable, measure: Callable, batches: list[dict]) 
 
 
 def held_out(o, batches, chunks: list[torch.nn.Module], reference: Callable, measure: Callable) -> dict:
-    """Of the pairs of `batches`: the shares whose chosen video has the smaller error, before and after training, and the
-    greater reward; and their mean margin. Collective."""
+    """Measures the pairs of `batches`. Returns the shares whose chosen video has the smaller error, before and after
+    training, the share where it has the greater reward, and the mean margin. Collective."""
     for chunk in chunks:
-        chunk.eval()  # an adapter's dropout
+        chunk.eval()  # turns off the adapters' dropout
     steps = -(-DRAWS * len(batches.dataset) * 2 // o.global_batch)
     numbers = torch.zeros(5, device=device.current())
     for loaded in batches(0, steps):
         micro_batches = batches.prepare(loaded)
-        with reference() as start:
-            before = measure(start, micro_batches)
+        with reference() as reference_chunks:
+            before = measure(reference_chunks, micro_batches)
         for error, ref in zip(measure(chunks, micro_batches), before, strict=True):
             margin = pair_losses(o, error, ref)[1]
             chosen, rejected = torch.stack((ref, error)).chunk(2, dim=1)  # [2, P] each
             right = (chosen < rejected).sum(1)
             numbers += torch.stack((*right, (margin > 0).sum(), margin.sum(), torch.ones_like(margin).sum()))
-    dist.all_reduce(numbers)  # ranks of one sample count alike, or (earlier pipeline stages) not at all
+    dist.all_reduce(numbers)  # ranks of a sample add the same; earlier pipeline stages add nothing
     for chunk in chunks:
         chunk.train()
     before, after, rewards, margin, count = numbers.tolist()
-    found = {"before": before, "after": after, "reward accuracy": rewards, "margin": margin}
-    return {key: value / count for key, value in found.items()} | {"pairs": len(batches.dataset), "draws": DRAWS}
+    totals = {"before": before, "after": after, "reward accuracy": rewards, "margin": margin}
+    return {key: value / count for key, value in totals.items()} | {"pairs": len(batches.dataset), "draws": DRAWS}
 
 
 def describe(found: dict) -> str:

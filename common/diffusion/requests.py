@@ -1,13 +1,13 @@
-"""What is to be sampled: prompts, the pictures of image-to-video that go with them, and the video of video-to-video.
+"""Reads the requests to sample: prompts, their pictures for image-to-video, and the video of video-to-video.
 
-A file of prompts (`--prompts`) holds one a line. For image-to-video a line is `picture<TAB>prompt`, of sizes with a last
-frame `picture<TAB>last picture<TAB>prompt`. Or the file is a .jsonl (or a .json list) of rows, whose other keys are
-ignored:
+A file of prompts (`--prompts`) holds one per line. For image-to-video a line is `picture<TAB>prompt`; for sizes with a
+last frame it is `picture<TAB>last picture<TAB>prompt`. The file may also be a .jsonl (or a .json list) of rows, whose
+other keys are ignored:
 
     {"prompt": "a cat jumps", "image": "cat.png"}      "image" where the size takes one, and "last_image" likewise
 
-Paths are relative to the file's folder. A picture is a still, or a video of which the first (as last picture: the last)
-frame is taken. No torch here: everything is checked before it is imported.
+Paths are relative to the file's folder. A picture is a still, or a video of which the first frame is taken (the last
+frame if it is a last picture). This module does not import torch: everything is checked before torch is imported.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .buckets import Bucket
 
 @dataclass(frozen=True)
 class Request:
-    """One video to sample. `image` and `last_image` are there as far as the size is conditioned on them."""
+    """One video to sample. `image` and `last_image` are set only if the size is conditioned on them."""
 
     prompt: str
     image: Path | None = None
@@ -31,16 +31,16 @@ class Request:
 
 
 def choose_requests(o, given_frames: int, task: str, default: list[Request]) -> list[Request]:
-    """What --prompt, --prompts, --image, --last-image and --video-in ask for; `default` if they ask for nothing.
+    """Returns the requests of --prompt, --prompts, --image, --last-image and --video-in; `default` if none is given.
 
-    given_frames: pictures that the size takes, 0, 1, or 2 with a last one. task: what the size does, in words.
+    given_frames: pictures that the size takes: 0, 1, or 2 with a last one. task: what the size does, in words.
 
     Raises:
-        ValueError: nothing to sample, options that exclude each other, or not the pictures that the size takes.
+        ValueError: there is nothing to sample, options exclude each other, or the size takes other pictures.
     """
     image = o.video_in if o.image is None and given_frames == 1 and o.prompts is None else o.image
     given = [flag for flag, value in (("--image", image), ("--last-image", o.last_image)) if value is not None]
-    takes = ["--image", "--last-image"][:given_frames]
+    expected = ["--image", "--last-image"][:given_frames]
     if o.prompt is not None and not o.prompt.strip():
         raise ValueError("--prompt is empty; expected what to show; fix: --prompt TEXT")
     if o.prompts is not None and o.prompt is not None:
@@ -53,21 +53,21 @@ def choose_requests(o, given_frames: int, task: str, default: list[Request]) -> 
         return default
     if o.prompt is None:
         raise ValueError("nothing to sample; fix: --prompt TEXT or --prompts FILE")
-    if given != takes:
-        change = [f"give {flag}" for flag in takes if flag not in given]
-        change += [f"leave out {flag}" for flag in given if flag not in takes]
+    if given != expected:
+        change = [f"give {flag}" for flag in expected if flag not in given]
+        change += [f"leave out {flag}" for flag in given if flag not in expected]
         raise ValueError(
             f"{task} with {' and '.join(given) or 'no picture'}; expected "
-            f"{' and '.join(takes) or 'no picture'}; fix: {', '.join(change)}, or another --size"
+            f"{' and '.join(expected) or 'no picture'}; fix: {', '.join(change)}, or another --size"
         )
     return [Request(o.prompt, image, o.last_image)]
 
 
 def read_requests(path: Path, flag: str, given_frames: int = 0) -> list[Request]:
-    """The requests of a file whose rows hold that many pictures: 0, 1, or 2 with a last one.
+    """Returns the requests of a file whose rows hold `given_frames` pictures: 0, 1, or 2 with a last one.
 
     Raises:
-        ValueError: there is no such file or no row in it, or a row (named by its line) is not of the form.
+        ValueError: the file is missing or has no row, or a row (named by its line) has another form.
     """
     keys, requests = ["image", "last_image"][:given_frames] + ["prompt"], []
     for where, row in read_prompts(path, flag):
@@ -82,22 +82,22 @@ def read_requests(path: Path, flag: str, given_frames: int = 0) -> list[Request]
 
 
 def _cells(row: dict, keys: list[str], where: str) -> list[str]:
-    """The texts under `keys`. ValueError: one is missing or empty, or a picture is given that the size does not take."""
+    """Returns the texts under `keys`. Raises ValueError if one is missing or empty, or a picture is not taken."""
     bad = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
     bad += [key for key in ("image", "last_image") if key not in keys and row.get(key)]
     if bad:
         raise ValueError(f"{where}: {bad[0]} is {row.get(bad[0])!r}; expected texts {', '.join(keys)}; fix: {where}")
-    return [row[key].encode(errors="replace").decode() for key in keys]  # a tokenizer stops on lone surrogates
+    return [row[key].encode(errors="replace").decode() for key in keys]  # a tokenizer fails on lone surrogates
 
 
 def check_requests(requests: list[Request], bucket: Bucket, fit: str) -> None:
-    """ValueError: a picture is missing or broken, or `fit` does not let it be shown in the video's shape."""
+    """Raises ValueError if a picture is missing or broken, or if `fit` does not allow it in the video's shape."""
     for path in (p for request in requests for p in (request.image, request.last_image) if p is not None):
         _probe(path, bucket, fit, "--image, or its row in --prompts")
 
 
 def check_clip(path: Path, bucket: Bucket, fps: float, fit: str) -> None:
-    """ValueError: a video to start from cannot be shown in the shape, or at `fps` it is too short."""
+    """Raises ValueError if a video to start from does not fit the shape, or is too short at `fps`."""
     info = _probe(path, bucket, fit, "--video-in")
     length = resampled_length(info, fps or None)
     if length < bucket.frames:
@@ -108,10 +108,10 @@ def check_clip(path: Path, bucket: Bucket, fps: float, fit: str) -> None:
 
 
 def _probe(path: Path, bucket: Bucket, fit: str, flags: str) -> VideoInfo:
-    """What a still or video is.
+    """Returns the measurements of a still or video.
 
     Raises:
-        ValueError: missing or broken, or of another aspect than the bucket (by more than a pixel) with fit "exact".
+        ValueError: it is missing or broken or, with fit "exact", a pixel or more off the bucket's aspect.
     """
     try:
         info = probe_video(path)
@@ -128,18 +128,18 @@ def _probe(path: Path, bucket: Bucket, fit: str, flags: str) -> VideoInfo:
 
 
 def read_clip(path: Path, bucket: Bucket, fps: float, fit: str) -> np.ndarray:
-    """The first frames of a video, at `fps` (0: its own), as uint8 [F, H, W, 3] of the bucket."""
+    """Reads the first frames of a video, at `fps` (0: its own), as uint8 [F, H, W, 3] of the bucket."""
     return read_frames(path, range(bucket.frames), lambda image: fit_image(image, bucket, fit), fps or None)
 
 
 def read_frame(path: Path, index: int, bucket: Bucket, fit: str) -> np.ndarray:
-    """Frame `index` (0, or -1 the last) of a still or a video as uint8 [H, W, 3] of the bucket."""
+    """Reads frame `index` (0: the first, -1: the last) of a still or a video as uint8 [H, W, 3] of the bucket."""
     return fit_image(read_frames(path, [index % probe_video(path).frames])[0], bucket, fit)
 
 
 def fit_image(image: np.ndarray, bucket: Bucket, fit: str) -> np.ndarray:
-    """uint8 [h, w, 3] -> [H, W, 3] of the bucket. crop: scaled to cover and cut. pad: scaled to fit inside, black around.
-    exact: it has the bucket's aspect and is scaled only."""
+    """Brings an image uint8 [h, w, 3] to [H, W, 3] of the bucket. fit "crop" scales it to cover the bucket and cuts it.
+    "pad" scales it to fit inside, with black around. "exact" only scales it, as it has the bucket's aspect."""
     if fit == "pad":
         scale = min(bucket.height / image.shape[0], bucket.width / image.shape[1])
         inside = [max(1, round(side * scale)) for side in image.shape[:2]]
@@ -152,7 +152,7 @@ def fit_image(image: np.ndarray, bucket: Bucket, fit: str) -> np.ndarray:
 
 
 def read_given_frames(requests: list[Request], bucket: Bucket, fit: str) -> np.ndarray:
-    """The frames that requests give, uint8 [B, n, H, W, 3]: n = 1, or 2 with last ones."""
+    """Reads the pictures of requests as uint8 [B, n, H, W, 3], where n = 1, or 2 with last pictures."""
     return np.stack(
         [
             np.stack([read_frame(path, i, bucket, fit) for path, i in ((r.image, 0), (r.last_image, -1)) if path])

@@ -1,8 +1,8 @@
-"""Sampling of latents by a flow-matching model: schedulers, the loop with guidance, and who makes which video.
+"""Samples latents with a flow-matching model: schedulers, the loop with guidance, and which rank makes which video.
 
-Data-parallel ranks share the prompts out. With --cfg-parallel, pairs of them do, one rank for each branch of the guidance.
-Context, tensor and pipeline parallel ranks share a prompt's work. Schedulers are diffusers' (UniPC and DPM-Solver++ with
-flow sigmas, flow-match Euler).
+The prompts are shared out over the data-parallel ranks. With --cfg-parallel, they are shared out over pairs of these
+ranks, and each rank of a pair computes one branch of the guidance. Context, tensor and pipeline parallel ranks share
+the work of a prompt. The schedulers are diffusers' (UniPC and DPM-Solver++ with flow sigmas, flow-match Euler).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from .caches import Moment
 
 
 def build_scheduler(sampler: str, shift: float, steps: int):
-    """The sampler's scheduler (unipc, dpm or euler) with its timesteps set."""
+    """Returns the scheduler of the sampler (unipc, dpm or euler), with its timesteps set."""
     if sampler == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     elif sampler == "dpm":
@@ -38,7 +38,7 @@ def build_scheduler(sampler: str, shift: float, steps: int):
 
 
 def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
-    """[B, *shape], each row drawn on the CPU by its own seed, so that it depends on neither batch nor device."""
+    """Draws noise [B, *shape]. Each row is drawn on the CPU by its own seed, whatever the batch and device."""
     noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(device.current())
 
@@ -48,14 +48,14 @@ def sample_latents(
     start: torch.Tensor | None = None, strength: float = 1.0, moment: Moment | None = None,
     pair: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Latents [B, C, F, H, W] from `noise` of that shape.
+    """Samples latents [B, C, F, H, W] from `noise` of that shape.
 
     Args:
-        velocity: the model's prediction for x [B, C, F, H, W], t [B] and the branch of the guidance: 0 with the prompt, 1
-            without. The samples follow v1 + cfg (v0 - v1); with cfg = 1 there is no second branch.
-        start: latents [B, C, F, H, W] of a video to start from (SDEdit, arXiv:2108.01073). They are noised as at the step
-            that leaves the share `strength` of the steps to take.
-        moment: where the sampler is, for the caches to read.
+        velocity: the model's prediction for x [B, C, F, H, W], t [B] and the branch of the guidance: 0 with the prompt,
+            1 without. The samples follow v1 + cfg (v0 - v1); with cfg = 1 there is no second branch.
+        start: latents [B, C, F, H, W] of a video to start from (SDEdit, arXiv:2108.01073). They get the noise level of
+            the step from which the share `strength` of the steps is left to take.
+        moment: the sampler's position, which the caches read.
         pair: the two ranks that compute a branch each.
     """
     x, moment = noise, moment or Moment()
@@ -86,15 +86,16 @@ def sample_latents(
 
 
 def video_groups(o) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
-    """(the ranks that make the same video as this one, the pair that exchanges the branches of the guidance or None).
+    """Returns (the ranks that make the same video as this one, the pair that exchanges the guidance branches or None).
 
-    The first are the ranks of a sample, twice with --cfg-parallel. In a pair the conditional branch comes first.
+    The first group holds the ranks of one data-parallel rank, or of two with --cfg-parallel. In a pair, the rank of the
+    conditional branch comes first.
     """
     ranks = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
     samples = ranks.get_ranks("tp-cp-pp")  # of each data-parallel rank
-    each, video, pair = o.dp // o.lanes, None, None
-    for first in range(0, o.dp, each):
-        together = samples[first : first + each]
+    dp_per_video, video, pair = o.dp // o.lanes, None, None
+    for first in range(0, o.dp, dp_per_video):
+        together = samples[first : first + dp_per_video]
         for members in [sum(together, []), *(zip(*together, strict=True) if o.cfg_parallel else ())]:
             group = dist.new_group(list(members))
             if dist.get_rank() in members and video is None:
@@ -105,15 +106,15 @@ def video_groups(o) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
 
 
 def lane_of(o) -> int:
-    """Which of the `o.lanes` videos made at the same time is this rank's."""
+    """Returns which of the `o.lanes` videos made at the same time is this rank's."""
     return mpu.get_data_parallel_rank() // (o.dp // o.lanes)
 
 
 def share_out(places: list[int], o, batch: int = 1) -> Iterator[tuple[list[int], bool]]:
-    """This rank's turns: up to `batch` of the `places`, and whether they count.
+    """Yields this rank's turns: up to `batch` of the `places`, and whether they count.
 
-    Every rank takes every turn, because FSDP gathers in all of them. Where no place is left a rank repeats the last one,
-    which does not count.
+    Every rank takes every turn, because FSDP gathers parameters in each. A rank with no place left repeats the last
+    place, and this turn does not count.
     """
     mine = places[lane_of(o) :: o.lanes]
     for start in range(0, -(-len(places) // o.lanes), batch):
@@ -121,15 +122,15 @@ def share_out(places: list[int], o, batch: int = 1) -> Iterator[tuple[list[int],
 
 
 def share_samples(requests: list, dp: int) -> list[tuple[int, object]]:
-    """(number, request) of this data-parallel rank's share. All shares have one size, because FSDP gathers in all of them:
-    numbers beyond the last request repeat it."""
+    """Returns (number, request) of this data-parallel rank's share. All shares have the same size, because FSDP gathers
+    parameters on all ranks. Numbers beyond the last request repeat it."""
     share = -(-len(requests) // dp)
     numbers = range(mpu.get_data_parallel_rank() * share, (mpu.get_data_parallel_rank() + 1) * share)
     return [(number, requests[min(number, len(requests) - 1)]) for number in numbers]
 
 
 def gather_samples(videos: torch.Tensor, o, count: int) -> list[np.ndarray]:
-    """The shares of all data-parallel ranks, uint8 [share, 3, F, H, W] each -> `count` videos [F, H, W, 3] on every rank."""
+    """Gathers all data-parallel ranks' shares, uint8 [share, 3, F, H, W] -> `count` videos [F, H, W, 3] everywhere."""
     videos = videos.to(device.current())
     parts = [torch.empty_like(videos) for _ in range(o.dp)]
     dist.all_gather(parts, videos, group=mpu.get_data_parallel_group())
@@ -138,7 +139,7 @@ def gather_samples(videos: torch.Tensor, o, count: int) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def on_device(o, *modules: torch.nn.Module):
-    """With --cpu-offload the modules are on the accelerator inside this block only; else they always are."""
+    """With --cpu-offload, keeps the modules on the accelerator only inside this block; else they are always there."""
     for module in modules if o.cpu_offload else ():
         module.to(device.current())
     try:

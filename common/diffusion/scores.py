@@ -1,12 +1,12 @@
 """Scores of videos: by frozen models that are given as folders, and of two videos against each other.
 
 - A Fréchet distance of features and the CLIP score, by transformers' models; VBench.
-- PSNR and SSIM (Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"), as a faster
-  way of sampling is judged against the plain one.
+- PSNR and SSIM (Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"), which
+  compare a faster way of sampling with the plain one.
 
-The Fréchet distance is of the kind published ones are, and comparable only to others by the same model. Published FVD
-(arXiv:1812.01717) has the features of an I3D network, trained on Kinetics and released as a TorchScript file, of 16 frames
-of 224x224. Here the features are those of the model that is given.
+The Fréchet distance has the formula of published ones, but is comparable only to others by the same model. Published
+FVD (arXiv:1812.01717) has the features of an I3D network, trained on Kinetics and released as a TorchScript file, of 16
+frames of 224x224. Here the features are those of the given model.
 
 Shapes: N clips, F frames, H height, W width, D features.
 """
@@ -23,17 +23,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-PEAK = 255.0  # of uint8 pixels
+PEAK = 255.0  # the largest uint8 pixel
 
 # ---- frozen models ----
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean a - mean b|^2 + Tr(A + B - 2 (A B)^(1/2)), A and B the covariances of a [N, D] and b [M, D], N and M at
-    least 2: the squared 2-Wasserstein distance of two Gaussians (arXiv:1706.08500, equation 6). In float64.
+    """Returns |mean a - mean b|^2 + Tr(A + B - 2 (A B)^(1/2)), computed in float64. A and B are the covariances of a
+    [N, D] and b [M, D], with N and M at least 2. It is the squared 2-Wasserstein distance of two Gaussians
+    (arXiv:1706.08500, equation 6).
 
-    With a and b centred and scaled, A = a^T a and B = b^T b, the trace of (A B)^(1/2) is the sum of the singular values
-    of a b^T. That needs no square root of a matrix, which fewer clips than features would make singular.
+    Let a and b be centred and scaled, so that A = a^T a and B = b^T b. Then the trace of (A B)^(1/2) is the sum of the
+    singular values of a b^T. This needs no square root of a matrix, which is singular with fewer clips than features.
     """
     means = a.astype(np.float64).mean(0), b.astype(np.float64).mean(0)
     a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((a, b), means, strict=True))
@@ -42,11 +43,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Features:
-    """A clip's features by a vision model of transformers.
+    """Computes a clip's features with a vision model of transformers.
 
-    An image model (CLIP, SigLIP, DINOv2, ViT, …): its pooled output of every frame, averaged over the frames. A video
-    model (VideoMAE, ViViT, TimeSformer): of as many frames as it reads, evenly spaced. Without a pooled output, the mean
-    of its tokens. Frames are scaled, cropped and normalised as the folder's preprocessor_config.json says.
+    Features of an image model (CLIP, SigLIP, DINOv2, ViT, …) are its pooled output, averaged over the frames. Those of
+    a video model (VideoMAE, ViViT, TimeSformer) are its pooled output for as many frames as it reads, evenly spaced. If
+    there is no pooled output, the mean of the tokens replaces it. Frames are scaled, cropped and normalised as the
+    folder's preprocessor_config.json says.
     """
 
     def __init__(self, folder: Path, device: torch.device):
@@ -61,15 +63,15 @@ class Features:
         if self.frames:
             video = video[np.linspace(0, len(video) - 1, self.frames).round().astype(int)]
         pixels = self.processor(list(video), return_tensors="pt")["pixel_values"].to(self.model.device)
-        seen = self.model(pixel_values=pixels)  # of [F, 3, h, w], a video model's of [1, F, 3, h, w]
-        pooled = getattr(seen, "pooler_output", None)
-        pooled = seen.last_hidden_state.mean(1) if pooled is None else pooled  # [F, D], or [1, D]
+        output = self.model(pixel_values=pixels)  # pixels [F, 3, h, w], of a video model [1, F, 3, h, w]
+        pooled = getattr(output, "pooler_output", None)
+        pooled = output.last_hidden_state.mean(1) if pooled is None else pooled  # [F, D], or [1, D]
         return pooled.mean(0).cpu().numpy()
 
 
 class ClipScore:
-    """100 cos(frame, caption) by a CLIP model, averaged over a clip's frames (arXiv:2104.08718 without its factor of 2.5
-    and its cut at 0). A caption is cut where CLIP's 77 tokens end."""
+    """Computes 100 cos(frame, caption) with a CLIP model, averaged over a clip's frames (arXiv:2104.08718 without its
+    factor of 2.5 and its cut at 0). A caption is cut after CLIP's 77 tokens."""
 
     def __init__(self, folder: Path, device: torch.device):
         self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
@@ -100,30 +102,30 @@ judge.evaluate(videos_path=facts["videos"], name="vbench", prompt_list=facts["ca
 
 
 def vbench(python: Path, dimensions: list[str], captions: dict[str, str], videos: Path, out: Path, device: str) -> dict:
-    """VBench's scores (arXiv:2311.17982) of the files of a folder, by dimension. captions: file name -> caption.
+    """Returns VBench's scores (arXiv:2311.17982) of a folder's files, by dimension. captions: file name -> caption.
 
-    Run by an interpreter of its own: vbench 0.1.5 wants numpy < 2 and transformers 4.33, we newer ones.
+    VBench runs in an interpreter of its own: vbench 0.1.5 needs numpy < 2 and transformers 4.33, we need newer ones.
 
     Raises:
-        ValueError: that interpreter has no vbench, or it failed; its own messages stand above.
+        ValueError: that interpreter has no vbench, or vbench fails; its own messages are printed before.
     """
     facts = {"device": device, "out": str(out), "videos": str(videos), "captions": captions, "dimensions": dimensions}
-    ours = ("PYTHONPATH", "PYTHONSAFEPATH", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    env = {name: value for name, value in os.environ.items() if name not in ours}
+    unset = ("PYTHONPATH", "PYTHONSAFEPATH", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run([python, "-c", VBENCH], input=json.dumps(facts), text=True, env=env, stdout=sys.stderr)
     if done.returncode:
         raise ValueError(
             f"vbench failed under {python}, see above; fix: install the package vbench there, or --vbench-python"
         )
-    found = json.loads((out / "vbench_eval_results.json").read_text())
-    return {dimension: float(found[dimension][0]) for dimension in dimensions}
+    results = json.loads((out / "vbench_eval_results.json").read_text())
+    return {dimension: float(results[dimension][0]) for dimension in dimensions}
 
 
 # ---- two videos ----
 
 
 def psnr(got: torch.Tensor, want: torch.Tensor) -> float:
-    """10 log10(255^2 / mean squared error) in dB over all pixels of two uint8 tensors of one shape; inf if equal.
+    """Returns 10 log10(255^2 / mean squared error), in dB, over all pixels of two uint8 tensors; inf if equal.
 
     Raises:
         ValueError: the shapes differ.
@@ -134,8 +136,9 @@ def psnr(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def ssim(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Mean SSIM of two uint8 tensors [..., H, W], every channel and frame by itself: means, variances and covariance
-    under an 11x11 Gaussian window of sigma 1.5, where it fits inside the frame; K1 = 0.01, K2 = 0.03. 1 if equal.
+    """Returns the mean SSIM of two uint8 tensors [..., H, W], computed for every channel and frame by itself; 1 if
+    equal. Means, variances and covariance are under an 11x11 Gaussian window of sigma 1.5, where it fits inside the
+    frame; K1 = 0.01, K2 = 0.03.
 
     Raises:
         ValueError: the shapes differ, or a frame is smaller than the window.
@@ -145,11 +148,11 @@ def ssim(got: torch.Tensor, want: torch.Tensor) -> float:
         raise ValueError(f"frames of {tuple(got.shape[-2:])} pixels; expected at least 11x11, the window of SSIM")
     x, y = (t.double().reshape(-1, 1, *t.shape[-2:]) for t in (got, want))  # [N, 1, H, W]
     offsets = torch.arange(11, dtype=torch.float64, device=x.device) - 5
-    bell = torch.exp(-offsets.square() / (2 * 1.5**2))
-    bell = bell / bell.sum()
+    gaussian = torch.exp(-offsets.square() / (2 * 1.5**2))
+    gaussian = gaussian / gaussian.sum()
 
     def blur(image: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(image, bell.view(1, 1, 11, 1)), bell.view(1, 1, 1, 11))  # [N, 1, H-10, W-10]
+        return F.conv2d(F.conv2d(image, gaussian.view(1, 1, 11, 1)), gaussian.view(1, 1, 1, 11))  # [N, 1, H-10, W-10]
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2

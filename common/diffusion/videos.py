@@ -1,4 +1,4 @@
-"""Video files that say how they were made, so that an interrupted list of prompts goes on where it stopped."""
+"""Writes video files that say how they were made, so that an interrupted list of prompts continues where it stopped."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ from common import weights
 
 from .requests import Request
 
-SPEED = ("cfg_parallel", "vae_parallel", "compile", "cpu_offload")  # what changes the pixels by no more than rounding
-_FREE = {*SPEED, "out", "format", "prompts", "task", "prompt", "image", "last_image"}  # files, and a request's own
+SPEED = ("cfg_parallel", "vae_parallel", "compile", "cpu_offload")  # options that change the pixels by rounding only
+_FREE = {*SPEED, "out", "format", "prompts", "task", "prompt", "image", "last_image"}  # `describe` leaves these out
 
 
 def write_video(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dict | None = None) -> list[Path]:
-    """uint8 [F, H, W, 3] -> stem.mp4 (H.264), stem.gif or both. `made` becomes the comment in their metadata, as JSON.
-    A file appears under its name only when it is whole."""
+    """Writes uint8 [F, H, W, 3] to stem.mp4 (H.264), stem.gif or both. `made` becomes the comment in their metadata, as
+    JSON. A file appears under its name only when it is complete."""
     written, comment = [], json.dumps(made or {}, ensure_ascii=False, sort_keys=True)
     if kind in ("mp4", "both"):
         partial = stem.with_suffix(".part.mp4")
@@ -41,14 +41,14 @@ def write_video(frames: np.ndarray, stem: Path, fps: float, kind: str, made: dic
 
 
 def write_strips(sides: list[list[np.ndarray]], stem: Path, fps: float) -> None:
-    """A GIF of rows of videos, one row below another, each uint8 [F, H, W, 3] and all of one shape."""
+    """Writes a GIF of rows of videos, one row below another. Videos are uint8 [F, H, W, 3] and all of one shape."""
     strips = [np.concatenate(side, axis=2) for side in sides]  # [F, H, n * W, 3]
-    thin = max(1, strips[0].shape[1] // 128)
-    write_video(np.concatenate(strips, axis=1)[:, ::thin, ::thin], stem, fps or 16, "gif")
+    stride = max(1, strips[0].shape[1] // 128)
+    write_video(np.concatenate(strips, axis=1)[:, ::stride, ::stride], stem, fps or 16, "gif")
 
 
 def read_metadata(path: Path) -> dict | None:
-    """What `write_video` put into a file's metadata. None if it is not there or the file cannot be read."""
+    """Returns what `write_video` put into a file's metadata, or None if it is not there or the file cannot be read."""
     try:
         if path.suffix == ".mp4":
             with av.open(str(path)) as file:
@@ -62,48 +62,48 @@ def read_metadata(path: Path) -> dict | None:
 
 
 def is_written(stem: Path, kind: str, made: dict) -> bool:
-    """Whether all files that `write_video` would write are there, made in this way.
+    """Returns whether all files that `write_video` would write are there, made in this way.
 
     Raises:
-        ValueError: one is there that was made in another way; it is named with what differs.
+        ValueError: a file was made in another way; the message names it and what differs.
     """
     suffixes = {"both": (".mp4", ".gif")}.get(kind, (f".{kind}",))
     present = [path for path in map(stem.with_suffix, suffixes) if path.exists()]
     wanted = json.loads(json.dumps(made))
     for path in present:
-        there = read_metadata(path)
-        if there != wanted:
-            keys = sorted(set(there) | set(wanted)) if there else []
-            differs = [f"{k} {there.get(k)!r}, now {wanted.get(k)!r}" for k in keys if there.get(k) != wanted.get(k)]
+        saved = read_metadata(path)
+        if saved != wanted:
+            keys = sorted(set(saved) | set(wanted)) if saved else []
+            changes = [f"{k} {saved.get(k)!r}, now {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
             raise ValueError(
-                f"{path} was made in another way ({'; '.join(differs) or 'it does not say how'}); expected a folder of "
+                f"{path} was made in another way ({'; '.join(changes) or 'it does not say how'}); expected a folder of "
                 "this run's videos or an empty one; fix: --out"
             )
     return len(present) == len(suffixes)
 
 
 def describe(o) -> dict:
-    """What the pixels of a run's videos follow from: every option but those of layout, speed and files, and the content of
-    the weights, which their path alone does not say."""
+    """Returns what the pixels of a run's videos depend on: every option but those of layout, speed and files, and the
+    content of the weights, which their path alone does not identify."""
     groups = {f.name: f.metadata["group"] for f in dataclasses.fields(o)}
-    kept = [n for n, group in groups.items() if group in ("model", "job", "acceleration") and n not in _FREE]
-    values = {n: getattr(o, n) for n in [*kept, "precision"]}
+    names = [n for n, group in groups.items() if group in ("model", "job", "acceleration") and n not in _FREE]
+    values = {n: getattr(o, n) for n in [*names, "precision"]}
     folder = o.checkpoint or o.weights
-    written = next((folder / n for n in ("manifest.json", "latest") if (folder / n).is_file()), None)  # sharded
+    marker = next((folder / n for n in ("manifest.json", "latest") if (folder / n).is_file()), None)  # if sharded
     part = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    values["content"] = str(written.stat().st_mtime_ns) if written else weights.fingerprint(part)
+    values["content"] = str(marker.stat().st_mtime_ns) if marker else weights.fingerprint(part)
     if o.adapter:
         values["adapter_content"] = weights.fingerprint(o.adapter)
     return values
 
 
 def describe_request(values: dict, i: int, request: Request) -> dict:
-    """`describe` and request number i, as JSON can hold them."""
+    """Returns `describe`'s values with those of request number i, in a form for JSON."""
     values = values | dataclasses.asdict(request) | {"seed": values["seed"] + i}
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
 
 
 def list_missing(o, requests: list[Request]) -> list[int]:
-    """Indices of the requests whose videos are not in --out yet. ValueError: one is, made in another way."""
+    """Returns the indices of the requests whose videos are not in --out yet. Raises ValueError if one differs."""
     stems, values = [o.out / f"{i:04d}" for i in range(len(requests))], describe(o)
     return [i for i, r in enumerate(requests) if not is_written(stems[i], o.format, describe_request(values, i, r))]

@@ -1,5 +1,5 @@
-"""The benchmarks of a language model that are the same for every one: generating against transformers' generate, and
-preprocessing against the tokenizer alone. Their training step's is in common/bench.py."""
+"""Benchmarks that are the same for every language model: generation, compared with transformers' `generate`, and
+preprocessing, compared with the tokenizer alone. The benchmark of the training step is in common/bench.py."""
 
 import json
 import os
@@ -24,10 +24,11 @@ TEXT = 30_000_000  # characters to tokenize
 
 
 def generate(o, mine: torch.nn.Module, theirs: torch.nn.Module, vocabulary: int) -> list[dict]:
-    """The rows of greedy generation with a cache by our model and by transformers', which has the same weights, turn by turn:
-    one prompt, and eight. In fp32, answers that are not the same are refused.
+    """Measures greedy generation with a key-value cache, for one prompt and for eight; returns the result rows. Our
+    model and transformers', which has the same weights, run in turns. In fp32, a batch whose answers differ becomes a
+    refused row.
 
-    o: the options of perf.sh. vocabulary: tokens to draw prompts from.
+    o: the options of perf.sh. vocabulary: the prompts' tokens are drawn below this id.
     """
     rows = []
     for batch in (1, 8):
@@ -45,38 +46,38 @@ def generate(o, mine: torch.nn.Module, theirs: torch.nn.Module, vocabulary: int)
 
         seconds, theirs_seconds = [], []
         for _ in range(1 + max(3, o.repeats // 4)):
-            taken, answers = timed(ours_now)
-            theirs_taken, theirs_answers = timed(theirs_now)
-            seconds.append(taken)
-            theirs_seconds.append(theirs_taken)
+            elapsed, answers = timed(ours_now)
+            theirs_elapsed, theirs_answers = timed(theirs_now)
+            seconds.append(elapsed)
+            theirs_seconds.append(theirs_elapsed)
         task = f"generate, batch {batch}"
         same = sum(a == b for a, b in zip(answers, theirs_answers.tolist(), strict=True))
         if same < batch and o.precision == "fp32":
             why = f"{batch - same} of {batch} answers are not transformers'"
             rows.append({"task": task, "refused": why, "system": OURS})
             continue
-        rates, theirs_rates = ([batch * ANSWER / s for s in taken[1:]] for taken in (seconds, theirs_seconds))
+        rates, theirs_rates = ([batch * ANSWER / s for s in elapsed[1:]] for elapsed in (seconds, theirs_seconds))
         ratio = bench.median_ratio(rates, theirs_rates)
         shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
         raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
-        other = {
+        theirs_row = {
             "system": f"transformers {transformers.__version__}",
             "raw": {"rate": rounded(perf.spread(theirs_rates))},
         }
         row = {"task": task, "unit": "tokens/s", "devices": 1} | shape
         rows += [
             row | {"value": round(statistics.median(rates), 1), "raw": raw},
-            row | {"value": round(statistics.median(theirs_rates), 1)} | other,
+            row | {"value": round(statistics.median(theirs_rates), 1)} | theirs_row,
             shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
         ]
     return rows
 
 
 def tokenize(o, text: Path, vocabulary: int, tokenizer_folder: Path) -> list[dict]:
-    """The row of preprocessing a file of documents, several times over, against the tokenizer library's encode_batch_fast
-    alone in as many processes.
+    """Measures the preprocessing of a file of documents, repeated to at least TEXT characters, against the tokenizer
+    library's encode_batch_fast alone in as many processes; returns the result row.
 
-    text: a .jsonl of {"text": document}. vocabulary: of the tokenizer in tokenizer_folder.
+    text: a .jsonl of {"text": document}. vocabulary: the size of the vocabulary of the tokenizer in tokenizer_folder.
     """
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     copies = -(-TEXT // sum(map(len, documents)))
@@ -85,24 +86,26 @@ def tokenize(o, text: Path, vocabulary: int, tokenizer_folder: Path) -> list[dic
         file = Path(folder) / "text.jsonl"
         file.write_text(text.read_text() * copies)
         size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
-        asked = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
-        asked = preprocess.check(asked, vocabulary, tokenizer_folder)
-        tokenizer, _ = preprocess.load_tokenizer(asked, vocabulary)
+        options = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
+        options = preprocess.check(options, vocabulary, tokenizer_folder)
+        tokenizer, _ = preprocess.load_tokenizer(options, vocabulary)
 
         def encode(some: list[str]) -> int:
-            few = (some[i : i + preprocess.BATCH] for i in range(0, len(some), preprocess.BATCH))
-            return sum(len(e.ids) for part in few for e in tokenizer.encode_batch_fast(part, add_special_tokens=False))
+            batches = (some[i : i + preprocess.BATCH] for i in range(0, len(some), preprocess.BATCH))
+            return sum(
+                len(e.ids) for part in batches for e in tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            )
 
         shares = [(documents * copies)[i::workers] for i in range(workers)]
-        for _ in range(3):  # turn by turn
+        for _ in range(3):  # the two run in turns
             start = time.perf_counter()
-            # Many shards a worker, as a corpus has, so that none waits for another at the end.
-            made = preprocess.run(asked, vocabulary, TEXT // (8 * workers))
+            # Each worker gets many shards, as with a large corpus, so that no worker waits for another at the end.
+            counts = preprocess.run(options, vocabulary, TEXT // (8 * workers))
             rates.append(size / (time.perf_counter() - start))
             start = time.perf_counter()
             tokens = sum(in_order(encode, shares, workers))
             alone.append(size / (time.perf_counter() - start))
-            assert tokens + made["documents"] == made["tokens"], (tokens, made)
+            assert tokens + counts["documents"] == counts["tokens"], (tokens, counts)
             for path in Path(folder).glob("out*"):
                 path.unlink()
     raw = {"MB/s": rounded(perf.spread(rates)), "tokenizer alone MB/s": rounded(perf.spread(alone)), "workers": workers}

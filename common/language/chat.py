@@ -1,17 +1,19 @@
-"""Rows of conversations or preference pairs -> messages -> tokens, and which of them the assistant generates.
+"""Turns rows of conversations or preference pairs into messages, and messages into tokens and flags of those to learn.
 
     chat = Chat(AutoTokenizer.from_pretrained(folder))
     tokens, learnt = chat.encode(to_chat(row), to_tools(row))
 
-A row is Alpaca's (instruction), ShareGPT's (conversations), OpenAI's (messages) or a pair (chosen, rejected). A prompt beside
-whole conversations must agree with them, and the beginning that they share is taken once.
+A row has the format of Alpaca (instruction), ShareGPT (conversations) or OpenAI (messages), or is a pair (chosen,
+rejected). The sides of a pair may be whole conversations. A prompt beside them must agree with them, and their common
+beginning is taken once.
 
-The tokenizer's own template renders the messages. An answer is learnt from where the prompt for a generation ends through
-the token that closes the turn. So the empty thoughts that `enable_thinking=False` puts into a prompt are no target, and
-real thoughts are. What follows the last answer is cut off. An answer with `"weight": 0`, `"loss": false` or
-`"train": false` is never learnt. Thoughts stand between <think> and </think>, or under `reasoning_content`.
+The tokenizer's own chat template renders the messages. The learnt part of an answer starts where a generation prompt
+ends and includes the token that closes the turn. So the empty thoughts that `enable_thinking=False` puts into a
+generation prompt are no training target, and real thoughts are. Messages after the last answer are cut off. An answer
+with `"weight": 0`, `"loss": false`, `"train": false` or `"training": false` is never learnt. Thoughts stand between
+<think> and </think>, or under `reasoning_content`.
 
-No torch here.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ ROLES = {
 
 
 def to_messages(row: Any) -> list[dict]:
-    """Alpaca, ShareGPT or OpenAI -> [{"role", "content", …}, …], the roles as they stand.
+    """Converts a row of Alpaca, ShareGPT or OpenAI to [{"role", "content", …}, …], with roles in any order.
 
     Raises:
-        BadRow: which field is not what it should be.
+        BadRow: the format is unknown, or a field (named) has a wrong value.
     """
     if not isinstance(row, dict):
         raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
@@ -67,7 +69,8 @@ def to_messages(row: Any) -> list[dict]:
 
 
 def _text(value: Any, field: str) -> str:
-    """Text, or the joined text parts of OpenAI's list form; without lone surrogates, on which a tokenizer stops."""
+    """Returns a text, or the joined text parts of OpenAI's list form. Replaces lone surrogates, which a tokenizer
+    refuses."""
     if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
@@ -76,8 +79,8 @@ def _text(value: Any, field: str) -> str:
 
 
 def _message(turn: Any, field: str) -> dict:
-    """A turn as {"role", "content"}, with "reasoning_content" and "tool_calls" where it has them, and "train": False on an
-    answer that is not to be learnt."""
+    """Returns a turn as {"role", "content"}, with "reasoning_content" and "tool_calls" if the turn has them, and with
+    "train": False if it is an answer that is not to be learnt."""
     if not isinstance(turn, dict):
         raise BadRow("bad row", f"{field} is {type(turn).__name__}; expected an object")
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -97,7 +100,7 @@ def _message(turn: Any, field: str) -> dict:
 
 
 def _is_learnt(turn: dict, field: str) -> bool:
-    """What an answer says of itself, in the words of OpenAI (weight), ms-swift (loss) or Axolotl (train, training)."""
+    """Whether an answer is to be learnt, by the keys of OpenAI (weight), ms-swift (loss), Axolotl (train, training)."""
     if turn.get("train_detail"):
         raise BadRow("bad row", f"{field}.train_detail chooses parts of an answer; expected train, true or false")
     for key in ("weight", "loss", "train", "training"):
@@ -107,7 +110,7 @@ def _is_learnt(turn: dict, field: str) -> bool:
 
 
 def _from_json(value: Any, field: str) -> Any:
-    """What a JSON text holds (None: nothing); anything else as it stands."""
+    """Parses a text as JSON (a blank text as None); returns any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -117,7 +120,7 @@ def _from_json(value: Any, field: str) -> Any:
 
 
 def _read_objects(value: Any, field: str) -> list[dict]:
-    """The objects of a list, of one object, or of JSON texts of either."""
+    """Returns a list of objects from a list, from one object, or from JSON texts of either."""
     value = _from_json(value, field)
     items = value if isinstance(value, list) else [value] if value else []
     items = [_from_json(item, f"{field}[{i}]") for i, item in enumerate(items)]
@@ -128,7 +131,7 @@ def _read_objects(value: Any, field: str) -> list[dict]:
 
 
 def _read_calls(value: Any, field: str) -> list[dict]:
-    """Calls whose arguments are an object each, which templates print as they like; empty if there are none."""
+    """Returns the tool calls, the arguments of each as an object, because each template prints them in its own way."""
     calls = []
     for i, call in enumerate(_read_objects(value, field)):
         function = call.get("function") or call
@@ -144,12 +147,13 @@ def _read_calls(value: Any, field: str) -> list[dict]:
 
 
 def to_tools(row: dict) -> list[dict] | None:
-    """The functions that the assistant may call. BadRow: they are no objects."""
+    """Returns the functions that the assistant may call, or None. Raises BadRow if they are not objects."""
     return _read_objects(row.get("tools"), "tools") or None
 
 
 def to_chat(row: Any) -> list[dict]:
-    """The messages of a conversation to learn from, up to its last answer. BadRow: there is none, or no question."""
+    """Returns the messages of a conversation to learn from, up to its last answer. Raises BadRow if there is no answer,
+    the first turn is not the user's, a turn is empty, or a system message is not the first."""
     messages = to_messages(row)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -166,7 +170,8 @@ def to_chat(row: Any) -> list[dict]:
 
 
 def to_question(row: Any) -> list[dict]:
-    """The messages of a conversation to continue; a text or messages under `prompt`, or any format. BadRow: what is wrong."""
+    """Returns the messages of a conversation to continue. They are a text or messages under `prompt`, or have a format
+    of `to_messages`. Raises BadRow if the last message is missing, empty or an answer."""
     messages = _prompt_messages(row)
     if not messages or messages[-1]["role"] == "assistant":
         raise BadRow("no question", "the conversation ends in an answer" if messages else "there is no message")
@@ -176,7 +181,7 @@ def to_question(row: Any) -> list[dict]:
 
 
 def _prompt_messages(row: Any) -> list[dict]:
-    """The messages under `prompt`, or of any format."""
+    """Returns the messages under `prompt`, or those of a row of `to_messages`."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if prompt is None:
         return to_messages(row)
@@ -185,15 +190,16 @@ def _prompt_messages(row: Any) -> list[dict]:
 
 
 def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
-    """A preference pair -> (conversation ending in the chosen answer, in the rejected one). BadRow: what is wrong."""
+    """Returns two conversations of a preference pair: one ends in the chosen answer, one in the rejected answer. Raises
+    BadRow, which says what is wrong, if the row is no such pair."""
     if not isinstance(row, dict):
         raise BadRow("bad row", f"{str(row)[:40]!r}; expected an object")
-    if lacking := [side for side in ("chosen", "rejected") if side not in row]:
-        raise BadRow("unknown format", f"keys: {', '.join(row)}; expected chosen and rejected, lacks {lacking[0]}")
-    given = {key: value for key, value in row.items() if value and key != "output"}
-    prompts = {"prompt", "messages", "conversations", "instruction"} & set(given)
-    # without one chosen and rejected are whole conversations
-    asked = _without_flags(_prompt_messages(given)) if prompts else []
+    if missing := [side for side in ("chosen", "rejected") if side not in row]:
+        raise BadRow("unknown format", f"keys: {', '.join(row)}; expected chosen and rejected, lacks {missing[0]}")
+    filled = {key: value for key, value in row.items() if value and key != "output"}
+    prompt_keys = {"prompt", "messages", "conversations", "instruction"} & set(filled)
+    # Without a prompt, chosen and rejected are whole conversations.
+    question = _without_flags(_prompt_messages(filled)) if prompt_keys else []
     sides = {}
     for side in ("chosen", "rejected"):
         answer = row[side] if isinstance(row[side], list) else [row[side]]
@@ -201,11 +207,11 @@ def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
         sides[side] = [_message(turn, f"{side}[{i}]") for i, turn in enumerate(turns)]
         if not turns or sides[side][-1]["role"] != "assistant":
             raise BadRow("no assistant turn", f"{side} does not end in one")
-    if asked in map(_without_flags, sides.values()):
-        asked = asked[:-1]  # the messages beside the pair are one of its conversations
+    if question in map(_without_flags, sides.values()):
+        question = question[:-1]  # the messages beside the pair are one of its conversations, answer included
     pair = []
     for side, turns in sides.items():
-        chat = to_chat({"messages": _join(asked, turns, side, isinstance(given.get("prompt"), str))})
+        chat = to_chat({"messages": _join(question, turns, side, isinstance(filled.get("prompt"), str))})
         if len(chat) > 1 and chat[-2]["role"] == "assistant":
             raise BadRow("answer before the answer", f"message {len(chat) - 2} of {side} is the assistant's")
         pair.append(chat)
@@ -217,28 +223,29 @@ def to_pair(row: Any) -> tuple[list[dict], list[dict]]:
 
 
 def _without_flags(messages: list[dict]) -> list[dict]:
-    """The messages alone, without what says whether they are learnt."""
+    """Returns the messages without the "train" flags."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def _join(asked: list[dict], turns: list[dict], side: str, by_text: bool) -> list[dict]:
-    """What was asked and the turns of a side, an answer or a whole conversation; their common beginning once.
+    """Joins the messages of the prompt (`asked`) and the turns of a side, which are an answer or a whole conversation.
+    Their common beginning is taken once.
 
     Args:
-        by_text: what was asked is the text of a question, maybe not of the first one.
+        by_text: the prompt is a text, which may be any question of the conversation, not only the first.
 
     Raises:
-        BadRow: the conversation begins with something else than was asked.
+        BadRow: the conversation does not agree with the prompt.
     """
     if all(turn["role"] != "user" for turn in turns):
         return asked + turns
-    (system, asked), (own, turns) = (_split_system(messages) for messages in (asked, turns))
-    begins = _without_flags(turns[: len(asked)]) == asked
+    (system, asked), (own_system, turns) = (_split_system(messages) for messages in (asked, turns))
+    agrees = _without_flags(turns[: len(asked)]) == asked
     if by_text:
-        begins = any(m["role"] == "user" and m["content"].strip() == asked[0]["content"].strip() for m in turns)
-    if not begins or (system and own and _without_flags(own) != system):
+        agrees = any(m["role"] == "user" and m["content"].strip() == asked[0]["content"].strip() for m in turns)
+    if not agrees or (system and own_system and _without_flags(own_system) != system):
         raise BadRow("another question", f"{side} begins otherwise than the prompt")
-    return (own or system) + turns
+    return (own_system or system) + turns
 
 
 def _split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -250,15 +257,15 @@ def _split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 class Chat:
-    """A tokenizer's own conversation template: messages -> tokens, and which of them the assistant generates.
+    """Tokenizes messages with the tokenizer's own chat template, and finds which tokens the assistant generates.
 
-    A template may render the turns before the last question otherwise than when they were last (many leave their
-    thoughts out), so the rendering of a longer conversation need not begin with that of a shorter one. A turn is
-    therefore found by rendering the whole conversation with a mark in its place: what then stands before the mark, up to
-    the opening of a turn, and what stands after it are the parts of the rendering that are not this turn.
+    A template may render earlier turns differently from the last one (many leave out their thoughts), so the rendering
+    of a longer conversation need not begin with that of a shorter one. Therefore a turn is found by rendering the whole
+    conversation with a mark in place of the turn. The text before the mark, up to the opening of a turn, and the text
+    after the mark belong to the other turns. The rest of the real rendering is this turn.
     """
 
-    MARK = "\ue000\ue0ff\ue000"  # private use characters
+    MARK = "\ue000\ue0ff\ue000"  # private use characters of Unicode
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -269,20 +276,20 @@ class Chat:
             )
         question, marked = {"role": "user", "content": "question"}, {"role": "assistant", "content": self.MARK}
         try:
-            asked, answered, turns = map(self.render, ([question], [question, marked], [question, marked, question]))
+            prefix, answered, turns = map(self.render, ([question], [question, marked], [question, marked, question]))
             prompts = [self.render([question], add_generation_prompt=True, enable_thinking=t) for t in (True, False)]
         except BadRow as error:
             raise ValueError(f"the chat template of {name} fails: {error.args[1]}; fix: --tokenizer") from error
         before, mark, _ = turns.partition(self.MARK)
-        if not mark or not before.startswith(asked):
+        if not mark or not before.startswith(prefix):
             raise ValueError(f"the chat template of {name} does not show answers in order; fix: --tokenizer")
-        self.opening = before[len(asked) :]
+        self.opening = before[len(prefix) :]
         self.closing = answered.partition(self.MARK)[2].rstrip()
-        # what a prompt for a generation holds beyond the opening, with and without thinking; the longest first
-        begin = len(asked + self.opening)
+        begin = len(prefix + self.opening)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.reserved = [text for text in (*special, self.closing, self.MARK) if text]
-        self.prompts = sorted({p[begin:] for p in prompts if p.startswith(asked + self.opening)}, key=len)[::-1]
+        # what a generation prompt holds after the opening, with and without thinking; the longest first
+        self.prompts = sorted({p[begin:] for p in prompts if p.startswith(prefix + self.opening)}, key=len)[::-1]
         if not self.opening or not self.prompts:
             raise ValueError(f"the chat template of {name} has no prompt for an answer; fix: --tokenizer")
 
@@ -290,10 +297,11 @@ class Chat:
         return render(self.tokenizer, messages, tools, **options)
 
     def spans(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """The rendering, and where in it each assistant turn is generated: [start, end) characters.
+        """Renders the messages. Returns the text, and [start, end) in characters of what the assistant generates per
+        turn.
 
         Raises:
-            BadRow: the template refuses the messages, or does more to other turns than leaving their thoughts out.
+            BadRow: the template refuses the messages, or changes other turns by more than leaving out their thoughts.
         """
         text = self.render(messages, tools)
         spans = []
@@ -303,12 +311,12 @@ class Chat:
             marked = {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": self.MARK}
             rendered = self.render([*messages[:i], marked, *messages[i + 1 :]], tools)
             head, mark, tail = rendered.partition(self.MARK)
-            rest = tail.partition(self.closing)[2] if self.closing else tail  # the calls end before the closing
+            rest = tail.partition(self.closing)[2] if self.closing else tail  # tool calls stand before the closing
             start = head.rfind(self.opening) + len(self.opening)
             end = len(text) - len(rest)
-            whole = text.startswith(head[:start]) and text.endswith(self.closing + rest)
-            whole = whole and start <= end - len(self.closing)
-            if not mark or self.opening not in head or self.closing not in tail or not whole:
+            unchanged = text.startswith(head[:start]) and text.endswith(self.closing + rest)
+            unchanged = unchanged and start <= end - len(self.closing)
+            if not mark or self.opening not in head or self.closing not in tail or not unchanged:
                 raise BadRow(
                     "refused by the template",
                     f"that of {self.tokenizer.name_or_path} changes the rest of a conversation with the answer in "
@@ -319,8 +327,8 @@ class Chat:
         return text, spans
 
     def find_bare_answers(self, messages: list[dict], tools: list | None = None) -> set[int]:
-        """The numbers of the answers whose thoughts the template leaves out."""
-        found = set()
+        """Returns the message indices of the answers whose thoughts the template leaves out."""
+        bare = set()
         for i, message in enumerate(messages):
             before, end, after = message["content"].partition("</think>")
             before, begin, thoughts = before.rpartition("<think>")
@@ -333,13 +341,14 @@ class Chat:
             else:
                 continue
             if self.MARK not in self.render([*messages[:i], message | marked, *messages[i + 1 :]], tools):
-                found.add(i)
-        return found
+                bare.add(i)
+        return bare
 
     def encode(
         self, messages: list[dict], tools: list | None = None, train_on: str = "all"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [n], learnt bool [n]): the template's tokens; those that reach into the span of an answer to learn.
+        """Renders and tokenizes a conversation: (tokens int32 [n], learnt bool [n]). A token is learnt if it overlaps
+        the span of an answer to learn.
 
         Args:
             train_on: "all" answers, the "last", or the "complete" ones, whose thoughts the template does not leave out.
@@ -352,13 +361,13 @@ class Chat:
             calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
             texts += [(f"message {i}", t) for t in (message["content"], message.get("reasoning_content", ""), calls)]
         for where, text in texts:
-            if found := [reserved for reserved in self.reserved if reserved in text]:
-                raise BadRow("special token in the text", f"{where} holds {found[0]!r}")
+            if matches := [reserved for reserved in self.reserved if reserved in text]:
+                raise BadRow("special token in the text", f"{where} holds {matches[0]!r}")
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         bare = self.find_bare_answers(messages, tools) if train_on == "complete" else set()
         learnt = answers[-1:] if train_on == "last" else [i for i in answers if i not in bare]
         text, spans = self.spans(messages, tools)
-        inside = np.zeros(len(text) + 2, np.int64)  # of the characters before i, how many are in a span
+        inside = np.zeros(len(text) + 2, np.int64)  # after cumsum: learnt characters before character i
         for i, (start, end) in zip(answers, spans, strict=True):
             inside[start + 1 : end + 1] = i in learnt and messages[i].get("train", True)
         if not inside.any():
@@ -366,15 +375,15 @@ class Chat:
         inside = inside.cumsum()
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-        ends = np.maximum(ends, starts + 1)  # some tokenizers trim the offsets of a space to nothing
+        ends = np.maximum(ends, starts + 1)  # some tokenizers give a space an empty range of characters
         return np.array(encoded["input_ids"], np.int32), inside[ends] > inside[starts]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | None = None, **options) -> str:
-    """What the tokenizer's chat template makes of messages. BadRow: anything that it fails with."""
+    """Renders messages with the tokenizer's chat template. Raises BadRow for every error of the template."""
     try:
         return tokenizer.apply_chat_template(_without_flags(messages), tools=tools, tokenize=False, **options)
-    except Exception as error:  # its own refusals, and whatever a template or its filters raise on odd values
+    except Exception as error:  # a template's own refusals, and any error of it or its filters on odd values
         raise BadRow("refused by the template", say_error(error)) from error
 
 

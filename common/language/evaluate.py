@@ -1,16 +1,16 @@
-"""Benchmarks through lm-eval-harness (EleutherAI, MIT licence): the prompts, filters and metrics are its.
+"""Runs benchmarks through lm-eval-harness (EleutherAI, MIT licence), which supplies the prompts, filters and metrics.
 
-Rank 0 runs the harness; what it asks of the model goes to every rank, a share to each data-parallel one. Answers are
-kept in OUT/answers.jsonl as they come, so the same command with the same --out goes on where it stopped;
-OUT/results.json has the figures, OUT/samples/ every question with its answer.
+Rank 0 runs the harness and sends its requests to every rank; each data-parallel rank computes a share. Answers are
+appended to OUT/answers.jsonl as they come, so the same command with the same --out continues where it stopped.
+OUT/results.json holds the figures, OUT/samples/ every question with its answer.
 
-Nothing is downloaded. The harness is run from --task-folder, so a task's data set `cais/mmlu` is the folder of that name
-in it,
+Nothing is downloaded. The harness runs in the folder --task-folder, so a task's data set `cais/mmlu` is the folder of
+that name in it,
 
     hf download --repo-type dataset cais/mmlu --local-dir benchmarks/cais/mmlu
 
-or what the datasets library has in its cache; the pinned one runs no code of a data set. Tasks of your own are the
-harness' .yaml files there. What a model must have is said in generate.py.
+or an entry in the cache of the datasets library, whose pinned version runs no code of a data set. Your own tasks are
+.yaml files of the harness in --task-folder. generate.py says what a model must have.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from common.language.generate import generate, score
 from common.language.options import EvaluateOptions, InferOptions, task_names
 
 THOUGHT_END = "</think>"
-# Settings of a task's generation that mean nothing beyond these values.
+# Generation settings that are not supported, with the values at which they have no effect.
 NEUTRAL = {"num_beams": (1,), "repetition_penalty": (1, None), "num_return_sequences": (1,)}
 
 
@@ -46,16 +46,16 @@ NEUTRAL = {"num_beams": (1,), "repetition_penalty": (1, None), "num_return_seque
 
 
 def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: EvaluateOptions) -> list:
-    """The results of a job, in its order: this rank's share of them computed here. job: (None, requests of `score`) or
-    (settings of the generation, prompts)."""
+    """Returns the results of a job, in its order; each data-parallel rank computes a share. job: (None, requests of
+    `score`) or (generation settings, prompts)."""
     settings, requests = job
     mine = requests[mpu.get_data_parallel_rank() :: o.dp]
     if settings is None:
         results = score(model, mine, o.row_tokens)
     else:
-        asked = dataclasses.replace(InferOptions(), batch=o.batch, seed=o.seed, **settings["draw"])
+        options = dataclasses.replace(InferOptions(), batch=o.batch, seed=o.seed, **settings["draw"])
         stop = make_stop(tokenizer, settings["until"], o.thinking)
-        results = generate(model, mine, asked, ends, stop=stop)
+        results = generate(model, mine, options, ends, stop=stop)
     if o.dp == 1:
         return results
     parts, merged = [None] * o.dp, [None] * len(requests)
@@ -66,8 +66,8 @@ def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: E
 
 
 def make_stop(tokenizer, until: list[str], thinking: bool) -> Callable[[list[int]], bool]:
-    """Whether an answer has just reached one of the strings (not within a thought)."""
-    longest = max((len(text.encode()) for text in until), default=0)  # no token has less than a byte
+    """Returns a function that says whether an answer has just reached one of the strings, outside of its thought."""
+    longest = max((len(text.encode()) for text in until), default=0)  # enough tokens: each has a byte or more
     thought_end = tokenizer.convert_tokens_to_ids(THOUGHT_END) if thinking else None
 
     def stop(tokens: list[int]) -> bool:
@@ -82,33 +82,34 @@ def make_stop(tokenizer, until: list[str], thinking: bool) -> Callable[[list[int
 
 
 def broadcast(job):
-    """Rank 0's job, on every rank."""
-    held = [job]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    """Returns rank 0's job on every rank."""
+    jobs = [job]
+    dist.broadcast_object_list(jobs, src=0)
+    return jobs[0]
 
 
-# ----------------------------------------------------------------------------------------------- what the harness talks to
+# -------------------------------------------------------------------------------------------- what the harness talks to
 
 
 class Answers:
-    """What the model has answered, by request, in a file that an interrupted run goes on from."""
+    """The model's answers by request, in a file from which an interrupted run continues."""
 
     def __init__(self, path: Path, about: dict):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        jsonl.mend(path)  # a run was killed
-        begun, *answers = jsonl.read(path) or [None]
-        if begun not in (None, about):
-            begun = begun if isinstance(begun, dict) else {}  # its first line is lost
-            other = ", ".join(f"{k} {begun.get(k)!r}, not {v!r}" for k, v in about.items() if begun.get(k) != v)
-            raise ValueError(f"{path} has the answers of another run: {other}; expected the same; fix: --out")
+        jsonl.mend(path)  # a killed run may leave half a line
+        header, *answers = jsonl.read(path) or [None]
+        if header not in (None, about):
+            header = header if isinstance(header, dict) else {}  # the header line is damaged
+            differences = ", ".join(f"{k} {header.get(k)!r}, not {v!r}" for k, v in about.items() if header.get(k) != v)
+            raise ValueError(f"{path} has the answers of another run: {differences}; expected the same; fix: --out")
         self.known = dict(answers)
         self.file = open(path, "a")
-        self.file.write(json.dumps(about) + "\n" if begun is None else "")
+        self.file.write(json.dumps(about) + "\n" if header is None else "")
 
     def get(self, requests: list, ask: Callable[[list], list], together: int, what: str) -> list:
-        """The answer to each request, asked `together` at a time, the longest first; what is known is not asked."""
+        """Returns the answer to each request. Only unknown ones are asked, `together` at a time, the longest
+        first."""
         keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest()[:32] for r in requests]
         new = {key: r for key, r in zip(keys, requests, strict=True) if key not in self.known}
         new = sorted(new.items(), key=lambda item: -len(item[1][0]))
@@ -124,9 +125,9 @@ class Answers:
 
 
 class HarnessModel(TemplateLM):
-    """The model as the harness sees it. Tokenization, truncation and windows are those of the harness' own HFLM.
+    """The model as the harness sees it. Tokenization, truncation and windows are those of the harness's own HFLM.
 
-    ask(job) -> results, from all ranks; see `answer`.
+    ask(job) runs a job on all ranks and returns its results; see `answer`.
     """
 
     def __init__(self, o: EvaluateOptions, positions: int, tokenizer, answers: Answers, ask: Callable):
@@ -140,9 +141,9 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
-        first = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if first is None else first
+        """The token that replaces an empty context."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -158,25 +159,25 @@ class HarnessModel(TemplateLM):
         )
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """requests: (texts, context tokens, ending tokens). Endings of one text read are scored together: a question
-        whose choices are letters is read once."""
+        """Scores requests: (texts, context tokens, ending tokens). Endings for which the model reads the same tokens
+        are scored together, so a question whose choices are letters is read once."""
         if self.o.thinking:
             raise ValueError("a task scores given answers, which no thought precedes; fix: --no-thinking")
-        places, asked = [], defaultdict(list)
+        places, endings = [], defaultdict(list)
         for _texts, context, ending in requests:
             if not 0 < len(ending) <= self.max_length:
                 raise ValueError(
                     f"a text of {len(ending)} tokens to score; expected 1 to {self.max_length}; fix: --tasks"
                 )
-            read = tuple((context + ending)[-(self.max_length + 1) : -1])
-            places.append((read, len(asked[read])))
-            asked[read].append(ending)
+            inputs = tuple((context + ending)[-(self.max_length + 1) : -1])
+            places.append((inputs, len(endings[inputs])))
+            endings[inputs].append(ending)
         together = 64 * self.o.dp
         scored = self.answers.get(
-            [list(item) for item in asked.items()], lambda part: self.ask((None, part)), together, "scoring"
+            [list(item) for item in endings.items()], lambda part: self.ask((None, part)), together, "scoring"
         )
-        found = dict(zip(asked, scored, strict=True))
-        return [tuple(found[read][i]) for read, i in places]
+        results = dict(zip(endings, scored, strict=True))
+        return [tuple(results[inputs][i]) for inputs, i in places]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows = []
@@ -184,12 +185,12 @@ class HarnessModel(TemplateLM):
             tokens = self.tok_encode(request.args[0])
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             windows.append([(None, *make_disjoint_window(window)) for window in rolling])
-        scored = iter(self._loglikelihood_tokens([w for few in windows for w in few]))
-        return [sum(value for value, _ in itertools.islice(scored, len(few))) for few in windows]
+        scored = iter(self._loglikelihood_tokens([w for group in windows for w in group]))
+        return [sum(value for value, _ in itertools.islice(scored, len(group))) for group in windows]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts, groups = [""] * len(requests), defaultdict(list)
-        repeats = Counter()  # a question asked again to be drawn again is another request
+        repeats = Counter()  # with drawn answers, a repeated question is another request
         for i, request in enumerate(requests):
             settings, prompt = self.settings(request.args[1]), self.tok_encode(request.args[0])
             room = self.max_length - settings["draw"]["max_new_tokens"]
@@ -213,8 +214,8 @@ class HarnessModel(TemplateLM):
         return texts
 
     def settings(self, wanted: dict) -> dict:
-        """A task's generation settings, checked: {"until": strings, "draw": fields of InferOptions}."""
-        wanted = normalize_gen_kwargs(wanted, 256)  # HFLM's default
+        """Checks a task's generation settings and returns {"until": strings, "draw": fields of InferOptions}."""
+        wanted = normalize_gen_kwargs(wanted, 256)  # HFLM's default length of an answer
         until = wanted.pop("until", None) or []
         eos = self.tokenizer.decode([self.tokenizer.eos_token_id])
         sampled, longest = wanted.pop("do_sample"), wanted.pop("max_gen_toks")
@@ -228,7 +229,7 @@ class HarnessModel(TemplateLM):
         return {"until": [*([until] if isinstance(until, str) else until), eos], "draw": draw}
 
     def cut(self, text: str, until: list[str]) -> str:
-        """The answer without its thought, up to the first of the strings."""
+        """Returns the answer without its thought, up to the first of the strings."""
         if self.o.thinking:
             text = text.split(THOUGHT_END)[-1].lstrip()
         for end in filter(None, until):
@@ -236,18 +237,18 @@ class HarnessModel(TemplateLM):
         return text
 
 
-# ---------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
 
 def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
-    """What the harness makes of the tasks.
+    """Runs the tasks through the harness and returns its results.
 
     Raises:
-        ValueError: no such task, or no such data set.
+        ValueError: a task or its data set is missing, or a task runs programs without --allow-code-execution.
     """
     names, folder = task_names(o), o.task_folder.absolute()
     if o.allow_code_execution:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric that runs the programs
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # read by the metric that runs the programs
     else:
         os.environ.pop("HF_ALLOW_CODE_EVAL", None)
     manager = TaskManager(include_path=folder, include_defaults=False)
@@ -259,17 +260,17 @@ def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
         )
     with contextlib.chdir(folder):
         try:
-            loaded = manager.load(names)  # with the data sets: what is missing is said before anything is computed
-        except Exception as error:  # the datasets library's, in many kinds
+            loaded = manager.load(names)  # also loads the data sets, so a missing one is reported first
+        except Exception as error:  # of many kinds, from the datasets library
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"cannot load {', '.join(names)}: {why[:300]}; expected its data sets under {folder}; "
                 "fix: hf download --repo-type dataset OWNER/NAME --local-dir TASK-FOLDER/OWNER/NAME"
             ) from error
-        running = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
-        if running and not o.allow_code_execution:
-            raise ValueError(f"{', '.join(running)} runs programs that the model wrote; fix: --allow-code-execution")
-        manager.load = lambda _: loaded  # once is enough
+        code_tasks = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+        if code_tasks and not o.allow_code_execution:
+            raise ValueError(f"{', '.join(code_tasks)} runs programs that the model wrote; fix: --allow-code-execution")
+        manager.load = lambda _: loaded  # simple_evaluate need not load them again
         return lm_eval.simple_evaluate(
             lm,
             tasks=names,
@@ -283,7 +284,7 @@ def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
 
 
 def find_chance(name: str, metric: str, found: dict) -> float | None:
-    """What guessing scores, where that is known: one of the choices, or what a task's metadata has as `chance`."""
+    """Returns what guessing scores: `chance` of a task's metadata, else 1 / number of choices; None if unknown."""
     config = found["configs"].get(name, {})
     stated = (config.get("metadata") or {}).get("chance")
     if stated is not None or config.get("output_type") != "multiple_choice" or metric not in ("acc", "acc_norm"):
@@ -293,7 +294,7 @@ def find_chance(name: str, metric: str, found: dict) -> float | None:
 
 
 def list_results(found: dict) -> list[dict]:
-    """A row per task and metric: {"task", "metric", "value", "stderr", "chance", "n"}; groups after their tasks."""
+    """Returns a row per task and metric, {"task", "metric", "value", "stderr", "chance", "n"}; groups come last."""
     rows = []
     for name, values in {**found["results"], **found.get("groups", {})}.items():
         leaves = [name] if name in found["n-samples"] else list_tasks(name, found)
@@ -303,10 +304,10 @@ def list_results(found: dict) -> list[dict]:
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
-            guessed = [find_chance(leaf, metric, found) for leaf in leaves]
-            known = guessed and None not in guessed
+            chances = [find_chance(leaf, metric, found) for leaf in leaves]
+            known = chances and None not in chances
             mean = (
-                sum(c * n for c, n in zip(guessed, sizes.values(), strict=True)) / sum(sizes.values())
+                sum(c * n for c, n in zip(chances, sizes.values(), strict=True)) / sum(sizes.values())
                 if known
                 else None
             )
@@ -318,9 +319,9 @@ def list_results(found: dict) -> list[dict]:
 
 
 def list_tasks(group: str, found: dict) -> list[str]:
-    """The tasks of a group and of the groups in it."""
-    below = found["group_subtasks"].get(group, [])
-    return [leaf for name in below for leaf in ([name] if name in found["n-samples"] else list_tasks(name, found))]
+    """Returns the tasks of a group and of the groups in it."""
+    members = found["group_subtasks"].get(group, [])
+    return [leaf for name in members for leaf in ([name] if name in found["n-samples"] else list_tasks(name, found))]
 
 
 def format_table(rows: list[dict]) -> str:
@@ -339,8 +340,8 @@ def report(o: EvaluateOptions, found: dict, about: dict) -> None:
     rows = list_results(found)
     samples = o.out / "samples"
     samples.mkdir(exist_ok=True)
-    for name, few in found["samples"].items():
-        lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in few]
+    for name, task_samples in found["samples"].items():
+        lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in task_samples]
         (samples / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     facts = about | {
         "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": runlog.commit(),

@@ -1,4 +1,4 @@
-"""The files of a language job: the user's rows, and what decides the tokens of a text. No torch here."""
+"""Reads the user's files of a language job, and identifies its tokenizer. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from common import weights
 from common.records import read_json
 
-CHATS = (".jsonl", ".json")  # what rows of conversations and of pairs are read from
+CHATS = (".jsonl", ".json")  # kinds of files that hold conversations or pairs
 
 
 def list_files(path: str | Path, suffixes: Sequence[str]) -> list[Path]:
-    """The file, or the files of those kinds anywhere under the folder, sorted.
+    """Returns the file, or the files of these kinds anywhere under the folder, sorted.
 
     Raises:
-        ValueError: missing, of another kind, or an empty folder.
+        ValueError: the path is missing, the file is of another kind, or the folder holds no such file.
     """
     path, kinds = Path(path), ", ".join(suffixes)
     if path.is_dir():
@@ -33,22 +33,23 @@ def list_files(path: str | Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row, or BadRow) of .jsonl and .json files.
+    """Yields (file:line, row or BadRow) of .jsonl and .json files.
 
     Raises:
-        ValueError: malformed, or not UTF-8, which names file and line; or there is no row at all.
+        ValueError: a file is malformed or not UTF-8 (the message names file and line), or there is no row at all.
     """
-    found = False
+    has_rows = False
     for file in list_files(path, CHATS):
         for line, row in read_json(file):
-            found = True
+            has_rows = True
             yield f"{file.name}:{line}", row
-    if not found:
+    if not has_rows:
         raise ValueError(f"{path} holds no row; expected an object per line; fix: {path}")
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """Of what decides the tokens of a text and of a conversation. ValueError: no tokenizer.json."""
+    """Returns a hash of the files that decide the tokens of a text and of a conversation. Raises ValueError if there is
+    no tokenizer.json."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; expected a released tokenizer's folder; fix: --tokenizer")
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -57,7 +58,7 @@ def tokenizer_hash(folder: str | Path) -> str:
 
 
 def largest_token(tokenizer: Path) -> int:
-    """The largest id of a tokenizer.json."""
+    """Returns the largest token id of a tokenizer.json."""
     values = weights.read_json(tokenizer)
     added = [token["id"] for token in values.get("added_tokens", [])]
     return max([*values["model"]["vocab"].values(), *added])

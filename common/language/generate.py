@@ -1,8 +1,8 @@
-"""Generate answers to many prompts with a key-value cache, and score what others wrote.
+"""Generates answers to many prompts with a key-value cache, and scores given texts.
 
-Prompts of about one length share a batch without any padding: while the shorter ones already answer, what is left of
-the longer ones is read a token a step. Tensor parallelism works as in training; pipeline stages work one after the other
-(no micro-batches in between): for models that fit no other way.
+Prompts of about the same length share a batch without padding: while the shorter prompts are already answered, the
+model reads the rest of the longer ones, one token a step. Tensor parallelism works as in training. Pipeline stages work
+one after the other, without micro-batches: they are for models that fit no other way.
 
 A model here is this pipeline stage's only chunk. It has the attributes
 
@@ -10,11 +10,11 @@ A model here is this pipeline stage's only chunk. It has the attributes
     config                      megatron-core's: tensor_model_parallel_size, params_dtype
     hidden_size, vocab_size     D and V of the whole model
     output_weight               [V/tp, D], on the last stage
-    set_input_tensor(states)    keeps what the stage before sent
+    set_input_tensor(states)    keeps the states that the previous stage sent
 
-and is called as model(tokens [T], positions [T], cu_seqlens, cache=None) with sequences end to end. It returns on the last
-stage a tuple that begins with the states after the last norm [T, 1, D], and on the others what the next one is sent. With
-a cache its attention layers call `cache.attend(self, q, k, v)`, and cu_seqlens is not read.
+and is called as model(tokens [T], positions [T], cu_seqlens, cache=None) with sequences end to end. The last stage
+returns a tuple that begins with the states after the last norm [T, 1, D]; the other stages return the states for the
+next one. With a cache, the attention layers call `cache.attend(self, q, k, v)`, and cu_seqlens is not read.
 """
 
 import json
@@ -37,26 +37,30 @@ NOT_FINITE = (
 
 
 class Cache:
-    """Keys and values of every layer so far, [S, B, K, E], for B sequences of one length."""
+    """The keys and values of every layer so far, [S, B, K, E], for B sequences of the same length."""
 
     def __init__(self, batch: int, length: int):
         self.batch, self.length, self.kept, self.used = batch, length, {}, 0
 
     def attend(self, layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of the newest tokens to all; q [B*n, 1, H, E], k and v [B*n, 1, K, E], sequences end to end."""
+        """Stores k and v, and returns the attention of the n newest tokens to all tokens, [B*n, 1, H, E].
+        q [B*n, 1, H, E], k and v [B*n, 1, K, E] hold the sequences end to end."""
         q, k, v = (t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(0, 1) for t in (q, k, v))  # [n, B, H, E]
         if layer not in self.kept:
             self.kept[layer] = tuple(t.new_empty(self.length, *t.shape[1:]) for t in (k, v))
         (keys, values), end = self.kept[layer], self.used + len(k)
         keys[self.used : end], values[self.used : end] = k, v
-        out = ops.attention(q, keys[:end], values[:end], causal=len(q) > 1)  # [n, B, H, E]; one query sees all
+        out = ops.attention(q, keys[:end], values[:end], causal=len(q) > 1)  # [n, B, H, E]; a single query sees all
         return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def choose(logits: torch.Tensor, o: InferOptions, generators: list[torch.Generator | None]) -> torch.Tensor:
-    """The next token [B] of logits fp32 [B, V]: the likeliest at temperature 0, else drawn from the top_k likeliest of
-    those that make up top_p of the probability, each row with its own generator (None: the likeliest, which nobody
-    reads). -1 where logits are not finite."""
+    """Returns the next token [B] for logits fp32 [B, V], or -1 where logits are not finite.
+
+    At temperature 0 it is the likeliest token. Otherwise each row draws with its own generator, from the top_k
+    likeliest of the tokens that make up top_p of the probability. A row without a generator gets the likeliest; its
+    caller ignores it.
+    """
     likeliest = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
     if o.temperature == 0:
         return likeliest
@@ -70,14 +74,14 @@ def choose(logits: torch.Tensor, o: InferOptions, generators: list[torch.Generat
         if generator is None:
             chosen.append(likeliest[i : i + 1])
         else:
-            usable = probabilities[i].nan_to_num(nan=1.0)  # of a row that is -1 already
+            usable = probabilities[i].nan_to_num(nan=1.0)  # a row with NaN becomes -1 below
             chosen.append(tokens[i, torch.multinomial(usable, 1, generator=generator)])
     return torch.where(likeliest < 0, -1, torch.cat(chosen))
 
 
 def batch_prompts(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
-    """Which prompts are generated together, by their lengths: neighbours, where reading the rest of the longest adds at
-    most a quarter to the steps of the answer."""
+    """Yields the indices of prompts to generate together, given their lengths. They are of similar length: reading the
+    rest of the longest adds at most a quarter to the steps of the answer."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) == o.batch or lengths[i] - lengths[batch[0]] > o.max_new_tokens // 4):
@@ -97,15 +101,17 @@ def generate(
     show: Callable[[int], None] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What follows each prompt (token ids), up to an end token (left out), o.max_new_tokens, or stop(answer so far).
-    show: called with each token of a single prompt as it comes. Greedy generation is transformers'
-    `generate(do_sample=False)`. What is drawn for a prompt depends on o.seed, its tokens and how many equal prompts stand
+    """Generates the answer to each prompt, as token ids. An answer ends before an end token, after o.max_new_tokens, or
+    when stop(answer so far) is true.
+
+    show: called with each token of a single prompt as it comes. Greedy generation equals transformers'
+    `generate(do_sample=False)`. The draws for a prompt depend on o.seed, its tokens and the number of equal prompts
     before it, not on the batch.
 
     Raises:
         ValueError: the model's logits are not finite.
     """
-    where = next(model.parameters()).device
+    device = next(model.parameters()).device
     answers: list[list[int]] = [[] for _ in prompts]
     seeds, seen = [], Counter()
     for prompt in map(tuple, prompts):
@@ -114,20 +120,20 @@ def generate(
     for rows in batch_prompts([len(p) for p in prompts], o):
         shortest, longest = len(prompts[rows[0]]), len(prompts[rows[-1]])
         cache = Cache(len(rows), longest + o.max_new_tokens)
-        generators = [torch.Generator(where).manual_seed(seeds[i]) for i in rows]
-        tokens = torch.tensor([prompts[i][:shortest] for i in rows], device=where)  # [B, n]
+        generators = [torch.Generator(device).manual_seed(seeds[i]) for i in rows]
+        tokens = torch.tensor([prompts[i][:shortest] for i in rows], device=device)  # [B, n]
         rest = [prompts[i][shortest:] + [-1] * (longest - len(prompts[i])) for i in rows]
-        rest = torch.tensor(rest, dtype=torch.int64, device=where)  # [B, longest - shortest], -1: the answer's own
+        rest = torch.tensor(rest, dtype=torch.int64, device=device)  # [B, longest - shortest], -1 after a prompt
         done = [False] * len(rows)
         for step in range(longest - shortest + o.max_new_tokens):
             n = tokens.shape[1]
-            positions = torch.arange(cache.used, cache.used + n, device=where).repeat(len(rows))
+            positions = torch.arange(cache.used, cache.used + n, device=device).repeat(len(rows))
             hidden = run_stages(model, tokens.flatten(), positions, cache)
             cache.used += n
             chosen = tokens.new_empty(len(rows))
             if model.last:
                 logits = gather_logits(hidden.view(len(rows), n, -1)[:, -1], model)
-                # A row whose prompt is still being read draws nothing: its answer's draws are the same in any batch.
+                # A row draws nothing while its prompt is read, so the draws of its answer are the same in any batch.
                 reads = [step < len(prompts[i]) - shortest for i in rows]
                 chosen = choose(logits, o, [None if r else g for r, g in zip(reads, generators, strict=True)])
             if not (model.first and model.last):
@@ -135,7 +141,7 @@ def generate(
                 dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
             if step < longest - shortest:
                 chosen = torch.where((rest[:, step] < 0) | (chosen < 0), chosen, rest[:, step])
-            for place, token in enumerate(chosen.tolist()):  # the reader waits for it, and so do we
+            for place, token in enumerate(chosen.tolist()):  # waits for the device
                 if token < 0:
                     raise ValueError(NOT_FINITE)
                 answer = answers[rows[place]]
@@ -154,7 +160,8 @@ def generate(
 
 
 def run_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """States [T, 1, D] after this stage, the last one's normalised; what the stage before sends comes in first."""
+    """Runs this pipeline stage on the states of the previous one. Returns its states [T, 1, D], normalised if it is the
+    last; the others send them to the next stage."""
     group = mpu.get_pipeline_model_parallel_group()
     if not model.first:
         states = torch.empty(len(tokens), 1, model.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
@@ -169,42 +176,44 @@ def run_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: Cach
 
 @torch.no_grad()
 def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: int) -> list[list[tuple[float, bool]]]:
-    """How likely texts are. requests: (tokens the model reads, endings); an ending is what the last of its length of
-    these tokens are followed by, one place further each. Per ending (its log-probability, whether each of its tokens is
-    the likeliest). Requests are packed into rows of at most row_tokens, if none alone is longer; only the places of
-    endings get logits, ops.CHUNK of them at a time."""
-    where = next(model.parameters()).device
+    """Returns how likely texts are: for each ending (its log-probability, whether each of its tokens is the likeliest).
+
+    requests: (tokens the model reads, endings). The last n tokens read predict the n tokens of an ending, each the one
+    at its own place. Requests are packed into rows of at most row_tokens; a longer one has a row for itself. Only the
+    places of endings get logits, at most ops.CHUNK numbers at a time.
+    """
+    device = next(model.parameters()).device
     results: list[list[tuple[float, bool]]] = []
     for row in fill_rows(row_tokens, [len(tokens) for tokens, _ in requests]):
         row = [requests[i] for i in row]
         bounds = [0]
         for tokens, _ in row:
             bounds.append(bounds[-1] + len(tokens))
-        endings = [(end, ending) for end, (_, few) in zip(bounds[1:], row, strict=True) for ending in few]
-        tokens = torch.tensor([t for tokens, _ in row for t in tokens], device=where)  # [T]
-        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in row]).to(where)
-        places = torch.cat([torch.arange(end - len(ending), end) for end, ending in endings]).to(where)  # [N]
-        targets = torch.tensor([t for _, ending in endings for t in ending], device=where)  # [N]
+        endings = [(end, ending) for end, (_, group) in zip(bounds[1:], row, strict=True) for ending in group]
+        tokens = torch.tensor([t for tokens, _ in row for t in tokens], device=device)  # [T]
+        positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in row]).to(device)
+        places = torch.cat([torch.arange(end - len(ending), end) for end, ending in endings]).to(device)  # [N]
+        targets = torch.tensor([t for _, ending in endings for t in ending], device=device)  # [N]
         hidden = model(tokens, positions, bounds)[0][places, 0]  # [N, D]
-        logs, likeliest = [], []
+        log_probs, likeliest = [], []
         step = max(1, ops.CHUNK // model.vocab_size)
         for part in (slice(i, i + step) for i in range(0, len(places), step)):
             logits, target = gather_logits(hidden[part], model), targets[part]  # [n, V], [n]
-            logs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+            log_probs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
             likeliest.append(logits.argmax(1) == target)
         sizes = [len(ending) for _, ending in endings]
-        sums = torch.stack([t.sum() for t in torch.cat(logs).cpu().double().split(sizes)])
+        sums = torch.stack([t.sum() for t in torch.cat(log_probs).cpu().double().split(sizes)])
         if not sums.isfinite().all():
             raise ValueError(NOT_FINITE)
         sums = sums.tolist()
-        every = [bool(t.all()) for t in torch.cat(likeliest).cpu().split(sizes)]
-        found = iter(zip(sums, every, strict=True))
-        results += [[next(found) for _ in few] for _, few in row]
+        all_likeliest = [bool(t.all()) for t in torch.cat(likeliest).cpu().split(sizes)]
+        scores = iter(zip(sums, all_likeliest, strict=True))
+        results += [[next(scores) for _ in group] for _, group in row]
     return results
 
 
 def fill_rows(most: int, lengths: list[int]) -> Iterator[list[int]]:
-    """Indices of neighbours that fit a row; one that is longer than a row has one for itself."""
+    """Yields the indices of successive items that fit a row of `most` tokens; a longer item has a row for itself."""
     row, used = [], 0
     for i, length in enumerate(lengths):
         if row and used + length > most:
@@ -217,7 +226,7 @@ def fill_rows(most: int, lengths: list[int]) -> Iterator[list[int]]:
 
 
 def gather_logits(hidden: torch.Tensor, model) -> torch.Tensor:
-    """Logits fp32 [B, V] of states [B, D], the vocabulary gathered over tensor parallel."""
+    """Returns logits fp32 [B, V] of states [B, D], with the vocabulary gathered over tensor parallel ranks."""
     local = (hidden @ model.output_weight.t()).float()
     tp = model.config.tensor_model_parallel_size
     if tp == 1:
@@ -228,20 +237,21 @@ def gather_logits(hidden: torch.Tensor, model) -> torch.Tensor:
 
 
 def render_questions(tokenizer, asked: list[tuple], thinking: bool) -> list[str]:
-    """What the chat template makes of `read_questions`. ValueError: it refuses one; names its line."""
-    found = []
+    """Renders the result of `read_questions` with the chat template. Raises ValueError, which names the line, if the
+    template refuses a question."""
+    texts = []
     for where, messages, tools in asked:
         try:
-            found.append(render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking))
+            texts.append(render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking))
         except BadRow as error:
             rule = "messages of its roles"
             raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
-    return found
+    return texts
 
 
 def show_answer(tokenizer) -> Callable[[int], None]:
-    """A function that prints an answer as its tokens come: only what is whole, for half a character decodes to a
-    replacement mark."""
+    """Returns a function that prints an answer as its tokens come. It prints only whole characters: half a character
+    decodes to a replacement mark."""
     shown: list[int] = []
 
     def show(token: int) -> None:
@@ -255,7 +265,7 @@ def show_answer(tokenizer) -> Callable[[int], None]:
 
 
 def write_answers(out: Path, asked: list[tuple], answers: list[str]) -> None:
-    """A row per question of `read_questions`, with its answer. JSON lines."""
+    """Writes a JSON line for each question of `read_questions`, with its answer."""
     out.parent.mkdir(parents=True, exist_ok=True)
     asked = [{"prompt": m[0]["content"]} if len(m) == 1 else {"messages": m} for _, m, _ in asked]
     rows = [row | {"answer": answer} for row, answer in zip(asked, answers, strict=True)]

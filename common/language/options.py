@@ -1,7 +1,7 @@
-"""Options that language jobs share, and what can be known to be wrong with them before a process starts.
+"""Options that language jobs share, and the checks of them that are possible before a process starts.
 
-A recipe's option classes extend these, and its `parse` calls the checks in its own order. What is the model's comes as
-plain values: positions of a sequence, size of the vocabulary, names of linears. No torch here.
+A recipe's option classes extend these, and its `parse` calls the checks in its own order. Facts of the model come as
+plain values: positions of a sequence, size of the vocabulary, names of linears. This module does not import torch.
 """
 
 import dataclasses
@@ -23,17 +23,16 @@ from common.records import BadRow, read_prompts
 from common.release import is_sharded
 
 ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
-# Named layouts are for training: generation and conversion take these of one only if --layout names it.
+# Named layouts are for training. Generation and conversion use these values unless --layout or the option is given.
 ONE_DEVICE = {
     "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
 }  # fmt: skip
-RUNS_CODE = ("humaneval", "mbpp")  # benchmarks that run what the model wrote, by the start of their names
+RUNS_CODE = ("humaneval", "mbpp")  # names of benchmarks that run programs of the model begin with these
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(cli.LayoutOptions):
-    """What a job without these options reads in their place. They are class attributes, not options. seq_len: of the dry
-    run."""
+    """Values for jobs without these options. They are class attributes, not options. The dry run reads seq_len."""
 
     yarn = layers = vocabulary = None
     seq_len, dispatch, aux, aux_over, z_loss = 4096, "alltoall", 0.0, "model", 0.0
@@ -61,7 +60,7 @@ class TrainOptions(JobOptions, cli.TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
-    """Of mixtures of experts."""
+    """Options of mixtures of experts."""
 
     aux: float = option(
         "weight of the experts' load-balancing loss", 0.0, group="objective", layout=True, within="[0, inf)"
@@ -90,7 +89,7 @@ class AdapterOptions(jobs.AdapterOptions):
 
     @property
     def adapts(self) -> bool:
-        """Whether adapters train, and nothing else."""
+        """Whether only adapters train."""
         return self.lora_rank is not None or self.adapter is not None
 
 
@@ -159,7 +158,7 @@ class EvaluateOptions(JobOptions):
 
 @dataclass(frozen=True)
 class Demo:
-    """Where the embedded demo of a recipe lies."""
+    """The paths of a recipe's embedded demo."""
 
     weights: Path
     tokenizer: Path
@@ -167,11 +166,11 @@ class Demo:
 
     @property
     def text(self) -> Path:
-        """Folder of the text to pretrain on."""
+        """The folder of the text to pretrain on."""
         return self.data / "text"
 
     def has(self, path: Path | None) -> bool:
-        """Whether a data file is the demo's."""
+        """Returns whether a data file belongs to the demo."""
         return path is not None and self.data in path.parents
 
 
@@ -179,18 +178,18 @@ class Demo:
 
 
 def fill_weights(o, demo: Demo):
-    """Without --weights the tiny size has the demo's."""
+    """Fills in the demo's weights for the tiny size without --weights. Raises ValueError for another size."""
     if o.weights is None and o.size != "tiny":
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --size tiny")
     return o if o.weights is not None else dataclasses.replace(o, weights=demo.weights)
 
 
 def fill_tokenizer(o, demo: Demo):
-    """--tokenizer, or that of the weights: a release has one, and a checkpoint a copy of its run's. The demo's is for the
-    demo's weights, and for drawn ones of its size or on its data.
+    """Fills in --tokenizer with that of the weights: a release has one, and a checkpoint has a copy of its run's. The
+    demo's tokenizer is for the demo's weights, and for drawn weights of a tiny size or on the demo's data.
 
     Raises:
-        ValueError: none of these is there, or the weights are still to be converted.
+        ValueError: there is no such tokenizer, or the weights must be converted first.
     """
     if o.weights is not None and megatron_import.is_checkpoint(o.weights):
         raise ValueError(f"{o.weights} is a Megatron-LM checkpoint; fix: convert.sh --to sharded or released, first")
@@ -210,13 +209,14 @@ def fill_tokenizer(o, demo: Demo):
 
 
 def drop_batch(o, asked: set[str]):
-    """For jobs without a batch to train; of a named layout they take what splits a model only if --layout names it."""
-    alone = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
-    return dataclasses.replace(o, micro_batch=1, global_batch=None, **alone)
+    """Resets the batch options for a job that does not train. A named layout's split of the model counts only if
+    --layout or the split's own option is given."""
+    one_device = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
+    return dataclasses.replace(o, micro_batch=1, global_batch=None, **one_device)
 
 
 def run_facts(o: TrainOptions, start: dict) -> dict:
-    """What a run cannot change any more: what it starts from (`start`), and what decides its rows and their order."""
+    """Returns the facts that a run cannot change: its start (`start`), and what decides its rows and their order."""
     facts = {"job": o.job, "seed": o.seed, "seq_len": o.seq_len, "global_batch": o.global_batch}
     if o.job == "pretrain":
         files = [Path(f"{o.data}{suffix}") for suffix in (".bin", ".idx")]
@@ -224,25 +224,25 @@ def run_facts(o: TrainOptions, start: dict) -> dict:
     else:
         files = list_files(o.data, CHATS) if o.data.exists() else [o.data]
         facts |= {"too_long": o.too_long, "train_on": o.train_on}
-    made = all(file.is_file() for file in files)  # the demo's are made after this was asked for the first time
+    exist = all(file.is_file() for file in files)  # the demo's files are made after the first call
     return start | facts | {
-        "data": {"path": str(o.data), "content": resume.content(files) if made else None},
+        "data": {"path": str(o.data), "content": resume.content(files) if exist else None},
         "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
     }  # fmt: skip
 
 
 def starts_from(o: TrainOptions, demo: Demo) -> str:
-    """What the weights of a new run are, in words."""
+    """Describes the weights that a new run starts from."""
     if o.from_scratch:
         return f"drawn weights, seed {o.seed}"
-    what = "checkpoint" if is_sharded(o.weights) else "released weights"
+    kind = "checkpoint" if is_sharded(o.weights) else "released weights"
     if o.weights.resolve() == demo.weights.resolve():
-        what = "the demo's weights"
-    return f"{what} {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
+        kind = "the demo's weights"
+    return f"{kind} {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
 
 
 def describe(o, config, trained: int, memory: float) -> str:
-    """What a run would be, from its options alone.
+    """Describes a run from its options alone.
 
     Args:
         config: has parameters, active_parameters, num_hidden_layers and flops(length, frozen).
@@ -266,7 +266,7 @@ def describe(o, config, trained: int, memory: float) -> str:
 
 
 def check_job(o: TrainOptions, asked: set[str]) -> None:
-    """Options of another job, or of another loss, are not ignored."""
+    """Refuses options of another job or of another loss, so that none is silently ignored."""
 
     def refuse(flag: str, where: str) -> None:
         raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
@@ -289,7 +289,7 @@ def check_job(o: TrainOptions, asked: set[str]) -> None:
 
 
 def check_rows(o: TrainOptions) -> None:
-    """Rows split over the ranks of a ring, and quantisation goes with what else is asked."""
+    """Checks that rows split over the ranks of a ring, and that quantisation goes with the other options."""
     if o.ring > 1 and o.seq_len * o.micro_batch % (2 * o.cp * (o.tp if o.sp else 1)):
         raise ValueError(
             f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
@@ -303,7 +303,7 @@ def check_rows(o: TrainOptions) -> None:
 
 
 def check_routing(o, experts: int) -> None:
-    """The routers' options of a model with this many experts go with its layout and its job."""
+    """Checks that the routers' options go with the layout, the job and the model's number of experts."""
     if (o.aux or o.z_loss) and not experts:
         raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
     if (o.aux or o.z_loss) and o.job == "dpo":
@@ -317,7 +317,7 @@ def check_routing(o, experts: int) -> None:
 
 
 def check_tokenizer(o, vocab_size: int) -> None:
-    """The model has an embedding for each of its tokens."""
+    """Checks that the model has an embedding for each token of the tokenizer."""
     tokenizer = o.tokenizer / "tokenizer.json"
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer} does not exist; expected a released tokenizer's folder; fix: --tokenizer")
@@ -330,7 +330,7 @@ def check_tokenizer(o, vocab_size: int) -> None:
 
 
 def check_data(o: TrainOptions, demo: Demo) -> None:
-    """The files of --data and --validation are there, and begin with a row."""
+    """Checks that the files of --data and --validation are there, and that files of rows have at least one."""
     for path, flag in ((o.data, "--data"), (o.validation, "--validation")):
         if path is None or demo.has(path):
             continue
@@ -341,14 +341,15 @@ def check_data(o: TrainOptions, demo: Demo) -> None:
                         f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh"
                     )
         elif not path.exists():
-            what = "preference pairs" if o.job == "dpo" else "conversations"
-            raise ValueError(f"{path} does not exist; expected .jsonl or .json {what}; fix: {flag}")
+            kind = "preference pairs" if o.job == "dpo" else "conversations"
+            raise ValueError(f"{path} does not exist; expected .jsonl or .json {kind}; fix: {flag}")
         else:
-            next(read_rows(path))  # says what is wrong with a file that is empty or of another kind
+            next(read_rows(path))  # raises for a file that is empty or of another kind
 
 
 def check_adapters(o, linears: set[str], adaptable: list[str]) -> None:
-    """What gets adapters, or has them in the folder given, is a linear that the model has and calls. Ends of names."""
+    """Checks that the linears with adapters (of --lora-targets or of the folder --adapter) are linears that the model
+    has and calls. Both arguments are ends of names."""
     if bad := sorted(linears - set(adaptable)):
         flag, good = f"--adapter {o.adapter}" if o.adapter else "--lora-targets", ", ".join(adaptable)
         named = ", ".join(name or "an empty name" for name in bad)
@@ -361,30 +362,30 @@ def check_tasks(o: EvaluateOptions) -> None:
         raise ValueError("nothing to evaluate; expected names of tasks; fix: --tasks mmlu,gsm8k")
     if not o.task_folder.is_dir():
         raise ValueError(f"{o.task_folder} does not exist; expected a folder of tasks or data sets; fix: --task-folder")
-    if running := [name for name in names if name.startswith(RUNS_CODE) and not o.allow_code_execution]:
+    if code_tasks := [name for name in names if name.startswith(RUNS_CODE) and not o.allow_code_execution]:
         raise ValueError(
-            f"{', '.join(running)} runs programs that the model wrote, with your rights and no sandbox; "
+            f"{', '.join(code_tasks)} runs programs that the model wrote, with your rights and no sandbox; "
             "fix: --allow-code-execution where that may be, or leave it out of --tasks"
         )
 
 
 def task_names(o: EvaluateOptions) -> list[str]:
-    """--tasks as the harness calls them."""
+    """Returns --tasks under the harness' names."""
     names = [name.strip() for name in (o.tasks or "").split(",") if name.strip()]
     return [{"c-eval": "ceval-valid", "ceval": "ceval-valid"}.get(name.lower(), name) for name in names]
 
 
 def read_questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | None]]:
-    """(file:line, messages, tools) of everything to answer.
+    """Returns (file:line, messages, tools) of every question to answer.
 
     Raises:
-        ValueError: there is nothing, or a row is no question; names its line.
+        ValueError: there is no question, or a row (its line is named) is not a question.
     """
     if (o.prompt is None) == (o.prompts is None):
-        given = "nothing to answer" if o.prompt is None else f"--prompt and --prompts {o.prompts}; expected one of them"
-        raise ValueError(f"{given}; fix: --prompt TEXT or --prompts FILE")
+        fault = "nothing to answer" if o.prompt is None else f"--prompt and --prompts {o.prompts}; expected one of them"
+        raise ValueError(f"{fault}; fix: --prompt TEXT or --prompts FILE")
     rows = [("--prompt", {"prompt": o.prompt})] if o.prompts is None else read_prompts(o.prompts, "--prompts")
-    found = []
+    questions = []
     for where, row in rows:
         try:
             messages, tools = to_question(row), to_tools(row)
@@ -393,13 +394,13 @@ def read_questions(o: InferOptions) -> list[tuple[str, list[dict], list[dict] | 
             raise ValueError(f"{where}: {error.args[0]}, {error.args[1]}; expected {rule}; fix: {where}") from None
         if not o.chat and (len(messages) > 1 or tools):
             raise ValueError(f"{where}: a conversation with --no-chat; expected a text alone; fix: --chat")
-        found.append((where, messages, tools))
-    return found
+        questions.append((where, messages, tools))
+    return questions
 
 
 def check_lengths(o: InferOptions, positions: int, fix: str) -> None:
-    """Every question and its answer have positions in the model, the template's few tokens not counted. Only what has
-    more bytes than that, so may have more tokens, is tokenized."""
+    """Checks that every question and its answer fit the model's positions; the template's few tokens are not counted.
+    Only a text with more bytes than there is room is tokenized, as no other text can have too many tokens."""
     room = positions - o.max_new_tokens
     texts = {where: "".join(m["content"] for m in messages) for where, messages, _ in read_questions(o)}
     longer = {where: text for where, text in texts.items() if len(text.encode()) > room}
@@ -418,7 +419,8 @@ def check_lengths(o: InferOptions, positions: int, fix: str) -> None:
 
 
 def install(requirements: Path) -> None:
-    """Add packages to the zoo's own .venv, none of whose own may change. ValueError: this Python is not that one."""
+    """Adds packages to the zoo's own .venv without changing those that it has. Raises ValueError if ZOO_PYTHON names
+    another Python, or if pip fails."""
     if "ZOO_PYTHON" in os.environ:
         raise ValueError(
             f"{sys.executable} lacks the packages of {requirements.name}; fix: {sys.executable} -m pip install -r "
@@ -426,9 +428,9 @@ def install(requirements: Path) -> None:
         )
     print(f"installing {requirements.name} into {sys.prefix} (once, about a minute)", file=sys.stderr, flush=True)
     pip = [sys.executable, "-m", "pip"]
-    kept = Path(sys.prefix) / ".kept"
-    kept.write_text(subprocess.check_output([*pip, "list", "--format=freeze"], text=True))
-    failed = subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", kept]).returncode
-    kept.unlink()
+    pins = Path(sys.prefix) / ".kept"
+    pins.write_text(subprocess.check_output([*pip, "list", "--format=freeze"], text=True))
+    failed = subprocess.run([*pip, "install", "--quiet", "--no-compile", "-r", requirements, "-c", pins]).returncode
+    pins.unlink()
     if failed:
         raise ValueError(f"pip could not install {requirements}, see above; fix: a package index that has them")

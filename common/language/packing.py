@@ -1,12 +1,13 @@
-"""Conversations or preference pairs in rows of equal length, packed once and kept; a micro-batch of sequences.
+"""Packs conversations or preference pairs into rows of equal length, once, and reads micro-batches of these rows.
 
     rows = PackedRows(prepare_chats("chats.jsonl", "released-folder", seq_len=4096, cache="data/cache"))
     for step in prefetch(rows, rows.sampler(8, 1, dp_rank, dp_size, seed=0), start_step, end_step):
         train(step.micro_batches)
 
-Packing rule: best fit decreasing, so whole conversations fill rows of seq_len (99 % and more where there are short ones).
-The rest of a row is padding, a sequence of its own without loss. A pair shares a row, and in a pair only the last answer
-counts. A conversation or pair longer than a row is dropped and counted, or cut (`too_long`).
+Packing rule: best fit decreasing, so whole conversations fill rows of seq_len (to 99 % and more if some are short).
+The rest of a row is padding, which is a sequence of its own without loss. Both conversations of a pair are in one row,
+and only their last answers are learnt. A conversation or pair longer than a row is dropped and counted, or cut
+(`too_long`).
 
 Reading and checking data works without torch.
 """
@@ -36,9 +37,9 @@ BATCH = 64  # rows a worker tokenizes at a time
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which items share a row: best fit decreasing, the same for the same lengths.
+    """Decides which items share a row, by best fit decreasing. The same lengths always give the same rows.
 
-    Every length is at most `capacity`. Items of one length keep their order; rows are in the order they were opened.
+    Every length is at most `capacity`. Items of equal length keep their order; rows are in the order of their opening.
     """
     rows: list[list[int]] = []
     spaces: list[int] = []  # the distinct free spaces, ascending
@@ -64,8 +65,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """Sequences (tokens [n], labels [n], already shifted) laid end to end: tokens, labels, positions int64 [T], and
-    cu_seqlens, host bounds [0, …, T]."""
+    """Lays sequences (tokens [n], labels [n], already shifted) end to end. Returns tokens, labels and positions, int64
+    [T], and cu_seqlens, a list of the sequences' bounds [0, …, T]."""
     from torch import from_numpy
 
     tokens, labels = (np.concatenate(parts).astype(np.int64) for parts in zip(*sequences, strict=True))
@@ -93,17 +94,19 @@ def prepare_chats(
 ) -> Path:
     """Renders, tokenizes and packs the user's rows into a folder under `cache`, once; `PackedRows` reads it.
 
-    The folder's name stands for the data files (size, time), the tokenizer and the arguments. It holds drops.jsonl.
+    The folder's name is a hash of the data files (size, time), the tokenizer and the arguments that decide the rows.
+    The folder also holds drops.jsonl.
 
     Args:
         tokenizer: folder of a released tokenizer with its chat template.
         too_long: what becomes of a conversation, or pair, of more than seq_len tokens.
-        train_on: the answers of a conversation that are learnt. A template that leaves the thoughts of earlier ones out
-            shows these as the model would never generate them: "complete" is without them.
-        workers: processes; 0 does the work in this one.
+        train_on: the answers of a conversation that are learnt. A template may leave out the thoughts of earlier
+            answers. The model would never generate such answers, and "complete" does not learn them.
+        workers: number of processes; 0 does the work in this process.
 
     Raises:
-        ValueError: more than the share `max_drop` of the rows cannot be used, a file is malformed, or no chat template.
+        ValueError: more than the share `max_drop` of the rows cannot be used, a file is malformed, or the tokenizer has
+            no chat template.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(data, CHATS)]
     settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, train_on]
@@ -116,31 +119,32 @@ def prepare_chats(
     chat, report = Chat(loaded), DropReport()
 
     def encode(rows: list[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
-        """(where, [(tokens, learnt), …] or (reason, detail), answers whose thoughts are left out) of each row."""
-        done = []
+        """Returns of each row (where, [(tokens, learnt), …] or (reason, detail), number of answers whose thoughts the
+        template leaves out)."""
+        results = []
         for where, row in rows:
-            bare = 0
+            bare_count = 0
             try:
                 if isinstance(row, BadRow):
                     raise row
                 unit, tools = [to_chat(row)] if kind == "sft" else to_pair(row), to_tools(row)
-                found = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
-                bare = len(chat.find_bare_answers(unit[0], tools)) if kind == "sft" else 0
-                result = _fit(found, seq_len, too_long)
+                sequences = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
+                bare_count = len(chat.find_bare_answers(unit[0], tools)) if kind == "sft" else 0
+                result = _fit(sequences, seq_len, too_long)
             except BadRow as error:
                 result = error.args
-            except Exception as error:  # no row ends a run, whatever it holds; --max-drop limits how many are lost
+            except Exception as error:  # no row may end a run; --max-drop limits how many are lost
                 result = "unusable row", say_error(error)
-            done.append((where, result, bare))
-        return done
+            results.append((where, result, bare_count))
+        return results
 
     building = partial_name(folder)
     building.mkdir(parents=True)
     try:
         batches = in_order(encode, _batched(read_rows(data), BATCH), workers)
-        kept, bare = _write_units(building, batches, report)
+        unit_count, bare_count = _write_units(building, batches, report)
         report.save(building)
-        report.check(kept + len(report.drops), max_drop)
+        report.check(unit_count + len(report.drops), max_drop)
         bounds = np.load(building / "bounds.npy")
         per_unit = 1 if kind == "sft" else 2
         rows = pack(np.diff(bounds[::per_unit]).tolist(), seq_len)
@@ -149,8 +153,8 @@ def prepare_chats(
         pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
         (building / "meta.json").write_text(json.dumps({"seq_len": seq_len, "per_unit": per_unit, "pad": pad}))
         left_out = "learnt without them" if train_on == "all" else f"train on: {train_on}"
-        left_out = f"; the template leaves out the thoughts of {bare} answers ({left_out})" if bare else ""
-        print(f"{data}: {kept} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}{left_out}")
+        left_out = f"; the template leaves out the thoughts of {bare_count} answers ({left_out})" if bare_count else ""
+        print(f"{data}: {unit_count} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}{left_out}")
         try:
             os.rename(building, folder)
         except OSError:  # another process was faster, with the same content
@@ -168,7 +172,8 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _fit(unit: list[tuple[np.ndarray, np.ndarray]], seq_len: int, too_long: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The sequences of a unit if they fit a row together, else cut to equal shares of it, or BadRow."""
+    """Returns the sequences of a unit (a conversation or a pair) if they fit a row together. Otherwise cuts them to
+    equal shares of a row, or raises BadRow."""
     total, share = sum(len(tokens) for tokens, _ in unit), seq_len // len(unit)
     if total > seq_len and too_long == "cut":
         unit = [(tokens[:share], generated[:share]) for tokens, generated in unit]
@@ -180,10 +185,11 @@ def _fit(unit: list[tuple[np.ndarray, np.ndarray]], seq_len: int, too_long: str)
 
 
 def _write_units(folder: Path, done: Iterable[list[tuple[str, Any, int]]], report: DropReport) -> tuple[int, int]:
-    """Tokens, flags and bounds of the sequences, end to end; how many units there are, and answers without thoughts."""
+    """Writes the tokens, flags and bounds of the sequences, end to end. Returns the number of units, and of answers
+    whose thoughts the template leaves out."""
     from tqdm import tqdm
 
-    kept, left_out, lengths = 0, 0, [0]
+    unit_count, left_out, lengths = 0, 0, [0]
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "generated.bin", "wb") as flags_file:
         progress = tqdm(desc="rendering conversations", unit=" rows", mininterval=1)
         for batch in done:
@@ -191,7 +197,7 @@ def _write_units(folder: Path, done: Iterable[list[tuple[str, Any, int]]], repor
                 if isinstance(result, tuple):
                     report.add(result[0], where, result[1])
                     continue
-                kept, left_out = kept + 1, left_out + bare
+                unit_count, left_out = unit_count + 1, left_out + bare
                 for tokens, generated in result:
                     tokens_file.write(tokens.tobytes())
                     flags_file.write(generated.tobytes())
@@ -199,15 +205,15 @@ def _write_units(folder: Path, done: Iterable[list[tuple[str, Any, int]]], repor
             progress.update(len(batch))
         progress.close()
     np.save(folder / "bounds.npy", np.cumsum(lengths, dtype=np.int64))
-    return kept, left_out
+    return unit_count, left_out
 
 
 class PackedRows:
     """Rows of whole conversations or pairs; see the head of this file. The tokens stay on disk, memory-mapped.
 
-    A micro-batch of pairs also has `pairs` [P], the numbers of the chosen sequences in cu_seqlens (the rejected ones
-    follow), `units` [P], their numbers in the data, `sequence` [T], of each token the number of its sequence, and, once
-    `reference` is set, its rows [P, 2].
+    A micro-batch of pairs also has `pairs` [P], the indices of the chosen sequences in cu_seqlens (the rejected one
+    follows each); `units` [P], the indices of the pairs in the data; `sequence` [T], the index of each token's
+    sequence; and, if `reference` is set, the rows [P, 2] of `reference` for these pairs.
     """
 
     reference: np.ndarray | None = None  # fp32 [units, 2], see preference.py
@@ -231,7 +237,7 @@ class PackedRows:
 
     @property
     def fill(self) -> float:
-        """Share of the rows that is not padding."""
+        """The share of the rows' tokens that are not padding."""
         return len(self._tokens) / (len(self) * self.seq_len)
 
     def where(self, row: int) -> str:
@@ -241,7 +247,7 @@ class PackedRows:
         return BucketSampler(np.zeros(len(self), np.int8), global_batch, micro_batch, dp_rank, dp_size, seed)
 
     def units(self, row: int) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-        """The conversations or pairs of a row: sequences (tokens, labels)."""
+        """Yields the conversations or pairs of a row, each as a list of sequences (tokens, labels)."""
         for unit in self._units[self._row_bounds[row] : self._row_bounds[row + 1]].tolist():
             bounds = self._bounds[unit * self.per_unit : (unit + 1) * self.per_unit + 1].tolist()
             yield [self._sequence(start, end) for start, end in itertools.pairwise(bounds)]
@@ -252,7 +258,7 @@ class PackedRows:
         return tokens, np.append(labels, IGNORE)
 
     def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
-        """A micro-batch; rows do not change between epochs."""
+        """Returns a micro-batch of these rows. Rows do not change between epochs."""
         sequences, pairs = [], []
         for row in rows:
             rest = self.seq_len
@@ -269,7 +275,7 @@ class PackedRows:
 
         units = np.concatenate([self._units[self._row_bounds[row] : self._row_bounds[row + 1]] for row in rows])
         sequence = np.repeat(np.arange(len(sequences)), np.diff(batch["cu_seqlens"]))
-        found = {"pairs": np.array(pairs), "units": units, "sequence": sequence}
+        pair_arrays = {"pairs": np.array(pairs), "units": units, "sequence": sequence}
         if self.reference is not None:
-            found["reference"] = self.reference[units]
-        return batch | {name: from_numpy(array) for name, array in found.items()}
+            pair_arrays["reference"] = self.reference[units]
+        return batch | {name: from_numpy(array) for name, array in pair_arrays.items()}

@@ -1,4 +1,4 @@
-"""A function over many tasks in forked processes, its results in the order of the tasks."""
+"""Applies a function to many tasks in forked processes, with the results in the order of the tasks."""
 
 import multiprocessing
 from collections import deque
@@ -12,7 +12,7 @@ _function: Callable | None = None
 
 
 def _start(function: Callable) -> None:
-    """What a worker does first: keep the function, and see to it that it ends with its parent."""
+    """Starts a worker: keeps the function, and makes the worker end with its parent."""
     global _function
     _function = function
     processes.die_with(multiprocessing.parent_process().pid)
@@ -23,9 +23,10 @@ def _call(task: Any) -> Any:
 
 
 def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
-    """function(task) of each task, in order, by `workers` forked processes (0: this one); two tasks a worker wait.
+    """Yields function(task) of each task, in order, from `workers` forked processes (0: from this one). At most
+    2 * workers + 1 tasks are submitted and not yet yielded.
 
-    The function is inherited, not pickled, so it may hold a tokenizer; nothing but tasks and results travels.
+    Workers inherit the function, which is not pickled, so it may hold a tokenizer. Only tasks and results are sent.
     """
     if not workers:
         yield from map(function, tasks)

@@ -1,4 +1,4 @@
-"""What preference optimisation minimises: a pair of answers to one question, the first of which is preferred.
+"""The losses of preference optimisation, on pairs of answers to one question of which the first is preferred.
 
 With s(y) the score of an answer y of |y| tokens to x, D = s(chosen) - s(rejected), e = --label-smoothing:
 
@@ -7,15 +7,15 @@ With s(y) the score of an answer y of |y| tokens to x, D = s(chosen) - s(rejecte
     ipo       s = (log pi(y|x) - log ref(y|x)) / |y|      (D - 1 / (2 beta))^2
     simpo     s = log pi(y|x) / |y|                       that of sigmoid with beta D - gamma in place of beta D
 
-plus sft_weight * -log pi(chosen|x) / |chosen|, as a mean over the pairs of the global batch. DPO: arXiv:2305.18290, its
-smoothing: arXiv:2403.00409; hinge: SLiC, arXiv:2305.10425; IPO: arXiv:2310.12036; SimPO: arXiv:2405.14734; the last
-term: arXiv:2404.19733. trl's DPOTrainer and CPOTrainer have the same.
+sft_weight * -log pi(chosen|x) / |chosen| is added to each. The mean is over the pairs of the global batch. DPO:
+arXiv:2305.18290, its smoothing: arXiv:2403.00409; hinge: SLiC, arXiv:2305.10425; IPO: arXiv:2310.12036; SimPO:
+arXiv:2405.14734; the added term: arXiv:2404.19733. trl's DPOTrainer and CPOTrainer have the same losses.
 
-ref is the model as training starts. Its log-probabilities of every answer are computed once and kept beside the rendered
-pairs (8 bytes a pair), so that one model is in memory, not two.
+ref is the model at the start of training. Its log-probabilities of every answer are computed once and kept beside the
+rendered pairs (8 bytes a pair), so that only one model is in memory.
 
-A model chunk is called as model(tokens, positions, cu_seqlens, rows, labels). On the last pipeline stage it returns a tuple
-that begins with the labels' log-probabilities fp32 [T].
+A model chunk is called as model(tokens, positions, cu_seqlens, rows, labels). On the last pipeline stage it returns a
+tuple that begins with the labels' log-probabilities fp32 [T].
 """
 
 import functools
@@ -41,8 +41,8 @@ from common.margins import Margins
 def pair_losses(
     o: PreferenceOptions, policy: torch.Tensor, reference: torch.Tensor | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, reward margins beta D) [P] of pairs. policy and reference: log-probabilities fp32 [P, 2] of the chosen and
-    the rejected answer, tokens [P, 2]: their lengths. The reference of simpo is not read."""
+    """Returns (losses, reward margins beta D) [P] of pairs. policy, reference: log-probabilities fp32 [P, 2] of the
+    chosen and the rejected answers. tokens: their lengths [P, 2]. simpo does not read the reference."""
     score = policy if o.preference == "simpo" else policy - reference
     if o.preference in ("ipo", "simpo"):
         score = score / tokens
@@ -61,13 +61,13 @@ def pair_losses(
 
 
 def sum_answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the labels of this rank's tokens [T] -> those of the answers of each pair, and their lengths
-    in tokens, fp32 [P, 2] each."""
+    """Sums the log-probabilities of the labels of this rank's tokens [T] over each answer. Returns the sums and the
+    answers' lengths in tokens, fp32 [P, 2] each."""
     sequence, count = batch["sequence"], len(batch["cu_seqlens"]) - 1
     sums = log_probs.new_zeros(count).index_add(0, parallel.context_tokens(sequence, causal=True), log_probs)
     if mpu.get_context_parallel_world_size() > 1:
-        # An answer's tokens lie on all context parallel ranks, and each rank goes on with the whole sum. The backward
-        # hands each its own tokens' part only, for the gradients of those ranks are summed.
+        # An answer's tokens lie on all context parallel ranks, and each rank continues with the whole sum. The backward
+        # gives each rank the gradient of its own tokens only, because the gradients of these ranks are summed later.
         whole = sums.detach().clone()
         dist.all_reduce(whole, group=mpu.get_context_parallel_group())
         sums = sums + (whole - sums.detach())
@@ -77,21 +77,21 @@ def sum_answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, tor
 
 
 def forward_step(o: PreferenceOptions, margins: Margins, iterator: Iterator[dict], model: torch.nn.Module):
-    """One micro-batch through one model chunk, as megatron-core's schedules want it once o and margins are given."""
+    """Runs one micro-batch through one model chunk. With o and margins bound, megatron-core's schedules can call it."""
     batch = next(iterator)
     output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels")))
     return output, functools.partial(loss, o, margins, batch, parallel.unwrapped(model))
 
 
 def loss(o: PreferenceOptions, margins: Margins, batch: dict, chunk: torch.nn.Module, output: tuple):
-    """The losses of this micro-batch's pairs, weighted by batch["weight"] [P] so that averaging over micro-batches and data
-    parallel ranks gives the mean over every pair of the global batch."""
+    """Sums the losses of this micro-batch's pairs, weighted by batch["weight"] [P] so that averaging over micro-batches
+    and data parallel ranks gives the mean over all pairs of the global batch."""
     policy, tokens = sum_answers(output[0], batch)
     losses, margin = pair_losses(o, policy, batch.get("reference"), tokens)
     margins.seen.append(margin)
     value = losses @ batch["weight"]
-    # Every context parallel rank has the whole of it, and every tp rank: global_loss takes the mean over those of tp
-    # unless they hold other tokens.
+    # Every context and tensor parallel rank has the whole value. global_loss adds over cp and, if they hold different
+    # tokens (sp), over tp; otherwise it takes the mean over tp.
     reported = value.detach() / mpu.get_context_parallel_world_size()
     return value, {
         "loss": reported / (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
@@ -105,21 +105,21 @@ def loss(o: PreferenceOptions, margins: Margins, batch: dict, chunk: torch.nn.Mo
 def compute_reference(
     o: TrainOptions, rows: PackedRows, facts: list, forwards: Callable, on_device: Callable
 ) -> np.ndarray:
-    """Log-probabilities of the answers of every pair by the model as it is, fp32 [units, 2]. They are computed on the
-    first call, and found again by the next run with the same facts.
+    """Returns the current model's log-probabilities of the answers of every pair, fp32 [units, 2]. The first run
+    computes and stores them; a later run with the same facts loads them.
 
     Args:
-        facts: what decides the numbers beside the pairs (weights, architecture, precision), as JSON can hold it.
-        forwards: (forward step, micro-batches) -> what the loss function reported of each.
+        facts: what decides the numbers besides the pairs (weights, architecture, precision), in a form for JSON.
+        forwards: (forward step, micro-batches) -> what the loss function reports for each.
         on_device: batch -> the batch on this rank's device.
     """
     path = rows.folder / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
-    found = torch.full((rows.unit_count, 2), -torch.inf, device=device.current())
+    log_probs = torch.full((rows.unit_count, 2), -torch.inf, device=device.current())
     if dist.get_rank() == 0 and path.is_file():
-        found.copy_(torch.from_numpy(np.load(path)))
-    dist.broadcast(found, 0)
-    if found.isfinite().all():
-        return found.cpu().numpy()
+        log_probs.copy_(torch.from_numpy(np.load(path)))
+    dist.broadcast(log_probs, 0)
+    if log_probs.isfinite().all():
+        return log_probs.cpu().numpy()
 
     def step(iterator: Iterator[dict], model: torch.nn.Module):
         batch = next(iterator)
@@ -129,13 +129,13 @@ def compute_reference(
     rank = mpu.get_data_parallel_rank()
     for first in range(0, len(rows), o.global_batch):
         starts = range(first + rank * o.micro_batch, first + o.global_batch, o.micro_batch * o.dp)
-        taken = [[(i + k) % len(rows) for k in range(o.micro_batch)] for i in starts]  # the last batch begins anew
-        batches = [on_device(rows.fetch(numbers)) for numbers in taken]
-        for batch, seen in zip(batches, forwards(step, batches), strict=False):  # none but on the last stage
-            found[batch["units"]] = seen["answers"]
-    dist.all_reduce(found, dist.ReduceOp.MAX)  # each rank has its rows' numbers, and -inf in place of the others'
+        row_lists = [[(i + k) % len(rows) for k in range(o.micro_batch)] for i in starts]  # the last batch wraps around
+        batches = [on_device(rows.fetch(row_list)) for row_list in row_lists]
+        for batch, reported in zip(batches, forwards(step, batches), strict=False):  # empty before the last stage
+            log_probs[batch["units"]] = reported["answers"]
+    dist.all_reduce(log_probs, dist.ReduceOp.MAX)  # each rank has the numbers of its rows, and -inf elsewhere
     if dist.get_rank() == 0:
         partial = path.with_name(f".{os.getpid()}-{path.name}")
-        np.save(partial, found.cpu().numpy())
+        np.save(partial, log_probs.cpu().numpy())
         os.replace(partial, path)
-    return found.cpu().numpy()
+    return log_probs.cpu().numpy()

@@ -1,20 +1,20 @@
-"""Text -> megatron-core indexed data set for pretraining: OUT.bin, OUT.idx, and OUT.meta.json with the counts.
+"""Tokenizes text into a megatron-core indexed data set for pretraining: OUT.bin, OUT.idx and the counts OUT.meta.json.
 
-Formats (`--data`), a file or a folder of them, taken in the order of their names:
+`--data` is a file, or a folder of files that are read in the order of their names. Formats:
 
     .jsonl, .json, .csv     a document per line, item or row, under the key or column --field
     .txt                    a document per block of lines; blank lines separate blocks, and lines end at \\n or \\r\\n
     .parquet, .arrow        a document per row, in the column --field; these need the package pyarrow
 
-Each document is one sequence, tokenized without special tokens (their names in a text are ordinary text), and
-ends in the token --end. Texts are read by one process, which makes shards of about 4 million characters; --workers
-processes tokenize them. Finished shards wait in OUT.parts/ for the rest, so a killed run goes on where it stopped, with
-any number of workers; the result is the same, and is there whole or not at all. Memory: 0.5 GB for the reading process,
-0.35 GB a worker (most of it shared libraries), and 120 bytes a document while the index is written. A worker makes about
-a million tokens a second of a vocabulary of 2,048.
-Rows without text, and malformed lines, are dropped and counted by reason (OUT.drops.jsonl).
+Each document is one sequence and ends in the token --end. No other special tokens are added; their names in a text are
+ordinary text. One process reads the texts and makes shards of about 4 million characters; --workers processes tokenize
+the shards. Finished shards are kept in OUT.parts/ until all are done, so the same command continues a killed run, with
+any number of workers and the same result. The result is complete or absent. Memory: 0.5 GB for the reading process,
+0.35 GB per worker (most of it shared libraries), and 120 bytes per document while the index is written. A worker makes
+about a million tokens a second with a vocabulary of 2,048.
+Rows without text and malformed lines are dropped and counted by reason (OUT.drops.jsonl).
 
-No torch here: options are checked before anything heavy is imported.
+This module does not import torch: options are checked before anything heavy is imported.
 """
 
 import dataclasses
@@ -48,15 +48,15 @@ from common.records import (
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
 SHARD = 4_000_000  # characters of the rows of a shard
 BATCH = 256  # documents given to the tokenizer at a time
-READING = 2  # raised when what is read of a file changes, so that no older result or shard is taken for it
-FEW = 10_000  # rows; of fewer, a share dropped says little about the rest
+READING = 2  # version of the reading: raise it when files are read differently, so that no older result is reused
+FEW = 10_000  # rows; with fewer, the dropped share says little about the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(cli.JobOptions):
-    """A recipe gives `end` its default."""
+    """The recipe sets the default of `end`."""
 
-    yarn = layers = vocabulary = None  # which the architecture is asked for, too
+    yarn = layers = vocabulary = None  # the recipe's model config reads them
 
     size: str = option("the model whose vocabulary must hold the tokenizer's", "tiny", group="model")
     weights: Path | None = option("released Hugging Face folder, instead of --size and --tokenizer", group="model")
@@ -76,11 +76,11 @@ class PreprocessOptions(cli.JobOptions):
 
 
 def check(o: PreprocessOptions, vocab_size: int, demo: Demo) -> PreprocessOptions:
-    """The options with their defaults filled in. The demo's text is made on first use.
+    """Checks the options and fills in their defaults. It does not look for the demo's text, which is made on first use.
 
     Raises:
-        ValueError: no such data, a kind of file that cannot be read here, no tokenizer, or one that is none, lacks the
-            end token, or has tokens the model (of `vocab_size`) has no embedding for.
+        ValueError: there is no such data, or of a kind that cannot be read here; or the tokenizer is missing or broken,
+            lacks the end token, or has tokens without an embedding in the model (of `vocab_size`).
     """
     tokenizer = o.tokenizer or o.weights or (demo.tokenizer if o.size.startswith("tiny") else None)
     if tokenizer is None:
@@ -99,10 +99,10 @@ def check(o: PreprocessOptions, vocab_size: int, demo: Demo) -> PreprocessOption
 
 
 def load_tokenizer(o: PreprocessOptions, vocab_size: int) -> tuple[Any, int]:
-    """The tokenizer and the id of the end token."""
+    """Returns the tokenizer and the id of the end token."""
     from tokenizers import Tokenizer
 
-    tokenizer_hash(o.tokenizer)  # says what is missing
+    tokenizer_hash(o.tokenizer)  # raises if tokenizer.json is missing
     tokenizer = Tokenizer.from_file(str(o.tokenizer / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # "<|im_end|>" in a text is text
     tokenizer.no_truncation()
@@ -123,7 +123,8 @@ def load_tokenizer(o: PreprocessOptions, vocab_size: int) -> tuple[Any, int]:
 
 
 def read_records(path: Path, field: str) -> Iterator[tuple[int, Any]]:
-    """(line or row number, what `text_of` makes a text of) of one file. ValueError: it is none of its kind."""
+    """Yields (line or row number, record for `text_of`) of one file. Raises ValueError if it is not of the kind that
+    its suffix says."""
     if path.suffix == ".jsonl":
         yield from ((number, line) for number, line in read_lines(path) if line.strip())  # parsed by the workers
     elif path.suffix == ".json":
@@ -137,7 +138,7 @@ def read_records(path: Path, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def text_of(record: Any, field: str) -> str:
-    """The document of a record. BadRow: there is none."""
+    """Returns the document of a record. Raises BadRow if it has none."""
     if isinstance(record, BadRow):
         raise record
     if isinstance(record, str):
@@ -153,7 +154,7 @@ def text_of(record: Any, field: str) -> str:
         raise BadRow("bad row", f"{field} is {type(record[field]).__name__}; expected text")
     if not record[field].strip():
         raise BadRow("empty text", field)
-    return record[field].encode(errors="replace").decode()  # a tokenizer stops on lone surrogates
+    return record[field].encode(errors="replace").decode()  # a tokenizer fails on lone surrogates
 
 
 def _read_blocks(path: Path) -> Iterator[tuple[int, str]]:
@@ -170,7 +171,8 @@ def _read_blocks(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _shards(o: PreprocessOptions, size: int) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
-    """(number, [(file:line, record), …]): cut by the characters read, so always in the same places."""
+    """Yields (number, [(file:line, record), …]) of each shard. Cuts depend on the characters read only, so shards are
+    always the same."""
     number, records, characters = 0, [], 0
     for file in list_files(o.data, SUFFIXES):
         for line, record in read_records(file, o.field):
@@ -187,12 +189,12 @@ def _shards(o: PreprocessOptions, size: int) -> Iterator[tuple[int, list[tuple[s
 
 
 def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
-    """Preprocess checked options; returns what OUT.meta.json holds: documents, tokens, drops, and where from. Of two
-    runs with the same data and tokenizer one makes it, the other waits.
+    """Preprocesses the data of checked options. Returns the content of OUT.meta.json: documents, tokens, drops, and
+    their source. If two runs have the same data and tokenizer, one makes the result and the other waits.
 
     Raises:
-        ValueError: more than --max-drop of the rows were dropped (said after the first FEW rows, or at the end), a file
-            cannot be read, or another process makes something else of OUT.
+        ValueError: more than --max-drop of the rows are dropped (checked from FEW rows on and at the end), a file
+            cannot be read, or another process writes something else to OUT.
     """
     tokenizer, end = load_tokenizer(o, vocab_size)
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(o.data, SUFFIXES)]
@@ -201,16 +203,16 @@ def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
         "end": end, "shard_size": shard_size, "reading": READING,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    if found := _made(o.out, key):
-        return found
+    if meta := _made(o.out, key):
+        return meta
     with processes.alone(o.out, key):
         return _made(o.out, key) or _make(o, key, about, tokenizer, shard_size)
 
 
 def _made(out: Path, key: str) -> dict | None:
-    meta = _beside(out, ".meta.json")
-    if meta.is_file() and (found := json.loads(meta.read_text()))["key"] == key:
-        return found
+    path = _beside(out, ".meta.json")
+    if path.is_file() and (meta := json.loads(path.read_text()))["key"] == key:
+        return meta
     return None
 
 
@@ -241,10 +243,10 @@ def _make(o: PreprocessOptions, key: str, about: dict, tokenizer, shard_size: in
         raise ValueError(f"{o.data} holds no document; expected one at least; fix: --data")
     report.check(rows, o.max_drop)
 
-    found = {"key": key, "documents": documents, "tokens": tokens, "dropped": report.counts, "from": about}
-    _publish(shards, folder, o.out, dtype, report, found)
+    meta = {"key": key, "documents": documents, "tokens": tokens, "dropped": report.counts, "from": about}
+    _publish(shards, folder, o.out, dtype, report, meta)
     print(f"{o.out}: {documents:,} documents, {tokens:,} tokens; {report}")
-    return found
+    return meta
 
 
 def _beside(out: Path, suffix: str) -> Path:
@@ -252,20 +254,21 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 def _open_parts(out: Path, key: str) -> Path:
-    """The folder of the finished shards of `key`, without half-written ones and those of other data or tokenizers."""
+    """Returns the folder of the finished shards of `key`. Removes partial shards and those of another key."""
     parts = _beside(out, ".parts")
     folder = parts / key
     for stale in parts.glob("*"):
         if stale != folder:
             shutil.rmtree(stale)
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".*"):
-        half.unlink()
+    for partial in folder.glob(".*"):
+        partial.unlink()
     return folder
 
 
 def _write_shard(base: Path, records: list[tuple[str, Any]], field: str, tokenizer, end: int, dtype) -> dict:
-    """BASE.bin and BASE.idx, then BASE.json, which makes it a finished shard; a finished one is left as it is."""
+    """Writes BASE.bin and BASE.idx, then BASE.json, which marks the shard as finished. Leaves a finished shard as it
+    is. Returns the content of BASE.json."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     if base.with_suffix(".json").is_file():
@@ -292,11 +295,12 @@ def _write_shard(base: Path, records: list[tuple[str, Any]], field: str, tokeniz
 
 
 def _publish(shards: list[Path], folder: Path, out: Path, dtype, report: DropReport, meta: dict) -> None:
-    """Joins the shards into OUT.*; the .meta.json last, and gone first, so that it always speaks of what is there."""
+    """Joins the shards into OUT.*. Removes the old .meta.json first and writes the new one last, so that it always
+    describes the files that are there."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(folder / ".joined.bin"), dtype=dtype)
-    gc.freeze()  # megatron-core collects garbage after each index it reads: then among the new objects alone
+    gc.freeze()  # megatron-core collects garbage after each index; freezing keeps this to new objects
     for shard in shards:
         builder.add_index(str(shard))
     gc.unfreeze()

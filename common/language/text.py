@@ -1,13 +1,14 @@
-"""Rows of seq_len tokens of a megatron-core indexed data set (PREFIX.bin, PREFIX.idx), one document per sequence.
+"""Rows of seq_len tokens from a megatron-core indexed data set (PREFIX.bin, PREFIX.idx) with one document per sequence.
 
     rows = TextRows("corpus", seq_len=512, eos=0, seed=0)
     for step in prefetch(rows, rows.sampler(8, 1, dp_rank, dp_size), start_step, end_step):
         train(step.micro_batches)
 
-The documents of an epoch, shuffled, stand end to end with an end-of-text token after each. Row r is the tokens from
-r * seq_len on of that endless stream, so a run's place in the data is (seed, rows consumed) and is found again by
-arithmetic. Nothing is dropped or padded; a document is cut where a row ends. With `separate_documents` no token sees
-another document, and none is asked to predict the first token of one. Cost: 16 bytes of memory per document and process.
+The documents of each epoch are shuffled and laid end to end, with an end-of-text token after each; the epochs form an
+endless stream. Row r starts at token r * seq_len of that stream, so a run's place in the data is (seed, rows consumed)
+and resume computes it. Nothing is dropped or padded; a document is cut where a row ends. With `separate_documents` no
+token attends to another document, and the first token of a document is never a label. Cost: 16 bytes of memory per
+document and process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common.language.packing import IGNORE, micro_batch
 
 
 class StreamSampler(BucketSampler):
-    """The rows of an endless stream in its own order: step n takes rows n * global_batch …"""
+    """Takes the rows of an endless stream in their order: step n takes the rows from n * global_batch on."""
 
     def __init__(self, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int):
         super().__init__([0], global_batch, micro_batch, dp_rank, dp_size, seed=0, shuffle=False)
@@ -52,11 +53,11 @@ class TextRows:
     ):
         """
         Args:
-            eos: id of the token that ends a document; added where the data set has none.
-            shuffle: False takes the documents as they stand, to evaluate on rows 0 … rows_per_epoch - 1.
+            eos: id of the token that ends a document. It is added if no document has it.
+            shuffle: False keeps the stored order of the documents, to evaluate on rows 0 … rows_per_epoch - 1.
 
         Raises:
-            ValueError: no such data set, one made with another tokenizer, or one of which some documents end in `eos`.
+            ValueError: the data set is missing or empty, or only some of its documents end in `eos`.
         """
         self.prefix = re.sub(r"\.(bin|idx)$", "", str(prefix))
         self.seq_len, self.eos, self.seed = seq_len, eos, seed
@@ -64,8 +65,8 @@ class TextRows:
         self._indexed = _indexed(self.prefix)
         lengths = self._indexed.sequence_lengths
         self._documents = np.flatnonzero(lengths)
-        some = self._documents[np.linspace(0, len(self._documents) - 1, 1000).astype(int)]
-        ended = [int(self._indexed.get(int(d), int(lengths[d]) - 1, 1)[0]) == eos for d in some]
+        sampled = self._documents[np.linspace(0, len(self._documents) - 1, 1000).astype(int)]
+        ended = [int(self._indexed.get(int(d), int(lengths[d]) - 1, 1)[0]) == eos for d in sampled]
         if any(ended) and not all(ended):
             raise ValueError(
                 f"{self.prefix}: {sum(ended)} of {len(ended)} documents end in token {eos}; expected all or none; "
@@ -86,14 +87,14 @@ class TextRows:
         return StreamSampler(global_batch, micro_batch, dp_rank, dp_size)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents in the order of an epoch, and where in it each ends."""
+        """Returns the documents in the order of an epoch, and the end of each in the epoch's tokens."""
         order = (
             np.random.default_rng([self.seed, epoch]).permutation(self._documents) if self.shuffle else self._documents
         )
         return order, np.cumsum(self._lengths[order], dtype=np.int64)
 
     def _pieces(self, start: int, count: int) -> Iterator[np.ndarray]:
-        """Tokens start … start + count - 1 of the stream, cut where documents meet."""
+        """Yields tokens start … start + count - 1 of the stream, cut where documents meet."""
         epoch, at = divmod(start, self.tokens_per_epoch)
         order, ends = self._epoch(epoch)
         place = int(np.searchsorted(ends, at, side="right"))
@@ -113,7 +114,7 @@ class TextRows:
         return np.append(tokens, self.eos).astype(np.int32) if offset + count > stored else tokens.astype(np.int32)
 
     def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Sequences (tokens, labels) of a row of the stream."""
+        """Returns the sequences (tokens, labels) of a row of the stream."""
         pieces = list(self._pieces(number * self.seq_len, self.seq_len + 1))  # the last token is a label only
         tokens = np.concatenate(pieces)
         labels = tokens[1:].copy()
@@ -125,7 +126,7 @@ class TextRows:
         return list(zip(np.split(tokens[:-1], cuts), np.split(labels, cuts), strict=True))
 
     def fetch(self, rows: Sequence[int], epoch: int = 0) -> dict[str, Any]:
-        """A micro-batch; `epoch` is in the row's number."""
+        """Returns a micro-batch of these rows. `epoch` is not read: the row's number includes it."""
         return micro_batch([sequence for number in rows for sequence in self.row(number)])
 
 
