@@ -93,7 +93,7 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
         expert_model_parallel_size=o.ep,
         expert_tensor_parallel_size=o.etp,
         num_moe_experts=experts or None,  # makes the schedule scale the routers' auxiliary loss
-        moe_ffn_hidden_size=hidden if experts else None,  # required, but only megatron-core's own layers read it
+        moe_ffn_hidden_size=hidden if experts else None,  # megatron-core warns without it; only its own layers read it
         add_bias_linear=not experts,
         sequence_parallel=o.sp,
         params_dtype=dtype,
