@@ -27,8 +27,8 @@ YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
-    """Field names are those of the released `config.json`. A dense model has num_experts 0. rope_factor is YaRN's factor
-    over original_max_position_embeddings, the positions of pretraining; 1 means no YaRN."""
+    """Field names are those of the released `config.json`. A dense model has num_experts 0. rope_factor is YaRN's
+    factor over original_max_position_embeddings, the positions of pretraining; 1 means no YaRN."""
 
     vocab_size: int
     hidden_size: int
@@ -91,7 +91,7 @@ class Qwen3Config:
         """Reads the architecture from a released folder's config.json.
 
         Raises:
-            ValueError: config.json is missing, incomplete, of another model, or asks for something not implemented here.
+            ValueError: config.json is missing, incomplete, of another model, or asks for what is not implemented.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -324,8 +324,8 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     if config.num_experts:
         width, copies, row_width = config.moe_intermediate_size, config.num_experts_per_tok, D * o.etp / o.tp
     # A block saves the inputs of its two norms, the normed inputs of attention and MLP (gathered under sequence
-    # parallelism), queries and keys twice, values, and the attention's output. The MLP saves gate, up and their product;
-    # the CPU's reference op also saves silu(gate).
+    # parallelism), queries and keys twice, values, and the attention's output. The MLP saves gate, up and their
+    # product; the CPU's reference op also saves silu(gate).
     mlp = copies * width / o.tp
     parts = 4 if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else 3
     everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + parts * mlp + copies * 2 * row_width)

@@ -22,8 +22,8 @@ Parallelism (tokens are the first dimension of every activation):
 - A parameter that every rank holds whole, but applies to its own heads or columns only (q_norm, k_norm, the router, key
   and value heads if they are fewer than the ranks), goes through `copy_to_tensor_model_parallel_region`, whose backward
   sums its gradient over the ranks.
-- A pipeline stage sends only hidden states to the next one. The first and the last stage hold the tied embedding and sum
-  its gradient.
+- A pipeline stage sends only hidden states to the next one. The first and the last stage hold the tied embedding and
+  sum its gradient.
 
 Shape legend: T tokens of this rank, D hidden, H query heads and K key heads of this rank, E head dim, F FFN columns of
 this rank, G experts, V vocabulary.
@@ -56,8 +56,8 @@ class Qwen3RMSNorm(nn.Module):
 
 
 class Qwen3SharedHeads(nn.Linear):
-    """Projects keys or values with fewer heads than tensor-parallel ranks. Every rank holds the weights of all heads and
-    computes the one head that its query heads attend to (query head h of H attends to head h*K//H)."""
+    """Projects keys or values with fewer heads than tensor-parallel ranks. Every rank holds the weights of all heads
+    and computes the one head that its query heads attend to (query head h of H attends to head h*K//H)."""
 
     def __init__(self, config: Qwen3Config, mc: TransformerConfig):
         K, E = config.num_key_value_heads, config.head_dim
@@ -88,7 +88,8 @@ class Qwen3Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int], cache=None
     ) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, when generating."""
+        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, only
+        for generation."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
         x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
@@ -120,18 +121,18 @@ class Qwen3MLP(nn.Module):
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance` times
-    its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
-    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that does not compute the loss, so megatron-core's
-    `MoEAuxLossAutoScaler` adds the gradients of these two losses during the layer's backward."""
+    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance`
+    times its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
+    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that does not compute the loss, so
+    megatron-core's `MoEAuxLossAutoScaler` adds the gradients of these two losses during the layer's backward."""
 
     dispatch: str  # alltoall or allgather
     balance: float
     z: float
 
     def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
-        """Returns chosen [T, k] with the losses' gradient attached. logits and probs [T, G]; counts [G]: choices of each
-        expert."""
+        """Returns chosen [T, k] with the losses' gradient attached. logits and probs [T, G]; counts [G]: choices of
+        each expert."""
         if not (self.balance or self.z):
             return chosen
         share = _over_ranks(counts / len(logits))
@@ -219,8 +220,8 @@ class Qwen3SparseMLP(nn.Module):
 
     def gathered(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
         """Gathers tokens [T, D] of all ranks on every rank, which computes its own experts; a reduce-scatter sums their
-        outputs. This sends fewer bytes than `dispatched` if ep < k. experts and chosen are [T, k]. Returns [T, D] and how
-        many rows were computed here; that number costs one host synchronisation."""
+        outputs. This sends fewer bytes than `dispatched` if ep < k. experts and chosen are [T, k]. Returns [T, D] and
+        how many rows were computed here; that number costs one host synchronisation."""
         group = parallel.mpu.get_expert_model_parallel_group()
         first, held = group.rank() * len(self.gate_up), len(self.gate_up)
         tokens = parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
@@ -241,9 +242,9 @@ class Qwen3SparseMLP(nn.Module):
 
     @torch.no_grad()
     def observe(self, counts, probs, logits, computed) -> None:
-        """Adds two tensors to `seen`, for `router_metrics`. [G + 1]: how often each expert was chosen, and how many choices
-        were computed here. [G + 3]: sums over tokens of the experts' probabilities, of 1, of entropy and of logsumexp^2.
-        Activation recomputation adds a forward twice, which changes no ratio of these sums."""
+        """Adds two tensors to `seen`, for `router_metrics`. [G + 1]: how often each expert was chosen, and how many
+        choices were computed here. [G + 3]: sums over tokens of the experts' probabilities, of 1, of entropy and of
+        logsumexp^2. Activation recomputation adds a forward twice, which changes no ratio of these sums."""
         tokens, entropy = probs.new_full((), len(probs)), -torch.xlogy(probs, probs).sum()
         token_sums = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
         sums = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), token_sums))
@@ -331,9 +332,10 @@ class Qwen3(MegatronModule):
         self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
         labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, cache=None,
     ):  # fmt: skip
-        """Takes the whole micro-batch: tokens and positions int64 [T*cp], cu_seqlens (the sequences' bounds), the number of
-        rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp]. The loss is computed
-        in here, together with the vocabulary projection, because FSDP has gathered that weight only in here.
+        """Takes the whole micro-batch: tokens and positions int64 [T*cp], cu_seqlens (the sequences' bounds), the
+        number of rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp]. The
+        loss is computed in here, together with the vocabulary projection, because FSDP gathers that weight only in
+        here.
 
         Returns on the last pipeline stage a pair. First: with labels and weight, the sum over this rank's tokens of
         weight * cross entropy; with labels only, their log-probabilities fp32 [T]; without labels, the states after the
@@ -368,9 +370,9 @@ class Qwen3(MegatronModule):
 def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns cos and sin [T, 1, 1, E] fp32 of every token's angles; the two halves of E are equal.
 
-    If config.rope_factor is not 1, YaRN divides the frequencies of pairs that turn less than once in the original length
-    by the factor, keeps those of pairs that turn more than 32 times, and interpolates in between. It also scales cos and
-    sin up a little.
+    If config.rope_factor is not 1, YaRN divides the frequencies of pairs that turn less than once in the original
+    length by the factor, keeps those of pairs that turn more than 32 times, and interpolates in between. It also scales
+    cos and sin up a little.
     """
     E, factor = config.head_dim, config.rope_factor
     pairs = torch.arange(0, E, 2, dtype=torch.int64, device=positions.device)
@@ -389,10 +391,10 @@ def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Te
 
 
 def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:
-    """Computes G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and tokens
-    together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
-    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens. The loss of the whole
-    row is the mean of the results over tensor and context parallel ranks."""
+    """Computes G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and
+    tokens together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
+    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens. The loss of the
+    whole row is the mean of the results over tensor and context parallel ranks."""
     probs = routing.flatten(0, 1).softmax(-1)  # [layers*T, G]
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(k).indices, 1.0)
     return probs.shape[1] * (_over_ranks(chosen.mean(0)) * probs.mean(0)).sum()
@@ -407,9 +409,10 @@ def _over_ranks(share: torch.Tensor) -> torch.Tensor:
 
 
 def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
-    """Returns what the routers did since the last call, over all ranks, for metrics.jsonl: each expert's load (its share of
-    the choices times G; 1: balanced), as the mean over layers and as the largest of any layer; means over layers of entropy
-    in nats, load-balancing loss (k: balanced) and z-loss; choices that no expert computed. Waits for the device once."""
+    """Returns what the routers did since the last call, over all ranks, for metrics.jsonl: each expert's load (its
+    share of the choices times G; 1: balanced), as the mean over layers and as the largest of any layer; means over
+    layers of entropy in nats, load-balancing loss (k: balanced) and z-loss; choices that no expert computed. Waits for
+    the device once."""
     G = config.num_experts
     counts = torch.zeros(config.num_hidden_layers, G + 1, dtype=torch.int64, device=device.current())
     sums = torch.zeros(config.num_hidden_layers, G + 3, device=device.current())
@@ -463,9 +466,9 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
 
 
 def draw(config: Qwen3Config, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Fills a whole parameter with initial values: 1 for norms, N(0, initializer_range / sqrt(2 layers)) for the outputs of
-    attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is the rule of GPT-2 and of Megatron-LM
-    (`scaled_init_method_normal`)."""
+    """Fills a whole parameter with initial values: 1 for norms, N(0, initializer_range / sqrt(2 layers)) for the
+    outputs of attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is the rule of GPT-2 and of
+    Megatron-LM (`scaled_init_method_normal`)."""
     if name.endswith("norm.weight"):
         whole.fill_(1.0)
         return
