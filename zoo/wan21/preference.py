@@ -38,8 +38,7 @@ def predict(batch: dict, model: torch.nn.Module) -> torch.Tensor:
 
 
 def forward_step(o: TrainOptions, margins: Margins, iterator: Iterator[dict], model: torch.nn.Module):
-    """Runs one micro-batch through one model chunk. Bound to o and margins, it is what megatron-core's schedules
-    take."""
+    """Runs one micro-batch through one model chunk. With o and margins bound, megatron-core's schedules call it."""
     batch, chunk = next(iterator), parallel.unwrapped(model)
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
