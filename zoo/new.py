@@ -78,8 +78,7 @@ def with_classes(text: str, names: dict[str, str]) -> str:
 
 
 def unverified(text: str) -> str:
-    """Sets every status in a document to unverified: whole cells in tables (also those that name a card), words in
-    text."""
+    """Sets every status to unverified: a table's whole cell (also one that names a card), and words in sentences."""
     text = re.sub(r"(?<=\| )((un)?verified\b|[^|\n]*\bon one H\d00)[^|\n]*(?= \|)", "unverified", text, flags=re.I)
     text = re.sub(r"(?<=\| )(已验证|[^|\n]*单张 H\d00)[^|\n]*(?= \|)", "未验证", text)
     return re.sub(r"\bverified\b", "unverified", text).replace("Verified", "Unverified")
@@ -112,8 +111,7 @@ def listed(readme: str, nearest: str, name: str) -> str:
 
 
 def make(argv: list[str]) -> None:
-    """Makes the copy in a temporary folder and moves it into place after all checks, so that an error leaves
-    nothing."""
+    """Makes the copy in a temporary folder and moves it into place after all checks, so an error leaves nothing."""
     name, nearest = arguments(argv)
     readmes = {path: listed(path.read_text(), nearest, name) for path in READMES}
     perf.rendered()  # raises if the record of any recipe is broken
