@@ -100,9 +100,9 @@ class Qwen3Config:
         kind = values.get("model_type")
         if kind not in ("qwen3", "qwen3_moe"):
             raise ValueError(f"{path} is of model_type {kind!r}; expected qwen3 or qwen3_moe; fix: --weights")
-        for key, wanted in FIXED.items():
-            if values.get(key) not in (None, wanted):
-                raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {wanted!r}; fix: --weights")
+        for key, expected in FIXED.items():
+            if values.get(key) not in (None, expected):
+                raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {expected!r}; fix: --weights")
         values |= _rotary(values, path)
         values.setdefault("initializer_range", 0.02)  # transformers' default
         values.setdefault("num_experts", values.get("num_local_experts"))  # transformers 5 writes this key
@@ -135,19 +135,19 @@ def _rotary(values: dict, path: Path) -> dict:
     """Returns the rotary fields of a config.json. Releases write rope_theta and rope_scaling, transformers 5 writes
     rope_parameters. ValueError: it scales the embedding in a way that this model does not implement."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    theta, longest = rope.get("rope_theta", values.get("rope_theta")), values.get("max_position_embeddings")
+    theta, positions = rope.get("rope_theta", values.get("rope_theta")), values.get("max_position_embeddings")
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
     if kind == "default":  # without the pretrained length: of the released 40,960 positions, 8,192 are for an answer
-        factor, original = 1.0, 32768 if longest == 40960 else longest
+        factor, original = 1.0, 32768 if positions == 40960 else positions
     else:
-        odd = [key for key, value in rope.items() if key not in YARN and value != YARN_USUAL.get(key)]
-        if kind != "yarn" or odd or not isinstance(factor, int | float) or factor < 1:
+        unsupported = [key for key, value in rope.items() if key not in YARN and value != YARN_USUAL.get(key)]
+        if kind != "yarn" or unsupported or not isinstance(factor, int | float) or factor < 1:
             raise ValueError(
                 f"{path} scales its rotary embedding by {rope}; this model only does rope_type 'yarn' with a factor, "
                 "original_max_position_embeddings and the usual rest; fix: --weights"
             )
         key = "original_max_position_embeddings"
-        original = values.get(key) or rope.get(key) or longest
+        original = values.get(key) or rope.get(key) or positions
     return {"rope_theta": theta, "rope_factor": float(factor), "original_max_position_embeddings": original}
 
 

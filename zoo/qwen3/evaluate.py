@@ -28,15 +28,15 @@ def main(o: EvaluateOptions) -> None:
     model, tokenizer = load_model(o, config), AutoTokenizer.from_pretrained(o.tokenizer)
     ends = end_tokens(tokenizer)
     if dist.get_rank() == 0:
-        about = identity(o)
+        run_identity = identity(o)
 
         def ask(job: tuple) -> list:
             return answer(broadcast(job), model, tokenizer, ends, o)
 
-        lm = HarnessModel(o, config.positions, tokenizer, Answers(o.out / "answers.jsonl", about), ask)
+        lm = HarnessModel(o, config.positions, tokenizer, Answers(o.out / "answers.jsonl", run_identity), ask)
         results = run(o, lm)
         broadcast(None)
-        report(o, results, about)
+        report(o, results, run_identity)
     else:
         while (job := broadcast(None)) is not None:
             answer(job, model, tokenizer, ends, o)

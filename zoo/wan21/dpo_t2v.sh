@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Preference optimisation (Diffusion-DPO) of Wan2.1 text-to-video, on pairs of videos with one caption. The reference is
+# Preference optimisation (Diffusion-DPO) of Wan2.1 text-to-video on pairs of videos with one caption. The reference is
 # the starting model. Trains adapters, or with --full every parameter, which takes a frozen copy of the model.
 #
 #   bash zoo/wan21/dpo_t2v.sh                                the demo's tiny model learns to prefer blinking, any laptop

@@ -84,11 +84,11 @@ def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, dict, str]]:
             yield name, ranks, layout | {"size": asked.size, "precision": asked.precision}, asked.bucket
         return
     fields = {f.name for f in dataclasses.fields(TrainOptions)}
-    for name, named in tomllib.loads((HERE / "parallel.toml").read_text()).items():
-        stated = re.search(r"(\d+) devices?\b", named["source"])  # if not stated: 8 with FSDP, else 1
-        ranks = int(stated[1]) if stated else 8 if named.get("fsdp") else 1
-        layout = {"precision": "bf16"} | {k: v for k, v in named.items() if k in fields}
-        yield name, ranks, layout, named["buckets"].split(",")[0]
+    for name, values in tomllib.loads((HERE / "parallel.toml").read_text()).items():
+        stated = re.search(r"(\d+) devices?\b", values["source"])  # if not stated: 8 with FSDP, else 1
+        ranks = int(stated[1]) if stated else 8 if values.get("fsdp") else 1
+        layout = {"precision": "bf16"} | {k: v for k, v in values.items() if k in fields}
+        yield name, ranks, layout, values["buckets"].split(",")[0]
 
 
 def row(name: str, ranks: int, layout: dict, shape: str) -> dict:

@@ -202,9 +202,9 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
 
 
 def _search(o: SearchOptions, asked: set[str]) -> SearchOptions:
-    given = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
-    if given:
-        raise ValueError(f"{' and '.join(given)}: search finds them; fix: leave them out")
+    preset = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
+    if preset:
+        raise ValueError(f"{' and '.join(preset)}: search finds them; fix: leave them out")
     o, config = _sampling(dataclasses.replace(o, micro_batch=1), asked)
     if o.lanes > 1:
         raise ValueError(

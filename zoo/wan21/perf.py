@@ -194,13 +194,13 @@ def decode(o: PerfOptions) -> list[dict]:
         decoders = ["pyav"] + (["decord"] if find_spec("decord") and decord_refusal(path) is None else [])
         rates: dict[str, list[float]] = {name: [] for name in decoders}
         for start in np.random.default_rng(1).integers(0, 10 * 16 - bucket.frames, 20).tolist():
-            for name, seen in rates.items():  # the decoders take turns
-                began = time.perf_counter()
+            for name, rate in rates.items():  # the decoders take turns
+                start_time = time.perf_counter()
                 read_frames(path, range(start, start + bucket.frames), fps=16.0, decoder=name)
-                seen.append(bucket.frames / (time.perf_counter() - began))
+                rate.append(bucket.frames / (time.perf_counter() - start_time))
     return [
         {"task": "decoding, random windows", "size": None, "layout": None, "precision": None, "shape": str(bucket),
          "system": f"{OURS}, {name} {version(name if name == 'decord' else 'av')}",
-         "value": round(statistics.median(seen), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(seen))}}
-        for name, seen in rates.items()
+         "value": round(statistics.median(rate), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(rate))}}
+        for name, rate in rates.items()
     ]  # fmt: skip

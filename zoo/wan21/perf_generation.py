@@ -156,9 +156,9 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
         threads = torch.get_num_threads()
         for i in range(-1, s.videos):  # video -1 warms up
             for side, maker in makers.items():
-                alone = s.processes > 1 and side == "baseline"  # only rank 0 makes it, with all cores
-                torch.set_num_threads(os.cpu_count() if alone else threads)
-                if alone and dist.get_rank():
+                on_one_process = s.processes > 1 and side == "baseline"  # only rank 0 makes it, with all cores
+                torch.set_num_threads(os.cpu_count() if on_one_process else threads)
+                if on_one_process and dist.get_rank():
                     continue
                 duration, video = timed(*maker, s, i)
                 if i >= 0:

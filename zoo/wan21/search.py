@@ -34,14 +34,14 @@ def main(o: SearchOptions) -> None:
 
     def make() -> tuple[list[torch.Tensor], float]:
         """Makes a video uint8 [1, 3, F, H, W] of every request. Returns them and the median seconds of sampling one."""
-        made, seconds = [], []
+        videos, seconds = [], []
         for i, request in enumerate(requests):
             started = time.perf_counter()
             latents = infer.latents_of(o, config, parts, [request], [o.seed + i])
             device.synchronize()
             seconds.append(time.perf_counter() - started)
-            made.append(infer.pixels_of(o, parts, latents))
-        return made, statistics.median(seconds)
+            videos.append(infer.pixels_of(o, parts, latents))
+        return videos, statistics.median(seconds)
 
     kinds = schedules if o.cache == "none" else {o.cache: schedules[o.cache]}
     search(make, kinds, o.sample_steps, o.psnr)

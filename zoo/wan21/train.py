@@ -196,8 +196,8 @@ def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -
     args = f"--weights {o.export}" if o.export else f"--checkpoint {checkpoint}"
     if o.adapts:
         args = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
-    given = "".join([" --image PICTURE", " --last-image PICTURE"][: config.given_frames])
-    return f"{launcher} {args} --video {o.buckets.split(',')[0]}{given} --prompt TEXT"
+    pictures = "".join([" --image PICTURE", " --last-image PICTURE"][: config.given_frames])
+    return f"{launcher} {args} --video {o.buckets.split(',')[0]}{pictures} --prompt TEXT"
 
 
 # ---- main ----

@@ -58,7 +58,7 @@ def caption(digit: int, direction: str) -> str:
 def digit_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns images (N, 8, 8) in 0..1 and labels (N,) of the train or the held-out part. The split does not depend on
     a seed, so that weights, judge and data of different runs agree on which images are held out."""
-    from sklearn.datasets import load_digits  # here: training imports this module whatever its data
+    from sklearn.datasets import load_digits  # here, because training always imports this module
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)
