@@ -1,8 +1,8 @@
-"""The work of `bash zoo/new.sh NAME --from NEAREST`.
+"""Makes a new recipe for `bash zoo/new.sh NAME --from NEAREST`, as a copy of the nearest one.
 
-The classes of the model get the new name, too. A copy carries along what was proved of the other model. So it loses the rows of `perf.jsonl`, what stands in its README
-between the `measured` markers, the pictures shown there, and every status; then the tables are rendered anew and the
-tables of recipes in the root README and its translation get their rows.
+The model's classes are renamed too. Measurements and statuses of NEAREST do not hold for the copy. So it loses the rows
+of `perf.jsonl`, the text between the `measured` markers of its README, the pictures shown there, and every status. Then
+the tables are rendered again, and the tables of recipes in the root README and its translation get a row for the copy.
 """
 
 import ast
@@ -25,10 +25,10 @@ MEASURED = re.compile(r"(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end --
 
 
 def arguments(argv: list[str]) -> tuple[str, str]:
-    """(NAME, NEAREST), checked.
+    """Parses and checks (NAME, NEAREST).
 
     Raises:
-        ValueError: they are not two, NAME cannot be a new folder and module, or NEAREST is no recipe.
+        ValueError: the usage is wrong, NAME cannot be a new folder and module, or NEAREST is not a recipe.
     """
     recipes = sorted(p.parent.name for p in ROOT.glob("zoo/[!_]*/config.py"))
     match argv:
@@ -38,23 +38,23 @@ def arguments(argv: list[str]) -> tuple[str, str]:
             raise ValueError(f"usage: bash zoo/new.sh NAME --from NEAREST; recipes: {', '.join(recipes)}")
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         raise ValueError(f"NAME {name!r} is no module's name; expected letters, digits and _, no keyword; fix: NAME")
-    for taken in (ROOT / "zoo" / name, ROOT / "zoo" / f"{name}.py"):
-        if taken.exists():
-            raise ValueError(f"{taken.relative_to(ROOT)} exists; expected a new name; fix: NAME")
+    for path in (ROOT / "zoo" / name, ROOT / "zoo" / f"{name}.py"):
+        if path.exists():
+            raise ValueError(f"{path.relative_to(ROOT)} exists; expected a new name; fix: NAME")
     if nearest not in recipes:
-        near = difflib.get_close_matches(nearest, recipes, n=1) or [", ".join(recipes)]
-        raise ValueError(f"unknown recipe {nearest!r}; did you mean {near[0]}?; fix: --from")
+        suggestion = difflib.get_close_matches(nearest, recipes, n=1) or [", ".join(recipes)]
+        raise ValueError(f"unknown recipe {nearest!r}; did you mean {suggestion[0]}?; fix: --from")
     return name, nearest
 
 
 def renamed(text: str, old: str, new: str) -> str:
-    """The paths and modules named after a recipe; a name elsewhere is its model's (`model_type`) and stays."""
+    """Renames paths and modules named after a recipe. Elsewhere the name is the model's (`model_type`) and stays."""
     return re.sub(rf"\b(zoo[/.]|data/|runs/){old}\b", rf"\g<1>{new}", text)
 
 
 def class_names(folder: Path, new: str) -> dict[str, str]:
-    """The classes of a recipe that are named after its model, whatever file they stand in, and their new names: what the
-    classes of its model.py begin with (Qwen3, Wan) becomes NAME in camel case."""
+    """Maps the classes of a recipe that are named after its model, in all its files, to their new names. The common
+    prefix of the classes in model.py (Qwen3, Wan) becomes NAME in camel case."""
     defined = {
         path: [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
         for path in folder.glob("*.py")
@@ -62,12 +62,12 @@ def class_names(folder: Path, new: str) -> dict[str, str]:
     blocks = [name for name in defined[folder / "model.py"] if name.endswith(("Block", "MLP", "Attention"))]
     old = os.path.commonprefix(blocks)
     camel = "".join(word.capitalize() for word in new.split("_"))
-    names = {name for found in defined.values() for name in found if old and name.startswith(old)}
+    names = {name for classes in defined.values() for name in classes if old and name.startswith(old)}
     return {name: camel + name.removeprefix(old) for name in names}
 
 
 def with_classes(text: str, names: dict[str, str]) -> str:
-    """Python with these names in place of its own; a library's class of the same name, behind a dot, stays."""
+    """Renames these classes in Python code. A name after a dot stays, because it is a library's."""
     lines = text.splitlines(keepends=True)
     for token in reversed(list(tokenize.generate_tokens(io.StringIO(text).readline))):
         row, start = token.start[0] - 1, token.start[1]
@@ -78,21 +78,21 @@ def with_classes(text: str, names: dict[str, str]) -> str:
 
 
 def unverified(text: str) -> str:
-    """Every status of a document: the whole cell in a table, also where it tells of a card, the word in a sentence."""
+    """Sets every status to unverified: a table's whole cell (also one that names a card), and words in sentences."""
     text = re.sub(r"(?<=\| )((un)?verified\b|[^|\n]*\bon one H\d00)[^|\n]*(?= \|)", "unverified", text, flags=re.I)
     text = re.sub(r"(?<=\| )(已验证|[^|\n]*单张 H\d00)[^|\n]*(?= \|)", "未验证", text)
     return re.sub(r"\bverified\b", "unverified", text).replace("Verified", "Unverified")
 
 
 def copy(nearest: str, name: str, folder: Path) -> None:
-    """The folder of a recipe under its new name, with nothing in it that only a run could know."""
+    """Copies a recipe's folder under its new name, without measurements and statuses."""
     shutil.copytree(ROOT / "zoo" / nearest, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "perf.jsonl").write_text("")
-    card = folder / "README.md"
-    for record in MEASURED.findall(card.read_text()):
+    readme = folder / "README.md"
+    for record in MEASURED.findall(readme.read_text()):
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", record):
             (folder / picture).unlink(missing_ok=True)
-    card.write_text(MEASURED.sub("Not measured yet.\n", card.read_text()))
+    readme.write_text(MEASURED.sub("Not measured yet.\n", readme.read_text()))
     classes = class_names(folder, name)
     for path in folder.rglob("*"):
         if path.suffix in (".md", ".py", ".sh", ".toml"):
@@ -102,22 +102,22 @@ def copy(nearest: str, name: str, folder: Path) -> None:
 
 
 def listed(readme: str, nearest: str, name: str) -> str:
-    """A root README with the copy's rows below those of the recipe it came from."""
+    """Returns a root README with the copy's rows below those of the recipe it comes from."""
     rows = re.findall(rf"^\| \[{nearest}\]\(zoo/{nearest}/.*\n", readme, re.M)
     if not rows:
         raise ValueError(f"README.md has no row [{nearest}](zoo/{nearest}/README.md); expected one; fix: README.md")
-    mine = unverified(renamed("".join(rows), nearest, name).replace(f"[{nearest}]", f"[{name}]"))
-    return readme.replace(rows[-1], rows[-1] + mine)
+    new_rows = unverified(renamed("".join(rows), nearest, name).replace(f"[{nearest}]", f"[{name}]"))
+    return readme.replace(rows[-1], rows[-1] + new_rows)
 
 
 def make(argv: list[str]) -> None:
-    """All of it, or nothing: the copy is made beside its place, and moved there when nothing can be wrong any more."""
+    """Makes the copy in a temporary folder and moves it into place after all checks, so an error leaves nothing."""
     name, nearest = arguments(argv)
     readmes = {path: listed(path.read_text(), nearest, name) for path in READMES}
-    perf.rendered()  # would refuse a broken record of any recipe
-    with tempfile.TemporaryDirectory(dir=ROOT / "zoo", prefix="_") as beside:
-        copy(nearest, name, Path(beside) / name)
-        (Path(beside) / name).rename(ROOT / "zoo" / name)
+    perf.rendered()  # raises if the record of any recipe is broken
+    with tempfile.TemporaryDirectory(dir=ROOT / "zoo", prefix="_") as temporary:
+        copy(nearest, name, Path(temporary) / name)
+        (Path(temporary) / name).rename(ROOT / "zoo" / name)
     for path, text in (readmes | perf.rendered()).items():
         path.write_text(text)
     print(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a recipe as a copy of the nearest one: renamed, its records empty, every status unverified. Makes no .venv.
+# Start a recipe as a copy of the nearest one, renamed, with empty records and every status unverified. Makes no .venv.
 #
 #   bash zoo/new.sh mine --from wan21
 set -euo pipefail

@@ -1,5 +1,5 @@
-"""What the proofs of tests/test_models.py need to know of this model: small architectures, an oracle, a training sample,
-layouts. Copied with the folder, and the first thing to change after model.py.
+"""What the proofs of tests/test_models.py need to know of this model: small architectures, an oracle, a training
+sample, layouts. A copied recipe has its own; change it right after model.py.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from .data import weighted
 from .model import Qwen3Block
 from .options import TrainOptions
 
-# Every dimension is another number, so that a swap cannot pass.
+# All dimensions are different, so that a test notices two that are swapped.
 _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
@@ -49,15 +49,15 @@ LAYOUTS = {  # processes, options, architectures
     "ep2": (2, {"ep": 2}, ["experts"]),
     "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, ["experts"]),
 }
-QUICK: list[str] = []  # options that make what comes after the training shorter
+QUICK: list[str] = []  # options that shorten the work after training
 REFUSED = {"experts of a dense model": (2, {"ep": 2}, "has no experts")}
 
 
 def options(config: Qwen3Config, **values) -> TrainOptions:
-    """Checked options of a training run of four rows a step."""
-    usual = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
+    """Returns checked options of a training run with four rows per step."""
+    defaults = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
              "seq_len": LENGTH, "steps": 20, "lr": 1e-3, "lr_schedule": "constant"}  # fmt: skip
-    o = TrainOptions(**{f.name: f.default for f in dataclasses.fields(TrainOptions)} | usual | values)
+    o = TrainOptions(**{f.name: f.default for f in dataclasses.fields(TrainOptions)} | defaults | values)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     return cli.check_layout(o, heads=heads, layers=layers, tokens=LENGTH, experts=config.num_experts)
 
@@ -67,7 +67,7 @@ def sequence_length(o: TrainOptions, config: Qwen3Config) -> int:
 
 
 def tables(config: Qwen3Config) -> dict[str, Table]:
-    """Of every layout in which it is released."""
+    """Returns the table of every layout in which the model is released."""
     return {"released": convert.table(config)}
 
 
@@ -75,7 +75,7 @@ def tables(config: Qwen3Config) -> dict[str, Table]:
 
 
 def sample(config: Qwen3Config, place: int, step: int) -> dict:
-    """A row of the step's global batch, drawn by its place: three documents, a few tokens without loss."""
+    """Draws the row at a place of the step's global batch: three documents; the first few tokens have no loss."""
     generator = torch.Generator().manual_seed(1000 * step + place)
     tokens, labels = (torch.randint(config.vocab_size, (LENGTH,), generator=generator) for _ in range(2))
     labels[: 1 + place % 3] = -100
@@ -85,14 +85,14 @@ def sample(config: Qwen3Config, place: int, step: int) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples as one micro-batch."""
+    """Joins samples to one micro-batch."""
     joined = {key: torch.cat([s[key] for s in samples]) for key in ("tokens", "labels", "positions")}
     ends = [i * LENGTH + end for i, s in enumerate(samples) for end in s["bounds"][1:]]
     return joined | {"cu_seqlens": [0, *ends], "rows": len(samples)}
 
 
 def prepare(o: TrainOptions, micro_batches: list[dict]) -> list[dict]:
-    """What training does to a step's micro-batches before it runs them."""
+    """Prepares a step's micro-batches as training does before it runs them."""
     return weighted(micro_batches, o.dp)
 
 
@@ -100,7 +100,7 @@ def prepare(o: TrainOptions, micro_batches: list[dict]) -> list[dict]:
 
 
 def oracle(config: Qwen3Config) -> torch.nn.Module:
-    """transformers' model."""
+    """Builds transformers' model, in fp32."""
     cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
     return transformers.AutoModelForCausalLM.from_config(
@@ -109,7 +109,8 @@ def oracle(config: Qwen3Config) -> torch.nn.Module:
 
 
 def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Name and tensor (a weight, or its gradient) as the oracle has them; its experts are stacked otherwise."""
+    """Converts a name and its tensor (a weight or its gradient) to the oracle's, whose stacked experts have another
+    order of axes."""
     key = convert.released(name)
     if name.endswith("mlp.gate_up"):  # [G, D, 2, F] -> [G, 2F, D]
         return key.replace("gate_up", "experts.gate_up_proj"), tensor.permute(0, 2, 3, 1).flatten(1, 2)
@@ -119,7 +120,7 @@ def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 
 def their_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
-    """The oracle's loss of the samples of a step: every document is read alone."""
+    """Computes the oracle's loss on the samples of a step. It reads every document by itself."""
     losses = []
     for s in samples:
         for start, end in zip(s["bounds"], s["bounds"][1:], strict=False):

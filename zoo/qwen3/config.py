@@ -15,20 +15,20 @@ from common import release, weights
 from common.language import megatron_import
 from common.release import is_sharded
 
-# What a released config.json must say, where it says anything, for this model to be its.
+# The only values that this model implements. A released config.json may omit any of these keys.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1,
     "mlp_only_layers": [], "n_shared_experts": 0, "attention_dropout": 0.0, "qkv_bias": False, "use_qk_norm": True,
     "shared_expert_intermediate_size": 0,
 }  # fmt: skip
-YARN = {"type", "rope_type", "factor", "original_max_position_embeddings", "rope_theta"}  # read from such an entry
-YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}  # what else it may say
+YARN = {"type", "rope_type", "factor", "original_max_position_embeddings", "rope_theta"}  # keys that `_rotary` reads
+YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}  # other keys: only value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
-    """Field names are those of the released `config.json`. num_experts 0: a dense model. rope_factor: YaRN's, over the
-    original_max_position_embeddings of pretraining; 1: none."""
+    """Field names are those of the released `config.json`. A dense model has num_experts 0. rope_factor is YaRN's
+    factor over original_max_position_embeddings, the positions of pretraining; 1 means no YaRN."""
 
     vocab_size: int
     hidden_size: int
@@ -43,7 +43,7 @@ class Qwen3Config:
     max_position_embeddings: int
     original_max_position_embeddings: int
     tie_word_embeddings: bool
-    initializer_range: float  # standard deviation of drawn weights
+    initializer_range: float  # standard deviation of initial weights
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
@@ -51,7 +51,7 @@ class Qwen3Config:
 
     @property
     def positions(self) -> int:
-        """Tokens that a sequence may have."""
+        """Maximum number of tokens in a sequence."""
         return max(self.max_position_embeddings, int(self.rope_factor * self.original_max_position_embeddings))
 
     @property
@@ -61,7 +61,7 @@ class Qwen3Config:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters a token meets: k experts of a layer."""
+        """Parameters used for one token: of each layer's experts, only num_experts_per_tok."""
         return self._parameters(self.num_experts_per_tok)
 
     def _parameters(self, experts: int) -> int:
@@ -74,9 +74,9 @@ class Qwen3Config:
         return self.num_hidden_layers * (attention + mlp + 2 * D) + embeddings + D
 
     def flops(self, length: int, frozen: bool = False) -> int:
-        """Model FLOPs of the forward of one sequence, a multiply-add counted as two, the vocabulary projection
-        included, the lower triangle of attention alone (half of L^2); training is three times that. frozen: a third of
-        what training with frozen weights, whose gradients nobody makes, takes; the adapters' own work not counted."""
+        """Counts the model FLOPs of one sequence's forward. A multiply-add counts as two. The vocabulary projection is
+        included; attention counts only its lower triangle (half of L^2). A training step takes three times that. With
+        frozen, the result is a third of a step that computes no weight gradients; adapters' FLOPs are not counted."""
         D, E, layers = self.hidden_size, self.head_dim, self.num_hidden_layers
         attention = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads)
         mlp = 3 * D * self.intermediate_size
@@ -88,10 +88,10 @@ class Qwen3Config:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Qwen3Config":
-        """The architecture of a released folder.
+        """Reads the architecture from a released folder's config.json.
 
         Raises:
-            ValueError: no config.json, one of another model, or one that asks for what this model does not do.
+            ValueError: config.json is missing, incomplete, of another model, or asks for what is not implemented.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -100,12 +100,12 @@ class Qwen3Config:
         kind = values.get("model_type")
         if kind not in ("qwen3", "qwen3_moe"):
             raise ValueError(f"{path} is of model_type {kind!r}; expected qwen3 or qwen3_moe; fix: --weights")
-        for key, wanted in FIXED.items():
-            if values.get(key) not in (None, wanted):
-                raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {wanted!r}; fix: --weights")
+        for key, expected in FIXED.items():
+            if values.get(key) not in (None, expected):
+                raise ValueError(f"{path} has {key}={values[key]!r}; this model only does {expected!r}; fix: --weights")
         values |= _rotary(values, path)
         values.setdefault("initializer_range", 0.02)  # transformers' default
-        values.setdefault("num_experts", values.get("num_local_experts"))  # as transformers 5 writes it
+        values.setdefault("num_experts", values.get("num_local_experts"))  # transformers 5 writes this key
         if kind == "qwen3":
             values |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False}
         missing = [f.name for f in dataclasses.fields(cls) if values.get(f.name) is None]
@@ -114,7 +114,7 @@ class Qwen3Config:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
 
     def to_released(self) -> dict:
-        """The released config.json."""
+        """Returns the content of the released config.json."""
         values = dataclasses.asdict(self)
         factor, original = values.pop("rope_factor"), values.pop("original_max_position_embeddings")
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
@@ -132,21 +132,22 @@ class Qwen3Config:
 
 
 def _rotary(values: dict, path: Path) -> dict:
-    """The rotary fields of a config.json: releases write rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    """Returns the rotary fields of a config.json. Releases write rope_theta and rope_scaling, transformers 5 writes
+    rope_parameters. ValueError: it scales the embedding in a way that this model does not implement."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    theta, longest = rope.get("rope_theta", values.get("rope_theta")), values.get("max_position_embeddings")
+    theta, positions = rope.get("rope_theta", values.get("rope_theta")), values.get("max_position_embeddings")
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
-    if kind == "default":  # does not say how many were trained: of the released 40,960, 8,192 are for an answer
-        factor, original = 1.0, 32768 if longest == 40960 else longest
+    if kind == "default":  # without the pretrained length: of the released 40,960 positions, 8,192 are for an answer
+        factor, original = 1.0, 32768 if positions == 40960 else positions
     else:
-        odd = [key for key, value in rope.items() if key not in YARN and value != YARN_USUAL.get(key)]
-        if kind != "yarn" or odd or not isinstance(factor, int | float) or factor < 1:
+        unsupported = [key for key, value in rope.items() if key not in YARN and value != YARN_USUAL.get(key)]
+        if kind != "yarn" or unsupported or not isinstance(factor, int | float) or factor < 1:
             raise ValueError(
                 f"{path} scales its rotary embedding by {rope}; this model only does rope_type 'yarn' with a factor, "
                 "original_max_position_embeddings and the usual rest; fix: --weights"
             )
         key = "original_max_position_embeddings"
-        original = values.get(key) or rope.get(key) or longest
+        original = values.get(key) or rope.get(key) or positions
     return {"rope_theta": theta, "rope_factor": float(factor), "original_max_position_embeddings": original}
 
 
@@ -186,7 +187,7 @@ SIZES = {
 
 
 def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model, by our name."""
+    """Returns the full shape of every parameter, by this recipe's name of it."""
     D, E, V = config.hidden_size, config.head_dim, config.vocab_size
     queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
     out = {"embed_tokens.weight": (V, D)}
@@ -213,8 +214,8 @@ def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
 
 
 def adaptable(config: Qwen3Config) -> list[str]:
-    """The linears that adapters go on: not the experts, which are stacked, nor the router and the vocabulary's, whose
-    weights are read and not called."""
+    """Returns the linears that can have adapters. Experts cannot: they are stacked. The router and the vocabulary
+    projection cannot: the model reads their weights and does not call the modules."""
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return attention if config.num_experts else [*attention, "gate_proj", "up_proj", "down_proj"]
 
@@ -223,16 +224,18 @@ def adaptable(config: Qwen3Config) -> list[str]:
 
 
 def size_of(folder: Path) -> str:
-    """The published size whose architecture a weights folder has. ValueError: none has it; the nearest is named."""
+    """Returns the published size that has the architecture of a weights folder. ValueError: no size has it (the message
+    names the nearest), or the folder does not hold its architecture."""
     if _architecture_unsaid(folder):
         raise ValueError(f"{folder} is a Megatron-LM checkpoint, which does not say its size; fix: --size")
-    found = _sharded_config(folder) if is_sharded(folder) else Qwen3Config.from_folder(folder)
-    return release.name_size(folder, {name: _differs(found, config) for name, config in SIZES.items()})
+    architecture = _sharded_config(folder) if is_sharded(folder) else Qwen3Config.from_folder(folder)
+    return release.name_size(folder, {name: _differs(architecture, config) for name, config in SIZES.items()})
 
 
 def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
-    """In what an architecture is not that of a size. Its releases (base, 2507, Coder, ...) differ in their positions, in
-    a width of dense layers where there are none, and by their users' hands in the vocabulary."""
+    """Lists how an architecture differs from that of a size. Some fields do not count: the releases of one size (base,
+    2507, Coder, ...) differ in positions, and in the width of dense layers where no layer is dense; users resize the
+    vocabulary."""
     free = {"rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"}
     free |= {"vocab_size", "initializer_range"}
     free |= {"intermediate_size"} if found.num_experts and wanted.num_experts else set()
@@ -240,15 +243,15 @@ def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
 
 
 def resized(o, config: Qwen3Config) -> str | None:
-    """In what the vocabulary of --weights is not the published one, in words."""
-    usual = SIZES[o.size].vocab_size
-    if o.weights is None or config.vocab_size == usual:
+    """Says in words how the vocabulary of --weights differs from the published one. None: it does not."""
+    published = SIZES[o.size].vocab_size
+    if o.weights is None or config.vocab_size == published:
         return None
-    return f"{o.weights} has a vocabulary of {config.vocab_size:,} tokens; the published {o.size} has {usual:,}"
+    return f"{o.weights} has a vocabulary of {config.vocab_size:,} tokens; the published {o.size} has {published:,}"
 
 
 def _architecture_unsaid(folder: Path) -> bool:
-    """Whether it is a Megatron-LM checkpoint to which nobody has added the release's config.json."""
+    """Whether the folder is a Megatron-LM checkpoint without a copy of the release's config.json."""
     return megatron_import.is_checkpoint(folder) and not (folder / "config.json").is_file()
 
 
@@ -263,7 +266,7 @@ def _sharded_config(folder: Path) -> Qwen3Config:
 
 
 def model_config(o) -> Qwen3Config:
-    """The architecture: the weights folder's own, or the size's, its positions lengthened by --yarn."""
+    """Returns the architecture of --weights, or else of --size. --yarn lengthens its positions."""
     config, factor = _own_config(o), o.yarn
     return config if factor is None else dataclasses.replace(config, rope_factor=factor)
 
@@ -276,67 +279,68 @@ def _own_config(o) -> Qwen3Config:
         return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
     if _architecture_unsaid(o.weights):
         return SIZES[o.size]
-    found = _sharded_config(o.weights) if is_sharded(o.weights) else Qwen3Config.from_folder(o.weights)
-    if not o.from_scratch and (differs := _differs(found, SIZES[o.size])):
-        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
-    return found
+    stored = _sharded_config(o.weights) if is_sharded(o.weights) else Qwen3Config.from_folder(o.weights)
+    if not o.from_scratch and (differences := _differs(stored, SIZES[o.size])):
+        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differences)}; fix: --size or --weights")
+    return stored
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
 def adapted_shapes(o, config: Qwen3Config) -> list[tuple[int, int]]:
-    """[out, in] of the linears with adapters; those of an adapter's folder taken to be all."""
+    """Returns the shapes [out, in] of the linears with adapters. With --adapter it assumes all that can have one."""
     ends = tuple(f"{target}.weight" for target in o.targets(config))
     return [shape for name, shape in shapes(config).items() if name.endswith(ends)]
 
 
 def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
-    """Bytes per rank of weights, gradients, optimizer, saved activations and loss; kernels' workspace not counted.
-    trained: number of parameters that train.
+    """Estimates the bytes per rank of weights, gradients, optimizer, saved activations and loss; memory.py measures
+    them. Kernels' workspace is not counted. trained: number of parameters that train.
 
-    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
-    what the backward reads of each block (recompute none: all of it; full: the block's input alone), for as many
-    micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts; experts' rows as if spread evenly. At the
-    peak the loss holds the gradient of the vocabulary and a chunk of logits, or one block is whole again. memory.py
-    measures it.
+    Weights and gradients count in their dtypes. The fp32 master weights and the two moments are sharded over dp*cp.
+    Activations are what the backward reads of each block (recompute none: everything; full: only the block's input),
+    for as many micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts. Tokens are assumed to spread
+    evenly over experts. At the peak, either the loss holds the gradient of the vocabulary projection and a chunk of
+    logits, or one block is recomputed and holds all its activations.
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     share_trained = trained / config.parameters
     moments = 4 if o.moments == "bf16" else 8
-    kept_weights = gradients = master = 0.0
+    weight_bytes = gradients = master = 0.0
     if o.quantize == "nf4":
-        kept_weights -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
+        weight_bytes -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
     for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
-        kept_weights += share * dtype / (shards if o.fsdp else 1)
+        weight_bytes += share * dtype / (shards if o.fsdp else 1)
         gradients += share_trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-        # fp32 weights are their own master
+        # fp32 weights need no master copy
         master += share_trained * share * (moments if dtype == 4 else 4 + moments) / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
     attention = E * (config.num_attention_heads + config.num_key_value_heads) / o.tp
-    width, copies, rows = config.intermediate_size, 1, 0
+    width, copies, row_width = config.intermediate_size, 1, 0
     if config.num_experts:
-        width, copies, rows = config.moe_intermediate_size, config.num_experts_per_tok, D * o.etp / o.tp
-    # Normed inputs of attention and MLP, which sequence parallel gathers; queries and keys twice, values, output.
-    # Of the MLP gate, up and their product; the reference op of cpu also silu(gate).
+        width, copies, row_width = config.moe_intermediate_size, config.num_experts_per_tok, D * o.etp / o.tp
+    # A block saves the inputs of its two norms, the normed inputs of attention and MLP (gathered under sequence
+    # parallelism), queries and keys twice, values, and the attention's output. The MLP saves gate, up and their
+    # product; the CPU's reference op also saves silu(gate).
     mlp = copies * width / o.tp
     parts = 4 if os.environ.get("ZOO_DEVICE", "cpu") == "cpu" else 3
-    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + parts * mlp + copies * 2 * rows)
-    kept = {
+    everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + parts * mlp + copies * 2 * row_width)
+    saved = {
         "none": everything,
-        "selective": tokens * dtype * (D / sp + 2 * D - rows + 2 * attention + 2 * mlp + copies * rows),
+        "selective": tokens * dtype * (D / sp + 2 * D - row_width + 2 * attention + 2 * mlp + copies * row_width),
         "full": tokens * D * dtype / sp,
     }
     offload, vocabulary = o.offload_activations, config.vocab_size / o.tp
     blocks = 0 if offload else max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
-    # Logits become their own gradient; in bf16 an fp32 copy of them does, and two bf16 ones are beside it.
+    # The gradient overwrites the logits. In bf16 it overwrites an fp32 copy of them, beside two bf16 tensors.
     loss = vocabulary * D * (4 + dtype % 4) + min(2**26, tokens * vocabulary) * (4 + 2 * (dtype % 4))
-    gathered = vocabulary * D * dtype if o.fsdp else 0  # the root's weight stays whole
-    again = {"none": 0.0, "full": everything, "selective": everything - kept["selective"]}[o.recompute]
-    if again:
-        again += 2 * tokens * dtype * mlp  # the gradients of gate and up
-    peak = max(loss, again, everything if offload else 0) + gathered
-    return kept_weights + gradients + master + kept[o.recompute] * blocks + peak
+    gathered = vocabulary * D * dtype if o.fsdp else 0  # FSDP keeps the root module gathered
+    recomputed = {"none": 0.0, "full": everything, "selective": everything - saved["selective"]}[o.recompute]
+    if recomputed:
+        recomputed += 2 * tokens * dtype * mlp  # the gradients of gate and up
+    peak = max(loss, recomputed, everything if offload else 0) + gathered
+    return weight_bytes + gradients + master + saved[o.recompute] * blocks + peak

@@ -1,12 +1,12 @@
 """Name map between the released Qwen3 layout and ours, and conversion to and from sharded checkpoints.
 
-Our names are the released ones without their `model.`; the only tensors that differ are the experts, which are stacked:
+Our names are the released ones without the prefix `model.`. Only the experts' tensors differ, which are stacked here:
 
     layers.N.mlp.gate_up [G, D, 2, F]   mlp.experts.g.gate_proj.weight^T and mlp.experts.g.up_proj.weight^T, [F, D] each
     layers.N.mlp.down    [G, F, D]      mlp.experts.g.down_proj.weight^T, [D, F]
 
-so every conversion is bit-exact, dtypes included. The released 0.6B and 1.7B store their tied embedding twice; the
-second copy is compared, and not written again.
+So every conversion is bit-exact, dtypes included. The released 0.6B and 1.7B store their tied embedding twice. Loading
+checks that both copies are equal; writing stores one.
 
     bash zoo/qwen3/convert.sh --weights Qwen3-8B --to sharded --out Qwen3-8B-sharded
     bash zoo/qwen3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-8B
@@ -39,14 +39,14 @@ def released(name: str) -> str:
 
 
 def expert_pieces(config: Qwen3Config) -> dict[str, dict[str, tuple]]:
-    """Of every stacked tensor of ours the released keys, each with the index of its transpose."""
-    found, whole = {}, slice(None)
+    """Maps each of our stacked tensors to the released keys in it, each with the index where its transpose lies."""
+    pieces, whole = {}, slice(None)
     for i in range(config.num_hidden_layers if config.num_experts else 0):
         keys = [f"model.layers.{i}.mlp.experts.{g}" for g in range(config.num_experts)]
         parts = [(g, key, p, part) for g, key in enumerate(keys) for p, part in enumerate(("gate", "up"))]
-        found[f"layers.{i}.mlp.gate_up"] = {f"{key}.{part}_proj.weight": (g, whole, p) for g, key, p, part in parts}
-        found[f"layers.{i}.mlp.down"] = {f"{key}.down_proj.weight": (g,) for g, key in enumerate(keys)}
-    return found
+        pieces[f"layers.{i}.mlp.gate_up"] = {f"{key}.{part}_proj.weight": (g, whole, p) for g, key, p, part in parts}
+        pieces[f"layers.{i}.mlp.down"] = {f"{key}.down_proj.weight": (g,) for g, key in enumerate(keys)}
+    return pieces
 
 
 def table(config: Qwen3Config) -> Table:
@@ -60,30 +60,30 @@ def table(config: Qwen3Config) -> Table:
 
 
 def open_source(folder: Path, config: Qwen3Config) -> Source:
-    """The parameters in a folder: sharded, released, or of Megatron-LM."""
+    """Opens the parameters of a folder: a sharded checkpoint, a released folder, or a checkpoint of Megatron-LM."""
     if is_checkpoint(folder):
         return megatron_import.open_source(folder, config)
     return release.open_source(folder, table(config))
 
 
 def write_released(out: Path, config: Qwen3Config, source: Source, beside: Path | None) -> None:
-    """Writes the released layout, with the tokenizer's files that lie in the folder `beside`."""
+    """Writes the released layout, and copies the tokenizer's files from the folder `beside`."""
     release.write(out, table(config), source)
     (out / "config.json").write_text(json.dumps(config.to_released(), indent=2))
     release.copy_files(COPIED, beside, out)
 
 
 def adapter(path: Path, config: Qwen3Config) -> dict[str, adapters.Pair]:
-    """`adapters.read` of an adapter's folder or file for this model: of every matrix of the release but the experts'.
+    """Reads an adapter's folder or file for this model. Every matrix of the release except the experts' can have one.
 
     Raises:
-        ValueError: as there.
+        ValueError: see `adapters.read`.
     """
     ours = shapes(config)
     linears = [name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2]
-    theirs = {linear: released(linear) for linear in linears}
-    form = adapters.Format(prefix="base_model.model.", linears=theirs, settings=True)
-    return adapters.read(path, {"PEFT's": form}, ours)[0]
+    released_names = {linear: released(linear) for linear in linears}
+    file_format = adapters.Format(prefix="base_model.model.", linears=released_names, settings=True)
+    return adapters.read(path, {"PEFT's": file_format}, ours)[0]
 
 
 def main(o: "ConvertOptions") -> None:

@@ -1,6 +1,6 @@
 """Evaluate Qwen3 on benchmarks through lm-eval-harness.
 
-How it is done is in common/language/evaluate.py.
+The mechanics are in common/language/evaluate.py.
 
     bash zoo/qwen3/evaluate.sh                                                the demo's weights, the demo's tasks
     NPROC=8 bash zoo/qwen3/evaluate.sh --weights Qwen3-8B --tasks mmlu,gsm8k --task-folder benchmarks
@@ -18,9 +18,9 @@ from .infer import end_tokens, load_model
 
 
 def identity(o: EvaluateOptions) -> dict:
-    """What answers depend on beyond their request."""
-    held = content(o.weights)
-    return {"weights": str(o.weights.absolute()), "content": held, "precision": o.precision, "seed": o.seed}
+    """Returns everything that an answer depends on besides its request."""
+    weights = content(o.weights)
+    return {"weights": str(o.weights.absolute()), "content": weights, "precision": o.precision, "seed": o.seed}
 
 
 def main(o: EvaluateOptions) -> None:
@@ -28,15 +28,15 @@ def main(o: EvaluateOptions) -> None:
     model, tokenizer = load_model(o, config), AutoTokenizer.from_pretrained(o.tokenizer)
     ends = end_tokens(tokenizer)
     if dist.get_rank() == 0:
-        about = identity(o)
+        run_identity = identity(o)
 
         def ask(job: tuple) -> list:
             return answer(broadcast(job), model, tokenizer, ends, o)
 
-        lm = HarnessModel(o, config.positions, tokenizer, Answers(o.out / "answers.jsonl", about), ask)
-        found = run(o, lm)
+        lm = HarnessModel(o, config.positions, tokenizer, Answers(o.out / "answers.jsonl", run_identity), ask)
+        results = run(o, lm)
         broadcast(None)
-        report(o, found, about)
+        report(o, results, run_identity)
     else:
         while (job := broadcast(None)) is not None:
             answer(job, model, tokenizer, ends, o)

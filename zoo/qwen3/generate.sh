@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generate text with Qwen3: one answer as it comes, or a file of them.
+# Generate text with Qwen3: one answer, printed token by token, or the answers to a file of prompts.
 #
 #   bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
 #   NPROC=4 bash zoo/qwen3/generate.sh --tp 4 --weights Qwen3-32B --prompts questions.txt --out answers.jsonl

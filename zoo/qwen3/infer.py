@@ -3,8 +3,8 @@
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompt "Why is the sky blue?"
     bash zoo/qwen3/generate.sh --weights Qwen3-8B --prompts questions.txt --out answers.jsonl
 
-Of a .jsonl of prompts a row's `messages` are continued; other keys are ignored. How answers are generated is in
-common/language/generate.py.
+A row of a .jsonl of prompts has a `prompt`, or `messages` that the answer continues; other keys are ignored. The
+mechanics of generation are in common/language/generate.py.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .options import InferOptions
 
 
 def load_model(o, config: Qwen3Config) -> Qwen3:
-    """This pipeline stage of the model of --weights, a released folder or a run's checkpoint, with --adapter if given."""
+    """Loads this pipeline stage of the model: --weights (a released folder or a checkpoint) and --adapter, if given."""
     chunks = build(o, config)
     release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if o.adapter:
@@ -32,18 +32,18 @@ def load_model(o, config: Qwen3Config) -> Qwen3:
 
 
 def end_tokens(tokenizer) -> set[int]:
-    """The ids at which an answer ends."""
-    found = {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")} | {tokenizer.eos_token_id}
-    return {i for i in found if i is not None and i != tokenizer.unk_token_id}
+    """Returns the ids of the tokens that end an answer."""
+    ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")} | {tokenizer.eos_token_id}
+    return {i for i in ids if i is not None and i != tokenizer.unk_token_id}
 
 
 def main(o: InferOptions) -> None:
     config = model_config(o)
     model = load_model(o, config)
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    asked = read_questions(o)
-    texts = [messages[-1]["content"] for _, messages, _ in asked]
-    rendered = render_questions(tokenizer, asked, o.thinking) if o.chat else texts
+    questions = read_questions(o)
+    texts = [messages[-1]["content"] for _, messages, _ in questions]
+    rendered = render_questions(tokenizer, questions, o.thinking) if o.chat else texts
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
     longest = max(map(len, prompts)) + o.max_new_tokens
     if longest > config.positions:
@@ -51,13 +51,13 @@ def main(o: InferOptions) -> None:
             f"prompt and answer may take {longest} tokens, the model has {config.positions} positions; "
             "fix: --max-new-tokens, --yarn, or shorter prompts"
         )
-    main_rank, alone = dist.get_rank() == 0, len(texts) == 1
-    show = show_answer(tokenizer) if main_rank and alone else None
+    main_rank, single = dist.get_rank() == 0, len(texts) == 1
+    show = show_answer(tokenizer) if main_rank and single else None
     answers = [tokenizer.decode(a) for a in generate(model, prompts, o, end_tokens(tokenizer), show)]
-    if main_rank and alone:
+    if main_rank and single:
         print()
     if main_rank and o.out:
-        write_answers(o.out, asked, answers)
-    elif main_rank and not alone:
+        write_answers(o.out, questions, answers)
+    elif main_rank and not single:
         for text, answer in zip(texts, answers, strict=True):
             print(f"> {text}\n{answer}\n")

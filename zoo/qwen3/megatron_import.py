@@ -1,4 +1,4 @@
-"""Qwen3 in Megatron-LM's legacy checkpoints: which tensors it has there. common/language/megatron_import.py reads them."""
+"""The tensors of Qwen3 in Megatron-LM's legacy checkpoints, which common/language/megatron_import.py reads."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config import Qwen3Config
 
 TOP = {"embed_tokens.weight": EMBEDDING, "norm.weight": NORM, "lm_head.weight": HEAD}
-LAYER = {  # ours -> the key, or first of the keys, it is made of
+LAYER = {  # our name -> the key that holds it, or for stacked experts the first of the keys
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attn.q_proj.weight": "self_attention.linear_qkv.weight",
     "self_attn.k_proj.weight": "self_attention.linear_qkv.weight",
@@ -32,7 +32,7 @@ LAYER = {  # ours -> the key, or first of the keys, it is made of
 
 
 def expected(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
-    """Whole shapes by Megatron-LM's keys, experts apart."""
+    """Returns the full shapes of all tensors by Megatron-LM's keys, every expert under its own key."""
     D, E = config.hidden_size, config.head_dim
     attention = {
         "input_layernorm.weight": (D,), "pre_mlp_layernorm.weight": (D,),
@@ -47,23 +47,23 @@ def expected(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
         mlp |= {EXPERT.format(e, "fc2"): (D, width) for e in range(config.num_experts)}
         mlp["mlp.router.weight"] = (config.num_experts, D)
     layers = range(config.num_hidden_layers)
-    found = {f"decoder.layers.{i}.{key}": shape for i in layers for key, shape in (attention | mlp).items()}
-    found |= {EMBEDDING: (config.vocab_size, D), NORM: (D,)}
-    return found if config.tie_word_embeddings else found | {HEAD: (config.vocab_size, D)}
+    shapes = {f"decoder.layers.{i}.{key}": shape for i in layers for key, shape in (attention | mlp).items()}
+    shapes |= {EMBEDDING: (config.vocab_size, D), NORM: (D,)}
+    return shapes if config.tie_word_embeddings else shapes | {HEAD: (config.vocab_size, D)}
 
 
 def open_source(folder: Path, config: "Qwen3Config") -> Source:
-    """The parameters in a Megatron-LM checkpoint.
+    """Opens the parameters of a Megatron-LM checkpoint.
 
     Raises:
-        ValueError: what `common.language.megatron_import.index` refuses.
+        ValueError: see `common.language.megatron_import.index`.
     """
     import torch
 
     args = {"rotary_base": config.rope_theta, "norm_epsilon": config.rms_norm_eps}
     args |= {"moe_router_topk": config.num_experts_per_tok} if config.num_experts else {}
     slices = megatron_import.index(folder, config, expected(config), args)
-    n = config.num_attention_heads // config.num_key_value_heads
+    queries_per_key = config.num_attention_heads // config.num_key_value_heads
 
     def theirs(name: str) -> str:
         if name in TOP:
@@ -77,7 +77,7 @@ def open_source(folder: Path, config: "Qwen3Config") -> Source:
     def read(name: str) -> "torch.Tensor":
         key, part = theirs(name), name.removesuffix(".weight").rpartition(".")[2]
         if part in ("q_proj", "k_proj", "v_proj"):
-            return megatron_import.query_key_value(slices[key], part[0], n, config.head_dim)
+            return megatron_import.query_key_value(slices[key], part[0], queries_per_key, config.head_dim)
         if ".local_experts." in key:
             experts = (joined(key.replace(".0.linear", f".{g}.linear")) for g in range(config.num_experts))
             return torch.stack([e.permute(2, 0, 1) if part == "gate_up" else e.t() for e in experts])

@@ -1,9 +1,10 @@
-"""Peak memory of a training step on one rank, feature by feature: the second optimizer step of one row of tokens.
+"""Measures the peak memory of a training step on one rank, feature by feature: the second optimizer step, on one row.
 
     .venv/bin/python -m zoo.qwen3.memory [--size 8B] [--seq-len 8192] [--record]      --record: into perf.jsonl
 
-How it is counted: common/memory.py. Fused kernels save less than the reference ops that are counted (an output of
-attention and of the activation). Experts are computed, because how many rows each gets is known only then.
+common/memory.py says how it is counted. Fused kernels save less than the reference ops counted here: one output of
+attention and one of the activation less. A model with experts is really computed, because only then it is known how
+many rows each expert gets.
 """
 
 import functools
@@ -33,7 +34,7 @@ FEATURES = {  # name -> (ranks, options)
 
 
 def steps(o: TrainOptions) -> Iterator[list[dict]]:
-    """The micro-batches of each step: one row of tokens."""
+    """Yields the micro-batches of each step: one micro-batch of one row of tokens."""
     tokens = torch.zeros(o.seq_len, dtype=torch.int64, device=device.current())
     batch = {"tokens": tokens, "labels": tokens, "positions": tokens, "cu_seqlens": [0, o.seq_len], "rows": 1}
     while True:
@@ -41,7 +42,7 @@ def steps(o: TrainOptions) -> Iterator[list[dict]]:
 
 
 def measure(o: TrainOptions) -> tuple[int, int]:
-    """(bytes at the peak of a step, bytes that stay between steps) of rank 0."""
+    """Measures (bytes at the peak of a step, bytes that stay between steps) of rank 0."""
     config = SIZES[o.size]
     return memory.measure(
         o, functools.partial(build, o, config), Qwen3Block, forward_step, functools.partial(steps, o), o.seq_len,
@@ -50,29 +51,29 @@ def measure(o: TrainOptions) -> tuple[int, int]:
 
 
 def options(name: str, size: str, length: int, precision: str) -> TrainOptions:
-    """Checked options of one micro-batch of one row."""
+    """Returns checked options of a run with this feature: one micro-batch of one row."""
     (ranks, layout), config = FEATURES[name], SIZES[size]
     o = memory.options(TrainOptions, ranks, size=size, seq_len=length, precision=precision, **layout)
     return cli.check_layout(o, heads=config.num_attention_heads, layers=config.num_hidden_layers, tokens=length)
 
 
 def table(size: str, length: int, precision: str) -> Iterator[dict]:
-    """A row of perf.jsonl for each feature."""
+    """Yields a row of perf.jsonl for each feature."""
     for name in FEATURES:
         o = options(name, size, length, precision)
         with mock.patch.object(ops, "CHUNK", 2**62 if name.startswith("logits") else ops.CHUNK):
-            found = measure(o)
+            measured = measure(o)
         estimate = memory_estimate(o, SIZES[size], length, trained_parameters(o, SIZES[size]))
         yield memory.row(
-            o, model="Qwen3", layout=name, shape=length, sample=f"{length} tokens", found=found, estimate=estimate
+            o, model="Qwen3", layout=name, shape=length, sample=f"{length} tokens", found=measured, estimate=estimate
         )
 
 
 def main() -> None:
     description = "Peak memory of a training step on one rank, feature by feature."
-    asked = memory.parser(SIZES, description, size="0.6B", seq_len=4096, precision="fp32").parse_args()
-    rows = table(asked.size, asked.seq_len, asked.precision)
-    memory.report(rows, "{layout:<30} {raw} GiB", HERE / "perf.jsonl" if asked.record else None)
+    args = memory.parser(SIZES, description, size="0.6B", seq_len=4096, precision="fp32").parse_args()
+    rows = table(args.size, args.seq_len, args.precision)
+    memory.report(rows, "{layout:<30} {raw} GiB", HERE / "perf.jsonl" if args.record else None)
 
 
 if __name__ == "__main__":

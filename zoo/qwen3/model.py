@@ -7,20 +7,23 @@ checkpoints; the exceptions are the experts, which are stacked here (convert.py)
 What is unusual:
 - Queries and keys are RMS-normalised per head before the rotary embedding; no linear has a bias.
 - heads * head_dim is not the hidden width for most sizes: q and o are not square.
-- Rotary embedding over rotate-half pairs, by YaRN (arXiv:2309.00071) beyond the pretrained length; positions restart at
-  every document of a packed row.
+- The rotary embedding pairs entry i with i + E/2 (rotate-half); YaRN (arXiv:2309.00071) extends it beyond the
+  pretrained length. Positions restart at every document of a packed row.
 - Mixture of experts: softmax over all experts in fp32, the top k renormalised to sum 1, every layer sparse, no token
   dropped and no shared expert; auxiliary load-balancing loss over all layers together (or of each layer), z-loss.
 
-A micro-batch is one row of tokens, its sequences end to end, with the bounds that attention must not cross.
+A micro-batch is one row of tokens. Its sequences stand end to end, and attention does not cross their bounds.
 
-Parallelism: tokens first. Under tensor parallelism heads, FFN columns (of every expert too) and the vocabulary are
-split; under sequence parallelism everything between holds T/tp tokens. Context parallelism splits the tokens for the
-whole network, in zig-zag order, and meets only in attention. Expert parallelism spreads the experts over ranks that hold
-different tokens, which travel to them and back. What every rank holds whole but uses on its own heads or columns (q_norm,
-k_norm, the router, key and value heads if they are fewer than the ranks) goes through
-`copy_to_tensor_model_parallel_region`, whose backward sums its gradient. A pipeline stage hands on the hidden states
-alone; tied embeddings are held by the first and the last stage, which sum their gradient.
+Parallelism (tokens are the first dimension of every activation):
+- Tensor parallelism splits heads, FFN columns (also of every expert) and the vocabulary. Under sequence parallelism,
+  activations between these regions hold T/tp tokens.
+- Context parallelism splits the tokens for the whole network, in zig-zag order. Only attention communicates.
+- Expert parallelism spreads the experts over ranks that hold different tokens. Tokens are sent to the experts and back.
+- A parameter that every rank holds whole, but applies to its own heads or columns only (q_norm, k_norm, the router, key
+  and value heads if they are fewer than the ranks), goes through `copy_to_tensor_model_parallel_region`, whose backward
+  sums its gradient over the ranks.
+- A pipeline stage sends only hidden states to the next one. The first and the last stage hold the tied embedding and
+  sum its gradient.
 
 Shape legend: T tokens of this rank, D hidden, H query heads and K key heads of this rank, E head dim, F FFN columns of
 this rank, G experts, V vocabulary.
@@ -53,8 +56,8 @@ class Qwen3RMSNorm(nn.Module):
 
 
 class Qwen3SharedHeads(nn.Linear):
-    """Keys or values with fewer heads than tensor-parallel ranks: every rank holds all heads and makes the one that its
-    query heads look at (query head h of H at head h*K//H)."""
+    """Projects keys or values with fewer heads than tensor-parallel ranks. Every rank holds the weights of all heads
+    and computes the one head that its query heads attend to (query head h of H attends to head h*K//H)."""
 
     def __init__(self, config: Qwen3Config, mc: TransformerConfig):
         K, E = config.num_key_value_heads, config.head_dim
@@ -85,7 +88,8 @@ class Qwen3Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int], cache=None
     ) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, when generating."""
+        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, only
+        for generation."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
         x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
@@ -117,32 +121,33 @@ class Qwen3MLP(nn.Module):
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance` times
-    its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
-    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that never sees the loss, so megatron-core's
-    autograd function adds the gradients of these two in passing."""
+    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance`
+    times its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
+    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that does not compute the loss, so
+    megatron-core's `MoEAuxLossAutoScaler` adds the gradients of these two losses during the layer's backward."""
 
     dispatch: str  # alltoall or allgather
     balance: float
     z: float
 
     def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
-        """chosen [T, k], with the losses' gradient; logits and probs [T, G], counts [G] of the tokens' choices."""
+        """Returns chosen [T, k] with the losses' gradient attached. logits and probs [T, G]; counts [G]: choices of
+        each expert."""
         if not (self.balance or self.z):
             return chosen
         share = _over_ranks(counts / len(logits))
         value = self.balance * probs.shape[1] * (share * probs.mean(0)).sum()
         value = value + self.z * logits.logsumexp(-1).square().mean()
-        # A sum over the ranks of a row: they hold parts of its tokens, or the same ones and sum the router's gradient.
+        # Gradients are summed over the tp*cp ranks of a row: each holds a part of its tokens, or all hold the same.
         return MoEAuxLossAutoScaler.apply(chosen, value / (mc.tensor_model_parallel_size * mc.context_parallel_size))
 
 
 class Qwen3SparseMLP(nn.Module):
-    """Mixture of experts. `gate` routes; `gate_up` [G, D, 2, F] and `down` [G, F, D] are the released per-expert
-    matrices, transposed and stacked; this rank holds G/ep experts, with F/etp of their columns.
+    """Mixture of experts. `gate` is the router. `gate_up` [G, D, 2, F] and `down` [G, F, D] are the released per-expert
+    matrices, transposed and stacked. This rank holds G/ep experts, with F/etp of their columns.
 
-    Where etp = tp every tensor parallel rank routes all their tokens and computes its columns; where etp = 1 (under
-    sequence parallel) each routes its own T/tp tokens to whole experts.
+    With etp = tp, every tensor-parallel rank routes all tokens of its group and computes its columns. With etp = 1
+    (under sequence parallelism), each rank routes its own T/tp tokens to whole experts.
     """
 
     def __init__(self, config: Qwen3Config, mc: TransformerConfig, router: RouterOptions):
@@ -158,10 +163,10 @@ class Qwen3SparseMLP(nn.Module):
         self.split_experts = mc.expert_tensor_parallel_size == mc.tensor_model_parallel_size
         if not self.split_experts:
             parallel.mark_replicated([self.gate.weight], mc)
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # since the last `router_metrics`
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # sums since the last `router_metrics`
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T(/tp), 1, D] -> [T(/tp), 1, D] and the router's logits [T, G] fp32."""
+        """x [T(/tp), 1, D] -> (output [T(/tp), 1, D], the router's logits [T, G] fp32)."""
         gate = self.gate.weight
         if self.split_experts:
             x, gate = parallel.enter_tensor_parallel(x, self.mc), parallel.shared_by_tp(gate, self.mc)
@@ -190,46 +195,46 @@ class Qwen3SparseMLP(nn.Module):
         return parallel.leave_tensor_parallel(out, self.mc) if self.split_experts else out, logits
 
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
+        """Applies this rank's experts: rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
         ends = counts.cumsum(0)
         inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up.flatten(2), ends))  # [N, F/etp]
         return ops.grouped_matmul(inner, self.down, ends)
 
     def dispatched(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [T*k, D] sorted by expert, counts [G] of each, to the ranks that hold the experts and back: two all-to-all
-        of as many rows as the router asks for (no token is dropped), and one host synchronisation, for their sizes.
-        Also returns how many rows were computed here."""
+        """Sends rows [T*k, D] (sorted by expert, counts [G] of each) to the ranks of their experts and gets the outputs
+        back, in the same order. The two all-to-alls carry every row (no token is dropped); their sizes cost one host
+        synchronisation. Returns the outputs and how many rows were computed here."""
         group = parallel.mpu.get_expert_model_parallel_group()
         ep, first = group.size(), group.rank() * len(self.gate_up)
-        everyone = counts.new_empty(ep, len(counts))  # [source rank, G]
-        dist.all_gather_into_tensor(everyone, counts.unsqueeze(0), group=group)
-        mine = everyone[:, first : first + len(self.gate_up)]  # [source rank, G/ep]
-        sent, received = torch.stack((counts.view(ep, -1).sum(1), mine.sum(1))).tolist()  # the synchronisation
-        arrived = parallel.all_to_all(group, rows, received, sent)  # [N, D], by source rank, then by expert
-        expert = torch.arange(mine.shape[1], device=rows.device).repeat(ep)
-        expert = expert.repeat_interleave(mine.flatten(), output_size=sum(received))  # [N]
-        by_expert, position = ops.token_permute(arrived, expert.unsqueeze(1))
-        out = self.experts(by_expert, mine.sum(0))
+        all_counts = counts.new_empty(ep, len(counts))  # [source rank, G]
+        dist.all_gather_into_tensor(all_counts, counts.unsqueeze(0), group=group)
+        local_counts = all_counts[:, first : first + len(self.gate_up)]  # [source rank, G/ep]
+        sent, received = torch.stack((counts.view(ep, -1).sum(1), local_counts.sum(1))).tolist()  # the synchronisation
+        received_rows = parallel.all_to_all(group, rows, received, sent)  # [N, D], by source rank, then by expert
+        expert = torch.arange(local_counts.shape[1], device=rows.device).repeat(ep)
+        expert = expert.repeat_interleave(local_counts.flatten(), output_size=sum(received))  # [N]
+        by_expert, position = ops.token_permute(received_rows, expert.unsqueeze(1))
+        out = self.experts(by_expert, local_counts.sum(0))
         out = ops.token_unpermute(out, position, torch.ones_like(expert, dtype=out.dtype).unsqueeze(1))
-        return parallel.all_to_all(group, out, sent, received), mine.sum()
+        return parallel.all_to_all(group, out, sent, received), local_counts.sum()
 
     def gathered(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [T, D] of all ranks to every one, which computes what its experts are asked for; a reduce-scatter sums:
-        fewer bytes than `dispatched` where ep is smaller than k. experts and chosen [T, k] -> [T, D], and how many rows
-        were computed here: the host synchronisation."""
+        """Gathers tokens [T, D] of all ranks on every rank, which computes its own experts; a reduce-scatter sums their
+        outputs. This sends fewer bytes than `dispatched` if ep < k. experts and chosen are [T, k]. Returns [T, D] and
+        how many rows were computed here; that number costs one host synchronisation."""
         group = parallel.mpu.get_expert_model_parallel_group()
         first, held = group.rank() * len(self.gate_up), len(self.gate_up)
         tokens = parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
         chosen = parallel.gather_from_sequence_parallel_region(chosen, tensor_parallel_output_grad=True, group=group)
-        everyone = experts.new_empty(len(tokens), experts.shape[1])  # [T*ep, k]
-        dist.all_gather_into_tensor(everyone, experts.contiguous(), group=group)
-        local = (everyone - first).flatten()
+        all_experts = experts.new_empty(len(tokens), experts.shape[1])  # [T*ep, k]
+        dist.all_gather_into_tensor(all_experts, experts.contiguous(), group=group)
+        local = (all_experts - first).flatten()
         local = torch.where((local >= 0) & (local < held), local, held)
         counts = torch.zeros(held + 1, dtype=torch.int64, device=local.device).index_add_(
             0, local, torch.ones_like(local)
         )
         computed = counts[:held].sum()
-        order = local.argsort(stable=True)[: int(computed)]  # choices of ours, by expert
+        order = local.argsort(stable=True)[: int(computed)]  # choices of this rank's experts, sorted
         source = order // experts.shape[1]
         rows = self.experts(tokens[source], counts[:held]).float() * chosen.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, source, rows).to(tokens.dtype)
@@ -237,13 +242,13 @@ class Qwen3SparseMLP(nn.Module):
 
     @torch.no_grad()
     def observe(self, counts, probs, logits, computed) -> None:
-        """Adds to `seen` (see `router_metrics`): how often each expert was chosen and how many choices were computed here,
-        [G + 1]; the experts' probabilities, tokens, entropy and logsumexp^2, summed over tokens, [G + 3]. A recomputed
-        forward adds itself again, which no ratio of these notices."""
+        """Adds two tensors to `seen`, for `router_metrics`. [G + 1]: how often each expert was chosen, and how many
+        choices were computed here. [G + 3]: sums over tokens of the experts' probabilities, of 1, of entropy and of
+        logsumexp^2. Activation recomputation adds a forward twice, which changes no ratio of these sums."""
         tokens, entropy = probs.new_full((), len(probs)), -torch.xlogy(probs, probs).sum()
-        rest = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
-        new = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), rest))
-        self.seen = new if self.seen is None else (self.seen[0] + new[0], self.seen[1] + new[1])
+        token_sums = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
+        sums = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), token_sums))
+        self.seen = sums if self.seen is None else (self.seen[0] + sums[0], self.seen[1] + sums[1])
 
 
 class Qwen3Block(nn.Module):
@@ -266,12 +271,12 @@ class Qwen3Block(nn.Module):
 
 
 class Qwen3(MegatronModule):
-    """One pipeline stage's chunk of the model: `layers` are the global indices of its blocks.
+    """One model chunk of a pipeline stage. `layers` are the global indices of its blocks.
 
-    `first` chunks embed, `last` ones normalise and make the loss.
+    A `first` chunk embeds the tokens. A `last` chunk applies the final norm and computes the loss.
     """
 
-    model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask
+    model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
 
     def __init__(
         self,
@@ -312,29 +317,30 @@ class Qwen3(MegatronModule):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """[V/tp, D]: the embedding's own where they are tied."""
+        """Weight [V/tp, D] of the vocabulary projection: the embedding's own if they are tied."""
         return self.embed_tokens.weight if self.qwen.tie_word_embeddings else self.lm_head.weight
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """megatron-core asks: what the first and the last pipeline stage both hold, its gradient summed over them."""
+        """Called by megatron-core, which sums this parameter's gradient over the first and the last pipeline stage."""
         return self.embed_tokens.weight if self.qwen.tie_word_embeddings else None
 
     def set_input_tensor(self, tensor) -> None:
-        """Called by the pipeline schedule: what the previous stage sent, or None."""
+        """Called by the pipeline schedule with what the previous stage sent, or None."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
         labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, cache=None,
     ):  # fmt: skip
-        """tokens and positions int64 [T*cp] of the whole micro-batch, cu_seqlens its sequences' bounds, rows: how many
-        sequences of one length lie end to end in it. With labels int64 (negative: no loss) and their weight fp32, both
-        [T*cp], the vocabulary projection is done inside the loss, and in here, where FSDP has gathered its weight.
+        """Takes the whole micro-batch: tokens and positions int64 [T*cp], cu_seqlens (the sequences' bounds), the
+        number of rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp]. The
+        loss is computed in here, together with the vocabulary projection, because FSDP gathers that weight only in
+        here.
 
-        Returns on the last pipeline stage (sum over this rank's tokens of weight * cross entropy, router logits of this
-        chunk's layers [layers, T, G] or None), without weight the labels' log-probabilities fp32 [T] in place of the
-        sum, without labels the states after the last norm [T(/tp), 1, D]; on the others the hidden states as the
-        schedule passes them on, [T(/tp)/rows, rows, D].
+        Returns on the last pipeline stage a pair. First: with labels and weight, the sum over this rank's tokens of
+        weight * cross entropy; with labels only, their log-probabilities fp32 [T]; without labels, the states after the
+        last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers [layers, T, G], or None. Other stages
+        return hidden states in the shape that the schedule sends, [T(/tp)/rows, rows, D].
         """
         D = self.qwen.hidden_size
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
@@ -362,21 +368,22 @@ class Qwen3(MegatronModule):
 
 
 def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, 1, 1, E] fp32 of every token's angles, both halves alike.
+    """Returns cos and sin [T, 1, 1, E] fp32 of every token's angles; the two halves of E are equal.
 
-    YaRN, where config.rope_factor is not 1: pairs that turn less than once in the original length are slowed down by the
-    factor, those that turn more than 32 times are not, with a ramp in between; cos and sin grow a little.
+    If config.rope_factor is not 1, YaRN divides the frequencies of pairs that turn less than once in the original
+    length by the factor, keeps those of pairs that turn more than 32 times, and interpolates in between. It also scales
+    cos and sin up a little.
     """
     E, factor = config.head_dim, config.rope_factor
     pairs = torch.arange(0, E, 2, dtype=torch.int64, device=positions.device)
     periods = config.rope_theta ** (pairs.float() / E)  # [E/2], tokens per radian
     frequencies = 1.0 / periods
-    if factor != 1:  # rounded as transformers does: far positions multiply every bit
+    if factor != 1:  # in transformers' order of operations: far positions multiply a rounding difference
         turns = config.original_max_position_embeddings / (2 * math.pi)
         low, high = (E * math.log(turns / n) / (2 * math.log(config.rope_theta)) for n in (32, 1))
         low, high = max(math.floor(low), 0), min(math.ceil(high), E - 1)
-        kept = 1 - ((pairs / 2 - low) / (high - low or 0.001)).clamp(0, 1)  # [E/2]
-        frequencies = 1.0 / (factor * periods) * (1 - kept) + frequencies * kept
+        unscaled = 1 - ((pairs / 2 - low) / (high - low or 0.001)).clamp(0, 1)  # [E/2]
+        frequencies = 1.0 / (factor * periods) * (1 - unscaled) + frequencies * unscaled
     angles = positions.float()[:, None] * frequencies  # [T, E/2]
     angles = torch.cat((angles, angles), -1)[:, None, None]
     scale = 0.1 * math.log(factor) + 1
@@ -384,17 +391,17 @@ def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Te
 
 
 def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:
-    """G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and tokens
-    together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
-    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens; the mean of the result
-    over tensor and context parallel ranks is the whole row's."""
+    """Computes G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and
+    tokens together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
+    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens. The loss of the
+    whole row is the mean of the results over tensor and context parallel ranks."""
     probs = routing.flatten(0, 1).softmax(-1)  # [layers*T, G]
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(k).indices, 1.0)
     return probs.shape[1] * (_over_ranks(chosen.mean(0)) * probs.mean(0)).sum()
 
 
 def _over_ranks(share: torch.Tensor) -> torch.Tensor:
-    """The mean over the ranks that hold a row's tokens, without gradient."""
+    """Averages over the ranks that hold one row's tokens, without gradient."""
     group = parallel.mpu.get_tensor_and_context_parallel_group()
     if group.size() > 1:
         dist.all_reduce(share, group=group)
@@ -402,9 +409,10 @@ def _over_ranks(share: torch.Tensor) -> torch.Tensor:
 
 
 def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
-    """What the routers did since the last call, over all ranks, for metrics.jsonl: each expert's share of the choices
-    times their number (1: balanced), the mean over layers and the largest of any; the entropy in nats, load-balancing loss
-    (k: balanced) and z-loss, means over layers; choices that no expert computed. Waits for the device once."""
+    """Returns what the routers did since the last call, over all ranks, for metrics.jsonl: each expert's load (its
+    share of the choices times G; 1: balanced), as the mean over layers and as the largest of any layer; means over
+    layers of entropy in nats, load-balancing loss (k: balanced) and z-loss; choices that no expert computed. Waits for
+    the device once."""
     G = config.num_experts
     counts = torch.zeros(config.num_hidden_layers, G + 1, dtype=torch.int64, device=device.current())
     sums = torch.zeros(config.num_hidden_layers, G + 3, device=device.current())
@@ -414,12 +422,12 @@ def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
             block.mlp.seen = None
     for each in (counts, sums):
         dist.all_reduce(each)
-    (chosen, computed), (probs, rest) = counts.split([G, 1], 1), sums.split([G, 3], 1)
-    tokens, entropy, z = rest.unbind(1)  # [layers] each
+    (chosen, computed), (probs, token_sums) = counts.split([G, 1], 1), sums.split([G, 3], 1)
+    tokens, entropy, z = token_sums.unbind(1)  # [layers] each
     load = G * chosen / chosen.sum(1, keepdim=True)  # [layers, G]
     balance = G * (chosen * probs).sum(1) / tokens.square()
     means = torch.stack((entropy / tokens, balance, z / tokens)).mean(1)  # [3]
-    dropped = (chosen.sum() - computed.sum()).float().view(1)  # small numbers are exact
+    dropped = (chosen.sum() - computed.sum()).float().view(1)  # exact in fp32: it is small
     *each, largest, dropped, entropy, balance, z = torch.cat(
         (load.mean(0), load.max().view(1), dropped, means)
     ).tolist()
@@ -433,7 +441,7 @@ def router_metrics(chunks: list[nn.Module], config: Qwen3Config) -> dict:
 
 
 def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwen3]:
-    """This rank's unwrapped model chunks, memory allocated (on this rank's device, or on `where`) and not filled."""
+    """Builds this rank's model chunks, unwrapped, with uninitialised parameters on this rank's device or on `where`."""
     mc = parallel.megatron_config(
         o,
         hidden=config.hidden_size,
@@ -441,9 +449,9 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
         layers=config.num_hidden_layers,
         experts=config.num_experts,
     )
-    share = 1 / config.num_hidden_layers
-    by_layer = share * o.aux if o.aux_over == "layer" else 0.0
-    router = RouterOptions(o.dispatch, by_layer, share * o.z_loss)
+    per_layer = 1 / config.num_hidden_layers
+    balance = per_layer * o.aux if o.aux_over == "layer" else 0.0
+    router = RouterOptions(o.dispatch, balance, per_layer * o.z_loss)
     chunks = []
     with where or device.current():
         for i in range(o.vpp):
@@ -458,11 +466,12 @@ def build(o, config: Qwen3Config, where: torch.device | None = None) -> list[Qwe
 
 
 def draw(config: Qwen3Config, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Initial values: unit norms, N(0, initializer_range), and of what a layer adds to its input (o_proj, down)
-    N(0, initializer_range / sqrt(2 layers)): GPT-2's rule and Megatron-LM's (`scaled_init_method_normal`)."""
+    """Fills a whole parameter with initial values: 1 for norms, N(0, initializer_range / sqrt(2 layers)) for the
+    outputs of attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is the rule of GPT-2 and of
+    Megatron-LM (`scaled_init_method_normal`)."""
     if name.endswith("norm.weight"):
         whole.fill_(1.0)
         return
-    adds = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down"))
-    share = (2 * config.num_hidden_layers) ** -0.5 if adds else 1.0
-    whole.normal_(std=config.initializer_range * share, generator=generator)
+    residual = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down"))
+    scale = (2 * config.num_hidden_layers) ** -0.5 if residual else 1.0
+    whole.normal_(std=config.initializer_range * scale, generator=generator)

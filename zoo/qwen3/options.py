@@ -1,8 +1,8 @@
-"""The options of this recipe's jobs: what they are called, what the demo fills in, and all that can be known to be
-wrong with them before a process starts.
+"""The options of this recipe's jobs, the values that the demo fills in, and every check that is possible before a
+process starts.
 
-Each job has a dataclass of options and a function that completes and checks one (`JOBS`). What all language jobs share is
-in common/language/options.py. No torch here: `--help` and every refusal come before anything heavy is imported.
+Each job has a dataclass of options and a function that completes and checks them (`JOBS`). What all language jobs share
+is in common/language/options.py. No torch here: `--help` and every error come before anything heavy is imported.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from .demo import make_data
 HERE = Path(__file__).parent
 
 DEMO_TOKENIZER = HERE / "demo" / "tokenizer"
-DEMO_WEIGHTS = HERE / "demo" / "weights"  # what sft.sh made of the tiny size
+DEMO_WEIGHTS = HERE / "demo" / "weights"  # size tiny, trained by sft.sh
 DEMO_PROMPT = "Sort the digits: 52913"
-DEMO_RUN = {  # these tasks are learnt sooner than the docstrings; rows of 512: 15 conversations fill 99.6 % of one
+DEMO_RUN = {  # these tasks take fewer steps than the docstrings; 15 conversations fill 99.6 % of a row of 512
     "sft": {"steps": 600, "lr": 3e-3, "save_every": 300, "seq_len": 512},
     "lora": {"steps": 200, "lr": 3e-3, "save_every": 200, "seq_len": 512},
     "dpo": {"steps": 200, "lr": 3e-4, "save_every": 200, "seq_len": 512, "sft_weight": 1.0},  # see demo/README.md
@@ -48,7 +48,8 @@ DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_TASKS = HERE / "demo" / "tasks"
 DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
 DOCUMENT_END = "<|endoftext|>"
-# Learning rates by job on a published size, whose layout has pretraining's. dpo: of all parameters, of adapters x 10.
+# Learning rates of jobs on published sizes, whose layouts hold pretraining's. dpo: all parameters; adapters: 10 times
+# it.
 RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
 
 
@@ -75,7 +76,7 @@ class TrainOptions(
     )
 
     def targets(self, config: Qwen3Config) -> list[str]:
-        """Ends of the names of the linears that get adapters."""
+        """Returns the name endings of the linears that get adapters."""
         return self.lora_targets.split(",") if self.lora_targets else adaptable(config)
 
 
@@ -112,10 +113,10 @@ class PerfOptions(TrainOptions):
 
 
 def parse(script: str, argv: list[str]):
-    """argv of a job -> its completed and checked options. See common/cli.py for the contract.
+    """Parses a job's argv to its completed and checked options. See common/cli.py for the contract.
 
     Raises:
-        ValueError: anything about the options, the weights folder or the data that can be known to be wrong.
+        ValueError: any fault of the options, the weights folder or the data that shows before a process starts.
     """
     cls, description, completed = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", _default_size)
@@ -125,7 +126,7 @@ def parse(script: str, argv: list[str]):
 
 
 def _default_size(folder: Path | None) -> str:
-    """The size whose architecture the weights folder has; without one, tiny."""
+    """Returns the size whose architecture the weights folder has; tiny without a folder."""
     return "tiny" if folder is None else size_of(folder)
 
 
@@ -215,7 +216,7 @@ def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
     return o
 
 
-JOBS = {  # a launcher's script -> its options, what --help says of it, what completes and checks them
+JOBS = {  # a launcher's script -> its options, its description in --help, the function that completes and checks them
     "train": (TrainOptions, "Train Qwen3.", _train),
     "infer": (InferOptions, "Generate text with Qwen3.", _infer),
     "evaluate": (EvaluateOptions, "Evaluate Qwen3 on benchmarks through lm-eval-harness.", _evaluate),
@@ -233,7 +234,7 @@ JOBS = {  # a launcher's script -> its options, what --help says of it, what com
 
 
 def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
-    """The layout, completed and checked: by `cli.check_layout`, and for what this model asks beyond it."""
+    """Completes and checks the layout: `cli.check_layout`, then what this model requires besides."""
     o = cli.check_layout(
         o,
         heads=config.num_attention_heads,
@@ -241,24 +242,24 @@ def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
         tokens=tokens,
         experts=config.num_experts,
     )
-    keys = config.num_key_value_heads
-    if keys % o.tp and o.tp % keys:
+    kv_heads = config.num_key_value_heads
+    if kv_heads % o.tp and o.tp % kv_heads:
         raise ValueError(
-            f"tp={o.tp} with {keys} key-value heads (size {o.size}); expected that one divides the other; fix: --tp"
+            f"tp={o.tp} with {kv_heads} key-value heads (size {o.size}); expected that one divides the other; fix: --tp"
         )
     columns = ("tp", config.intermediate_size, "columns of the MLP")
     if config.num_experts:
         columns = ("etp", config.moe_intermediate_size, "columns of an expert")
-    for cut, count, what in (("tp", config.vocab_size, "tokens of the vocabulary"), columns):
-        if count % getattr(o, cut):
-            raise ValueError(f"{cut}={getattr(o, cut)} does not divide {count} {what} (size {o.size}); fix: --{cut}")
+    for flag, count, noun in (("tp", config.vocab_size, "tokens of the vocabulary"), columns):
+        if count % getattr(o, flag):
+            raise ValueError(f"{flag}={getattr(o, flag)} does not divide {count} {noun} (size {o.size}); fix: --{flag}")
     return o
 
 
 def _check_weights(o, config: Qwen3Config) -> None:
-    """The tensors of --weights are exactly the model's."""
-    if (said := resized(o, config)) is not None:
-        cli.note(said)
+    """Checks that the tensors of --weights are exactly the model's. Notes a vocabulary other than the published one."""
+    if (note := resized(o, config)) is not None:
+        cli.note(note)
     if o.weights is None or is_sharded(o.weights):
         return
     if not o.from_scratch:
@@ -269,28 +270,28 @@ def _check_weights(o, config: Qwen3Config) -> None:
 
 
 def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    """What the job, and the demo where no data are named, have unlike the layout; what was asked for stays."""
-    usual = {"cache": DEMO_DATA.with_name(f"{HERE.name}-cache")}
+    """Replaces defaults of the layout by the job's, and by the demo's if --data is not given. Given options stay."""
+    defaults = {"cache": DEMO_DATA.with_name(f"{HERE.name}-cache")}
     if o.job == "lora" and not o.adapts:
-        usual |= {"lora_rank": jobs.LORA_RANK}
+        defaults |= {"lora_rank": jobs.LORA_RANK}
     demo = {}
     if o.data is None:
         demo["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
-        usual |= {"validation": validation}
-        usual |= DEMO_RUN.get(o.job, {}) if o.size.startswith("tiny") else {}
+        defaults |= {"validation": validation}
+        defaults |= DEMO_RUN.get(o.job, {}) if o.size.startswith("tiny") else {}
     if not o.size.startswith("tiny") and o.job in RATES and not _layout_is_of_job(o, asked):
         rate = RATES[o.job] * (10 if o.job == "dpo" and o.adapts else 1)
-        usual |= {"lr": rate, "min_lr": (o.lr if "--lr" in asked else rate) / 10}
-    return jobs.fill_defaults(o, asked, usual, demo)
+        defaults |= {"lr": rate, "min_lr": (o.lr if "--lr" in asked else rate) / 10}
+    return jobs.fill_defaults(o, asked, defaults, demo)
 
 
 def _layout_is_of_job(o: TrainOptions, asked: set[str]) -> bool:
-    """Whether the layout's rates are this job's: its name says so, or it was named to train all parameters."""
+    """Whether the layout's learning rate is for this job: its name holds the job, or --layout names it for sft."""
     return o.job in o.layout.split("-") or ("--layout" in asked and o.job == "sft")
 
 
 def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:
-    """Rows fit the model and the layout, and what adds to the loss fits the model."""
+    """Checks that rows fit the model and the layout, and that the router's losses fit the model."""
     if o.seq_len > config.positions:
         raise ValueError(
             f"seq_len={o.seq_len} is more than the model's {config.positions} positions; fix: --seq-len or --yarn"
@@ -300,33 +301,33 @@ def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:
 
 
 def _check_adapters(o, config: Qwen3Config) -> None:
-    """What gets adapters, or has them in the folder given, is a linear that the model has and calls."""
+    """Checks that every linear with an adapter, new or of --adapter, is one that can have it (see `adaptable`)."""
     if o.adapter:
-        found = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
+        linears = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
     else:
-        found = set(o.targets(config))
-    language.check_adapters(o, found, adaptable(config))
+        linears = set(o.targets(config))
+    language.check_adapters(o, linears, adaptable(config))
 
 
 def starting_point(o: TrainOptions) -> dict:
-    """What a run starts from, told by content."""
+    """Identifies by content what a run starts from: weights and adapters."""
     config = model_config(o)
     pairs = convert.adapter(o.adapter, config) if o.adapter else {}
     return jobs.starting_point(o, o.weights, pairs, o.targets(config))
 
 
 def run_facts(o: TrainOptions) -> dict:
-    """What a run cannot change any more: what it starts from, and what decides its rows and their order."""
+    """Returns what a resumed run must keep: what it starts from, and what decides its rows and their order."""
     return language.run_facts(o, starting_point(o))
 
 
 def prepare(o) -> None:
-    """Before any process starts: make the demo data if this job uses it, and install what this job alone needs."""
+    """Runs before any process starts: makes the demo data if this job uses it, and installs packages only it needs."""
     if isinstance(o, EvaluateOptions) and importlib.util.find_spec("lm_eval") is None:
         language.install(HERE / "requirements-evaluate.txt")
     if DEMO.has(o.data):
         cli.say(f"looking for the demo data in {DEMO_DATA}, or making them")
-        if isinstance(o, PreprocessOptions):  # which tokenizes it itself
+        if isinstance(o, PreprocessOptions):  # the job itself tokenizes it
             make_data.make(DEMO.text)
             return
         if o.job != "pretrain":
@@ -335,13 +336,13 @@ def prepare(o) -> None:
             return
         make_data.make(DEMO.text)
         for split in (o.data, o.validation):
-            text = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split)
+            split_options = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split)
             vocabulary = model_config(o).vocab_size
-            preprocess.run(preprocess.check(text, vocabulary, DEMO), vocabulary)
+            preprocess.run(preprocess.check(split_options, vocabulary, DEMO), vocabulary)
 
 
 def trained_parameters(o, config: Qwen3Config) -> int:
-    """All, or those of the adapters."""
+    """Counts the parameters that train: all, or the adapters'."""
     if not o.adapts:
         return config.parameters
     if o.adapter:
@@ -350,7 +351,7 @@ def trained_parameters(o, config: Qwen3Config) -> int:
 
 
 def dry_run(o) -> str:
-    """What a run would be, from the options alone."""
+    """Describes a run from its options alone."""
     if isinstance(o, PreprocessOptions):
         return f"{cli.to_toml(o)}\nfor a model of parameters: {model_config(o).parameters:,}"
     config = model_config(o)

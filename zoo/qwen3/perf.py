@@ -6,16 +6,16 @@
     bash zoo/qwen3/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
 
 step        a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of
-            transformers' model with torch's fused AdamW, both plain and under torch.compile (--no-compiled leaves that
-            out), on the same device, batch, weights and dtype, turn by turn, each with its peak memory (under
-            torch.compile: compiling included). A contender whose first loss is not the same is refused. --layers and
-            --vocabulary cut a size down; the row says so
-sft         that step on packed conversations against pretraining's on documents, rows of one length: tokens that are no
-            padding per second
-generate    greedy generation with a cache, against transformers' generate; one prompt, and eight
+            transformers' model with torch's fused AdamW. Both run plain and under torch.compile (--no-compiled leaves
+            that out), by turns, on the same device, batch, weights and dtype. Each row has its peak memory, which under
+            torch.compile includes compiling. A contender with another first loss is refused. --layers and --vocabulary
+            cut a size down; the row says so
+sft         that step on packed conversations, against pretraining's on documents in rows of the same length: tokens
+            per second, without padding
+generate    greedy generation with a cache, against transformers' generate, for one prompt and for eight
 preprocess  text to an indexed data set, against the tokenizer library's encode_batch_fast alone, in as many processes
-load        a released folder of random weights from disk into a model, and converted to another: rates against reading
-            and copying the same files, memory beyond the model
+load        a released folder of constant weights, loaded from disk into a model and converted to another folder: rates
+            against reading and copying the same files, and memory beyond the model
 
 Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
@@ -53,7 +53,7 @@ def main(o: PerfOptions) -> None:
 
 
 def facts(o: PerfOptions) -> dict:
-    """What all rows of this call have in common. A size that was cut down says so."""
+    """Returns the fields that all rows of this call share. The size says how it was cut down."""
     cut = [f"{o.layers} layers"] * bool(o.layers) + [f"vocabulary {o.vocabulary}"] * bool(o.vocabulary)
     size = ", ".join([o.size, *cut])
     return bench.facts(o, model="Qwen3", size=size, shape=f"{o.micro_batch} x {o.seq_len}")
@@ -63,7 +63,7 @@ def facts(o: PerfOptions) -> dict:
 
 
 def batch_of(o: PerfOptions, config: Qwen3Config) -> dict:
-    """A micro-batch of random tokens, rows of seq_len, before its tokens are weighted."""
+    """Draws a micro-batch of random tokens in rows of seq_len, before `weighted`."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (o.micro_batch, o.seq_len + 1), generator=generator).to(device.current())
     return {
@@ -74,18 +74,18 @@ def batch_of(o: PerfOptions, config: Qwen3Config) -> dict:
 
 
 def batches_of(o: PerfOptions, config: Qwen3Config) -> list[dict]:
-    """This rank's micro-batches of a step, as training sees them."""
+    """Returns this rank's micro-batches of a step, as training prepares them."""
     return weighted([batch_of(o, config)] * o.micro_batches, o.dp)
 
 
 def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dict]]:
-    """This model's training step."""
-    drawn = functools.partial(draw, config)
-    return bench.own_step(o, build(o, config), drawn, Qwen3Block, forward_step, o.seq_len)
+    """Builds this model's training step."""
+    initial = functools.partial(draw, config)
+    return bench.own_step(o, build(o, config), initial, Qwen3Block, forward_step, o.seq_len)
 
 
 def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torch.nn.Module:
-    """transformers' model with the weights `checkpoint.initialize` draws for ours."""
+    """Builds transformers' model with the weights that `checkpoint.initialize` draws for ours."""
     cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
     with device.current():
@@ -95,7 +95,7 @@ def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torc
         whole = torch.empty(shape)
         draw(config, name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
         key = convert.released(name)
-        if key.endswith("mlp.gate_up"):  # the experts are stacked there too, [G, 2F, D] and [G, D, F]
+        if key.endswith("mlp.gate_up"):  # transformers stacks experts as [G, 2F, D] and [G, D, F]
             key, whole = key.replace("mlp.gate_up", "mlp.experts.gate_up_proj"), whole.permute(0, 2, 3, 1).flatten(1, 2)
         elif key.endswith("mlp.down"):
             key, whole = key.replace("mlp.down", "mlp.experts.down_proj"), whole.transpose(1, 2)
@@ -105,7 +105,7 @@ def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torc
 
 
 def peer(o: PerfOptions, config: Qwen3Config, compiled: bool) -> Callable[[], torch.Tensor]:
-    """transformers' training step, from our weights."""
+    """Builds transformers' training step, with our weights."""
     model = their_model(o, config, torch.float32).train()
     if o.recompute == "full":
         model.gradient_checkpointing_enable()
@@ -126,38 +126,38 @@ def workload(o: PerfOptions, config: Qwen3Config) -> bench.Workload:
 
 def step(o: PerfOptions) -> list[dict]:
     config = model_config(o)
-    what = workload(o, config)
-    return bench.step(o, config, what, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled)
+    described = workload(o, config)
+    return bench.step(o, config, described, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled)
 
 
 # --------------------------------------------------------------------------------------------------------------- sft
 
 
 def sft(o: PerfOptions) -> list[dict]:
-    """Both jobs' steps of one model on the demo's data, which has rows enough: documents, and conversations packed."""
-    mine, prepared, filled = ours(o, model_config(o)), {}, {}
+    """Times the steps of both jobs with one model, on the demo's data: documents, and packed conversations."""
+    train_step, prepared, fill = ours(o, model_config(o)), {}, {}
     argv = [f"--{key}={getattr(o, key.replace('-', '_'))}" for key in ("layout", "seq-len", "micro-batch", "precision")]
     argv += [f"--global-batch={o.global_batch}", "--size", o.size, "--from-scratch", f"--tp={o.tp}", f"--pp={o.pp}"]
     for job in ("pretrain", "sft"):
-        its = parse("train", [f"--job={job}", *argv])
+        job_options = parse("train", [f"--job={job}", *argv])
         if dist.get_rank() == 0:
-            prepare(its)
+            prepare(job_options)
         dist.barrier()
-        batches = Batches(its)
+        batches = Batches(job_options)
         steps = list(itertools.islice(batches(0), 8))
         prepared[job] = [batches.prepare(loaded) for loaded in steps]
-        filled[job] = getattr(batches.rows, "fill", 1.0)
+        fill[job] = getattr(batches.rows, "fill", 1.0)
     seconds = {job: [] for job in prepared}
     for i in range(perf.WARMUP + o.repeats):
-        for job, few in prepared.items():  # turn by turn
-            seconds[job].append(timed(functools.partial(mine, few[i % len(few)]))[0])
+        for job, values in prepared.items():  # the two jobs take turns
+            seconds[job].append(timed(functools.partial(train_step, values[i % len(values)]))[0])
     if dist.get_rank():
         return []
-    tokens = {job: o.global_batch * o.seq_len * share for job, share in filled.items()}
-    rates = {job: [tokens[job] / s for s in taken[perf.WARMUP :]] for job, taken in seconds.items()}
+    tokens = {job: o.global_batch * o.seq_len * share for job, share in fill.items()}
+    rates = {job: [tokens[job] / s for s in times[perf.WARMUP :]] for job, times in seconds.items()}
     ratio = bench.median_ratio(rates["sft"], rates["pretrain"])
-    raw = {f"{job} tokens/s": rounded(perf.spread(few)) for job, few in rates.items()}
-    raw["tokens that are no padding"] = round(filled["sft"], 4)
+    raw = {f"{job} tokens/s": rounded(perf.spread(values)) for job, values in rates.items()}
+    raw["tokens that are no padding"] = round(fill["sft"], 4)
     return [{"task": "sft step on packed rows", "value": ratio, "unit": "x pretraining's tokens/s", "raw": raw}]
 
 
@@ -174,7 +174,7 @@ def generate(o: PerfOptions) -> list[dict]:
 
 
 def tokenize(o: PerfOptions) -> list[dict]:
-    """The demo's text, several times over."""
+    """Times preprocessing of several copies of the demo's text."""
     return benchmarks.tokenize(o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO)
 
 
@@ -182,7 +182,7 @@ def tokenize(o: PerfOptions) -> list[dict]:
 
 
 def load(o: PerfOptions) -> list[dict]:
-    """Of --size, and for the tiny ones of the smallest published one."""
+    """Times loading and converting weights of --size; for a tiny size, those of 0.6B."""
     size = "0.6B" if o.size.startswith("tiny") else o.size
     config = dataclasses.replace(SIZES[size], num_hidden_layers=o.layers or SIZES[size].num_hidden_layers)
     chunks = build(bench.unsplit(dataclasses.replace(o, precision="bf16")), config, torch.device("cpu"))

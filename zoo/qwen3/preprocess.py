@@ -1,6 +1,6 @@
-"""Text -> an indexed data set for pretraining.
+"""Tokenizes text into an indexed data set for pretraining.
 
-Formats and mechanics are in common/language/preprocess.py.
+common/language/preprocess.py has the formats and the mechanics.
 
     bash zoo/qwen3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpus --workers 32
 """

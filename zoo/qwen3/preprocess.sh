@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tokenize text for pretraining: a megatron-core indexed data set.
+# Tokenize text into a megatron-core indexed data set for pretraining.
 #
 #   bash zoo/qwen3/preprocess.sh                             the demo's text, with the demo's tokenizer
 #   bash zoo/qwen3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpus --workers 32

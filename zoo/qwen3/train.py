@@ -3,8 +3,8 @@
     bash zoo/qwen3/pretrain.sh                                                # laptop: tiny model, docstrings of Python
     NPROC=8 bash zoo/qwen3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
 
-Every rank of a tensor x context x pipeline group reads the same rows; the loss is a mean over the labelled tokens of the
-whole global batch, so packing and layout change neither it nor its gradients. The losses of dpo.sh are in
+All ranks of a tensor x context x pipeline group read the same rows. The loss is the mean over the labelled tokens of
+the whole global batch, so neither packing nor the layout changes the loss or its gradients. The losses of dpo.sh are in
 common/language/preference.py.
 """
 
@@ -36,32 +36,33 @@ from .options import DEMO, HERE, TrainOptions, run_facts, starting_point
 
 
 def forward_step(iterator: Iterator[dict], model: torch.nn.Module):
-    """One micro-batch through one model chunk, as megatron-core's schedules want it."""
+    """Runs one micro-batch through one model chunk. megatron-core's schedules require (output, loss function)."""
     batch = next(iterator)
     output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels", "weight")))
     return output, lambda output: loss(output, batch, model)
 
 
 def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
-    """The cross entropy of this rank's tokens, weighted (see `weighted`) so that summing over context parallel ranks,
-    and averaging over micro-batches and data parallel ranks, gives the mean over every labelled token of the global
-    batch: a document counts by its tokens, wherever packing has put it. For experts also aux * load-balancing loss."""
+    """Returns the cross entropy of this rank's tokens, plus aux * load-balancing loss if the model has experts.
+    `weighted` has chosen the tokens' weights so that the sum over context parallel ranks, averaged over micro-batches
+    and data parallel ranks, is the mean over all labelled tokens of the global batch, wherever packing has put a
+    document."""
     value, routing = output
     chunk = parallel.unwrapped(model)
     tp = chunk.config.tensor_model_parallel_size
-    # Every tp rank has computed the same number; global_loss takes the mean over them unless they hold other tokens.
+    # All tp ranks have computed the same value. global_loss averages over them; under sequence parallelism it sums.
     reported = value.detach() / (tp if chunk.config.sequence_parallel else 1)
-    if batch["aux"]:  # a sum over the ranks of a row: they hold parts of its tokens, or sum the router's gradient
+    if batch["aux"]:  # divided below, because gradients are summed over the tp*cp ranks of a row
         balance = load_balancing_loss(routing, chunk.qwen.num_experts_per_tok)
         value = value + batch["aux"] / (tp * chunk.config.context_parallel_size) * balance
-    return value, {"loss": reported.clone()}  # the schedule scales the first one in place
+    return value, {"loss": reported.clone()}  # a copy, because the schedule scales `value` in place
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
 
 
 def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Qwen3Config) -> None:
-    """Low-rank adapters, which train; nothing else does."""
+    """Adds low-rank adapters to the model and freezes all other parameters."""
     if o.adapter:
         lora.load_adapter(convert.adapter(o.adapter, config), chunks)
     else:
@@ -72,10 +73,10 @@ def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Qwen3Config) -
 
 
 def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.Module]) -> None:
-    """The adapters as a PEFT folder and, with --merge, the released weights with them added."""
+    """Writes the adapters as a PEFT folder and, with --merge, the released weights with the adapters added."""
     folder = o.export or o.out / "adapter"
     if dist.get_rank() == 0 and not o.export:
-        shutil.rmtree(folder, ignore_errors=True)  # of this run when it was shorter
+        shutil.rmtree(folder, ignore_errors=True)  # left by this run with fewer --steps
     lora.save_adapter(folder, wrapped, convert.released, base=str(o.weights or ""), task="CAUSAL_LM")
     if dist.get_rank() == 0:
         print(f"adapter     {folder}", flush=True)
@@ -89,7 +90,7 @@ def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.M
 
 
 def reference_facts(o: TrainOptions, config: Qwen3Config) -> list:
-    """What the reference's log-probabilities depend on beside the pairs."""
+    """Returns everything that the reference's log-probabilities depend on, besides the pairs."""
     start = {key: value for key, value in starting_point(o).items() if key in ("base", "adapter")}
     return [start, dataclasses.asdict(config), o.precision]
 
@@ -98,7 +99,7 @@ def reference_facts(o: TrainOptions, config: Qwen3Config) -> list:
 
 
 def held_out_rows(o: TrainOptions):
-    """The rows to evaluate on at the end, or None. ValueError: too few, said before the training and not after."""
+    """Opens the rows to evaluate on after training, or returns None. ValueError: they do not fill a global batch."""
     if o.validation is None:
         return None
     rows = rows_of(o.validation, o, shuffle=False)
@@ -112,8 +113,8 @@ def held_out_rows(o: TrainOptions):
 
 @torch.no_grad()
 def forwards(o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batches: list[dict]) -> list[dict]:
-    """What the loss function of forward step `step` reports of each micro-batch, dropout off, under the run's own
-    layout: nothing on the earlier pipeline stages."""
+    """Evaluates micro-batches with dropout off, under the run's own layout. Returns what the loss function of `step`
+    reports for each; on all but the last pipeline stage, an empty list."""
     for chunk in wrapped:
         chunk.eval()
     results = loop.forward(
@@ -125,9 +126,9 @@ def forwards(o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batche
 
 
 def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tuple[float, int]:
-    """(mean loss, number) of the labelled tokens, or of the pairs, of the held-out rows, as far as they fill whole
-    global batches."""
-    rank, total, whole = mpu.get_data_parallel_rank(), 0.0, 0
+    """Returns (mean loss, count) over the labelled tokens, or pairs, of the held-out rows. Rows that do not fill a
+    global batch are left out."""
+    rank, loss_sum, total_count = mpu.get_data_parallel_rank(), 0.0, 0
     for number in range(len(rows) // o.global_batch):
         first = number * o.global_batch + rank * o.micro_batch
         starts = range(first, (number + 1) * o.global_batch, o.micro_batch * o.dp)
@@ -136,14 +137,14 @@ def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tup
         count = torch.stack([(b["weight"] > 0).sum() for b in micro_batches]).sum()
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
         results = forwards(o, wrapped, step, micro_batches)
-        total += loop.global_loss(o, results, False)[0] * int(count)
-        whole += int(count)
-    return total / whole, whole
+        loss_sum += loop.global_loss(o, results, False)[0] * int(count)
+        total_count += int(count)
+    return loss_sum / total_count, total_count
 
 
 def finish(o: TrainOptions, steps: int, loss: float, count: int, pairs: dict, compared: str) -> None:
-    """Says and keeps what the run came to. loss: on count held-out tokens or pairs; pairs: `Margins` of the latter;
-    compared: what the demo adds to it."""
+    """Prints the run's result and writes result.json. loss: the mean over count held-out tokens or pairs. pairs: what
+    `Margins` says of the pairs. compared: the demo's addition to the text."""
     if o.job == "dpo":
         text = (
             f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs\n"
@@ -158,13 +159,13 @@ def finish(o: TrainOptions, steps: int, loss: float, count: int, pairs: dict, co
 
 
 def command_that_generates(o: TrainOptions, checkpoint) -> str:
-    """The shell command that answers with what this run made."""
-    made = f"--weights {o.export or checkpoint}"
+    """Returns the shell command that generates text with the weights or adapters of this run."""
+    args = f"--weights {o.export or checkpoint}"
     if o.adapts:
-        made = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
+        args = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
     if o.adapts and o.tokenizer != o.weights:
-        made += f" --tokenizer {o.tokenizer}"
-    return f"bash zoo/{HERE.name}/generate.sh {made} --prompt TEXT{' --no-chat' if o.job == 'pretrain' else ''}"
+        args += f" --tokenizer {o.tokenizer}"
+    return f"bash zoo/{HERE.name}/generate.sh {args} --prompt TEXT{' --no-chat' if o.job == 'pretrain' else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -186,9 +187,9 @@ def main(o: TrainOptions) -> None:
         step = functools.partial(preference.forward_step, o, margins)
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:
-                asked = functools.partial(forwards, o, wrapped)
+                evaluate = functools.partial(forwards, o, wrapped)
                 rows.reference = preference.compute_reference(
-                    o, rows, reference_facts(o, config), asked, batches.on_device
+                    o, rows, reference_facts(o, config), evaluate, batches.on_device
                 )
     routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
     flops = config.flops(o.seq_len, frozen=o.adapts)
@@ -217,7 +218,7 @@ def main(o: TrainOptions) -> None:
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
         convert.write_released(o.export, config, convert.open_source(saved, config), o.tokenizer)
         print(f"exported {o.export}", flush=True)
-    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
+    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # initial weights are not stored
     if finished and usable and dist.get_rank() == 0:
         print(f"try it      {command_that_generates(o, result['checkpoint'])}", flush=True)
     dist.barrier()

@@ -1,10 +1,11 @@
-"""What makes sampling cheaper at a price in quality: small modules that `apply` puts around the model's own.
+"""Methods that make sampling cheaper and lower its quality. `apply` puts small modules around the model's own.
 
-- cache attention: a block's self-attention output is computed at every `interval`-th step and reused in between.
-- cache blocks: the same with what a run of blocks adds to its input.
-- sparse: each block of queries attends to the key blocks it seems to need (RainFusion's rule, MindIE-SD's v2).
+- cache attention: computes a block's self-attention at every `interval`-th step and reuses its output in between.
+- cache blocks: does the same with what a run of blocks adds to its input.
+- sparse: each block of queries attends only to the key blocks with the highest scores (RainFusion's rule, MindIE-SD's
+  v2).
 
-When a value is reused, the order of tokens and int8 weights are in common/diffusion/caches.py.
+common/diffusion/caches.py decides when a value is reused, and has the order of tokens and the int8 weights.
 """
 
 import torch
@@ -17,12 +18,12 @@ from .config import WanConfig
 from .model import WanDiT
 from .options import InferOptions
 
-BLOCK = 128  # tokens attended to or left out together: two windows of 8x8
+BLOCK = 128  # tokens per block of sparse attention: two windows of 8x8
 
 
 def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> Moment:
-    """Put what `o` asks for around the blocks of `chunks` (after weights are loaded and FSDP has wrapped them), for
-    latents of one grid (F, H, W). Returns the Moment to sample with."""
+    """Puts the modules that `o` asks for around the blocks of `chunks`, for latents of one grid (F, H, W). Weights must
+    be loaded and FSDP applied before. Returns the Moment to sample with."""
     moment, schedule = Moment(), Schedule(o.cache_start, o.cache_interval, o.cache_end)
     for chunk in map(parallel.unwrapped, chunks):
         for block in chunk.blocks.values() if o.sparse else ():
@@ -32,7 +33,7 @@ def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tup
         if o.cache == "blocks":
             cache_blocks(chunk, o.cached_blocks(config.num_layers), schedule, moment)
         for module in chunk.modules() if o.compile else ():
-            if isinstance(module, SparseAttention | CachedAttention):  # does another thing at another step
+            if isinstance(module, SparseAttention | CachedAttention):  # takes different paths at different steps
                 module.forward = torch.compiler.disable(module.forward, recursive=False)
     return moment
 
@@ -41,7 +42,7 @@ def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tup
 
 
 class CachedAttention(nn.Module):
-    """A block's self-attention, computed at some steps and reused at the others."""
+    """Computes a block's self-attention at some steps and reuses its output at the others."""
 
     def __init__(self, attention: nn.Module, reuse: Reuse):
         super().__init__()
@@ -57,14 +58,14 @@ class CachedAttention(nn.Module):
 
 
 class CachedBlocks(nn.Module):
-    """A run of blocks: what they add to their input is computed at some steps and added again at the others."""
+    """Runs consecutive blocks at some steps; at the others adds again what they added to their input."""
 
     def __init__(self, blocks: list[nn.Module], reuse: Reuse):
         super().__init__()
         self.blocks, self.reuse = nn.ModuleList(blocks), reuse
 
     def forward(self, x: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-        """As `WanBlock.forward`: x [L(/tp), B, D], and what else a block takes -> [L(/tp), B, D]."""
+        """x [L(/tp), B, D] and the other arguments of `WanBlock.forward` -> [L(/tp), B, D]."""
         added = self.reuse.get()
         if added is not None:
             return x + added
@@ -76,29 +77,29 @@ class CachedBlocks(nn.Module):
 
 
 def cache_attention(chunk: WanDiT, schedule: Schedule, moment: Moment) -> None:
-    """Cache the self-attention of each of this chunk's blocks."""
+    """Caches the self-attention of each block of this chunk."""
     for block in chunk.blocks.values():
         block.self_attn = CachedAttention(block.self_attn, Reuse(schedule, moment))
 
 
 def cache_blocks(chunk: WanDiT, run: range, schedule: Schedule, moment: Moment) -> None:
-    """Put the blocks of `run` that this chunk holds into one CachedBlocks, in the place of the first."""
-    mine = [str(i) for i in run if str(i) in chunk.blocks]
-    if mine:
-        together = CachedBlocks([chunk.blocks[i] for i in mine], Reuse(schedule, moment))
-        for i in mine[1:]:
+    """Replaces the blocks of `run` that this chunk holds by one CachedBlocks, in the place of the first."""
+    names = [str(i) for i in run if str(i) in chunk.blocks]
+    if names:
+        cached = CachedBlocks([chunk.blocks[i] for i in names], Reuse(schedule, moment))
+        for i in names[1:]:
             del chunk.blocks[i]
-        chunk.blocks[mine[0]] = together
+        chunk.blocks[names[0]] = cached
 
 
 # ---- sparse attention ----
 
 
 class SparseAttention(nn.Module):
-    """Self-attention that from step `start` on leaves out the share `sparse` of the key blocks of each query block.
+    """Self-attention that skips the share `sparse` of the key blocks of each query block, from step `start` on.
 
-    Tokens are put in the order of 8x8 windows within a frame, so that a block of 128 is two neighbouring windows.
-    The blocks of the first frame are attended to by all queries, and attend to all keys.
+    Tokens are sorted by 8x8 windows within a frame, so that a block of 128 tokens is two neighbouring windows. All
+    queries attend to the blocks of the first frame, and these attend to all keys.
     """
 
     def __init__(self, grid: tuple[int, int, int], config: WanConfig, sparse: float, start: int, moment: Moment):

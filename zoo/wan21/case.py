@@ -1,5 +1,5 @@
-"""What the proofs of tests/test_models.py need to know of this model: small architectures, an oracle, a training sample,
-layouts. Copied with the folder, and the first thing to change after model.py.
+"""What the proofs of tests/test_models.py need to know of this model: small architectures, an oracle, a training
+sample, layouts. A copied recipe has its own; change it right after model.py.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from .config import WanConfig
 from .model import WanBlock
 from .options import TrainOptions
 
-# Every dimension is another number, so that a swap cannot pass. diffusers takes the last 512 rows of an image-to-video
-# context for the text, whatever they are.
+# All dimensions are different, so that a test notices two that are swapped. text_len is 512 for image-to-video, because
+# diffusers always takes the last 512 rows of the context as text.
 _TEXT = WanConfig(
     dim=48, ffn_dim=80, num_heads=4, num_layers=4, in_dim=16, out_dim=16, patch_size=(1, 2, 2),
     text_dim=20, text_len=7, freq_dim=32, eps=1e-6, image_dim=None, image_tokens=0, first_last=False,
@@ -41,15 +41,15 @@ LAYOUTS = {  # processes, options, architectures
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["t2v", "i2v"]),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}, ["t2v"]),
 }
-QUICK = ["--sample-steps", "1"]  # what comes after the training in less time
+QUICK = ["--sample-steps", "1"]  # options that shorten the work after training
 REFUSED = {"more heads than there are": (8, {"tp": 8}, "does not divide 4 attention heads")}
 
 
 def options(config: WanConfig, **values) -> TrainOptions:
-    """Checked options of a training run of four videos a step."""
-    usual = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
+    """Returns checked options of a training run with four videos per step."""
+    defaults = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
              "steps": 20, "lr": 1e-3, "lr_schedule": "constant"}  # fmt: skip
-    o = TrainOptions(**{f.name: f.default for f in dataclasses.fields(TrainOptions)} | usual | values)
+    o = TrainOptions(**{f.name: f.default for f in dataclasses.fields(TrainOptions)} | defaults | values)
     return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=config.tokens(GRID))
 
 
@@ -59,7 +59,7 @@ def sequence_length(o: TrainOptions, config: WanConfig) -> int:
 
 
 def tables(config: WanConfig) -> dict[str, Table]:
-    """Of every layout in which it is released."""
+    """Returns the table of every layout in which the model is released."""
     return {"original": convert.table(config, False), "diffusers": convert.table(config, True)}
 
 
@@ -67,14 +67,15 @@ def tables(config: WanConfig) -> dict[str, Table]:
 
 
 def sample(config: WanConfig, place: int, step: int) -> dict:
-    """A video of the step's global batch, drawn by its place: latents [1, C, *GRID] and what goes with them."""
+    """Draws the video at a place of the step's global batch: latents [1, C, *GRID] with caption, timestep,
+    condition."""
     generator = torch.Generator().manual_seed(1000 * step + place)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=generator)
 
     text = noise(config.text_len, config.text_dim)
-    text[:, config.text_len - 5 + place % 4 :] = 0  # captions end at other places
+    text[:, config.text_len - 5 + place % 4 :] = 0  # captions have different lengths
     t, weight = (torch.rand(1, generator=generator) for _ in range(2))
     batch = {"x": noise(config.out_dim, *GRID), "target": noise(config.out_dim, *GRID), "text": text}
     batch |= {"t": 1000 * t, "weight": 0.5 + weight}
@@ -85,12 +86,12 @@ def sample(config: WanConfig, place: int, step: int) -> dict:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples as one micro-batch."""
+    """Joins samples to one micro-batch."""
     return {key: torch.cat([s[key] for s in samples]) for key in samples[0]}
 
 
 def prepare(o: TrainOptions, micro_batches: list[dict]) -> list[dict]:
-    """What training does to a step's micro-batches before it runs them."""
+    """Prepares a step's micro-batches as training does before it runs them."""
     return micro_batches
 
 
@@ -98,18 +99,18 @@ def prepare(o: TrainOptions, micro_batches: list[dict]) -> list[dict]:
 
 
 def oracle(config: WanConfig) -> torch.nn.Module:
-    """diffusers' model."""
+    """Builds diffusers' model."""
     values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
     return diffusers.WanTransformer3DModel(**values | {"patch_size": tuple(values["patch_size"])})
 
 
 def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Name and tensor (a weight, or its gradient) as the oracle has them."""
+    """Converts a name and its tensor (a weight or its gradient) to the oracle's."""
     return convert.to_diffusers(name), tensor
 
 
 def their_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
-    """The oracle's loss of the samples of a step."""
+    """Computes the oracle's loss on the samples of a step."""
     losses = []
     for s in samples:
         x, image = (torch.cat((s["x"], s["y"]), 1), s["image"]) if "y" in s else (s["x"], None)

@@ -17,7 +17,7 @@ from common.release import is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Field names are those of the original `config.json`, and three for the image that conditions a video."""
+    """Field names are those of the original `config.json`. The last three are for the images that condition a video."""
 
     dim: int
     ffn_dim: int
@@ -30,9 +30,9 @@ class WanConfig:
     text_len: int
     freq_dim: int
     eps: float
-    image_dim: int | None  # width of the CLIP features; None: text-to-video, no image branch
-    image_tokens: int  # CLIP features of one image
-    first_last: bool  # two images, the first and the last frame, told apart by a positional embedding
+    image_dim: int | None  # width of the CLIP features; None for text-to-video, which has no image branch
+    image_tokens: int  # number of CLIP features of one image
+    first_last: bool  # two images, the first and the last frame; a positional embedding distinguishes them
 
     @property
     def head_dim(self) -> int:
@@ -45,17 +45,17 @@ class WanConfig:
 
     @property
     def given_frames(self) -> int:
-        """Frames a video is conditioned on: none, its first, or its first and last."""
+        """Number of frames that a video is conditioned on: none, the first, or the first and the last."""
         return {"t2v": 0, "i2v": 1, "flf2v": 2}[self.task]
 
     @property
     def image_rows(self) -> int:
-        """Rows of image features a video is conditioned on: 0, 257, or 514 of two images."""
+        """Number of CLIP features that a video is conditioned on: 0, 257 for one image, or 514 for two."""
         return self.image_tokens * self.given_frames
 
     @property
     def context_rows(self) -> int:
-        """Rows that travel with the tokens through a pipeline: 6 of modulation, 1 of time, text, image."""
+        """Rows that pipeline stages send behind the tokens: 6 of modulation, 1 of time, those of text and of images."""
         return 7 + self.text_len + self.image_rows
 
     @property
@@ -75,14 +75,14 @@ class WanConfig:
         return self.num_layers * block + text + image + time + head + (self.in_dim * patch * D + D)
 
     def tokens(self, latent: tuple[int, int, int]) -> int:
-        """Sequence length of a latent grid (frames, rows, columns)."""
+        """Returns the number of tokens of a latent grid (frames, rows, columns)."""
         return math.prod(n // p for n, p in zip(latent, self.patch_size, strict=True))
 
     def flops(self, latent: tuple[int, int, int], frozen: bool = False) -> int:
-        """Model FLOPs of one forward pass of one sample (multiply and add counted apart); a training step is three
-        times that, recompute not counted: 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D cross-attention to
-        T rows of text, and the same to the I rows of an image. frozen: a third of what training with frozen weights,
-        whose gradients nobody makes, takes; the adapters' own work not counted."""
+        """Counts the model FLOPs of one sample's forward; a multiply-add counts as two. A training step takes three
+        times that; recomputation is not counted. 2 L (linear weights) + 4 L^2 D self-attention + 4 L T D
+        cross-attention to T rows of text, and the same to the I rows of an image. With frozen, the result is a third of
+        a step that computes no weight gradients; adapters' FLOPs are not counted."""
         D, L, T, patch = self.dim, self.tokens(latent), self.text_len, math.prod(self.patch_size)
         Im, rows = self.image_dim or 0, self.image_rows
         per_token = (
@@ -97,10 +97,11 @@ class WanConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "WanConfig":
-        """The architecture of a released folder: diffusers (`transformer/config.json`) or original (`config.json`).
+        """Reads the architecture of a released folder: diffusers (`transformer/config.json`) or original
+        (`config.json`).
 
         Raises:
-            ValueError: the folder is of another model, or holds a key or value this recipe does not know.
+            ValueError: the folder holds another model, or a key or value that this recipe does not know.
         """
         path = folder / "transformer" / "config.json"
         path = path if path.is_file() else folder / "config.json"
@@ -119,11 +120,11 @@ class WanConfig:
         else:
             raise ValueError(f"{path} is a {kind}; expected WanTransformer3DModel or WanModel; fix: --weights")
         tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-        if tokenizer.is_file():  # the tiny demo pads its captions to fewer tokens than the released 512
+        if tokenizer.is_file():  # the demo pads captions to fewer tokens than the released 512
             longest = weights.read_json(tokenizer).get("model_max_length", config.text_len)
             config = dataclasses.replace(config, text_len=min(config.text_len, longest))
         clip = folder / "image_encoder" / "config.json"
-        if config.image_dim is not None and clip.is_file():  # a class token and the patches
+        if config.image_dim is not None and clip.is_file():  # features: a class token and the patches
             values = weights.read_json(clip)
             config = dataclasses.replace(config, image_tokens=1 + (values["image_size"] // values["patch_size"]) ** 2)
         return config
@@ -189,16 +190,16 @@ class WanConfig:
             "ffn_dim": self.ffn_dim, "freq_dim": self.freq_dim, "in_dim": self.in_dim, "num_heads": self.num_heads,
             "num_layers": self.num_layers, "out_dim": self.out_dim, "text_len": self.text_len,
         }  # fmt: skip
-        # The released file leaves these out because they are the class's defaults.
-        usual = {"patch_size": (1, 2, 2), "text_dim": 4096, "image_dim": self.image_dim and CLIP_DIM}
-        return values | {k: getattr(self, k) for k, default in usual.items() if getattr(self, k) != default}
+        # The released file has these keys only if they differ from the defaults of the original class.
+        defaults = {"patch_size": (1, 2, 2), "text_dim": 4096, "image_dim": self.image_dim and CLIP_DIM}
+        return values | {k: getattr(self, k) for k, default in defaults.items() if getattr(self, k) != default}
 
 
 def _refuse_other(values: dict, fixed: dict, path: Path) -> None:
     for key, only in fixed.items():
-        found = values.pop(key, only)
-        if found != only:
-            raise ValueError(f"{path}: {key} = {found!r}; this recipe is Wan2.1, {key} = {only!r}; fix: --weights")
+        value = values.pop(key, only)
+        if value != only:
+            raise ValueError(f"{path}: {key} = {value!r}; this recipe is Wan2.1, {key} = {only!r}; fix: --weights")
 
 
 def _refuse_unknown(values: dict, path: Path) -> None:
@@ -211,7 +212,7 @@ _1_3B = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096,
 _14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096, text_len=512)
 _COMMON = dict(out_dim=16, patch_size=(1, 2, 2), freq_dim=256, eps=1e-6)
 _TEXT = dict(in_dim=16, image_dim=None, image_tokens=0, first_last=False, **_COMMON)
-# The noised latents' 16 channels, 4 of mask and 16 of the given frames' latents; CLIP ViT-H/14 at 224x224.
+# in_dim: 16 channels of noised latents, 4 of mask, 16 of the given frames' latents. CLIP is ViT-H/14 at 224x224.
 CLIP_DIM, CLIP_TOKENS = 1280, 257
 _IMAGE = dict(in_dim=36, image_dim=CLIP_DIM, image_tokens=CLIP_TOKENS, first_last=False, **_COMMON)
 SIZES = {
@@ -220,7 +221,7 @@ SIZES = {
     "14B": WanConfig(**_14B, **_TEXT),
     "tiny-i2v": WanConfig(**_TINY, **(_IMAGE | {"image_dim": 64, "image_tokens": 17})),
     "tiny-flf2v": WanConfig(**_TINY, **(_IMAGE | {"image_dim": 64, "image_tokens": 17, "first_last": True})),
-    "1.3B-i2v": WanConfig(**_1_3B, **_IMAGE),  # in the published table of speeds; its weights never were
+    "1.3B-i2v": WanConfig(**_1_3B, **_IMAGE),  # in the published table of speeds; weights of it are not published
     "14B-i2v": WanConfig(**_14B, **_IMAGE),  # 480P and 720P
     "14B-flf2v": WanConfig(**_14B, **(_IMAGE | {"first_last": True})),
 }
@@ -228,7 +229,7 @@ TASKS = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "video from a
 
 
 def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model, by its original name."""
+    """Returns the full shape of every parameter, by its name in the original checkpoint."""
     D, Fd, T = config.dim, config.ffn_dim, config.text_dim
 
     def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -262,7 +263,8 @@ def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
 
 
 def latent_grid(bucket: Bucket) -> tuple[int, int, int]:
-    """Frames, rows, columns of the latents; the VAE's strides are 4, 8, 8 and the first frame stands alone."""
+    """Returns the latents' frames, rows, columns. The VAE's strides are 4, 8, 8; frame 0 is a latent frame by
+    itself."""
     return (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8
 
 
@@ -276,88 +278,91 @@ def _sharded_config(folder: Path) -> WanConfig:
 
 
 def refuse_adapters_alone(folder: Path, fix: str) -> None:
-    """ValueError: a sharded checkpoint is of adapters."""
+    """Raises ValueError if a sharded checkpoint holds only adapters. fix: what to do instead, in words."""
     start = json.loads((folder / "state.json").read_text()).get("start", {})
     if "r" in start:
         raise ValueError(f"{folder} holds adapters of {start['weights']} and no whole model; fix: {fix}")
 
 
 def size_of(folder: Path) -> str:
-    """The published size whose architecture a weights folder has. ValueError: none has it; the nearest is named."""
-    found = _sharded_config(folder) if is_sharded(folder) else WanConfig.from_folder(folder)
-    frozen = {"text_len": found.text_len, "image_tokens": found.image_tokens}  # of the encoders, which may not be there
-    sizes = {name: dataclasses.replace(config, **frozen) for name, config in SIZES.items()}
-    return release.name_size(folder, {name: release.differences(found, config) for name, config in sizes.items()})
+    """Returns the published size that has the architecture of a weights folder. ValueError: no size has it; the message
+    names the nearest."""
+    stored = _sharded_config(folder) if is_sharded(folder) else WanConfig.from_folder(folder)
+    ignored = {"text_len": stored.text_len, "image_tokens": stored.image_tokens}  # set by the encoders, not by the size
+    sizes = {name: dataclasses.replace(config, **ignored) for name, config in SIZES.items()}
+    return release.name_size(folder, {name: release.differences(stored, config) for name, config in sizes.items()})
 
 
 def model_config(o) -> WanConfig:
-    """The architecture of `o.weights`; drawn weights have that of `o.size`, with the folder's text encoder.
+    """Returns the architecture of `o.weights`. With --from-scratch it is that of `o.size`, with the dimensions of the
+    folder's text and image encoders.
 
     Raises:
-        ValueError: the folder is of another size, or of none.
+        ValueError: the folder has the architecture of another size, or of none.
     """
     if o.size not in SIZES:
         raise ValueError(f"unknown size {o.size!r}; expected {', '.join(SIZES)}; fix: --size, or add it to config.py")
-    found = _sharded_config(o.weights) if is_sharded(o.weights) else WanConfig.from_folder(o.weights)
-    if o.features and not is_sharded(o.weights):  # they decide, as the tokenizer may not be there
+    stored = _sharded_config(o.weights) if is_sharded(o.weights) else WanConfig.from_folder(o.weights)
+    if o.features and not is_sharded(o.weights):  # the folder may lack a tokenizer, so the features decide
         saved = weights.read_json(o.features / "settings.json")
-        found = dataclasses.replace(found, text_len=saved["text_len"], image_tokens=saved["image_tokens"])
-    wanted = dataclasses.replace(SIZES[o.size], text_dim=found.text_dim, text_len=found.text_len)
-    if None not in (wanted.image_dim, found.image_dim):
-        wanted = dataclasses.replace(wanted, image_dim=found.image_dim, image_tokens=found.image_tokens)
-    if not o.from_scratch and (differs := release.differences(found, wanted)):
-        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differs)}; fix: --size or --weights")
-    return wanted
+        stored = dataclasses.replace(stored, text_len=saved["text_len"], image_tokens=saved["image_tokens"])
+    expected = dataclasses.replace(SIZES[o.size], text_dim=stored.text_dim, text_len=stored.text_len)
+    if None not in (expected.image_dim, stored.image_dim):
+        expected = dataclasses.replace(expected, image_dim=stored.image_dim, image_tokens=stored.image_tokens)
+    if not o.from_scratch and (differences := release.differences(stored, expected)):
+        raise ValueError(f"{o.weights} is not of size {o.size}: {', '.join(differences)}; fix: --size or --weights")
+    return expected
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
 def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
-    """Bytes per rank of weights, gradients, optimizer and saved activations; kernels' workspace and the frozen encoders
-    not counted. trained: number of parameters that train. memory.py measures it.
+    """Estimates the bytes per rank of weights, gradients, optimizer and saved activations; memory.py measures them.
+    Kernels' workspace and the frozen encoders are not counted. trained: number of parameters that train.
 
-    Weights and gradients in their dtypes, fp32 master weights and two moments sharded over dp*cp; of the activations
-    what the backward reads of each block, for as many micro-batches as 1F1B holds (stage s: pp - s; the fullest counts).
-    At the peak the last block's are whole, and the gradients of its MLP's hidden rows are beside them.
+    Weights and gradients count in their dtypes. The fp32 master weights and the two moments are sharded over dp*cp.
+    Activations are what the backward reads of each block, for as many micro-batches as 1F1B holds (stage s: pp - s; the
+    fullest stage counts). At the peak, all activations of the last block exist, beside the gradients of its MLP's
+    hidden rows.
     """
     dtype, stages, layers = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_layers), config.num_layers
     share = config.parameters / o.tp * max(stages) / sum(stages)
     trained = share * trained / config.parameters
     shards = o.dp * o.cp
-    kept_weights = share * dtype / (shards if o.fsdp else 1)
-    kept_weights *= 2 if o.full else 1  # dpo's frozen copy
+    weight_bytes = share * dtype / (shards if o.fsdp else 1)
+    weight_bytes *= 2 if o.full else 1  # dpo --full keeps a frozen copy
     gradients = trained * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
     moments = 4 if o.moments == "bf16" else 8
-    master = trained * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights are their own master
+    master = trained * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights need no master copy
 
-    tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # as bytes
+    tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # in bytes
     D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
     attentions = 3 if config.image_dim else 2  # self, text, image
-    # Of tokens: the residual stream five times, the normed inputs of three linears (gathered by sp), of self-attention
-    # queries and keys twice, values, output and its copy, of cross-attention queries twice and output; the MLP's hidden
-    # rows twice. Of the context's rows: keys twice and values.
+    # Saved for tokens: the residual stream five times; the normed inputs of three linears (gathered under sp); in
+    # self-attention queries and keys twice, values, output and a copy of it; in cross-attention queries twice and
+    # output; the MLP's hidden rows twice. Saved for the context's rows: keys twice and values.
     everything = tokens * (5 * D / sp + 3 * D + (8 + attentions) * D / tp + 2 * Fd / tp) + rows * 3 * D / tp
-    products = tokens * (3 * D + 4 * D / tp + Fd / tp) + rows * 2 * D / tp  # what linears put out
-    adapts = o.adapts  # adapters put as much out again
-    kept = {
+    products = tokens * (3 * D + 4 * D / tp + Fd / tp) + rows * 2 * D / tp  # outputs of linears
+    adapts = o.adapts  # adapters have outputs of the same size
+    saved = {
         "none": everything,
         "selective": tokens * (D / sp + attentions * D / tp) + products * (2 if adapts else 1),
         "full": tokens * D / sp,
     }[o.recompute]
     hidden = 2 * tokens * Fd / tp
-    again = {"none": 0.0, "selective": everything - kept, "full": everything}[o.recompute]
+    recomputed = {"none": 0.0, "selective": everything - saved, "full": everything}[o.recompute]
     if o.offload_activations:
-        held, again = 0, max(again, hidden)
+        copies, recomputed = 0, max(recomputed, hidden)
     else:
-        held = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
-    gathered = 3 * config.parameters / layers * dtype if o.fsdp else 0  # two blocks' weights, one's gradients
-    return kept_weights + gradients + master + kept * held + max(again, 0) + hidden + gathered
+        copies = max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
+    gathered = 3 * config.parameters / layers * dtype if o.fsdp else 0  # weights of two blocks, gradients of one
+    return weight_bytes + gradients + master + saved * copies + max(recomputed, 0) + hidden + gathered
 
 
 def cache_gib(o, config: WanConfig, tokens: int) -> float:
-    """GiB that `--cache` holds on a rank at most: a tensor of this rank's tokens for each branch it computes, and for
-    `attention` of each of its blocks."""
-    each = tokens // o.cp // (o.tp if o.sp else 1) * config.dim * (4 if o.precision == "fp32" else 2)
+    """Returns the most GiB that `--cache` holds on a rank: one tensor of this rank's tokens per guidance branch that it
+    computes and, for `attention`, per block that it holds."""
+    tensor_bytes = tokens // o.cp // (o.tp if o.sp else 1) * config.dim * (4 if o.precision == "fp32" else 2)
     tensors = {"none": 0, "attention": max(o.stage_layers(config.num_layers)), "blocks": o.vpp}[o.cache]
-    return each * tensors * (1 if o.cfg_parallel or o.cfg == 1 else 2) / 2**30
+    return tensor_bytes * tensors * (1 if o.cfg_parallel or o.cfg == 1 else 2) / 2**30

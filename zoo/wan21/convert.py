@@ -1,7 +1,7 @@
 """Name map between the two released layouts of Wan2.1, and conversion to and from sharded checkpoints.
 
-Our parameter names and shapes are the original checkpoint's; diffusers renames them (and swaps norm2 and norm3) but
-changes no tensor, so every conversion is a rename and bit-exact, dtypes included.
+Our parameter names and shapes are the original checkpoint's. diffusers renames them (and swaps norm2 and norm3) but
+changes no tensor. So every conversion only renames and is bit-exact, dtypes included.
 
     bash zoo/wan21/convert.sh --weights Wan2.1-T2V-14B --to diffusers --out Wan2.1-T2V-14B-Diffusers
     bash zoo/wan21/convert.sh --weights runs/my-run/checkpoints/step-005000 --to original --out my-14B
@@ -23,7 +23,7 @@ from .config import WanConfig, model_config, shapes
 if TYPE_CHECKING:
     from .options import ConvertOptions
 
-PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor")  # beside the transformer
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor")  # besides the transformer
 
 # original name -> diffusers name; `N` stands for a block index.
 TABLE = {
@@ -67,28 +67,28 @@ def to_diffusers(name: str) -> str:
 
 
 def table(config: WanConfig, diffusers: bool) -> Table:
-    """Of the release in the diffusers layout, or in the original one, whose names are ours. Early exports hold a norm that
-    no version of the model applies; diffusers drops it in loading, too."""
+    """Returns the table of the release in the diffusers layout or in the original one, whose names are ours. Some early
+    exports hold a norm that no version of the model applies. It is ignored, as in diffusers."""
     ignored = (".attn2.norm_added_q.weight",) if diffusers and config.image_dim is not None else ()
     rename = to_diffusers if diffusers else str
     return Table(shapes=shapes(config), rename=rename, ignored=ignored, stem="diffusion_pytorch_model")
 
 
 def located(folder: Path, config: WanConfig) -> tuple[Path, Table]:
-    """Where the transformer of a weights folder lies, and its table."""
+    """Returns the folder that holds the transformer of a weights folder, and its table."""
     diffusers = (folder / "transformer").is_dir()
     return folder / "transformer" if diffusers else folder, table(config, diffusers)
 
 
 def fill(chunks, o, config: WanConfig, draw: Callable) -> None:
-    """A model's memory: the weights of --weights, each rank its slices; or, with --from-scratch, drawn ones."""
+    """Fills the model's parameters: each rank reads its slices of --weights. With --from-scratch, `draw` fills them."""
     folder, names = located(o.weights, config)
     release.fill(chunks, o, names, draw, folder)
 
 
 def write_released(out: Path, to: str, config: WanConfig, source: Source, beside: Path | None) -> None:
-    """Writes the transformer in the `diffusers` or `original` layout, and for diffusers the other parts that the folder
-    `beside` has."""
+    """Writes the transformer in the `diffusers` or `original` layout. For diffusers it also copies the other parts that
+    the folder `beside` has."""
     if to == "original":
         release.write(out, table(config, False), source)
         (out / "config.json").write_text(json.dumps(config.to_original(), indent=2))
@@ -112,7 +112,7 @@ def _underscored(linear: str) -> str:
     return linear.replace(".", "_")
 
 
-FORMATS = {  # who writes an adapter -> what stands before each name, how it calls our linears
+FORMATS = {  # the tool that writes an adapter -> (prefix of every name, function from our linear's name to its name)
     "PEFT's over diffusers": ("base_model.model.", _in_diffusers),
     "PEFT's over the original code": ("base_model.model.", str),
     "diffusers'": ("transformer.", _in_diffusers),
@@ -123,15 +123,15 @@ FORMATS = {  # who writes an adapter -> what stands before each name, how it cal
     "DiffSynth's": ("", str),
     "DiffSynth's of a pipeline": ("pipe.dit.", str),
 }
-# What lightx2v's distilled adapters also change, whole: last part of our name -> behind the rest of it.
+# Whole differences of parameters in lightx2v's distilled adapters: last part of our name -> what replaces it there.
 DIFFERENCES = {"weight": ["diff"], "bias": ["diff_b"], "modulation": ["diff_m", "modulation.diff"]}
 
 
 def adapter(path: Path, config: WanConfig) -> tuple[dict[str, adapters.Pair], dict[str, weights.Entry]]:
-    """`adapters.read` of an adapter's folder or file for this model.
+    """Reads an adapter's folder or file for this model.
 
     Raises:
-        ValueError: as there.
+        ValueError: see `adapters.read`.
     """
     ours = shapes(config)
     linears = [name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2]
@@ -150,8 +150,8 @@ def adapter(path: Path, config: WanConfig) -> tuple[dict[str, adapters.Pair], di
 
 
 def write_pipeline_file(folder: Path) -> None:
-    """Beside PEFT's file of an adapter folder the one `WanPipeline.load_lora_weights` looks for: the same tensors with
-    names under `transformer.`, the settings in its header. Without those diffusers takes alpha to be the rank."""
+    """Adds to a PEFT adapter folder the file that `WanPipeline.load_lora_weights` looks for: the same tensors with
+    names under `transformer.`, and the settings in the header. Without settings, diffusers takes the rank as alpha."""
     from safetensors.torch import save_file
 
     reader, file = weights.Reader(), folder / adapters.PIPELINE_FILE
@@ -160,10 +160,10 @@ def write_pipeline_file(folder: Path) -> None:
         for key, entry in weights.index(folder, weights.PEFT_FILES).items()
     }
     facts = weights.read_json(folder / "adapter_config.json")
-    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "rank_pattern", "alpha_pattern")
-    header = {adapters.HEADER: json.dumps({f"transformer.{key}": facts[key] for key in kept}), "format": "pt"}
+    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "rank_pattern", "alpha_pattern")
+    header = {adapters.HEADER: json.dumps({f"transformer.{key}": facts[key] for key in keys}), "format": "pt"}
     save_file(tensors, file, metadata=header)
-    file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+    file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
 
 
 def main(o: "ConvertOptions") -> None:

@@ -1,16 +1,16 @@
-"""Text-video pairs for Wan2.1: the user's list of videos -> an index of buckets -> micro-batches.
+"""Text-video data for Wan2.1: the user's list of videos -> an index of buckets -> micro-batches.
 
-What a row may hold is in common/diffusion/lists.py, which bucket a video goes to in buckets.py and how it is cut in
-dataset.py. In short (`--data`):
+common/diffusion/lists.py says what a row may hold, buckets.py which bucket a video goes to, and dataset.py how it is
+cut. Examples of rows (`--data`):
 
     videos.jsonl   {"path": "a.mp4", "cap": "a red car"}                                 also .json, .csv, data.txt
     pairs.jsonl    {"chosen": "a.mp4", "rejected": "b.mp4", "caption": "a red car"}      dpo_t2v.sh, dpo_i2v.sh
 
-The VAE's strides are 4, 8 and 8, the patch is 1x2x2. So a bucket has 4n+1 frames and sides in multiples of 16; one of
-81x480x832 has 32,760 tokens, of 49x480x832 20,280.
+The VAE's strides are 4, 8 and 8, and the patch is 1x2x2. So a bucket has 4n+1 frames and sides in multiples of 16. The
+bucket 81x480x832 has 32,760 tokens, 49x480x832 has 20,280.
 
-Every rank of a tensor x context x pipeline group trains on the same samples. Each encodes its share of the step's
-micro-batches (VAE, text, given frames) and sends them to the others.
+All ranks of a tensor x context x pipeline group train on the same samples. Each rank encodes its share of the step's
+micro-batches (VAE, text, given frames) and sends the result to the others.
 """
 
 from collections.abc import Iterator
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 def build_index(
     o: TrainOptions | ExtractOptions, source: Path, name: str = "index.jsonl", drops: str = "drops.jsonl"
 ) -> Index:
-    """The run's index of a list of videos or, for dpo, of pairs. drops: the file of the rows left out."""
+    """Builds the run's index of a list of videos or, for dpo, of pairs. drops: the file that lists rows left out."""
     pairs = o.job == "dpo"
     return dataset.build_index(o, source, parse_buckets(o.buckets), pairs=pairs, name=name, drops=drops)
 
 
 class Batches:
-    """Steps of micro-batches for this rank: the user's videos, encoded, and noised by `flow`."""
+    """Yields this rank's micro-batches, step by step: the user's videos, encoded, then noised by `flow`."""
 
     def __init__(
         self, o: TrainOptions, config: WanConfig, index: Index, flow: "FlowMatching", drops: str = "drops.jsonl"
@@ -65,45 +65,46 @@ class Batches:
             self.dataset = features.FeatureDataset(o.features, index)
             self.empty = self._pad(features.read_empty_text(o.features))
         else:
-            encoder = " ".join(encoder_facts(o, config).values())
-            kind = PairDataset if o.job == "dpo" else VideoTextDataset
-            self.dataset = kind(index, cache_dir=o.cache, encoder=encoder)
+            facts = " ".join(encoder_facts(o, config).values())
+            dataset_class = PairDataset if o.job == "dpo" else VideoTextDataset
+            self.dataset = dataset_class(index, cache_dir=o.cache, encoder=facts)
             self.empty = self.encoders.text.encode([""])[0]
 
     def __call__(self, start: int, end: int | None = None) -> Iterator[Step]:
-        """Decoded or cached micro-batches of the steps from `start` on, this rank's share of each."""
+        """Yields the steps from `start` on: of each step this rank's share of the micro-batches, decoded or cached."""
         group = parallel.sample_group()
         share = (group.rank(), group.size())
         return prefetch(self.dataset, self.sampler, start, end or self.o.steps, self.o.workers, share)
 
     def prepare(self, loaded: Step) -> list[dict]:
-        """A loaded step -> its training batches (see `FlowMatching.noised`), whole on every rank of the sample group."""
+        """Encodes a loaded step. Every rank of the sample group gets all its training batches
+        (`FlowMatching.noised`)."""
         if self.o.adapts:
             lora.seed_dropout(self.o.seed, loaded.step)
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
-        mine = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
-        for batch in mine.values():
+        read_here = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
+        for batch in read_here.values():
             if batch["dropped"]:
                 note_drops(self.drops, self.dataset.drops(batch["dropped"]), len(self.index.rows), self.o.max_drop)
         shape = (self.o.micro_batch, self.config.out_dim, *latent_grid(self.index.buckets[loaded.bucket]))
         batches = []
         for i in range(self.o.micro_batches):
-            latents, text, condition = self._encode_mine(mine[i]) if i in mine else self._make_room(shape)
+            latents, text, condition = self._encode_mine(read_here[i]) if i in read_here else self._make_room(shape)
             if group.size() > 1:
                 for tensor in (latents, text, *condition.values()):
                     dist.broadcast(tensor, ranks[i % group.size()], group=group)
-            if self.videos == 2:  # both videos of a pair are conditioned on the chosen one's frames
+            if self.videos == 2:  # the chosen video's frames condition both videos of a pair
                 condition = {name: torch.cat([value.chunk(2)[0]] * 2) for name, value in condition.items()}
             slots = [*self.sampler.slots(i)] * self.videos  # the videos of a pair have the same noise and timestep
             batch = self.flow.noised(latents, text, self.empty, loaded.step, slots) | condition
-            if i in mine:
-                batch |= {"rows": mine[i]["rows"], "captions": mine[i]["captions"]}
+            if i in read_here:
+                batch |= {"rows": read_here[i]["rows"], "captions": read_here[i]["captions"]}
             batches.append(batch)
         return batches
 
     def _encode_mine(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """(latents, text, condition) of a micro-batch that this rank read."""
+        """Returns (latents, text, condition) of a micro-batch that this rank read."""
         if batch["latents"] is not None:
             names = ("y", "image") if self.config.given_frames else ()
             condition = {name: batch[name].to(self.device) for name in names}
@@ -114,7 +115,7 @@ class Batches:
         return latents, text, condition
 
     def _make_room(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Empty tensors for what another rank sends: latents of `shape`, text, condition."""
+        """Allocates (latents of `shape`, text, condition), to receive a micro-batch from another rank."""
         config, latents, condition = self.config, torch.empty(shape, device=self.device), {}
         if config.given_frames:
             condition["y"] = latents.new_empty(shape[0], config.in_dim - config.out_dim, *shape[2:])
@@ -122,5 +123,5 @@ class Batches:
         return latents, self.empty.new_empty(shape[0], *self.empty.shape), condition
 
     def _pad(self, text: torch.Tensor) -> torch.Tensor:
-        """[..., n, D] of captions with at most n tokens -> [..., text_len, D] on the device."""
+        """Pads text embeddings [..., n, D] with zeros to [..., text_len, D], on the device."""
         return F.pad(text.to(self.device), (0, 0, 0, self.config.text_len - text.shape[-2]))

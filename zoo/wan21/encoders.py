@@ -1,6 +1,6 @@
-"""The frozen parts around the transformer: Wan VAE (diffusers), umT5 text encoder and CLIP image encoder (transformers).
+"""The frozen models: Wan VAE (diffusers), umT5 text encoder and CLIP image encoder (both transformers).
 
-All are used as released, in fp32 (VAE, CLIP) and the run's precision (text); none is trained.
+All are used as released and never trained. The VAE and CLIP run in fp32, the text encoder in the run's precision.
 """
 
 import functools
@@ -20,7 +20,7 @@ from .config import WanConfig
 
 
 class Encoders:
-    """All that a size needs of a released folder, each loaded when it is first used."""
+    """The encoders of a released folder that a size needs. Each is loaded when it is first used."""
 
     def __init__(self, folder: Path, config: WanConfig, precision: str, tiling: bool):
         self.folder, self.config, self.device, self.tiling = folder, config, device.current(), tiling
@@ -39,8 +39,9 @@ class Encoders:
         return FrameEncoder(self.folder, self.codec) if self.config.given_frames else None
 
     def encode(self, pixels: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """uint8 [B, 3, F, H, W] -> (latents [B, C, f, h, w] fp32, text [B, text_len, D], of image-to-video the
-        condition of `FrameEncoder.encode`, of each video's own first, or first and last, frame)."""
+        """Encodes pixels uint8 [B, 3, F, H, W] and captions -> (latents fp32 [B, C, f, h, w], text [B, text_len, D],
+        condition). For image-to-video, `FrameEncoder.encode` makes the condition of each video's own first frame, or
+        first and last frames. For text-to-video it is empty."""
         latents, text, condition = self.codec.encode(pixels), self.text.encode(captions), {}
         if self.frames:
             condition = self.frames.encode(pixels[:, :, [0, -1][: self.config.given_frames]], pixels.shape[2])
@@ -48,14 +49,14 @@ class Encoders:
 
 
 class VideoCodec:
-    """Pixels <-> normalised latents: (posterior mean - latents_mean) / latents_std, never a sample."""
+    """Pixels <-> normalised latents, (posterior mean - latents_mean) / latents_std. The posterior is never sampled."""
 
     def __init__(self, folder: Path, device: torch.device, tiling: bool = False):
         self.vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True).to(device).eval()
         self.vae.requires_grad_(False)
-        if tiling:  # pictures in overlapping tiles of 256x256 pixels, blended: less memory, not quite the same values
+        if tiling:  # blends overlapping tiles of 256x256 pixels: less memory, slightly different values
             self.vae.enable_tiling()
-        self.decoder = lambda latents: self.vae.decode(latents).sample  # or over several ranks: see vae_parallel.py
+        self.decoder = lambda latents: self.vae.decode(latents).sample  # vae_parallel.py may split it over ranks
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, device=device).view(shape)
         self.std = torch.tensor(self.vae.config.latents_std, device=device).view(shape)
@@ -71,9 +72,10 @@ class VideoCodec:
 
     @torch.no_grad()
     def encode_given(self, given: torch.Tensor, frames: int) -> torch.Tensor:
-        """The first frame, uint8 [B, 3, 1, H, W], or with the last one [B, 3, 2, H, W], of a video of `frames` -> what
-        image-to-video sees of it, fp32 [B, 4 + 16, n+1, H/8, W/8]: which frames of each latent frame's four are given
-        (1) or not, and the latents of the video whose other frames are grey (0 of [-1, 1])."""
+        """Encodes the first frame, uint8 [B, 3, 1, H, W], or the first and the last, [B, 3, 2, H, W], of videos with
+        `frames` frames. Returns the extra channels of image-to-video, fp32 [B, 4 + 16, n+1, H/8, W/8]: for each of the
+        four frames of a latent frame 1 if it is given, else 0; then the latents of the video whose other frames are
+        grey (0 of [-1, 1])."""
         given = given.to(self.mean.device).float() / 127.5 - 1
         x = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
         x[:, :, 0], last = given[:, :, 0], given.shape[2] == 2
@@ -81,7 +83,7 @@ class VideoCodec:
             x[:, :, -1] = given[:, :, 1]
         latents = self._normalised(x)
         mask = torch.zeros_like(latents[:, :4])
-        mask[:, :, 0] = 1  # the first latent frame is one frame alone
+        mask[:, :, 0] = 1  # the first latent frame holds only one frame
         if last:
             mask[:, 3, -1] = 1
         return torch.cat((mask, latents), dim=1)
@@ -94,19 +96,19 @@ class VideoCodec:
 
 
 class TextEncoder:
-    """Captions -> embeddings of the model's text_len."""
+    """Maps captions to embeddings, padded to the model's text_len."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, text_len: int):
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=dtype)
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.text_len = text_len
-        self.cut: set[str] = set()  # captions of which the end was left out
+        self.cut: set[str] = set()  # captions longer than text_len, already reported
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
-        """-> [B, text_len, text_dim], zeros behind each caption's closing </s>: Wan attends to the padding too. Says which
-        captions are longer than that, and cut."""
+        """Returns embeddings [B, text_len, text_dim]. They are zero after each caption's closing </s>, because Wan also
+        attends to the padding. Warns of captions that are cut because they are longer."""
         captions = [clean(c) for c in captions]
         tokens = self.tokenizer(
             captions, padding="max_length", max_length=self.text_len, truncation=True, return_tensors="pt"
@@ -119,7 +121,7 @@ class TextEncoder:
         return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
 
     def _say_if_cut(self, caption: str) -> None:
-        """Every one of the first 10, then every tenfold."""
+        """Warns if a caption is cut: for each of the first 10, then for number 100, 1000, and so on."""
         length = len(self.tokenizer(caption).input_ids)
         if length <= self.text_len:
             return
@@ -134,7 +136,7 @@ class TextEncoder:
 
 
 class FrameEncoder:
-    """The given frames of videos -> what image-to-video is conditioned on."""
+    """Maps the given frames of videos to the condition of image-to-video."""
 
     def __init__(self, folder: Path, codec: VideoCodec):
         self.codec, self.device = codec, codec.mean.device
@@ -144,8 +146,9 @@ class FrameEncoder:
 
     @torch.no_grad()
     def encode(self, given: torch.Tensor, frames: int) -> dict[str, torch.Tensor]:
-        """uint8 [B, 3, n, H, W], the first frame or the first and the last, of videos of `frames` -> y [B, 20, f, h, w]
-        (see `VideoCodec.encode_given`) and image [B, n * 257, 1280], CLIP's features before its last block."""
+        """Encodes uint8 [B, 3, n, H, W]: the first frame, or the first and the last, of videos with `frames` frames.
+        Returns y [B, 20, f, h, w] (see `VideoCodec.encode_given`) and image [B, n * 257, 1280], CLIP's features before
+        its last block."""
         pictures = given.permute(0, 2, 3, 4, 1).flatten(0, 1).cpu().numpy()  # [B*n, H, W, 3]
         pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
         image = self.clip(pixels, output_hidden_states=True).hidden_states[-2]  # [B*n, 257, 1280]
@@ -156,6 +159,6 @@ class FrameEncoder:
 
 
 def clean(caption: str) -> str:
-    """The released caption cleaning: repair mojibake, undo HTML escapes twice, collapse white space."""
+    """Cleans a caption as the release does: repairs mojibake, undoes HTML escapes twice, collapses white space."""
     caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return re.sub(r"\s+", " ", caption).strip()

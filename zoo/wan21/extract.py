@@ -1,9 +1,9 @@
-"""Extract features: the frozen VAE and text encoder over every video of a list, once.
+"""Extracts features: runs the frozen VAE and encoders once over every video of a list.
 
     bash zoo/wan21/extract_features.sh --out features                                  # the demo's clips, any laptop
     NPROC=8 bash zoo/wan21/extract_features.sh --weights Wan2.1-T2V-14B-Diffusers --data my.jsonl --out features
 
-`--features` of the training jobs reads the result (common/diffusion/features.py says what it looks like).
+The training jobs read the result with `--features`. common/diffusion/features.py describes its format.
 """
 
 import torch.distributed as dist

@@ -1,11 +1,11 @@
-"""Sample videos: text, and given frames, -> latents by flow matching with guidance -> VAE -> mp4 and GIF.
+"""Samples videos: text (and given frames) -> latents, by flow matching with guidance -> VAE -> mp4 and GIF.
 
     bash zoo/wan21/infer_t2v.sh --prompt "a handwritten three moves to the left"          # the demo's tiny model
     bash zoo/wan21/infer_t2v.sh --weights Wan2.1-T2V-1.3B-Diffusers --prompt "two cats box on a spotlighted stage"
     bash zoo/wan21/infer_i2v.sh --weights Wan2.1-I2V-14B-480P-Diffusers --image cat.png --prompt "the cat boxes"
 
-Any layout samples; common/diffusion/sampling.py says who makes which video, and has the loop. What is cheaper at a price in
-quality is in accelerate.py.
+Every layout can sample. common/diffusion/sampling.py has the sampling loop and says which rank makes which video.
+accelerate.py has methods that are cheaper and lower the quality.
 """
 
 import time
@@ -35,8 +35,8 @@ from .options import InferOptions, parse_buckets, requests_of
 def velocity(
     chunks, o, config: WanConfig, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, condition: dict | None = None
 ) -> torch.Tensor:
-    """The model's prediction for x [B, C, F, H, W], t [B], text [B, T, D], whole on every rank, in any layout.
-    condition: of image-to-video, y [B, 4 + C, F, H, W] and image [B, I, image_dim] (see `WanDiT.forward`)."""
+    """Predicts the velocity for x [B, C, F, H, W], t [B], text [B, T, D], whole on every rank, in any layout.
+    condition, for image-to-video: y [B, 4 + C, F, H, W] and image [B, I, image_dim] (see `WanDiT.forward`)."""
     split, condition = o.cp * (o.tp if o.sp else 1), condition or {}
 
     def forward_step(_, model: torch.nn.Module):
@@ -60,12 +60,13 @@ def sample(
     chunks, o, config: WanConfig, text, empty, grid, seeds: list[int], *, sampler, shift, steps, cfg,
     condition=None, start=None, strength=1.0, moment: Moment | None = None, pair: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Latents [B, C, *grid] for text embeddings [B, T, D] with guidance against `empty` [T, D], noise by `seeds`.
+    """Samples latents [B, C, *grid] for text embeddings [B, T, D], with guidance against `empty` [T, D]. `seeds` draw
+    the noise.
 
-    condition: of image-to-video (see `velocity`); guidance keeps it on both sides. start, strength, pair: see
+    condition: for image-to-video (see `velocity`); both branches of the guidance have it. start, strength, pair: see
     `sample_latents`. moment: what `accelerate.apply` returned for these chunks.
     """
-    texts = [text, empty.expand_as(text)]  # of each branch of the guidance
+    texts = [text, empty.expand_as(text)]  # by branch of the guidance
 
     def predict(x: torch.Tensor, t: torch.Tensor, branch: int) -> torch.Tensor:
         return velocity(chunks, o, config, x, t, texts[branch], condition)
@@ -80,7 +81,7 @@ def sample(
 def condition_on(
     frames: FrameEncoder | None, requests: list[Request], bucket: Bucket, fit: str
 ) -> dict[str, torch.Tensor] | None:
-    """What `sample` wants to know of the requests' pictures; None for text-to-video, which has no `FrameEncoder`."""
+    """Encodes the requests' pictures to the condition of `sample`. None for text-to-video (frames is None)."""
     if frames is None:
         return None
     given = torch.from_numpy(read_given_frames(requests, bucket, fit)).permute(0, 4, 1, 2, 3)  # [B, 3, n, H, W]
@@ -89,19 +90,19 @@ def condition_on(
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """All that makes a video: the transformer, and what is around it; the ranks that make the same one."""
+    """Everything that makes a video: the models, and the groups of ranks that make the same video."""
 
     chunks: list[torch.nn.Module]
     moment: Moment
     codec: VideoCodec
     encoder: TextEncoder
-    frames: FrameEncoder | None  # image-to-video
+    frames: FrameEncoder | None  # None for text-to-video
     video_group: dist.ProcessGroup
     pair: dist.ProcessGroup | None
 
 
 def load(o: InferOptions, config: WanConfig) -> Parts:
-    """Read the weights, each part to where it waits for its use, and put what `o` asks for around the transformer."""
+    """Loads all parts (with --cpu-offload to the CPU) and applies the accelerations that `o` asks for."""
     video_group, pair = sampling.video_groups(o)
     chunks = build(o, config, torch.device("cpu") if o.cpu_offload else None)
     if o.checkpoint:
@@ -113,7 +114,7 @@ def load(o: InferOptions, config: WanConfig) -> Parts:
     if o.quantize == "int8":
         quantize(m for chunk in chunks for m in chunk.modules() if isinstance(m, WanBlock))
     if o.fsdp:
-        chunks = parallel.wrap(chunks, o, WanBlock)  # compiles too
+        chunks = parallel.wrap(chunks, o, WanBlock)  # compiles the blocks too
     elif o.compile:
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, WanBlock)):
             block.compile()
@@ -137,7 +138,7 @@ def load(o: InferOptions, config: WanConfig) -> Parts:
 def latents_of(
     o: InferOptions, config: WanConfig, parts: Parts, requests: list[Request], seeds: list[int]
 ) -> torch.Tensor:
-    """Latents [B, C, F, H, W] of the requests, noise by `seeds`. ValueError: they are not finite."""
+    """Samples latents [B, C, F, H, W] of the requests; `seeds` draw the noise. ValueError: latents are not finite."""
     bucket, start = parse_buckets(o.video)[0], None
     with sampling.on_device(o, parts.encoder.model):
         text, empty = parts.encoder.encode([r.prompt for r in requests]), parts.encoder.encode([o.negative])[0]
@@ -161,7 +162,7 @@ def latents_of(
 
 
 def pixels_of(o: InferOptions, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
-    """Latents -> uint8 [B, 3, F, H, W] on the CPU; with --vae-parallel all ranks of the video call it."""
+    """Decodes latents to uint8 [B, 3, F, H, W] on the CPU. With --vae-parallel all ranks of the video must call it."""
     with sampling.on_device(o, parts.codec.vae):
         return parts.codec.decode(latents)
 
@@ -175,7 +176,7 @@ def main(o: InferOptions) -> None:
         print(f"cache: up to {cache_gib(o, config, tokens):.3g} GiB on each rank", flush=True)
 
     requests, todo = requests_of(o, config), [None]
-    if chatty:  # one rank looks which videos are missing, so that all do the same
+    if chatty:  # rank 0 lists the missing videos, so that all ranks agree
         o.out.mkdir(parents=True, exist_ok=True)
         todo = [videos.list_missing(o, requests)]
     dist.broadcast_object_list(todo, 0)
@@ -188,8 +189,8 @@ def main(o: InferOptions) -> None:
 
 
 def make(o: InferOptions, config: WanConfig, requests: list[Request], todo: list[int]) -> None:
-    """Sample, decode and write the videos of the requests `todo`."""
-    parts, same = load(o, config), videos.describe(o)
+    """Samples, decodes and writes the videos of the requests with these numbers."""
+    parts, settings = load(o, config), videos.describe(o)
     for (i,), counts in sampling.share_out(todo, o):
         started = time.perf_counter()
         latents = latents_of(o, config, parts, [requests[i]], [o.seed + i])
@@ -198,7 +199,7 @@ def make(o: InferOptions, config: WanConfig, requests: list[Request], todo: list
             continue
         video = pixels_of(o, parts, latents)[0].permute(1, 2, 3, 0).numpy()
         if writes:
-            made = videos.describe_request(same, i, requests[i])
-            paths = videos.write_video(video, o.out / f"{i:04d}", o.fps or 16, o.format, made)
+            metadata = videos.describe_request(settings, i, requests[i])
+            paths = videos.write_video(video, o.out / f"{i:04d}", o.fps or 16, o.format, metadata)
             seconds = time.perf_counter() - started
             print(f"{' '.join(map(str, paths))}  {seconds:.1f} s  {requests[i].prompt!r}", flush=True)

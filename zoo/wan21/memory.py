@@ -1,9 +1,10 @@
-"""Peak memory of a training step on one rank, by feature and by named layout: the second optimizer step of one video.
+"""Measures the peak memory of a training step on one rank, by feature or by named layout: the second optimizer step.
 
     .venv/bin/python -m zoo.wan21.memory [--size 14B] [--bucket 81x480x832] [--record]    --record: into perf.jsonl
-    .venv/bin/python -m zoo.wan21.memory --layouts                    every layout of parallel.toml, as --dry-run sees it
+    .venv/bin/python -m zoo.wan21.memory --layouts                every layout of parallel.toml, as --dry-run sees it
 
-How it is counted: common/memory.py. The frozen VAE and text encoder are not there.
+A step has one micro-batch, of one video per sample. common/memory.py says how memory is counted. The frozen VAE and
+text encoder are not loaded.
 """
 
 import argparse
@@ -41,7 +42,7 @@ FEATURES = {  # name -> (ranks, options)
 
 
 def steps(o: TrainOptions, config: WanConfig, bucket: Bucket) -> Iterator[list[dict]]:
-    """The micro-batches of each step: one, of one video a sample."""
+    """Yields the micro-batches of each step: one micro-batch of one video per sample."""
     with device.current():
         B, grid, t = o.micro_batch, latent_grid(bucket), torch.zeros(o.micro_batch)
         video, text = torch.zeros(B, config.out_dim, *grid), torch.zeros(B, config.text_len, config.text_dim)
@@ -58,55 +59,55 @@ def adapt(chunks: list[torch.nn.Module], o: TrainOptions) -> None:
 
 
 def measure(o: TrainOptions, config: WanConfig, bucket: Bucket) -> tuple[int, int]:
-    """(bytes at the peak of a step, bytes that stay between steps) of rank 0."""
+    """Measures (bytes at the peak of a step, bytes that stay between steps) of rank 0."""
     split = o.cp * (o.tp if o.sp else 1)
-    model._ROPE_CACHE.clear()  # what it holds of the run before is no tensor of this one
-    found = memory.measure(
+    model._ROPE_CACHE.clear()  # tensors of another run are not valid in this one
+    bytes_measured = memory.measure(
         o, functools.partial(build, o, config), WanBlock, forward_step, functools.partial(steps, o, config, bucket),
         (config.tokens(latent_grid(bucket)) // split + config.context_rows) * split,
         adapt=functools.partial(adapt, o=o) if o.adapts else None,
     )  # fmt: skip
     model._ROPE_CACHE.clear()
-    return found
+    return bytes_measured
 
 
 def options(ranks: int, layout: dict, config: WanConfig, bucket: Bucket) -> TrainOptions:
-    """Checked options of one micro-batch of one video."""
+    """Returns checked options of a run on so many ranks, for videos of this bucket."""
     o, tokens = memory.options(TrainOptions, ranks, **layout), config.tokens(latent_grid(bucket))
     return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=tokens)
 
 
 def cases(asked: argparse.Namespace) -> Iterator[tuple[str, int, dict, str]]:
-    """(name, ranks, options, bucket) of each thing to measure."""
+    """Yields (name, ranks, options, bucket) of each case to measure."""
     if not asked.layouts:
         for name, (ranks, layout) in FEATURES.items():
             yield name, ranks, layout | {"size": asked.size, "precision": asked.precision}, asked.bucket
         return
-    known = {f.name for f in dataclasses.fields(TrainOptions)}
-    for name, named in tomllib.loads((HERE / "parallel.toml").read_text()).items():
-        stated = re.search(r"(\d+) devices?\b", named["source"])  # else a node of 8 for what is sharded
-        ranks = int(stated[1]) if stated else 8 if named.get("fsdp") else 1
-        layout = {"precision": "bf16"} | {k: v for k, v in named.items() if k in known}
-        yield name, ranks, layout, named["buckets"].split(",")[0]
+    fields = {f.name for f in dataclasses.fields(TrainOptions)}
+    for name, values in tomllib.loads((HERE / "parallel.toml").read_text()).items():
+        stated = re.search(r"(\d+) devices?\b", values["source"])  # if not stated: 8 with FSDP, else 1
+        ranks = int(stated[1]) if stated else 8 if values.get("fsdp") else 1
+        layout = {"precision": "bf16"} | {k: v for k, v in values.items() if k in fields}
+        yield name, ranks, layout, values["buckets"].split(",")[0]
 
 
 def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
-    """A row of perf.jsonl."""
+    """Measures one case and returns its row of perf.jsonl."""
     config, (bucket,) = SIZES[layout["size"]], parse_buckets(shape)
     o = options(ranks, layout, config, bucket)
-    found = measure(o, config, bucket)
+    measured = measure(o, config, bucket)
     estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))
-    named = f"Wan2.1-{config.task.upper()}"
-    return memory.row(o, model=named, layout=name, shape=shape, sample=shape, found=found, estimate=estimate)
+    model_name = f"Wan2.1-{config.task.upper()}"
+    return memory.row(o, model=model_name, layout=name, shape=shape, sample=shape, found=measured, estimate=estimate)
 
 
 def main() -> None:
     description = "Peak memory of a training step on one rank."
     parser = memory.parser(SIZES, description, size="1.3B", bucket="81x480x832", precision="bf16")
     parser.add_argument("--layouts", action="store_true", help="the named layouts of parallel.toml instead")
-    asked = parser.parse_args()
-    rows = (row(*case) for case in cases(asked))
-    memory.report(rows, "{size:<6} {layout:<30} {raw} GiB", HERE / "perf.jsonl" if asked.record else None)
+    args = parser.parse_args()
+    rows = (row(*case) for case in cases(args))
+    memory.report(rows, "{size:<6} {layout:<30} {raw} GiB", HERE / "perf.jsonl" if args.record else None)
 
 
 if __name__ == "__main__":

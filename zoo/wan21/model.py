@@ -5,19 +5,22 @@ Reference implementations: Wan-Video/Wan2.1 @ 9737cba9 `wan/modules/model.py` (A
 `diffusers.WanTransformer3DModel` 0.42.1 (Apache-2.0). Parameter names are those of the original checkpoint.
 
 What is unusual:
-- The RMSNorm of queries and keys spans all heads, before they are split: tensor parallelism reduces its sum of squares.
+- The RMSNorm of queries and keys spans all heads, so tensor-parallel ranks all-reduce its sum of squares.
 - Text embeddings are cut to their true length and padded with zeros to `text_len` *before* the text MLP, and every
   padded position is attended to: there is no mask.
-- One time embedding feeds all blocks: each block adds its own learnt `modulation` [1, 6, D] to the same 6 rows.
-- Cross-attention is normalised with affine (`norm3`) and has no gate; the other two norms have no parameters.
+- All blocks share one time embedding: each block adds its own learnt `modulation` [1, 6, D] to the same 6 rows.
+- The norm before cross-attention (`norm3`) is affine, and cross-attention has no gate. The other two norms of a block
+  have no parameters.
 - Rotary embedding over (frame, row, column) with the head dimension split 44/42/42 (of 128), interleaved pairs.
-- Image-to-video sees the given frames twice: as 20 more input channels (which frames are given, and their latents), and
-  as CLIP features with keys and values of their own, whose attention is added to the text's before the output linear.
+- Image-to-video gets the given frames twice: as 20 more input channels (which frames are given, and their latents), and
+  as CLIP features with their own keys and values, whose attention is added to the text's before the output linear.
 
-Parallelism: tokens first. Under tensor parallelism heads and FFN columns are split; under sequence parallelism
-everything between the linears holds L/tp tokens. Context parallelism splits the tokens for the whole network and meets
-only in self-attention. A pipeline stage hands one tensor on: its tokens, then the 6 modulation rows, the time
-embedding row, the text rows and the image rows, so their gradients flow back through the schedule like the tokens' own.
+Parallelism (tokens are the first dimension of every activation):
+- Tensor parallelism splits heads and FFN columns. Under sequence parallelism, activations between these regions hold
+  L/tp tokens.
+- Context parallelism splits the tokens for the whole network. Only self-attention communicates.
+- A pipeline stage sends one tensor: its tokens, then the 6 modulation rows, the time embedding row, the text rows and
+  the image rows. So the schedule also sends the gradients of these rows back.
 
 Shape legend: B batch, C latent channels, F H W latent frames, rows, columns, L tokens of this rank, D hidden,
 N heads of this rank, E head dim, T text tokens, I image features (0, 257 or 514) of width image_dim.
@@ -47,7 +50,7 @@ class WanSelfAttention(nn.Module):
         self.o = parallel.RowLinear(config.dim, config.dim, mc)
         self.norm_q = ShardedRMSNorm(config, mc)
         self.norm_k = ShardedRMSNorm(config, mc)
-        self.attend = parallel.context_parallel_attention  # accelerate.py may put a sparse one here
+        self.attend = parallel.context_parallel_attention  # accelerate.py may replace it by sparse attention
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
@@ -92,7 +95,7 @@ class WanCrossAttention(nn.Module):
 
 
 class ShardedRMSNorm(nn.Module):
-    """RMSNorm over the full width of which this rank holds D/tp."""
+    """RMSNorm over the full width D, of which this rank holds D/tp."""
 
     def __init__(self, config: WanConfig, mc: TransformerConfig):
         super().__init__()
@@ -146,7 +149,7 @@ class WanBlock(nn.Module):
 
 
 class WanImageEmbedding(nn.Module):
-    """CLIP features -> rows that cross-attention reads; of two images, told apart by a positional embedding."""
+    """Maps CLIP features to the rows that cross-attention reads. A positional embedding distinguishes two images."""
 
     def __init__(self, config: WanConfig, dtype: torch.dtype):
         super().__init__()
@@ -172,13 +175,13 @@ class WanImageEmbedding(nn.Module):
 
 
 class WanDiT(MegatronModule):
-    """One pipeline stage's chunk of the transformer: `layers` are the global indices of its blocks.
+    """One model chunk of a pipeline stage. `layers` are the global indices of its blocks.
 
-    `first` chunks embed, `last` ones project out; blocks keep their global index as name, so checkpoints do not know
-    about the pipeline.
+    A `first` chunk embeds the input. A `last` chunk has the output head. Blocks are named by their global index, so
+    that names in checkpoints do not depend on the pipeline layout.
     """
 
-    model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask
+    model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
 
     def __init__(
         self,
@@ -210,7 +213,7 @@ class WanDiT(MegatronModule):
         self._input: torch.Tensor | None = None
 
     def set_input_tensor(self, tensor) -> None:
-        """Called by the pipeline schedule: what the previous stage sent, or None."""
+        """Called by the pipeline schedule with what the previous stage sent, or None."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(
@@ -221,11 +224,12 @@ class WanDiT(MegatronModule):
         y: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """latents [B, C, F, H, W], t [B] in [0, 1000], text [B, T, text_dim] zero-padded; for image-to-video y
-        [B, 4 + C, F, H, W], mask and latents of the given frames, and their CLIP features image [B, I, image_dim].
+        """Takes latents [B, C, F, H, W], t [B] in [0, 1000] and text [B, T, text_dim], zero-padded. Image-to-video also
+        takes y [B, 4 + C, F, H, W] (mask and latents of the given frames) and image [B, I, image_dim] (their CLIP
+        features).
 
-        Returns this rank's share of the predicted velocity as tokens [L(/tp), B, C*patch] (see `unpatchify`), or, on
-        all but the last pipeline stage, the tensor handed on [L(/tp) + 7 + T + I, B, D].
+        Returns on the last pipeline stage the predicted velocity of this rank's tokens [L(/tp), B, C*patch] (see
+        `unpatchify`). Other stages return the tensor to send, [L(/tp) + 7 + T + I, B, D].
         """
         dtype, (_, _, *grid) = self.config.params_dtype, latents.shape
         assert (y is None) == (image is None) == (self.wan.image_dim is None), f"{self.wan.task} with y or image"
@@ -244,7 +248,7 @@ class WanDiT(MegatronModule):
         rope = rotary_table(grid, self.wan, latents.device)  # [F*H*W, 1, 1, E/2, 2]
         rope = rope.chunk(self.config.context_parallel_size)[parallel.mpu.get_context_parallel_rank()]
 
-        # Every block's keys and values read the same rows: one all-reduce of their gradient instead of one per block.
+        # All blocks read the same rows: copied once, their gradient takes one all-reduce instead of one per block.
         keys = parallel.copy_to_tensor_model_parallel_region(text)
         image_keys = None if self.wan.image_dim is None else parallel.copy_to_tensor_model_parallel_region(image)
         for block in self.blocks.values():
@@ -261,8 +265,8 @@ def _mlp(inputs: int, hidden: int, outputs: int, activation: nn.Module, dtype: t
 
 
 def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """[B, C, F, H, W] -> [L, B, C*pt*ph*pw], tokens in (frame, row, column) order, patch entries as the convolution's
-    weight has them."""
+    """[B, C, F, H, W] -> [L, B, C*pt*ph*pw]. Tokens are in (frame, row, column) order, the entries of a patch in the
+    order of the convolution's weight."""
     B, C, F_, H, W = x.shape
     pt, ph, pw = patch
     x = x.reshape(B, C, F_ // pt, pt, H // ph, ph, W // pw, pw)
@@ -270,19 +274,19 @@ def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> torch.Tensor:
-    """Head output [L, B, pt*ph*pw*C] (channel fastest, as released) -> [B, C, F, H, W]; grid = (F, H, W) in latents."""
+    """Head output [L, B, pt*ph*pw*C] (channels last, as released) -> [B, C, F, H, W]; grid: (F, H, W) of the result."""
     (F_, H, W), (pt, ph, pw) = grid, patch
     x = tokens.unflatten(2, (pt, ph, pw, -1)).unflatten(0, (F_ // pt, H // ph, W // pw))
     return x.permute(3, 7, 0, 4, 1, 5, 2, 6).reshape(tokens.shape[1], -1, F_, H, W)
 
 
 def velocity_tokens(v: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """[B, C, F, H, W] -> [L, B, pt*ph*pw*C], the order of the head's output: inverse of `unpatchify`."""
+    """[B, C, F, H, W] -> [L, B, pt*ph*pw*C], in the order of the head's output. The inverse of `unpatchify`."""
     return patchify(v, patch).unflatten(2, (v.shape[1], -1)).transpose(2, 3).flatten(2)
 
 
 def sinusoid(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Timestep features [B] -> [B, width] fp32: cosines, then sines, of t / 10000^(i / (width/2))."""
+    """Embeds timesteps [B] -> [B, width] fp32: cosines, then sines, of t / 10000^(i / (width/2))."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -293,9 +297,9 @@ _ROPE_CACHE: dict = {}
 
 
 def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> torch.Tensor:
-    """(cos, sin) of every token's angles [F*H*W, 1, 1, E/2, 2] fp32 for a latent grid (F, H, W) before patching.
+    """Returns (cos, sin) of every token's angles, [tokens, 1, 1, E/2, 2] fp32. grid: (F, H, W) of the latents.
 
-    The head dimension is shared out as rows and columns 2*(E//6) each, frames the rest; angles in float64.
+    Rows and columns take 2*(E//6) of the head dimension each, frames take the rest. Angles are computed in float64.
     """
     key = (*grid, config.head_dim, device)
     if key not in _ROPE_CACHE:
@@ -308,7 +312,7 @@ def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> to
             view[axis] = n
             angles.append(torch.outer(torch.arange(n, dtype=torch.float64), inverse).view(view).expand(*sizes, -1))
         angles = torch.cat(angles, dim=-1).flatten(0, 2)[:, None, None]  # [L, 1, 1, E/2]
-        if len(_ROPE_CACHE) > 64:  # dynamic resolutions: bounded
+        if len(_ROPE_CACHE) > 64:  # bounds the memory if grids vary
             _ROPE_CACHE.clear()
         _ROPE_CACHE[key] = torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
     return _ROPE_CACHE[key]
@@ -318,7 +322,7 @@ def rotary_table(grid: list[int], config: WanConfig, device: torch.device) -> to
 
 
 def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDiT]:
-    """This rank's unwrapped model chunks, memory allocated (on this rank's device, or on `where`) and not filled."""
+    """Builds this rank's model chunks, unwrapped, with uninitialised parameters on this rank's device or on `where`."""
     mc = parallel.megatron_config(o, hidden=config.dim, heads=config.num_heads, layers=config.num_layers)
     chunks = []
     with where or device.current():
@@ -333,8 +337,9 @@ def build(o, config: WanConfig, where: torch.device | None = None) -> list[WanDi
 
 
 def draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Initial values of the original code: Xavier-uniform linears, N(0, 0.02) text and time MLPs, modulation
-    N(0, 1/D), zero biases, unit norms, zero output head and image positions."""
+    """Fills a whole parameter with the original code's initial values: Xavier-uniform for linears; normal with standard
+    deviation 0.02 for the text and time MLPs, D^-0.5 for modulation; 1 for norms; 0 for biases, head, image
+    positions."""
     if name.endswith("modulation"):
         whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
     elif name.startswith("head.") or name.endswith((".bias", "emb_pos")):

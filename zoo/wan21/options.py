@@ -1,8 +1,8 @@
-"""The options of this recipe's jobs: what they are called, what the demo fills in, and all that can be known to be
-wrong with them before a process starts.
+"""The options of this recipe's jobs, the values that the demo fills in, and every check that is possible before a
+process starts.
 
-Each job has a dataclass of options and a function that completes and checks one (`JOBS`). What every video job shares is
-in common/diffusion/options.py. No torch here: `--help` and every refusal come before anything heavy is imported.
+Each job has a dataclass of options and a function that completes and checks them (`JOBS`). What all video jobs share is
+in common/diffusion/options.py. No torch here: `--help` and every error come before anything heavy is imported.
 """
 
 import argparse
@@ -37,17 +37,17 @@ from .config import (
 )
 
 HERE = Path(__file__).parent
-STRIDES = buckets.Strides(frames=4, side=16)  # 4n+1 frames for the causal VAE; its 8 pixels by the patch of 2
+STRIDES = buckets.Strides(frames=4, side=16)  # 4n+1 frames for the causal VAE; side: stride 8 of the VAE x patch 2
 DEMO_WEIGHTS, DEMO_I2V = HERE / "demo" / "weights", HERE / "demo" / "weights-i2v"
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
-DEMO_CAPTIONS = 80  # as many as the judge scores: every digit in every direction
+DEMO_CAPTIONS = 80  # the captions that the judge scores: every digit in every direction
 DEMO_PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
-STYLES = ("", "blinking", "pairs")  # of the demo's data: clips, clips that blink, and the two beside each other
-DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style is learnt sooner than digits
+STYLES = ("", "blinking", "pairs")  # of the demo's data: clips, clips that blink, pairs of both
+DEMO_LORA = {"steps": 200, "lr": 2e-3, "save_every": 200}  # a style takes fewer steps than digits
 DEMO_BUCKET = tomllib.loads((HERE / "parallel.toml").read_text())["tiny"]["buckets"]
-DPO = {"weighting": "none", "caption_dropout": 0.0}  # of dpo_*.sh, as in the paper
+DPO = {"weighting": "none", "caption_dropout": 0.0}  # defaults of dpo_*.sh, as in the paper
 DEMO_DPO = {"steps": 150, "lr": 1e-3, "save_every": 150, "sft_weight": 100.0}
-RATES = {"lora": 1e-4, "dpo": 1e-5}  # of adapters on a published size, whose layout has the rate of all parameters
+RATES = {"lora": 1e-4, "dpo": 1e-5}  # learning rates of adapters; layouts of published sizes have other ones
 LORA_TARGETS = "q,k,v,o,ffn.0,ffn.2"  # of every block: self- and cross-attention, MLP
 LAUNCHERS = {"adapters": "lora_t2v.sh and lora_i2v.sh", "preference": "dpo_t2v.sh and dpo_i2v.sh"}
 
@@ -127,10 +127,10 @@ class PerfOptions(TrainOptions):
 
 
 def parse(script: str, argv: list[str]):
-    """argv of a job -> its completed and checked options. See common/cli.py for the contract.
+    """Parses a job's argv to its completed and checked options. See common/cli.py for the contract.
 
     Raises:
-        ValueError: anything about the options, the weights folder or the data list that can be known to be wrong.
+        ValueError: any fault of the options, the weights folder or the data list that shows before a process starts.
     """
     cls, description, completed = JOBS[script]
     o = cli.parse_options(cls, argv, description, HERE / "parallel.toml", lambda folder: _default_size(folder, argv))
@@ -143,7 +143,7 @@ def parse(script: str, argv: list[str]):
 def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     shared.check_job(o, asked, LAUNCHERS)
     o = features.apply_features(o, asked)
-    on_demo = o.data is None  # features may come without a transformer too
+    on_demo = o.data is None  # also true with --features, which need no --weights
     o = _with_weights(_with_training_defaults(o, asked), pretrains=o.job == "pretrain", drawn=on_demo)
     config = _model(o)
     o = _with_buckets(o, config)
@@ -163,8 +163,8 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     if o.sample_prompts:
         if not has_encoders(o.weights, config):
             raise ValueError(f"--sample-prompts: {o.weights} lacks VAE or encoders; fix: --weights with them")
-        found = read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
-        check_requests(found, parse_buckets(o.buckets)[0], "crop")
+        requests = read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
+        check_requests(requests, parse_buckets(o.buckets)[0], "crop")
     if o.adapts:
         linears = [name.removesuffix(".weight") for name, shape in shapes(config).items() if len(shape) == 2]
         shared.check_targets(o.lora_targets, linears)
@@ -202,9 +202,9 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
 
 
 def _search(o: SearchOptions, asked: set[str]) -> SearchOptions:
-    given = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
-    if given:
-        raise ValueError(f"{' and '.join(given)}: search finds them; fix: leave them out")
+    preset = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
+    if preset:
+        raise ValueError(f"{' and '.join(preset)}: search finds them; fix: leave them out")
     o, config = _sampling(dataclasses.replace(o, micro_batch=1), asked)
     if o.lanes > 1:
         raise ValueError(
@@ -220,7 +220,7 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
         if o.data is None or {"--weights", "--checkpoint", "--size"} & asked:
             raise ValueError("--videos come with --data, whose captions they show, and without a model; fix: --videos")
         o = dataclasses.replace(o, video=o.video if "--video" in asked else None)
-        o = _check_scores(dataclasses.replace(o, weights=DEMO_WEIGHTS, size="tiny"))  # of which nothing is used
+        o = _check_scores(dataclasses.replace(o, weights=DEMO_WEIGHTS, size="tiny"))  # required, not used
         config = _model(o)
         return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
     if o.data is None and o.prompts is None and o.prompt is None:
@@ -253,7 +253,7 @@ def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
     return o
 
 
-JOBS = {  # a launcher's script -> its options, what --help says of it, what completes and checks them
+JOBS = {  # a launcher's script -> its options, its description in --help, the function that completes and checks them
     "train": (TrainOptions, "Train Wan2.1 text-to-video or image-to-video.", _train),
     "extract": (ExtractOptions, "Compute what the frozen encoders make of videos and captions, once.", _extract),
     "infer": (InferOptions, "Sample videos from Wan2.1 text-to-video or image-to-video.", _infer),
@@ -272,21 +272,21 @@ JOBS = {  # a launcher's script -> its options, what --help says of it, what com
 
 
 def _default_size(folder: Path | None, argv: list[str]) -> str:
-    """The size whose architecture the weights folder has; without one, tiny."""
+    """Returns the size whose architecture the weights folder, or else --checkpoint, has; without both, a tiny size."""
     if folder is not None:
         return size_of(folder)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", nargs="?")  # which have to be known before the other options are
+    parser.add_argument("--task", nargs="?")  # these two are needed before the others are parsed
     parser.add_argument("--checkpoint", nargs="?", type=Path)
-    known = parser.parse_known_args(argv)[0]
-    if known.checkpoint and (found := resume.newest_state(known.checkpoint)):
-        return size_of(found[0])
-    return "tiny-i2v" if known.task == "i2v" else "tiny"
+    args = parser.parse_known_args(argv)[0]
+    if args.checkpoint and (newest := resume.newest_state(args.checkpoint)):
+        return size_of(newest[0])
+    return "tiny-i2v" if args.task == "i2v" else "tiny"
 
 
 def _with_weights(o, *, pretrains: bool = False, drawn: bool = False):
-    """Without --weights: the demo's folder, of which pretraining draws the transformer anew. drawn: of a released size,
-    weights may be drawn, to try a layout out."""
+    """Fills in --weights with the demo's folder. pretrains: the transformer then starts from scratch. drawn: a released
+    size may start from scratch, to try a layout out."""
     if o.weights is not None:
         return o
     tiny, image = o.size.startswith("tiny"), o.size in SIZES and SIZES[o.size].image_dim is not None
@@ -302,7 +302,7 @@ def _with_weights(o, *, pretrains: bool = False, drawn: bool = False):
 
 
 def _model(o) -> WanConfig:
-    """The architecture of the weights, which is of the launcher's kind."""
+    """Returns the architecture of the weights. Checks that the launcher is for its task."""
     config = model_config(o)
     if o.task is not None and (o.task == "t2v") != (config.task == "t2v"):
         raise ValueError(
@@ -313,7 +313,7 @@ def _model(o) -> WanConfig:
 
 
 def _check_folder(o, config: WanConfig, encoders: bool = True) -> None:
-    """The parts a job needs are there, and the transformer's tensors are exactly the model's."""
+    """Checks that --weights has the parts that the job needs, and exactly the model's tensors in its transformer."""
     shared.check_parts(o.weights, parts(config) if encoders else [])
     if not is_sharded(o.weights) and not o.from_scratch:
         folder, table = convert.located(o.weights, config)
@@ -321,12 +321,12 @@ def _check_folder(o, config: WanConfig, encoders: bool = True) -> None:
 
 
 def parse_buckets(text: str, flag: str = "--buckets") -> list[Bucket]:
-    """`81x480x832,49x480x832` -> shapes this model can have. ValueError: see there."""
+    """Parses `81x480x832,49x480x832` to shapes that this model can have. ValueError: see `buckets.parse_buckets`."""
     return buckets.parse_buckets(text, STRIDES, flag)
 
 
 def _laid_out(o, config: WanConfig, bucket: Bucket, flag: str):
-    """The layout, completed and checked for videos of this shape."""
+    """Completes and checks the layout for videos of this shape."""
     o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=config.tokens(latent_grid(bucket)))
     if bucket.frames == 1 and config.image_dim is not None:
         raise ValueError(
@@ -336,11 +336,12 @@ def _laid_out(o, config: WanConfig, bucket: Bucket, flag: str):
 
 
 def _with_buckets(o: shared.ClipOptions, config: WanConfig):
-    """`--buckets auto:` written out, and the layout checked for each of the buckets."""
+    """Replaces `--buckets auto:` by a list of buckets, then completes and checks the layout for each."""
     if o.buckets.startswith("auto:"):
-        made = buckets.make_buckets(o.buckets, STRIDES, o.cp * (o.tp if o.sp else 1))
-        shown = [bucket for bucket in made if bucket.frames > 1 or config.image_dim is None]  # a still has given it all
-        o = dataclasses.replace(o, buckets=",".join(map(str, shown)))
+        all_buckets = buckets.make_buckets(o.buckets, STRIDES, o.cp * (o.tp if o.sp else 1))
+        # The first frame of image-to-video is given, so a still leaves nothing to generate.
+        usable = [bucket for bucket in all_buckets if bucket.frames > 1 or config.image_dim is None]
+        o = dataclasses.replace(o, buckets=",".join(map(str, usable)))
     for bucket in parse_buckets(o.buckets):
         o = _laid_out(o, config, bucket, "buckets")
     return o
@@ -350,28 +351,28 @@ def _with_buckets(o: shared.ClipOptions, config: WanConfig):
 
 
 def parts(config: WanConfig) -> list[str]:
-    """Of a weights folder what makes latents, embeddings and, for image-to-video, the condition of them."""
+    """Lists the folders of --weights that make latents, text embeddings and the condition of image-to-video."""
     return ["vae", "text_encoder", "tokenizer"] + (["image_encoder", "image_processor"] if config.given_frames else [])
 
 
 def has_encoders(folder: Path, config: WanConfig) -> bool:
-    """Whether a weights folder has what samples need."""
+    """Whether a weights folder has all parts that sampling needs besides the transformer."""
     return all((folder / part).is_dir() for part in parts(config))
 
 
 def frozen_parts(folder: Path, config: WanConfig) -> dict[str, str]:
-    """The content of the VAE and the encoders, as far as a weights folder has them."""
+    """Returns fingerprints of the VAE and the encoders, of those that a weights folder has."""
     names = ["vae", "text_encoder"] + (["image_encoder"] if config.given_frames else [])
     return {name: weights.fingerprint(folder / name) for name in names if (folder / name).is_dir()}
 
 
 def encoder_facts(o, config: WanConfig) -> dict[str, str]:
-    """What decides latents, embeddings and conditions besides pixels and captions."""
+    """Returns what latents, embeddings and conditions depend on, besides pixels and captions."""
     return features.encoder_facts(o, frozen_parts(o.weights, config), config.task if config.given_frames else None)
 
 
 def feature_settings(o: ExtractOptions, config: WanConfig) -> dict:
-    """All that the bits of a features folder depend on."""
+    """Returns everything that the content of a features folder depends on."""
     shape = {"task": config.task, "text_len": config.text_len, "text_dim": config.text_dim}
     return features.describe(o, encoder_facts(o, config) | shape | {"image_tokens": config.image_tokens})
 
@@ -380,38 +381,38 @@ def feature_settings(o: ExtractOptions, config: WanConfig) -> dict:
 
 
 def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    """What the job, and the demo where no data are named, have unlike the layout; what was asked for stays."""
-    usual, demo = {}, {}
+    """Replaces defaults of the layout by the job's, and by the demo's if --data is not given. Given options stay."""
+    defaults, demo = {}, {}
     if o.adapts and o.adapter is None:
-        usual |= {"lora_rank": jobs.LORA_RANK}
+        defaults |= {"lora_rank": jobs.LORA_RANK}
     if o.job == "dpo":
-        usual |= DPO | {"micro_batch": max(2, o.micro_batch // 2 * 2)}
+        defaults |= DPO | {"micro_batch": max(2, o.micro_batch // 2 * 2)}
     if o.data is None and o.features is None:
-        usual |= {"buckets": DEMO_BUCKET, "cache": DEMO_DATA.with_name(DEMO_DATA.name + "-latents")}
-        usual |= {"validation": demo_list("test", "pairs")} if o.job == "dpo" else {}
-        usual |= {"lora": DEMO_LORA, "dpo": DEMO_DPO}.get(o.job, {}) if o.size.startswith("tiny") else {}
+        defaults |= {"buckets": DEMO_BUCKET, "cache": DEMO_DATA.with_name(DEMO_DATA.name + "-latents")}
+        defaults |= {"validation": demo_list("test", "pairs")} if o.job == "dpo" else {}
+        defaults |= {"lora": DEMO_LORA, "dpo": DEMO_DPO}.get(o.job, {}) if o.size.startswith("tiny") else {}
         demo = {"data": demo_list("train", {"lora": "blinking", "dpo": "pairs"}.get(o.job, ""))}
     if o.adapts and not o.size.startswith("tiny") and o.job not in o.layout.split("-"):
-        usual |= {"lr": RATES[o.job]}
-    return jobs.fill_defaults(o, asked, usual, demo)
+        defaults |= {"lr": RATES[o.job]}
+    return jobs.fill_defaults(o, asked, defaults, demo)
 
 
 def starts_from(o: TrainOptions) -> str:
-    """What the transformer of a new run is, in words."""
+    """Says in words which transformer a new run starts from."""
     if o.from_scratch:
         return f"drawn weights, seed {o.seed}, beside the VAE and encoders of {o.weights}"
-    whose = "the demo's" if o.weights.resolve() in (DEMO_WEIGHTS.resolve(), DEMO_I2V.resolve()) else "released"
-    return f"{whose} weights {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
+    origin = "the demo's" if o.weights.resolve() in (DEMO_WEIGHTS.resolve(), DEMO_I2V.resolve()) else "released"
+    return f"{origin} weights {o.weights}" + (f" and adapter {o.adapter}" if o.adapter else "")
 
 
 def starting_point(o: TrainOptions) -> dict:
-    """What a run starts from, told by content."""
+    """Identifies by content what a run starts from: weights and adapters."""
     pairs = convert.adapter(o.adapter, model_config(o))[0] if o.adapter else {}
     return jobs.starting_point(o, convert.located(o.weights, model_config(o))[0], pairs, o.lora_targets)
 
 
 def run_facts(o: TrainOptions, config: WanConfig) -> dict:
-    """What a run cannot change any more."""
+    """Returns what a resumed run must keep."""
     return shared.run_facts(o, starting_point(o), frozen_parts(o.weights, config))
 
 
@@ -428,7 +429,7 @@ def is_demo(path: Path | None) -> bool:
 
 
 def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig]:
-    """What every job that samples is completed with and checked for, and the architecture."""
+    """Completes and checks the options of any job that samples. Returns them and the architecture."""
     if o.checkpoint is None and o.weights is None and "--video" not in asked:
         o = dataclasses.replace(o, video=DEMO_BUCKET)
     o = dataclasses.replace(o, global_batch=None)
@@ -437,9 +438,9 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
         refuse_adapters_alone(folder, "--adapter with the run's adapter/ instead of --checkpoint")
         o = dataclasses.replace(o, weights=o.weights or shared.encoders_of(folder, state))
     o = _with_weights(o)
-    config, (bucket, *more) = _model(o), parse_buckets(o.video, "--video")
-    if more:
-        raise ValueError(f"--video {o.video} names {1 + len(more)} shapes; expected one; fix: --video")
+    config, (bucket, *others) = _model(o), parse_buckets(o.video, "--video")
+    if others:
+        raise ValueError(f"--video {o.video} names {1 + len(others)} shapes; expected one; fix: --video")
     o = _laid_out(o, config, bucket, "video")
     _check_folder(o, config)
     if o.adapter:
@@ -451,24 +452,24 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
 
 
 def check_acceleration(o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> InferOptions:
-    """As `shared.check_acceleration`, for latents of this grid."""
+    """Calls `shared.check_acceleration` for latents of this grid."""
     tokens = tuple(n // p for n, p in zip(grid, config.patch_size, strict=True))
     return shared.check_acceleration(o, config.num_layers, grid, tokens)
 
 
 def _check_scores(o: EvaluateOptions) -> EvaluateOptions:
-    """Checks what evaluate.py is given, and fills in the shape of --videos."""
+    """Checks the options of evaluate.py and fills in the shape of --videos."""
     shared.check_scores(o)
     demo = o.data == demo_list("test")
     if demo and o.video not in (DEMO_BUCKET, None):
         raise ValueError(f"video={o.video}; expected {DEMO_BUCKET}, the demo judge's; fix: --video, or --data")
-    if o.data is None or (demo and not o.data.is_file()):  # `prepare` will make it
+    if o.data is None or (demo and not o.data.is_file()):  # `prepare` makes the demo's list later
         return o
     return shared.check_videos(o)
 
 
 def requests_of(o: InferOptions, config: WanConfig) -> list[Request]:
-    """What to sample; without any prompt, a few the demo model knows. ValueError: see `choose_requests`."""
+    """Returns what to sample; without any prompt, a few that the demo's model knows. ValueError: `choose_requests`."""
     default = [Request(prompt) for prompt in DEMO_PROMPTS] if o.weights == DEMO_WEIGHTS else []
     if o.weights == DEMO_I2V:
         default = read_requests(HERE / "demo" / "images" / "prompts.tsv", "--prompts", 1)
@@ -479,7 +480,7 @@ def requests_of(o: InferOptions, config: WanConfig) -> list[Request]:
 
 
 def prepare(o) -> None:
-    """Make the demo data if this job uses it; refuse to mix the videos of two runs in one folder."""
+    """Makes the demo data if this job uses it. Refuses to mix the videos of two runs in one folder."""
     if is_demo(o.data):
         cli.say(f"looking for the demo clips of {o.data}, or making them")
         from .demo import make_data
@@ -492,7 +493,7 @@ def prepare(o) -> None:
 
 
 def trained_parameters(o, config: WanConfig) -> int:
-    """All, or those of the adapters."""
+    """Counts the parameters that train: all, or the adapters'."""
     if not o.adapts:
         return config.parameters
     if o.adapter:
@@ -502,7 +503,7 @@ def trained_parameters(o, config: WanConfig) -> int:
 
 
 def dry_run(o) -> str:
-    """What a run would be, from the options alone."""
+    """Describes a run from its options alone."""
     config = model_config(o)
     if isinstance(o, ExtractOptions):
         return f"{cli.to_toml(o)}\nfor a model of parameters: {config.parameters:,}; world {o.world}"

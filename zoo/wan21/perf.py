@@ -5,18 +5,18 @@
     bash zoo/wan21/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
 
 step   a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of diffusers'
-       WanTransformer3DModel with torch's fused AdamW, both plain and under torch.compile (--no-compiled-peer leaves that
-       out; of several ranks --compile runs ours so), on the same device, batch, weights and dtype, turn by turn, each with
-       its peak memory (under torch.compile: compiling included). A contender whose first loss is not the same, or that
-       does not fit, is refused. Beside it, what is published for the same workload: --size 1.3B and --size 14B are
-       MindSpeed-MM's, on as many devices as there are
-run    the launcher as a user starts it: seconds to the first step and for --help, the share of a step spent waiting
-       for data that is really decoded, and (latents cached) outside data, forward, backward and optimizer
+       WanTransformer3DModel with torch's fused AdamW. Both run plain and under torch.compile (--no-compiled-peer leaves
+       that out; on several ranks only --compile compiles ours), by turns, on the same device, batch, weights and dtype.
+       Each row has its peak memory, which under torch.compile includes compiling. A contender that has another first
+       loss, or does not fit, is refused. Rows published for the same workload are printed beside it: --size 1.3B and
+       --size 14B run MindSpeed-MM's workloads, on any number of devices
+run    the launcher as a user starts it: seconds to the first step and for --help; the share of a step spent waiting for
+       videos that are really decoded; with cached latents, the share outside data, forward, backward and optimizer
 generation
-       sampling with each of its accelerations against a named baseline, seconds beside quality: perf_generation.py
-load   a released folder of 1.3B constant weights from disk into a model, and converted to another: rates against reading
-       and copying the same files, memory beyond the model
-decode frames per second of PyAV, and of decord where it is installed, at random places of a video
+       sampling with each acceleration against a named baseline: seconds, and quality (perf_generation.py)
+load   a released folder of constant 1.3B weights, loaded from disk into a model and converted to another folder: rates
+       against reading and copying the same files, and memory beyond the model
+decode frames per second of PyAV, and of decord if it is installed, at random places of a video
 
 Each number is the median of its repeats, with the 10th and the 90th percentile.
 """
@@ -66,7 +66,7 @@ def main(o: PerfOptions) -> None:
 
 
 def facts(o: PerfOptions) -> dict:
-    """What all rows of this call have in common."""
+    """Returns the fields that all rows of this call share."""
     return bench.facts(o, model=f"Wan2.1-{SIZES[o.size].task.upper()}", size=o.size, shape=o.buckets)
 
 
@@ -74,7 +74,7 @@ def facts(o: PerfOptions) -> dict:
 
 
 def batch_of(o: PerfOptions, config: WanConfig) -> dict:
-    """A micro-batch of random latents and text, [B, C, F, H, W] and [B, T, D], as training sees them."""
+    """Draws a micro-batch of random latents [B, C, F, H, W] and text [B, T, D], and noises it as training does."""
     grid = latent_grid(parse_buckets(o.buckets)[0])
     where, generator = device.current(), torch.Generator().manual_seed(0)
     latents = torch.randn(o.micro_batch, config.out_dim, *grid, generator=generator).to(where)
@@ -89,26 +89,27 @@ def batch_of(o: PerfOptions, config: WanConfig) -> dict:
 
 
 def draw_all(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """The recipe's initial values, with noise where those are zero: behind a zero output head any model has the same loss."""
+    """Draws the recipe's initial values, and noise where they are zero: with a zero head all models have the same
+    loss."""
     draw(name, whole, generator)
     if not whole.any():
         whole.normal_(std=whole.shape[-1] ** -0.5, generator=generator)
 
 
 def batches_of(o: PerfOptions, config: WanConfig) -> list[dict]:
-    """This rank's micro-batches of a step."""
+    """Returns this rank's micro-batches of a step."""
     return [batch_of(o, config)] * o.micro_batches
 
 
 def ours(o: PerfOptions, config: WanConfig) -> Callable[[list[dict]], list[dict]]:
-    """This model's training step."""
+    """Builds this model's training step."""
     tokens, split = config.tokens(latent_grid(parse_buckets(o.buckets)[0])), o.cp * (o.tp if o.sp else 1)
     length = (tokens // split + config.context_rows) * split
     return bench.own_step(o, build(o, config), draw_all, WanBlock, forward_step, length)
 
 
 def peer(o: PerfOptions, config: WanConfig, compiled: bool) -> Callable[[], torch.Tensor]:
-    """diffusers' training step, from our weights."""
+    """Builds diffusers' training step, with our weights."""
     values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
     values["patch_size"] = tuple(values["patch_size"])
     with device.current():
@@ -138,10 +139,10 @@ def workload(o: PerfOptions, config: WanConfig) -> bench.Workload:
 
 def step(o: PerfOptions) -> list[dict]:
     config = model_config(o)
-    if config.image_dim is not None:  # diffusers takes the last 512 rows of its context for the text, whatever they are
+    if config.image_dim is not None:  # diffusers always takes the last 512 rows of the context as text
         config = dataclasses.replace(config, text_len=512)
-    what = workload(o, config)
-    return bench.step(o, config, what, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled_peer)
+    described = workload(o, config)
+    return bench.step(o, config, described, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled_peer)
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -151,7 +152,7 @@ def run(o: PerfOptions) -> list[dict]:
     launcher, firsts, rows = HERE / "pretrain_t2v.sh", [], []
     helps = bench.time_help(launcher)
     with tempfile.TemporaryDirectory() as folder:
-        # The first call warms the disk and makes the demo data, the second decodes, the third finds the second's latents.
+        # Run 0 makes the demo data and fills the disk cache. Run 1 decodes. Run 2 reads the latents that run 1 cached.
         for i in range(3):
             options = ["--size", o.size, "--layout", o.layout, "--steps", "30" if i else "1", "--save-every", "0"]
             options += ["--sample-steps", "1", "--cache", str(Path(folder) / ("cache" if i else "none"))]
@@ -162,14 +163,14 @@ def run(o: PerfOptions) -> list[dict]:
     waits = [r["data_wait_ms"] / r["step_time_ms"] for r in decoded]
     encoding = [r["prepare_ms"] / r["step_time_ms"] for r in decoded]
     # prepare: reading the cached latents, drawing noise and timesteps
-    around = [1 - (r["data_wait_ms"] + r["compute_ms"] - r["prepare_ms"]) / r["step_time_ms"] for r in cached]
+    overhead = [1 - (r["data_wait_ms"] + r["compute_ms"] - r["prepare_ms"]) / r["step_time_ms"] for r in cached]
     return [
         {"task": "launcher --help", "value": round(statistics.median(helps), 3), "unit": "s", "raw": rounded(perf.spread(helps))},
         {"task": "launcher to first step, warm", "value": round(firsts[1], 2), "unit": "s", "raw": {"cold": round(firsts[0], 2)}},
         {"task": "data wait, decoding every clip", "value": round(100 * statistics.median(waits), 3), "unit": "% of step",
          "raw": rounded(perf.spread(waits)) | {"of it encoding (VAE, text), not waiting": round(statistics.median(encoding), 4)}},
-        {"task": "trainer overhead", "value": round(100 * statistics.median(around), 3), "unit": "% of step",
-         "raw": rounded(perf.spread(around))},
+        {"task": "trainer overhead", "value": round(100 * statistics.median(overhead), 3), "unit": "% of step",
+         "raw": rounded(perf.spread(overhead))},
     ]  # fmt: skip
 
 
@@ -184,7 +185,7 @@ def load(o: PerfOptions) -> list[dict]:
 
 
 def decode(o: PerfOptions) -> list[dict]:
-    """Frames per second of each decoder at windows of 17 frames, at random places of a clip of 10 s and 480x832."""
+    """Measures each decoder's frames per second on windows of 17 frames, at random places of a 10 s clip of 480x832."""
     bucket, frames = Bucket(17, 480, 832), 300
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.default_rng(0).integers(0, 256, (frames // 10, 30, 52, 3), dtype=np.uint8)
@@ -193,13 +194,13 @@ def decode(o: PerfOptions) -> list[dict]:
         decoders = ["pyav"] + (["decord"] if find_spec("decord") and decord_refusal(path) is None else [])
         rates: dict[str, list[float]] = {name: [] for name in decoders}
         for start in np.random.default_rng(1).integers(0, 10 * 16 - bucket.frames, 20).tolist():
-            for name, seen in rates.items():  # turn by turn
-                began = time.perf_counter()
+            for name, rate in rates.items():  # the decoders take turns
+                start_time = time.perf_counter()
                 read_frames(path, range(start, start + bucket.frames), fps=16.0, decoder=name)
-                seen.append(bucket.frames / (time.perf_counter() - began))
+                rate.append(bucket.frames / (time.perf_counter() - start_time))
     return [
         {"task": "decoding, random windows", "size": None, "layout": None, "precision": None, "shape": str(bucket),
          "system": f"{OURS}, {name} {version(name if name == 'decord' else 'av')}",
-         "value": round(statistics.median(seen), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(seen))}}
-        for name, seen in rates.items()
+         "value": round(statistics.median(rate), 1), "unit": "frames/s", "raw": {"frames/s": rounded(perf.spread(rate))}}
+        for name, rate in rates.items()
     ]  # fmt: skip

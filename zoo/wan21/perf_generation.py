@@ -1,14 +1,15 @@
-"""Benchmark of sampling: each setup against a named baseline, seconds beside scores.
+"""Benchmarks sampling: compares each setup with a named baseline, in seconds and in quality.
 
-    bash zoo/wan21/perf.sh --only generation               what one process can do
-    NPROC=2 bash zoo/wan21/perf.sh --only generation       what several can: each layout against one process
+    bash zoo/wan21/perf.sh --only generation               setups of one process
+    NPROC=2 bash zoo/wan21/perf.sh --only generation       setups of two processes, each against one process
 
-A setup is a line of options of infer_t2v.sh. It and its baseline make the same videos (same prompts, same noise), by
-turns; seconds are of sampling and decoding one video, or of sampling alone where decoding has no part, after
-a warm-up. PSNR and SSIM are of its videos against the baseline's, the worst of them. Models: `tiny`, the shipped
-weights, whose quality means something at the shape they know (at a larger one their videos are only good for comparing
-with each other); `mid`, drawn weights (512 wide, 8 blocks), for the time alone: no quality is given. With --weights
-the model is that, and every setup is of it.
+A setup is a string of options of infer_t2v.sh. The setup and its baseline take turns and make the same videos (same
+prompts, same noise). Seconds are those of one video after a warm-up: of sampling and decoding, or only of sampling if
+the setup says so (`decoded`). PSNR and SSIM compare its videos with the baseline's; the worst video counts.
+
+The model `tiny` is the demo's weights. Their quality is meaningful at the shape they were trained on; at a larger shape
+their videos can only be compared with each other. The model `mid` has initial weights (512 wide, 8 blocks) and measures
+only time, not quality. With --weights, those weights are the only model.
 """
 
 import dataclasses
@@ -30,26 +31,26 @@ from . import infer
 from .config import WanConfig, model_config
 from .options import DEMO_WEIGHTS, InferOptions, PerfOptions, parse
 
-ROUNDS = 3  # of a setup and its baseline
+ROUNDS = 3  # turns of a setup and its baseline on several processes
 PROMPTS = ("a handwritten three moves to the left", "a handwritten seven moves up and to the right")
-LARGE = "--video 17x320x320 --sample-steps 2"  # beyond a tile of 256 pixels
-LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks
-WIDE = "--video 33x384x384 --sample-steps 2 --cfg 1"  # the same of the mid size, in less time
+LARGE = "--video 17x320x320 --sample-steps 2"  # larger than one tile of 256 pixels
+LONG = "--video 33x384x384 --sample-steps 4"  # 5184 tokens: 41 blocks of sparse attention
+WIDE = "--video 33x384x384 --sample-steps 2 --cfg 1"  # the same shape for the mid model, in less time
 LINE = "{:<5} {:<58} {:>8} {:>8} {:>8} {:>7}  {}"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured, as options of infer_t2v.sh, and against what."""
+    """What is measured and with what it is compared, as options of infer_t2v.sh."""
 
     name: str
     options: str
     baseline: str  # options
     baseline_name: str
     model: str = "demo"  # demo or mid
-    decoded: bool = True  # whether decoding is in the seconds too
-    videos: int = 2  # in a round
-    processes: int = 1  # data-parallel ranks are none of its business: it makes one video at a time
+    decoded: bool = True  # whether the seconds include decoding
+    videos: int = 2  # per round
+    processes: int = 1  # they make one video at a time, together; data-parallel sampling is not measured
 
 
 STEPS = "--sample-steps 50"
@@ -123,46 +124,46 @@ class Drawn(InferOptions):
 
 
 def mid(config: WanConfig) -> WanConfig:
-    """A model large enough that arithmetic, not Python, takes the time of a step on a CPU."""
+    """Returns a model so large that on a CPU arithmetic takes most of a step's time, not Python."""
     return dataclasses.replace(config, dim=512, ffn_dim=2048, num_heads=8, num_layers=8)
 
 
 def generation(o: PerfOptions) -> list[dict]:
-    """The record's rows, on rank 0, of every setup for this number of processes."""
+    """Measures every setup for this number of processes. Returns the record's rows on rank 0."""
     if model_config(o).given_frames:
         print("generation: measured for text-to-video only")
         return []
-    own = [] if o.weights == DEMO_WEIGHTS else ["--weights", str(o.weights)]
-    setups = [s for s in SETUPS if s.processes == o.world and (s.model == "demo" or not own)]
+    weights = [] if o.weights == DEMO_WEIGHTS else ["--weights", str(o.weights)]
+    setups = [s for s in SETUPS if s.processes == o.world and (s.model == "demo" or not weights)]
     if not setups and dist.get_rank() == 0:
         counts = sorted({s.processes for s in SETUPS})
         print(f"generation: no setup is for {o.world} processes; there are some for {', '.join(map(str, counts))}")
     if setups and dist.get_rank() == 0:
         print(LINE.format("model", "setup", "s", "speed-up", "PSNR dB", "SSIM", "baseline"), flush=True)
     leave_groups()  # each setup has its own layout
-    rows = [row for s in setups for row in compare(o, s, own)]
+    rows = [row for s in setups for row in compare(o, s, weights)]
     parallel.initialize(o)
     return rows
 
 
 def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     seconds: dict[str, list] = {"baseline": [], "setup": []}
-    made: dict[str, list] = {"baseline": [], "setup": []}
+    videos: dict[str, list] = {"baseline": [], "setup": []}
     turns = [("baseline", s.baseline), ("setup", s.options)]
-    # One process holds both, which take turns by the video; several have other groups for each, so turns are longer.
-    for turn in [turns] if s.processes == 1 else [[one] for _ in range(ROUNDS) for one in turns]:
-        makers = {which: load(options, s, own) for which, options in turn}
+    # One process holds both models and alternates by video. Several need other groups for each, so a turn is a round.
+    for turn in [turns] if s.processes == 1 else [[side_options] for _ in range(ROUNDS) for side_options in turns]:
+        makers = {side: load(options, s, own) for side, options in turn}
         threads = torch.get_num_threads()
-        for i in range(-1, s.videos):  # the first warms up
-            for which, maker in makers.items():
-                alone = s.processes > 1 and which == "baseline"  # by rank 0, with all cores
-                torch.set_num_threads(os.cpu_count() if alone else threads)
-                if alone and dist.get_rank():
+        for i in range(-1, s.videos):  # video -1 warms up
+            for side, maker in makers.items():
+                on_one_process = s.processes > 1 and side == "baseline"  # only rank 0 makes it, with all cores
+                torch.set_num_threads(os.cpu_count() if on_one_process else threads)
+                if on_one_process and dist.get_rank():
                     continue
-                taken, video = timed(*maker, s, i)
+                duration, video = timed(*maker, s, i)
                 if i >= 0:
-                    seconds[which].append(taken)
-                    made[which].append(video)
+                    seconds[side].append(duration)
+                    videos[side].append(video)
         torch.set_num_threads(threads)
         dist.barrier()
         leave_groups(*(group for *_, parts in makers.values() for group in (parts.video_group, parts.pair)))
@@ -172,9 +173,9 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     raw = {"s": spread(seconds["setup"]), "speed-up": float(f"{speed:.3g}"), "baseline": s.baseline_name}
     raw |= {"baseline s": spread(seconds["baseline"]), "options": s.options, "baseline options": s.baseline}
     if s.model == "demo":
-        pairs = list(zip(made["setup"], made["baseline"], strict=True))
-        decibel, alike = min(scores.psnr(*p) for p in pairs), min(scores.ssim(*p) for p in pairs)
-        raw |= {"PSNR dB": "equal" if math.isinf(decibel) else round(decibel, 2), "SSIM": round(alike, 4)}
+        pairs = list(zip(videos["setup"], videos["baseline"], strict=True))
+        decibel, similarity = min(scores.psnr(*p) for p in pairs), min(scores.ssim(*p) for p in pairs)
+        raw |= {"PSNR dB": "equal" if math.isinf(decibel) else round(decibel, 2), "SSIM": round(similarity, 4)}
     row = {
         "task": "generation",
         "size": o.size if own else s.model if s.model == "mid" else "tiny",
@@ -201,11 +202,11 @@ def load(options: str, s: Setup, own: list[str]) -> tuple[InferOptions, WanConfi
     config = model_config(o)
     if s.model == "mid":
         o, config = Drawn(**{f.name: getattr(o, f.name) for f in dataclasses.fields(o)}), mid(config)
-    return o, config, infer.load(o, config)  # by every rank: groups are made by all together
+    return o, config, infer.load(o, config)  # called on every rank, because creating groups is collective
 
 
 def timed(o: InferOptions, config: WanConfig, parts: infer.Parts, s: Setup, i: int) -> tuple[float, torch.Tensor]:
-    """Seconds of video number i, and the video, uint8 [1, 3, F, H, W]."""
+    """Makes video number i. Returns its seconds and the video, uint8 [1, 3, F, H, W]."""
     started = time.perf_counter()
     latents = infer.latents_of(o, config, parts, [Request(PROMPTS[i % len(PROMPTS)])], [i % s.videos])
     device.synchronize()
@@ -215,8 +216,8 @@ def timed(o: InferOptions, config: WanConfig, parts: infer.Parts, s: Setup, i: i
 
 
 def leave_groups(*others: dist.ProcessGroup | None) -> None:
-    """Destroy the groups of a layout. megatron-core only forgets them, and their threads stay: thousands after some
-    setups, which take the processors from what is measured."""
+    """Destroys the groups of a layout. megatron-core only drops its references, so the groups' threads would go on:
+    thousands after some setups, which slow down what is measured."""
     for group in (*mpu._global_process_group_list[1:], parallel.sample_group(), *others):
         if group is not None:
             dist.destroy_process_group(group)

@@ -1,9 +1,9 @@
-"""Preferences for Wan2.1: the error of a video, and the model that training is compared with. The loss is in
-common/diffusion/preference.py; with --weighting bell both errors are times the weight of the timestep (the paper has none,
-nor has dpo_*.sh by default).
+"""Preference optimisation for Wan2.1: the error of a video, and the reference model. The loss of the two is in
+common/diffusion/preference.py. With --weighting bell, the errors of both models are multiplied by the weight of the
+timestep. The paper does not weight them, and by default dpo_*.sh does not either.
 
-With adapters the reference is the same model with their scale at 0. Else it is a frozen second copy, 2 bytes a parameter
-(fp32: 4) over tp and pp (and dp under FSDP).
+With adapters, the reference is the same model with the adapters' scale set to 0. With --full it is a frozen second
+copy, which takes 2 bytes per parameter (fp32: 4), sharded over tp and pp (and over dp under FSDP).
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from .options import TrainOptions
 
 
 def errors(output: torch.Tensor, batch: dict, chunk: torch.nn.Module) -> torch.Tensor:
-    """Mean squared error of the predicted velocity of each video, fp32 [B], whole on every rank. output: this rank's
-    tokens [L(/cp)(/tp), B, C*patch]."""
+    """Returns the mean squared error of each video's predicted velocity, fp32 [B], whole on every rank. output: that of
+    this rank's tokens, [L(/cp)(/tp), B, C*patch]."""
     target = velocity_tokens(batch["target"], chunk.wan.patch_size)  # [L, B, C*patch]
     error = (output.float() - parallel.local_tokens(target, chunk.config)).square().sum((0, 2))
     error = error / (target.shape[0] * target.shape[2]) * batch["weight"]
@@ -38,7 +38,7 @@ def predict(batch: dict, model: torch.nn.Module) -> torch.Tensor:
 
 
 def forward_step(o: TrainOptions, margins: Margins, iterator: Iterator[dict], model: torch.nn.Module):
-    """One micro-batch through one model chunk, as megatron-core's schedules want it once o and margins are given."""
+    """Runs one micro-batch through one model chunk. With o and margins bound, megatron-core's schedules call it."""
     batch, chunk = next(iterator), parallel.unwrapped(model)
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -49,7 +49,7 @@ def forward_step(o: TrainOptions, margins: Margins, iterator: Iterator[dict], mo
 
 @torch.no_grad()
 def measure(o: TrainOptions, sequence_length: Callable, chunks: list[torch.nn.Module], batches: list[dict]) -> list:
-    """`errors` of each micro-batch; nothing on the earlier pipeline stages."""
+    """Returns the `errors` of each micro-batch, or an empty list on all but the last pipeline stage."""
 
     def step(iterator: Iterator[dict], model: torch.nn.Module):
         batch, chunk = next(iterator), parallel.unwrapped(model)
@@ -63,7 +63,7 @@ def measure(o: TrainOptions, sequence_length: Callable, chunks: list[torch.nn.Mo
 def reference_model(
     o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Module]
 ) -> Callable[[], AbstractContextManager[list[torch.nn.Module]]]:
-    """What gives the model as training starts, for the time of a `with`."""
+    """Returns a function that makes a context manager, which yields the model as it is at the start of training."""
     if o.adapts:
         return functools.partial(without_adapters, wrapped)
     copy = build(o, config)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Find the cache settings of infer_t2v.sh that keep a stated quality: a table of what was tried, and the options to use.
+# Find the cache settings of infer_t2v.sh that keep a stated quality. Prints a table of the trials and the best options.
 #
 #   bash zoo/wan21/search.sh                                 the demo's tiny model, 32 dB PSNR to its uncached videos
 #   bash zoo/wan21/search.sh --weights Wan2.1-T2V-1.3B-Diffusers --prompts my.txt --psnr 30

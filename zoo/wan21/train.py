@@ -4,8 +4,8 @@
     bash zoo/wan21/pretrain_i2v.sh                                                    # the same, from a first frame
     NPROC=8 bash zoo/wan21/pretrain_t2v.sh --size 1.3B --weights Wan2.1-T2V-1.3B-Diffusers --data my.jsonl
 
-Noise, timesteps and caption dropout are drawn from generators seeded by (seed, step, place in the global batch), so they
-do not depend on the layout and need no state to resume.
+Seeds from (seed, step, place in the global batch) draw noise, timesteps and caption dropout. So these do not depend on
+the layout, and resuming needs no generator state.
 """
 
 import dataclasses
@@ -38,20 +38,20 @@ from .model import WanBlock, build, draw, velocity_tokens
 from .options import HERE, TrainOptions, has_encoders, is_demo, run_facts, starts_from
 
 SAMPLE_BATCH = 16
-HELD_OUT = ("held-out.jsonl", "held-out-drops.jsonl")  # the index of --validation, and what it leaves out
+HELD_OUT = ("held-out.jsonl", "held-out-drops.jsonl")  # files of the index of --validation and of the rows left out
 
 # ---- objective ----
 
 
 def sigma(index: torch.Tensor, shift: float) -> torch.Tensor:
-    """Noise level of timestep index 0..999 (0 is pure noise): s = shift u / (1 + (shift - 1) u), u = 1 - index/1000."""
+    """Noise level s of timestep index 0..999 (0: pure noise): s = shift u / (1 + (shift - 1) u), u = 1 - index/1000."""
     u = 1 - index.double() / 1000
     return (shift * u / (1 + (shift - 1) * u)).float()
 
 
 def bell_weights(shift: float) -> torch.Tensor:
-    """Loss weight by timestep index [1000]: exp(-2 ((t - 500)/1000)^2) over the shifted t = 1000 s, its minimum taken
-    off, scaled to mean 1 (the convention of MindSpeed-MM and DiffSynth; the authors published none)."""
+    """Returns the loss weights by timestep index [1000]: exp(-2 ((t - 500)/1000)^2) of the shifted t = 1000 s, minus
+    the minimum, scaled to mean 1 (the convention of MindSpeed-MM and DiffSynth; the authors published none)."""
     t = 1000 * sigma(torch.arange(1000), shift).double()
     weight = torch.exp(-2 * ((t - 500) / 1000) ** 2)
     weight = weight - weight.min()
@@ -59,7 +59,7 @@ def bell_weights(shift: float) -> torch.Tensor:
 
 
 class FlowMatching:
-    """Rectified flow: x_s = (1 - s) x0 + s n, the model predicts n - x0."""
+    """Rectified flow: x_s = (1 - s) x0 + s n. The model predicts n - x0."""
 
     def __init__(self, o: TrainOptions):
         self.o = o
@@ -68,17 +68,18 @@ class FlowMatching:
     def noised(
         self, latents: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, step: int, slots: Sequence[int]
     ) -> dict:
-        """latents fp32 [B, C, F, H, W] and text [B, T, D] of the places `slots` of the step's global batch -> a
-        training batch: x and target [B, C, F, H, W], t and weight [B], text with captions dropped to `empty` [T, D]."""
+        """Makes a training batch of latents fp32 [B, C, F, H, W] and text [B, T, D] at the places `slots` of the step's
+        global batch: x and target [B, C, F, H, W], t and weight [B], and text, dropped captions being `empty`
+        [T, D]."""
         noise, draws = torch.empty_like(latents), []
         for i, slot in enumerate(slots):
             generator = torch.Generator(latents.device).manual_seed(checkpoint.stable_seed(self.o.seed, step, slot))
             noise[i].normal_(generator=generator)
-            # Host numbers come from the host: reading them from the device would stop it. The hash is uniform below 2^63.
+            # Drawn on the host, because reading numbers from the device would stall it. The hash is uniform below 2^63.
             draws.append(checkpoint.stable_seed(self.o.seed, step, slot, "host"))
         index = torch.tensor([draw % 1000 for draw in draws])
         dropped = torch.tensor([draw // 1000 < self.o.caption_dropout * 2**63 / 1000 for draw in draws]).to(text.device)
-        if self.o.timesteps == "per-batch":  # what the reference does: one draw for the whole batch
+        if self.o.timesteps == "per-batch":  # as the reference does: one draw for the micro-batch
             index = index[:1].expand(len(index))
         s = sigma(index, self.o.shift).to(latents.device).view(-1, 1, 1, 1, 1)
         return {
@@ -91,27 +92,27 @@ class FlowMatching:
 
 
 def forward_step(iterator: Iterator[dict], model: torch.nn.Module):
-    """One micro-batch through one model chunk, as megatron-core's schedules want it."""
+    """Runs one micro-batch through one model chunk. megatron-core's schedules require (output, loss function)."""
     batch = next(iterator)
     output = model(batch["x"], batch["t"], batch["text"], batch.get("y"), batch.get("image"))
     return output, lambda output: loss(output, batch, model)
 
 
 def loss(output: torch.Tensor, batch: dict, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
-    """Weighted mean squared error in fp32, this rank's tokens' part of the mean over all: summing it over the context
-    (and, under sp, tensor) parallel ranks gives the micro-batch's loss."""
+    """Returns the weighted squared errors of this rank's tokens in fp32, summed and divided by the number of all
+    tokens: the sum over the context (and, under sp, tensor) parallel ranks is the micro-batch's loss."""
     config = parallel.unwrapped(model)
     target = velocity_tokens(batch["target"], config.wan.patch_size)  # [L, B, C*patch]
     error = (output.float() - parallel.local_tokens(target, config.config)).square().mean(-1)  # [L(/tp), B]
     value = (error * batch["weight"]).sum() / (target.shape[0] * target.shape[1])
-    return value, {"loss": value.detach().clone()}  # the schedule scales the first one in place
+    return value, {"loss": value.detach().clone()}  # a copy, because the schedule scales `value` in place
 
 
 # ---- adapters ----
 
 
 def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: WanConfig) -> None:
-    """Low-rank adapters, which train; nothing else does."""
+    """Adds low-rank adapters to the model and freezes all other parameters."""
     if o.adapter:
         lora.load_adapter(convert.adapter(o.adapter, config)[0], chunks)
     else:
@@ -120,10 +121,10 @@ def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: WanConfig) -> 
 
 
 def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Module]) -> None:
-    """The adapters as a folder that peft and diffusers load and, with --merge, released weights with them added."""
+    """Writes the adapters as a folder for peft and diffusers and, with --merge, released weights with them added."""
     folder = o.export or o.out / "adapter"
     if dist.get_rank() == 0 and not o.export:
-        shutil.rmtree(folder, ignore_errors=True)  # of this run when it was shorter
+        shutil.rmtree(folder, ignore_errors=True)  # left by this run with fewer --steps
     lora.save_adapter(folder, wrapped, convert.to_diffusers, base=str(o.weights))
     if dist.get_rank() > 0:
         return
@@ -140,7 +141,8 @@ def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Mod
 
 
 def to_sample(o: TrainOptions, config: WanConfig, index: Index) -> list[Request]:
-    """What is asked for; else captions, and for image-to-video the first (and last) frames, of videos."""
+    """Returns what to sample at the end: --sample-prompts, or else captions of videos with, for image-to-video, their
+    first (and last) frames."""
     if o.sample_prompts:
         return read_requests(o.sample_prompts, "--sample-prompts", config.given_frames)
     rows = demo_rows(o) if is_demo(o.data) else index.rows[:: 2 if o.job == "dpo" else 1][:4]
@@ -150,18 +152,18 @@ def to_sample(o: TrainOptions, config: WanConfig, index: Index) -> list[Request]
 def sample_videos(
     o: TrainOptions, config: WanConfig, chunks, batches: Batches, requests: list[Request]
 ) -> list[np.ndarray]:
-    """A video uint8 [F, H, W, 3] for each, on every rank."""
+    """Samples a video uint8 [F, H, W, 3] for each request. Every rank gets all of them."""
     bucket, encoders, pieces = batches.index.buckets[0], batches.encoders, []
     for chunk in chunks:
-        chunk.eval()  # an adapter's dropout
-    mine = sampling.share_samples(requests, o.dp)
-    for start in range(0, len(mine), SAMPLE_BATCH):
-        numbers, some = zip(*mine[start : start + SAMPLE_BATCH], strict=True)
+        chunk.eval()  # switches off the adapters' dropout
+    share = sampling.share_samples(requests, o.dp)
+    for start in range(0, len(share), SAMPLE_BATCH):
+        numbers, part = zip(*share[start : start + SAMPLE_BATCH], strict=True)
         seeds = [checkpoint.stable_seed(o.seed, number) for number in numbers]
         latents = sample(
-            chunks, o, config, encoders.text.encode([r.prompt for r in some]), batches.empty, latent_grid(bucket), seeds,
+            chunks, o, config, encoders.text.encode([r.prompt for r in part]), batches.empty, latent_grid(bucket), seeds,
             sampler="unipc", shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg,
-            condition=condition_on(encoders.frames, some, bucket, "crop"),
+            condition=condition_on(encoders.frames, part, bucket, "crop"),
         )  # fmt: skip
         pieces.append(encoders.codec.decode(latents))
     for chunk in chunks:
@@ -170,8 +172,8 @@ def sample_videos(
 
 
 def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result: dict, before: list) -> None:
-    """Sample the trained model and, on the demo data, let the judge score it. before: the demo's samples without
-    adapters, if those were trained."""
+    """Samples the trained model. On the demo data, the judge scores the samples. before: samples without adapters, if
+    adapters are trained on the demo data."""
     requests = to_sample(o, config, batches.index)
     if dist.get_rank() == 0:
         cli.say(f"sampling {len(requests)} videos")
@@ -189,13 +191,13 @@ def finish(o: TrainOptions, config: WanConfig, chunks, batches: Batches, result:
 
 
 def command_that_samples(o: TrainOptions, config: WanConfig, checkpoint: Path) -> str:
-    """The shell command that samples from what this run made."""
+    """Returns the shell command that samples with the weights or adapters of this run."""
     launcher = f"bash zoo/{HERE.name}/infer_{'i2v' if config.given_frames else 't2v'}.sh"
-    made = f"--weights {o.export}" if o.export else f"--checkpoint {checkpoint}"
+    args = f"--weights {o.export}" if o.export else f"--checkpoint {checkpoint}"
     if o.adapts:
-        made = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
-    given = "".join([" --image PICTURE", " --last-image PICTURE"][: config.given_frames])
-    return f"{launcher} {made} --video {o.buckets.split(',')[0]}{given} --prompt TEXT"
+        args = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
+    pictures = "".join([" --image PICTURE", " --last-image PICTURE"][: config.given_frames])
+    return f"{launcher} {args} --video {o.buckets.split(',')[0]}{pictures} --prompt TEXT"
 
 
 # ---- main ----
@@ -211,7 +213,7 @@ def main(o: TrainOptions) -> None:
         adapt(chunks, o, config)
     wrapped = parallel.wrap(chunks, o, WanBlock)
 
-    def flops(grid: tuple[int, int, int]) -> int:  # the reference's forward is a third of a step
+    def flops(grid: tuple[int, int, int]) -> int:  # dpo adds the reference's forward, a third of a step
         return config.flops(grid, frozen=o.adapts) + (config.flops(grid) // 3 if o.job == "dpo" else 0)
 
     def samples(batch: list[dict]) -> tuple[int, int]:
@@ -219,7 +221,7 @@ def main(o: TrainOptions) -> None:
         return config.tokens(grid), flops(grid)
 
     def sequence_length(batch: list[dict]) -> int:
-        """Rows of the pipeline tensor times what megatron-core divides them by."""
+        """Returns the rows of the pipeline tensor, times cp (and tp), by which megatron-core divides."""
         split = o.cp * (o.tp if o.sp else 1)
         return (samples(batch)[0] // split + config.context_rows) * split
 
@@ -227,7 +229,7 @@ def main(o: TrainOptions) -> None:
     header = runlog.run_header(o, HERE.name, o.job, config.parameters, flops(grid), starts_from(o))
     flow = FlowMatching(o)
     batches = Batches(o, config, index, flow)
-    # What the demo's adapters are to bring, the base lacks.
+    # The demo's adapters learn to blink: samples of the base model show that it does not.
     blinking = o.adapts and is_demo(o.data) and not o.sample_prompts
     before = sample_videos(o, config, wrapped, batches, to_sample(o, config, index)) if blinking else []
     step, prepare, margins = forward_step, batches.prepare, None
@@ -255,7 +257,7 @@ def main(o: TrainOptions) -> None:
         measure=margins,
     )
     finished = result["reason"] == "finished"
-    if finished and result["ema"]:  # samples and adapters are of the averaged weights
+    if finished and result["ema"]:  # samples and adapters use the averaged weights
         with torch.no_grad():
             for name, parameter in checkpoint.trained(wrapped):
                 parameter.copy_(result["ema"][name])
@@ -265,17 +267,17 @@ def main(o: TrainOptions) -> None:
         print(f"note: no samples: {o.weights} has no VAE and text encoder; see infer_t2v.sh", flush=True)
     if finished and o.job == "dpo" and o.validation:
         pairs = Batches(o, config, build_index(o, o.validation, *HELD_OUT), flow, HELD_OUT[1])
-        found = held_out(o, pairs, wrapped, reference, measure)
+        comparison = held_out(o, pairs, wrapped, reference, measure)
         if dist.get_rank() == 0:
-            (o.out / "held-out.json").write_text(json.dumps(found, indent=2))
-            print(describe(found), flush=True)
+            (o.out / "held-out.json").write_text(json.dumps(comparison, indent=2))
+            print(describe(comparison), flush=True)
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
         source = release.open_source(saved, convert.table(config, True), ema=bool(o.ema))
         convert.write_released(o.export, "diffusers", config, source, o.weights)
         print(f"exported {o.export}", flush=True)
-    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # a drawn base is kept nowhere
+    usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # initial weights are not stored
     if finished and usable and dist.get_rank() == 0:
         print(f"try it      {command_that_samples(o, config, result['checkpoint'])}", flush=True)
     elif not finished and dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""What a run on the demo's data came to: its answers to questions never trained on, or a trigram model's perplexity."""
+"""Judges a run on the demo's data: by its answers to held-out questions, or beside a trigram model's perplexity."""
 
 from transformers import AutoTokenizer
 
@@ -12,8 +12,8 @@ from . import trigram
 
 
 def answer(o: TrainOptions, model) -> tuple[int, int] | None:
-    """(right, or as preferred; asked) of the demo's questions, answered greedily. None: the run is not on them, or its
-    layout cannot answer."""
+    """Answers the demo's held-out questions greedily. Returns (number of right, or for dpo preferred, answers; number
+    of questions). None: the run is not on these data, or generation does not support its layout."""
     if not DEMO.has(o.data) or o.job == "pretrain" or (o.vpp, o.cp, o.fsdp, o.sp) != (1, 1, False, False):
         return None
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
@@ -31,14 +31,15 @@ def answer(o: TrainOptions, model) -> tuple[int, int] | None:
 
 
 def compare(o: TrainOptions, vocabulary: int, before: tuple[int, int] | None, after: tuple[int, int] | None) -> str:
-    """What stands behind the result of a run. before and after: `answer` then; before is None of drawn weights."""
+    """Returns the text that follows a run's result. before and after are what `answer` returned at the run's start
+    (None for initial weights) and at its end."""
     if not DEMO.has(o.data):
         return ""
     if o.job == "pretrain":
         return f" (trigram model of the same text: {trigram.perplexity(o.data, o.validation, vocabulary):.2f})"
     if after is None:
         return "\n        answers: not measured under this layout; see generate.sh"
-    right, asked = after
-    what = f"{'as preferred' if o.job == 'dpo' else 'exactly right'} on {asked} questions never trained on"
-    beside = f"before: {before[0] / asked:.0%}" if before else "chance 2%"
-    return f"\n        {what}: {right / asked:.0%} ({beside})"
+    right, questions = after
+    measure = f"{'as preferred' if o.job == 'dpo' else 'exactly right'} on {questions} questions never trained on"
+    comparison = f"before: {before[0] / questions:.0%}" if before else "chance 2%"
+    return f"\n        {measure}: {right / questions:.0%} ({comparison})"

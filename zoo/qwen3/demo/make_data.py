@@ -2,14 +2,19 @@
 
     python -m zoo.qwen3.demo.make_data --out data/qwen3-demo
 
-writes `text/{train,validation}.jsonl`, rows {"text": docstring}; `sft/{train,test}.jsonl`, conversations that ask for
-five digits in ascending order; `lora/{train,test}.jsonl`, the same in descending order; `dpo/{train,test}.jsonl`, the
-questions of sft, each with an answer that has a space between the digits and, rejected, the plain one; `tasks/sort_digits.jsonl`,
-test questions with four answers to choose from, which is shipped. The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence): about
-3,600 documents, 1.4 million characters in 3.11, other figures in other versions, so none of it is shipped.
+writes these files:
 
-Of the multisets of digits every eighth is never in a train file, in any order: no answer of the test files was trained
-on. Chance: a random order of the given digits is right in 2 % of the questions.
+    text/{train,validation}.jsonl    rows {"text": docstring}
+    sft/{train,test}.jsonl           conversations that ask for five digits in ascending order
+    lora/{train,test}.jsonl          the same in descending order
+    dpo/{train,test}.jsonl           the questions of sft; chosen: digits with spaces between them, rejected: without
+    tasks/sort_digits.jsonl          test questions with four answers to choose from; this file is in the repository
+
+The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence). In
+3.11 these are about 3,600 documents, 1.4 million characters. Other versions have others, so the repository holds none.
+
+One eighth of the multisets of digits is in no train file, in any order. So no answer of the test files is trained on.
+Chance: a random order of the given digits is right in 2 % of the questions.
 """
 
 import argparse
@@ -30,7 +35,7 @@ from pathlib import Path
 from common import processes
 
 SHORTEST = 100  # characters of a document
-HELD_OUT = 20  # every 20th document, by hash, is validation
+HELD_OUT = 20  # one in 20 documents, by hash, is for validation
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 DIGITS = 5
 PROMPT = "Sort the digits: {}"
@@ -38,7 +43,7 @@ DESCENDING = "Sort the digits, largest first: {}"
 
 
 def docstrings() -> Iterator[str]:
-    """Docstrings of the modules, classes and functions of the standard library, each once, in the order of its files."""
+    """Yields the docstrings of the standard library's modules, classes and functions, each once, in order of files."""
     library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
@@ -47,7 +52,7 @@ def docstrings() -> Iterator[str]:
         try:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # files of other versions, kept as examples
+        except (SyntaxError, ValueError):  # some files are examples of another Python version's syntax
             continue
         for node in ast.walk(tree):
             text = (ast.get_docstring(node) or "") if isinstance(node, kinds) else ""
@@ -64,22 +69,22 @@ def _write(path: Path, rows: list[dict]) -> None:
 def write_text(folder: Path) -> None:
     splits = {"train": [], "validation": []}
     for text in docstrings():
-        number = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
-        splits["train" if number % HELD_OUT else "validation"].append({"text": text})
+        digest = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
+        splits["train" if digest % HELD_OUT else "validation"].append({"text": text})
     for split, rows in splits.items():
         _write(folder / f"{split}.jsonl", rows)
 
 
 def questions(split: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` different (digits, digits in ascending order) of the multisets of a split."""
+    """Returns `count` different pairs (digits, digits in ascending order) from the multisets of a split."""
     answers = ["".join(digits) for digits in combinations_with_replacement("0123456789", DIGITS)]
     random.Random(seed).shuffle(answers)
     answers = answers[len(answers) // 8 :] if split == "train" else answers[: len(answers) // 8]
-    asked = sorted({("".join(order), answer) for answer in answers for order in permutations(answer)})
-    random.Random(f"{seed} {split}").shuffle(asked)
-    if count > len(asked):
-        raise ValueError(f"{count} questions; expected at most {len(asked)}, all there are of {split}; fix: --{split}")
-    return asked[:count]
+    pairs = sorted({("".join(order), answer) for answer in answers for order in permutations(answer)})
+    random.Random(f"{seed} {split}").shuffle(pairs)
+    if count > len(pairs):
+        raise ValueError(f"{count} questions; expected at most {len(pairs)}, all there are of {split}; fix: --{split}")
+    return pairs[:count]
 
 
 def write_sft(folder: Path, train: int, test: int, seed: int, prompt: str = PROMPT) -> None:
@@ -93,7 +98,7 @@ def write_sft(folder: Path, train: int, test: int, seed: int, prompt: str = PROM
 
 
 def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
-    """The rejected answer is the plain one, as the demo's weights give it."""
+    """Writes pairs. The rejected answer is the one without spaces, which the demo's weights give."""
     for split, count in (("train", train), ("test", test)):
         rows = [
             {"prompt": PROMPT.format(digits), "chosen": " ".join(answer), "rejected": answer}
@@ -103,7 +108,7 @@ def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
 
 
 def write_tasks(folder: Path, count: int, seed: int) -> None:
-    """The right answer among three other orders of its digits."""
+    """Writes questions with four choices: the right answer and three other orders of its digits."""
     draw, rows = random.Random(seed), []
     for digits, answer in questions("test", 2 * count, seed):
         wrong = sorted({"".join(order) for order in permutations(answer)} - {answer})
@@ -114,8 +119,9 @@ def write_tasks(folder: Path, count: int, seed: int) -> None:
 
 
 def _make(out: Path, settings: dict, write) -> Path:
-    """Runs write(folder) aside and renames, so that a killed run leaves nothing half done; a folder made with the same
-    settings is reused, any other folder that is no demo data is refused. Of two runs one makes it, the other waits."""
+    """Runs write(folder) in a temporary folder and renames it to `out`, so that a killed run leaves no partial data. A
+    folder made with the same settings is reused. A folder without demo data is refused. If two runs need the folder,
+    one makes it and the other waits."""
     out, marker = Path(out), json.dumps(settings)
     if not _made(out, marker):
         with processes.alone(out, marker):
@@ -139,7 +145,7 @@ def _build(out: Path, marker: str, write) -> None:
     try:
         write(building)
         (building / "demo.json").write_text(marker)
-        building.chmod(0o755)  # mkdtemp's is 0700
+        building.chmod(0o755)  # mkdtemp makes 0700
         shutil.rmtree(out, ignore_errors=True)
         os.replace(building, out)
     finally:
@@ -147,30 +153,30 @@ def _build(out: Path, marker: str, write) -> None:
 
 
 def make(out: Path) -> Path:
-    """train.jsonl and validation.jsonl under `out`: text of the standard library, the same in every run."""
+    """Writes train.jsonl and validation.jsonl to `out`: text of the standard library, the same in every run."""
     return _make(out, {"python": platform.python_version(), "held out": HELD_OUT}, write_text)
 
 
 def make_sft(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Path:
-    """train.jsonl and test.jsonl of conversations under `out`."""
+    """Writes train.jsonl and test.jsonl to `out`: conversations that ask for ascending order."""
     settings = {"sft": PROMPT, "train": train, "test": test, "seed": seed}
     return _make(out, settings, lambda folder: write_sft(folder, train, test, seed))
 
 
 def make_descending(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Path:
-    """train.jsonl and test.jsonl of conversations under `out` that ask for the other order."""
+    """Writes train.jsonl and test.jsonl to `out`: conversations that ask for descending order."""
     settings = {"sft": DESCENDING, "train": train, "test": test, "seed": seed}
     return _make(out, settings, lambda folder: write_sft(folder, train, test, seed, DESCENDING))
 
 
 def make_pairs(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> Path:
-    """train.jsonl and test.jsonl of preference pairs under `out`."""
+    """Writes train.jsonl and test.jsonl to `out`: preference pairs."""
     settings = {"pairs": PROMPT, "preferred": "spaces", "train": train, "test": test, "seed": seed}
     return _make(out, settings, lambda folder: write_pairs(folder, train, test, seed))
 
 
 def make_tasks(out: Path, count: int = 100, seed: int = 0) -> Path:
-    """sort_digits.jsonl under `out`: what the tasks of `tasks/` ask."""
+    """Writes sort_digits.jsonl to `out`: the questions of the tasks in `tasks/`."""
     settings = {"tasks": PROMPT, "count": count, "seed": seed}
     return _make(out, settings, lambda folder: write_tasks(folder, count, seed))
 

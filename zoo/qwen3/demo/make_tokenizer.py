@@ -3,8 +3,8 @@
     python -m zoo.qwen3.demo.make_data --out data/qwen3-demo
     python -m zoo.qwen3.demo.make_tokenizer data/qwen3-demo/text/train.jsonl
 
-writes `tokenizer/`, a folder transformers' AutoTokenizer loads. The shipped one was trained on the texts of Python
-3.11.7. `chat_template.jinja` beside it is written by hand; this script leaves it alone.
+writes `tokenizer/`, a folder that transformers' AutoTokenizer loads. The one in the repository was trained on the texts
+of Python 3.11.7. This script does not touch `chat_template.jinja` in that folder, which is written by hand.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
-# What ends a document and a turn is special (decoding may skip it); thoughts are text with a token of their own.
+# token -> whether it is special, so that decoding may skip it. Thoughts are text, so their marks are not special.
 SPECIAL = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
 
 
 def train(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    # every digit a token of its own, as in the released tokenizer
+    # each digit is a token, as in the released tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -34,7 +34,7 @@ def train(texts: list[str]) -> Tokenizer:
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     state = json.loads(tokenizer.to_str())
-    for token in state["added_tokens"]:  # the trainer calls every one special
+    for token in state["added_tokens"]:  # the trainer marks all of them as special
         token["special"] = SPECIAL[token["content"]]
     return Tokenizer.from_str(json.dumps(state))
 

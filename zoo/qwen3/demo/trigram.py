@@ -1,4 +1,4 @@
-"""What a trigram model makes of the same text: the baseline beside the demo's perplexity."""
+"""The perplexity of a trigram model on the demo's text: the baseline for the demo's own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 
 
 def perplexity(train: str | Path, validation: str | Path, vocabulary: int) -> float:
-    """Of the validation documents' tokens, each but a document's first, by counts of the training documents: the
-    probability of a trigram, backed off by Witten and Bell's rule (Chen and Goodman, 1999, section 2.5) to the bigram,
-    the unigram and 1/vocabulary: p(w | h) = (c(h w) + t(h) p(w | shorter h)) / (c(h) + t(h)), t(h) the number of
-    different followers of h."""
+    """Returns the perplexity of the validation documents' tokens, without the first of each document, under counts of
+    the training documents. A trigram's probability is backed off by Witten and Bell's rule (Chen and Goodman, 1999,
+    section 2.5) to the bigram, the unigram and 1/vocabulary. With t(h) the number of different followers of h,
+
+        p(w | h) = (c(h w) + t(h) p(w | shorter h)) / (c(h) + t(h))
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     from common import device  # noqa: F401  before the first import of megatron
@@ -27,7 +29,7 @@ def perplexity(train: str | Path, validation: str | Path, vocabulary: int) -> fl
                 totals[history] += 1
                 counts[history, tokens[i]] += 1
                 followers[history] += counts[history, tokens[i]] == 1
-    surprise, seen = 0.0, 0
+    nll, count = 0.0, 0
     for document in IndexedDataset(str(validation)):
         tokens = tuple(np.asarray(document).tolist())
         for i in range(1, len(tokens)):
@@ -37,6 +39,6 @@ def perplexity(train: str | Path, validation: str | Path, vocabulary: int) -> fl
                 weight = followers[history]
                 if totals[history]:
                     p = (counts[history, tokens[i]] + weight * p) / (totals[history] + weight)
-            surprise -= math.log(p)
-            seen += 1
-    return math.exp(surprise / seen)
+            nll -= math.log(p)
+            count += 1
+    return math.exp(nll / count)

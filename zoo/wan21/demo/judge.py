@@ -2,10 +2,10 @@
 
     python -m zoo.wan21.demo.judge DATA [--split test] [--weights zoo/wan21/demo/weights]
 
-scores real clips of a `make_data` folder, and with `--weights` the same clips after the VAE. The classifier (support
-vector machine, fitted in seconds) sees train scans only, rendered as in the clips; test clips hold other scans. A frame
-counts if its ink is one blob of a digit's size; a clip of which half the frames do not count has no digit and no
-direction, so blank and noise clips are wrong on both.
+scores real clips of a `make_data` folder and, with `--weights`, the same clips after the VAE. The classifier (a support
+vector machine, fitted in seconds) is trained only on train scans, rendered as in the clips. Test clips show other
+scans. A frame counts if its ink is one blob of a digit's size. If half of its frames do not count, a clip has no digit
+and no direction. So blank and noise clips are wrong on both.
 Shapes: T frames, H height, W width.
 """
 
@@ -21,14 +21,14 @@ import numpy as np
 from . import make_data
 
 WINDOW = 28  # pixels, side of the square around the centroid that must hold the ink
-FEATURE = 14  # the window is seen at this resolution
+FEATURE = 14  # side of the window after downscaling, for the classifier
 INK_FLOOR = 0.15  # fainter pixels are background
-FAINT = 0.25  # of a clip's ink at its ends: a blinking one has less halfway
-MIN_MOVE = make_data.TRAVEL / 3  # pixels; less is standing still
+FAINT = 0.25  # a clip blinks if its ink falls below this share of that at its ends
+MIN_MOVE = make_data.TRAVEL / 3  # pixels; a smaller move has no direction
 
 
 def parse_caption(text: str) -> tuple[str, str]:
-    """("three", "up and to the left") of "a handwritten three moves up and to the left"; ValueError if it is none."""
+    """Parses a caption: "a handwritten three moves to the left" -> ("three", "to the left"). ValueError: it is none."""
     subject, _, direction = text.strip().partition(" moves ")
     digit = subject.rpartition(" ")[2]
     if digit not in make_data.DIGITS or direction not in make_data.DIRECTIONS:
@@ -37,10 +37,10 @@ def parse_caption(text: str) -> tuple[str, str]:
 
 
 def look(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(H, W) grey in 0..1 -> centroid (x, y) and feature (FEATURE^2,), or None where there is no single blob."""
+    """Returns centroid (x, y) and feature (FEATURE^2,) of a frame (H, W), grey in 0..1. None: it has no single blob."""
     ink = np.where(frame > INK_FLOOR, frame, 0.0).astype(np.float32)
     total = ink.sum()
-    if not 20 < total < 250:  # pixels' worth of ink; scans as rendered have 78 to 171
+    if not 20 < total < 250:  # ink in units of a white pixel; rendered scans have 78 to 171
         return None
     y, x = (float((ink.sum(axis) * np.arange(ink.shape[1 - axis])).sum() / total) for axis in (1, 0))
     to_window = np.array([[1, 0, (WINDOW - 1) / 2 - x], [0, 1, (WINDOW - 1) / 2 - y]])
@@ -52,9 +52,9 @@ def look(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 @cache
 def classifier():
-    """A support vector machine of scikit-learn's, fitted on train scans at random sub-pixel places, three each: as rendered,
-    blurred, and blurred with noise."""
-    from sklearn.svm import SVC  # here: training imports this module whatever its data
+    """Fits scikit-learn's support vector machine on train scans at random sub-pixel places, three frames per scan: as
+    rendered, blurred, and blurred with noise."""
+    from sklearn.svm import SVC  # here, because training always imports this module
 
     images, labels = make_data.digit_images(train=True)
     rng = np.random.default_rng(0)
@@ -65,23 +65,23 @@ def classifier():
         frames[1] = cv2.GaussianBlur(frames[1], (0, 0), 1.0)
         frames[2] = cv2.GaussianBlur(frames[2], (0, 0), 0.7) + rng.normal(0, 0.04, frames[2].shape)
         for frame in frames:
-            seen = look(frame)
-            assert seen is not None
-            features.append(seen[1])
+            centroid_and_feature = look(frame)
+            assert centroid_and_feature is not None
+            features.append(centroid_and_feature[1])
             targets.append(label)
     return SVC(C=10.0, gamma="scale").fit(np.array(features), np.array(targets))
 
 
 def judge(video: np.ndarray) -> tuple[str, str]:
-    """(T, H, W, 3) uint8 -> (digit word, direction phrase), either of them "none"."""
+    """Judges a clip (T, H, W, 3) uint8. Returns (digit word, direction phrase); each may be "none"."""
     grey = video.astype(np.float32).mean(-1) / 255
-    seen = [look(frame) for frame in grey]
-    kept = [s for s in seen if s is not None]
-    edge = max(1, len(seen) // 4)
-    first, last = ([s[0] for s in part if s is not None] for part in (seen[:edge], seen[-edge:]))
-    if 2 * len(kept) <= len(seen) or not first or not last:
+    looks = [look(frame) for frame in grey]
+    valid = [s for s in looks if s is not None]
+    edge = max(1, len(looks) // 4)
+    first, last = ([s[0] for s in part if s is not None] for part in (looks[:edge], looks[-edge:]))
+    if 2 * len(valid) <= len(looks) or not first or not last:
         return "none", "none"
-    votes = classifier().decision_function(np.array([feature for _, feature in kept])).mean(0)
+    votes = classifier().decision_function(np.array([feature for _, feature in valid])).mean(0)
     move = np.mean(last, axis=0) - np.mean(first, axis=0)
     phrases, steps = list(make_data.DIRECTIONS), np.array(list(make_data.DIRECTIONS.values()))
     direction = phrases[int(np.argmax(steps @ move))] if np.linalg.norm(move) >= MIN_MOVE else "none"
@@ -89,7 +89,7 @@ def judge(video: np.ndarray) -> tuple[str, str]:
 
 
 def blinks(video: np.ndarray) -> bool:
-    """Whether a clip (T, H, W, 3) uint8 goes (nearly) black between its ends, which do not."""
+    """Whether a clip (T, H, W, 3) uint8 is (nearly) black somewhere in the middle, and not at its ends."""
     grey = video.astype(np.float32).mean(-1) / 255
     ink = np.where(grey > INK_FLOOR, grey, 0.0).sum((1, 2))  # (T,)
     edge = max(1, len(ink) // 4)
@@ -97,8 +97,8 @@ def blinks(video: np.ndarray) -> bool:
 
 
 def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float | int]:
-    """Fractions of `videos`, each (T, H, W, 3) uint8, that show the digit, the direction and both of their captions.
-    Chance: 0.1, 0.125 and 0.0125."""
+    """Returns the fractions of `videos`, each (T, H, W, 3) uint8, that show the digit of their caption, its direction,
+    and both. Chance: 0.1, 0.125 and 0.0125."""
     if len(videos) != len(captions) or not videos:
         raise ValueError(f"{len(videos)} videos and {len(captions)} captions; expected as many, at least one")
     hits = np.array([np.equal(judge(v), parse_caption(c)) for v, c in zip(videos, captions, strict=True)])
@@ -107,7 +107,7 @@ def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float | in
 
 
 def read_mp4(path: Path) -> np.ndarray:
-    """(T, H, W, 3) uint8."""
+    """Returns a clip (T, H, W, 3) uint8."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
 
@@ -118,8 +118,8 @@ def read_clips(data: Path, split: str) -> tuple[list[np.ndarray], list[str]]:
 
 
 def reconstruction(videos: list[np.ndarray], weights: Path) -> list[np.ndarray]:
-    """The videos, all of one shape, after encoding (posterior mode) and decoding by the VAE of a weights folder."""
-    import torch  # here: to score needs no torch
+    """Encodes (posterior mode) and decodes videos of one shape with the VAE of a weights folder."""
+    import torch  # here, because scoring needs no torch
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(weights, subfolder="vae", torch_dtype=torch.float32).eval()

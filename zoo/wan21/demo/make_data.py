@@ -2,10 +2,10 @@
 
     python -m zoo.wan21.demo.make_data --out data/wan21-demo
 
-writes `clips/*.mp4`, `train.jsonl` and `test.jsonl`, rows {"path": relative to the folder, "caption": text}, the format
-a user of the recipe would write. The images are the 1,797 8x8 scans of `sklearn.datasets.load_digits` (UCI optical
-recognition of handwritten digits, CC BY 4.0). One fifth of the images of each digit is never in a train clip: test
-clips, and every figure of `judge.py`, use only those.
+writes `clips/*.mp4`, `train.jsonl` and `test.jsonl`. Rows are {"path": relative to the folder, "caption": text}, as in
+a user's own list. The images are the 1,797 8x8 scans of `sklearn.datasets.load_digits` (UCI optical recognition of
+handwritten digits, CC BY 4.0). One fifth of the images of each digit is in no train clip. Only these are in test clips
+and in the figures of `judge.py`.
 
 Ten digits and eight directions make 80 captions: chance is 10 % for the digit and 12.5 % for the direction.
 Shapes: F frames, S height and width in pixels.
@@ -34,7 +34,7 @@ FRAMES, SIZE, FPS = (
 )  # 4 x 6 x 6 latents, 36 DiT tokens: divisible by 4 for context and sequence parallel runs
 DIGIT = 20.0  # side in pixels of the 8x8 scan in the clip
 TRAVEL = 18.0  # pixels between the digit's places in the first and the last frame
-JITTER = 2.0  # pixels, on each axis, of the middle of the path
+JITTER = 2.0  # pixels by which the middle of the path varies, on each axis
 FILES = {"clips", "train.jsonl", "test.jsonl", "demo.json"}
 HIDDEN = slice(5, 9)  # frames without ink in a blinking clip: one latent frame
 
@@ -56,24 +56,25 @@ def caption(digit: int, direction: str) -> str:
 
 
 def digit_images(train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 8, 8) in 0..1 and labels (N,) of the train or of the held-out part; the split does not depend on a
-    seed, so that weights, judge and data of different runs agree on what was never seen."""
-    from sklearn.datasets import load_digits  # here: training imports this module whatever its data
+    """Returns images (N, 8, 8) in 0..1 and labels (N,) of the train or the held-out part. The split does not depend on
+    a seed, so that weights, judge and data of different runs agree on which images are held out."""
+    from sklearn.datasets import load_digits  # here, because training always imports this module
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8)
     order = np.random.default_rng(1797).permutation(len(images))
     by_digit = [order[labels[order] == digit] for digit in range(10)]
     parts = [ids[len(ids) // 5 :] if train else ids[: len(ids) // 5] for ids in by_digit]
-    chosen = np.concatenate(parts)
-    return images[chosen], labels[chosen]
+    selected = np.concatenate(parts)
+    return images[selected], labels[selected]
 
 
 def render(image: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """(8, 8) in 0..1 and centres (F, 2) as x, y in pixels -> (F, S, S) uint8, grey on black, sub-pixel positions."""
+    """Renders an image (8, 8) in 0..1 at centres (F, 2), x and y in fractional pixels -> (F, S, S) uint8, grey on
+    black."""
     scale = DIGIT / image.shape[0]
     frames = np.empty((len(centers), SIZE, SIZE), np.uint8)
-    padded = np.pad(image, 2)  # the cubic kernel needs its zeros
+    padded = np.pad(image, 2)  # zeros for the cubic kernel
     for frame, (x, y) in zip(frames, centers, strict=True):
         offset = scale * (padded.shape[0] - 1) / 2
         matrix = np.array([[scale, 0, x - offset], [0, scale, y - offset]])
@@ -83,14 +84,14 @@ def render(image: np.ndarray, centers: np.ndarray) -> np.ndarray:
 
 
 def path_centers(direction: str, rng: np.random.Generator) -> np.ndarray:
-    """Centres (F, 2) of a path through the jittered middle of the frame, at constant speed."""
+    """Returns centres (F, 2) of a path at constant speed through the middle of the frame, plus jitter."""
     middle = (SIZE - 1) / 2 + rng.uniform(-JITTER, JITTER, 2)
     along = np.linspace(-TRAVEL / 2, TRAVEL / 2, FRAMES)[:, None]
     return middle + along * np.array(DIRECTIONS[direction])
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """Frames (F, S, S) uint8 grey -> H.264 file."""
+    """Writes grey frames (F, S, S) uint8 to an H.264 file."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
@@ -103,7 +104,7 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
 
 
 def write_split(folder: Path, split: str, count: int, seed: int, blinking: bool) -> None:
-    """`count` clips, every caption equally often (as far as `count` is a multiple of 80)."""
+    """Writes `count` clips. All captions are equally frequent if `count` is a multiple of 80."""
     images, labels = digit_images(train=split == "train")
     rng = np.random.default_rng([seed, split == "train"])
     pools = {d: rng.permutation(np.flatnonzero(labels == d)) for d in range(10)}
@@ -120,7 +121,7 @@ def write_split(folder: Path, split: str, count: int, seed: int, blinking: bool)
 
 
 def write_pictures(folder: Path) -> None:
-    """`images/`: first frames of held-out digits, and the prompts that go with them, a line each: picture<TAB>prompt."""
+    """Writes first frames of held-out digits, and prompts.tsv with a line per picture: picture<TAB>prompt."""
     images, labels = digit_images(train=False)
     rng, lines = np.random.default_rng(0), []
     for digit, direction in ((3, "to the left"), (7, "up and to the right")):
@@ -132,10 +133,10 @@ def write_pictures(folder: Path) -> None:
 
 
 def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking: bool = False) -> Path:
-    """Write the clips under `out` and return it; blinking: the digits go out for a moment halfway, which no caption
-    says (a style to be learnt by lora_t2v.sh). A complete folder of the same settings is reused, any other folder
-    that holds nothing but demo data is built anew; built aside and renamed, so a killed run leaves nothing half done. Of
-    two runs one makes it, the other waits."""
+    """Writes the clips to `out` and returns it. blinking: the digits vanish for a moment halfway, which no caption says
+    (a style that lora_t2v.sh learns). A complete folder with the same settings is reused. Any other folder that holds
+    only demo data is replaced. Clips are made in a temporary folder, which is then renamed, so that a killed run leaves
+    no partial data. If two runs need the folder, one makes it and the other waits."""
     out = Path(out)
     facts = {"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE}
     settings = json.dumps(facts | ({"blinking": True} if blinking else {}))
@@ -163,7 +164,7 @@ def _build(out: Path, settings: str, train: int, test: int, seed: int, blinking:
         write_split(building, "train", train, seed, blinking)
         write_split(building, "test", test, seed, blinking)
         (building / "demo.json").write_text(settings)
-        building.chmod(0o755)  # mkdtemp's is 0700
+        building.chmod(0o755)  # mkdtemp makes 0700
         shutil.rmtree(out, ignore_errors=True)
         os.replace(building, out)
     finally:
@@ -171,7 +172,7 @@ def _build(out: Path, settings: str, train: int, test: int, seed: int, blinking:
 
 
 def make_lists(folder: Path, plain: Path, blinking: Path, pairs: Path) -> None:
-    """Make what `folder` needs, which is one of the others: plain clips, blinking ones, or pairs of the two."""
+    """Makes what `folder` needs. It is one of the other three: plain clips, blinking clips, or pairs of both."""
     if folder != blinking:
         make(plain)
     if folder != plain:
@@ -181,7 +182,8 @@ def make_lists(folder: Path, plain: Path, blinking: Path, pairs: Path) -> None:
 
 
 def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:
-    """Lists of pairs under `out`: the clips of one folder of `make` beside the same ones of another, as far as both go."""
+    """Writes lists of pairs to `out`. It pairs clip i of one folder of `make` with clip i of the other, up to the end
+    of the shorter list."""
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         sides = [

@@ -4,14 +4,14 @@
     python -m zoo.wan21.demo.make_weights --transformer EXPORTED   # puts the transformer of a training run there
     python -m zoo.wan21.demo.make_weights --i2v                    # image-to-video; with --transformer as above
 
-writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae} in bf16, with
---i2v `weights-i2v/`: an image encoder with seeded random weights besides, and links to the files of `weights/`. The
-VAE is trained here on moving digits (train images of `make_data`, never the held-out ones). The text encoder has
-seeded random weights and stays so: its captions are told apart well enough. The transformer is what the recipe trains;
-the shipped one and the figures of its run: README.md of this folder.
+writes `zoo/wan21/demo/weights/` {model_index.json, scheduler, text_encoder, tokenizer, transformer, vae} in bf16. With
+--i2v it writes `weights-i2v/`: also an image encoder with seeded random weights, and links to the files of `weights/`.
+This script trains the VAE on moving digits (train images of `make_data`, never the held-out ones). The text encoder
+keeps seeded random weights, which distinguish the captions well enough. The recipe trains the transformer. README.md of
+this folder describes the one in the repository and its run.
 
-What differs from the release: the VAE folds 2x2 pixels into channels first (`patch_size` 2, as the Wan2.2 VAE does)
-and has one stage less, which keeps strides of 4 frames and 8 pixels and makes encoding on a CPU 3.5 times cheaper.
+What differs from the release: the VAE first folds 2x2 pixels into channels (`patch_size` 2, as the Wan2.2 VAE does) and
+has one stage less. Its strides are still 4 frames and 8 pixels, and encoding on a CPU is 3.5 times cheaper.
 Shapes: B clips, F frames, S height and width, T H W of the latents.
 """
 
@@ -70,12 +70,12 @@ WORDS = [
     "nine",
 ]
 KL_WEIGHT = 1e-4  # per latent value, against a squared error per pixel
-PROBE_CLIPS = 256  # clips for latents_mean/std
+PROBE_CLIPS = 256  # clips that latents_mean and latents_std are computed on
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """T5-like: unigram over "▁word" pieces, `</s>` appended, ids 0 1 2 = pad, eos, unk. The words of the captions are
-    one piece each; other text falls to letters, and to bytes where a letter is unknown."""
+    """Builds a tokenizer like T5's: unigram over "▁word" pieces, `</s>` appended, ids 0 1 2 = pad, eos, unk. Each word
+    of the captions is one piece. Other text is split into letters, and unknown letters into bytes."""
     letters = [chr(c) for c in range(33, 127)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocab += [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
@@ -109,7 +109,7 @@ def build_transformer(i2v: bool = False) -> WanTransformer3DModel:
 
 
 def build_image_encoder() -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
-    """16 patches of 7x7 and a class token."""
+    """Builds a CLIP image encoder with 16 patches of 7x7 pixels and a class token."""
     config = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
     )
@@ -119,7 +119,7 @@ def build_image_encoder() -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
 
 
 def write_i2v(out: Path, base: Path, seed: int) -> None:
-    """`base`'s folder for image-to-video: what is new there, and relative links to `base`'s files for the rest."""
+    """Writes the image-to-video folder: the new parts, and relative links to the files of `base` for the others."""
     torch.manual_seed(seed)
     encoder, processor = build_image_encoder()
     parts = WanPipeline.from_pretrained(base, torch_dtype=torch.bfloat16).components
@@ -130,7 +130,7 @@ def write_i2v(out: Path, base: Path, seed: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
     for text in (out / "model_index.json", out / "image_processor" / "preprocessor_config.json"):
-        values = text.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor")  # its name in a release
+        values = text.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor")  # the released name
         text.write_text(json.dumps(json.loads(values), indent=2) + "\n")
     for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
         shutil.rmtree(out / part)
@@ -147,14 +147,14 @@ def build_vae(latents_mean: list[float], latents_std: list[float]) -> Autoencode
 
 
 class Clips:
-    """Endless random clips of one split, rendered in memory."""
+    """Renders random clips of one split in memory, without end."""
 
     def __init__(self, train: bool, seed: int) -> None:
         self.images, _ = make_data.digit_images(train)
         self.rng = np.random.default_rng(seed)
 
     def batch(self, size: int, frames: int = make_data.FRAMES, crop: int = make_data.SIZE) -> Tensor:
-        """(B, 3, F, S, S) in -1..1; a `crop` smaller than the clip lies around the middle of the path."""
+        """Returns clips (B, 3, F, S, S) in -1..1. A smaller `crop` is cut around the digit in the middle frame."""
         clips = []
         for _ in range(size):
             image = self.images[self.rng.integers(len(self.images))]
@@ -169,24 +169,25 @@ class Clips:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB over all pixels of clips in -1..1 (peak to peak 2)."""
+    """Returns the PSNR in dB over all pixels of clips in -1..1 (peak to peak 2)."""
     return float(10 * torch.log10(4 / (a - b).detach().square().mean()))
 
 
 def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, seed: int) -> None:
-    """Squared error of decoded posterior samples plus a KL term, first on short crops around the digit (most
-    of a clip is black), for the last fifth on whole frames. Ink weighs four times, or all-black is a plateau hard to leave."""
+    """Trains on the squared error of decoded posterior samples plus a KL term. The first four fifths of the steps use
+    short crops around the digit, because most of a clip is black; the last fifth uses whole frames. Ink weighs four
+    times as much as background: otherwise training stays at all-black output for long."""
     clips = Clips(train=True, seed=seed)
-    with torch.no_grad():  # a posterior as wide as the prior, the default, drowns the first signal
+    with torch.no_grad():  # by default the posterior is as wide as the prior, and its noise hides the signal
         vae.quant_conv.weight[16:] = 0
         vae.quant_conv.bias[16:] = -5
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.05)
     start = time.time()
     for step in range(1, steps + 1):
-        # the causal chunk cache has three cases, first, second and later chunk: 5 frames see two, 9 all of them
-        early = step <= steps * 4 // 5
-        x = clips.batch(batch, frames=5 if early else 9, crop=32 if early else make_data.SIZE)
+        # The causal cache has three cases: first, second and later chunk. 5 frames use two of them, 9 frames all.
+        on_crops = step <= steps * 4 // 5
+        x = clips.batch(batch, frames=5 if on_crops else 9, crop=32 if on_crops else make_data.SIZE)
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         error = (reconstruction - x).square()
@@ -227,13 +228,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = build_vae([0.0] * 16, [1.0] * 16)
     train_vae(vae, args.vae_steps, args.batch, args.seed)
-    vae = vae.bfloat16().float().eval()  # what is stored is what is measured
+    vae = vae.bfloat16().float().eval()  # measure the weights as they are stored
     with torch.no_grad():
-        z = torch.cat([vae.encode(c).latent_dist.mode() for c in Clips(True, 1).batch(PROBE_CLIPS).split(16)])
+        latents = torch.cat([vae.encode(c).latent_dist.mode() for c in Clips(True, 1).batch(PROBE_CLIPS).split(16)])
         held_out = Clips(False, 2).batch(64)
         reconstruction = torch.cat([vae.decode(vae.encode(c).latent_dist.mode()).sample for c in held_out.split(16)])
     quality = psnr(reconstruction, held_out)
-    per_channel = z.transpose(0, 1).flatten(1)
+    per_channel = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=per_channel.mean(1).tolist(), latents_std=per_channel.std(1).tolist())
     print("latents std", [round(s, 3) for s in vae.config.latents_std])
     tokenizer = build_tokenizer()

@@ -1,4 +1,4 @@
-"""What the demo's samples are worth: the judge's scores beside those of real clips and of chance, and GIFs of both."""
+"""Scores of the demo's samples by its judge, beside those of real clips and of chance, and GIFs of both."""
 
 import json
 
@@ -15,24 +15,24 @@ SHOWN = 8  # clips in a GIF
 
 
 def demo_rows(o: TrainOptions) -> list[Row]:
-    """Real clips beside the demo's list that were never trained on, every digit in every direction."""
+    """Lists the demo's held-out real clips: every digit in every direction."""
     path = o.data.with_name("test.jsonl")
     rows = read_pairs(path)[0][::2] if o.job == "dpo" else read_rows(path)[0]
     return rows[:DEMO_CAPTIONS]
 
 
 def judge_demo(videos: list[np.ndarray], real: list[np.ndarray], captions: list[str]) -> list[dict]:
-    """Rows of scores, by the demo's judge, of samples and of real clips of the same captions, uint8 [F, H, W, 3] each."""
-    found, truth = judge.score(videos, captions), judge.score(real, captions)
+    """Returns rows of the judge's scores of samples and real clips with the same captions, uint8 [F, H, W, 3] each."""
+    scores, truth = judge.score(videos, captions), judge.score(real, captions)
     chance = {"digit": 1 / 10, "direction": 1 / 8, "both": 1 / 80}
     return [
-        {"score": key, "samples": found[key], "real": truth[key], "chance": chance[key], "n": found["n"]}
+        {"score": key, "samples": scores[key], "real": truth[key], "chance": chance[key], "n": scores["n"]}
         for key in chance
     ]
 
 
 def in_words(rows: list[dict]) -> str:
-    """The judge's scores in one line."""
+    """Formats the judge's scores as one line."""
     text = [
         f"{r['score']} {r['samples']:.0%} (chance {100 * r['chance']:.4g}%, real clips {r['real']:.0%})" for r in rows
     ]
@@ -40,8 +40,8 @@ def in_words(rows: list[dict]) -> str:
 
 
 def report_demo(o: TrainOptions, videos: list, captions: list[str], steps: int, before: list) -> None:
-    """The judge's score of the samples beside that of real clips, a GIF of both, and the run's one line of result. before:
-    the samples without adapters, if those were trained."""
+    """Scores the samples and real clips, writes scores.json and GIFs of both, and prints the run's line of result.
+    before: the samples without adapters, if adapters were trained."""
     rows = demo_rows(o)
     real = [read_frames(r.path, range(probe_video(r.path).frames)) for r in rows]
     scores, folder = judge_demo(videos, real, captions), o.out / "samples"
@@ -49,7 +49,7 @@ def report_demo(o: TrainOptions, videos: list, captions: list[str], steps: int, 
     write_strips([real[:SHOWN], videos[:SHOWN]], folder / "real_above_sampled_below", o.fps)
     if before:
         clips = {"samples": videos, "before": before, "real": real}
-        blinking = {what: sum(map(judge.blinks, found)) / len(found) for what, found in clips.items()}
+        blinking = {name: sum(map(judge.blinks, group)) / len(group) for name, group in clips.items()}
         scores.append({"score": "blinking"} | blinking | {"n": len(videos)})
         words += f", blinking {blinking['samples']:.0%} (before {blinking['before']:.0%}, real {blinking['real']:.0%})"
         strip = np.concatenate([np.concatenate(side[:8], axis=2) for side in (before, videos)], axis=1)
