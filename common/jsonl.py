@@ -1,8 +1,10 @@
-"""Reads and repairs JSON-lines files that grow line by line. A kill or a full disk may leave half of the last line."""
+"""Reads, writes and repairs JSON-lines files. A kill or a full disk may leave half of the last line of a file that grows."""
 
 import json
 import os
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,17 @@ def mend(path: Path) -> None:
                 file.write(b"\n")
         except ValueError:
             file.truncate(end - len(last))
+
+
+def partial_name(path: Path) -> Path:
+    """Return a temporary path, to be renamed to `path` when it is written. Two hosts or containers that share the
+    folder never choose the same one."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def write(path: Path, records: Sequence[dict]) -> None:
+    """Write a jsonl file atomically: it exists whole or not at all."""
+    partial = partial_name(path)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    os.replace(partial, path)

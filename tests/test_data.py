@@ -18,10 +18,11 @@ from PIL import Image
 from video_case import CASES, DAMAGES, clip, damage, draw, numbers
 
 from common import data
-from common.data import BucketSampler, DropReport, check_drops, note_drops, prefetch
+from common.data import BucketSampler, prefetch
 from common.diffusion.buckets import Bucket, Strides, choose_bucket, make_buckets, parse_buckets
 from common.diffusion.dataset import Index, IndexRow, VideoTextDataset, count_frames, scan, store
 from common.diffusion.lists import Row, read_rows
+from common.drops import DropReport, check_drops, note_drops
 from common.video import VideoInfo
 
 pytestmark = pytest.mark.L2
@@ -700,7 +701,7 @@ def test_damaged_file_neither_hangs_nor_crashes_a_worker(clips, tmp_path, kind):
 def test_lists_and_buckets_are_read_without_torch(clips):
     write_list(clips / "list.jsonl", [{"path": "a.mp4", "cap": "x"}])
     program = (
-        "import sys; from common.data import BucketSampler, DropReport; from common.diffusion import features, requests;"
+        "import sys; from common.data import BucketSampler; from common.diffusion import features, requests;"
         "from common.diffusion import buckets, dataset, lists, options;"
         f"rows, report = lists.read_rows({str(clips / 'list.jsonl')!r});"
         "index = dataset.scan(rows, buckets.parse_buckets('5x32x48', buckets.Strides(4, 16)), 16, report);"

@@ -22,7 +22,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from transformers import AutoTokenizer
 
 from common import cli
-from common.data import DropReport, prefetch
+from common.data import prefetch
+from common.drops import DropReport
 from common.language import generate, packing, preprocess
 from common.language.chat import Chat, to_chat, to_pair, to_question, to_tools
 from common.language.files import read_rows

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import resume
-from common.data import DropReport, check_drops, partial_name, write_lines
+from common import jsonl, resume
+from common.drops import DropReport, check_drops
 from common.video import VideoError, VideoInfo, decord_refusal, probe_video, read_frames, resampled_length, resize_crop
 
 from .buckets import Bucket, choose_bucket, parse_buckets
@@ -75,7 +75,7 @@ class Index:
     def save(self, path: str | Path) -> None:
         head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
         head |= {"decoder": self.decoder, "list_content": self.list_content}
-        write_lines(Path(path), [head, *map(asdict, self.rows)])
+        jsonl.write(Path(path), [head, *map(asdict, self.rows)])
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
@@ -375,7 +375,7 @@ def store(
 
     path = Path(cache_dir) / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_name(path)
+    partial = jsonl.partial_name(path)
     named = {"latents": latents} | (condition or {})
     tensors = {name: value.float().cpu().contiguous() for name, value in named.items()}
     save_file(tensors | {"text": without_padding(text)}, partial)

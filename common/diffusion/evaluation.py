@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import device, runlog
-from common.data import DropReport
+from common.drops import DropReport
 
 from . import scores, videos
 from .buckets import Bucket

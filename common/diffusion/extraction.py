@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import weights
-from common.data import check_drops, inheritance_kept, note_drops, start_decoding
+from common.data import inheritance_kept, start_decoding
+from common.drops import check_drops, note_drops
 from common.video import VideoError
 
 from .dataset import Index, VideoTextDataset, without_padding

@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import resume, weights
-from common.data import partial_name
+from common import jsonl, resume, weights
 
 from .dataset import Index, rows_by_bucket
 
@@ -37,7 +36,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_json(path: Path, values: dict) -> None:
     """Writes a file, which appears under its name only when it is complete."""
-    partial = partial_name(path)
+    partial = jsonl.partial_name(path)
     partial.write_text(json.dumps(values, indent=2))
     os.replace(partial, path)
 
@@ -47,7 +46,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_name(path)
+    partial = jsonl.partial_name(path)
     save_file(tensors, partial)
     partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     os.replace(partial, path)

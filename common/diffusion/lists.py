@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data import DropReport
+from common.drops import DropReport
 from common.records import BadRow, read_csv, read_json, read_lines
 
 PATH_KEYS = ("path", "video", "file_path", "file_name")

@@ -26,7 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.data import BucketSampler, DropReport, partial_name
+from common import jsonl
+from common.data import BucketSampler
+from common.drops import DropReport
 from common.language.chat import Chat, say_error, to_chat, to_pair, to_tools
 from common.language.files import CHATS, list_files, read_rows, tokenizer_hash
 from common.language.pool import in_order
@@ -138,7 +140,7 @@ def prepare_chats(
             results.append((where, result, bare_count))
         return results
 
-    building = partial_name(folder)
+    building = jsonl.partial_name(folder)
     building.mkdir(parents=True)
     try:
         batches = in_order(encode, _batched(read_rows(data), BATCH), workers)

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, processes
+from common import cli, jsonl, processes
 from common.cli import option
-from common.data import DropReport, partial_name
+from common.drops import DropReport
 from common.language.files import list_files, tokenizer_hash
 from common.language.options import Demo
 from common.language.pool import in_order
@@ -279,7 +279,7 @@ def _write_shard(base: Path, records: list[tuple[str, Any]], field: str, tokeniz
             texts.append(text_of(record, field))
         except BadRow as error:
             drops.append((error.args[0], where, error.args[1]))
-    partial = partial_name(base)
+    partial = jsonl.partial_name(base)
     builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
     for first in range(0, len(texts), BATCH):
         for encoding in tokenizer.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False):

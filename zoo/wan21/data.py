@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 
 from common import device, lora, parallel
-from common.data import BucketSampler, Step, note_drops, prefetch
+from common.data import BucketSampler, Step, prefetch
 from common.diffusion import dataset, features
 from common.diffusion.dataset import Index, PairDataset, VideoTextDataset
+from common.drops import note_drops
 
 from .config import WanConfig, latent_grid
 from .encoders import Encoders

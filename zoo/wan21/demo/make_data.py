@@ -24,8 +24,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import processes
-from common.data import partial_name
+from common import jsonl, processes
 
 FRAMES, SIZE, FPS = (
     13,
@@ -194,7 +193,7 @@ def make_pairs(out: Path, chosen: Path, rejected: Path) -> None:
         for one, other in zip(*sides, strict=False):
             files = [os.path.relpath(folder / row["path"], out) for folder, row in ((chosen, one), (rejected, other))]
             lines.append(json.dumps({"chosen": files[0], "rejected": files[1], "caption": one["caption"]}) + "\n")
-        partial = partial_name(out / f"{split}.jsonl")
+        partial = jsonl.partial_name(out / f"{split}.jsonl")
         partial.write_text("".join(lines))
         os.replace(partial, out / f"{split}.jsonl")
 
