@@ -7,7 +7,7 @@ takes seconds, and are kept between calls; a rank that raises shows its own trac
 import atexit
 import os
 import traceback
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import wait
 
 import torch.distributed as dist
@@ -25,6 +25,7 @@ _pool: list = []  # [(process, pipe)]
 
 
 def _serve(pipe) -> None:
+    set_start_method("fork", force=True)  # as under torchrun: else a data loader's processes are started like this one
     while True:
         try:
             function, args, env = pipe.recv()

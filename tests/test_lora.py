@@ -9,6 +9,7 @@ import pytest
 import test_wan21_layouts as layouts
 import torch
 import wan_case as case
+from layouts import whole_weights
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -516,7 +517,7 @@ def merged_shards(layout: dict, folder: Path) -> dict:
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, case.random_state())
     release.merge_into(chunks, *case.convert.adapter(folder, case.CONFIG))
-    return layouts.whole(o, chunks, gradient=False)
+    return whole_weights(chunks)
 
 
 @pytest.mark.L3
@@ -623,7 +624,7 @@ def interrupted(folder: Path, layout: dict) -> float:
         else:
             checkpoint.load(saved, wrapped, optimizer, fsdp=o.fsdp)
         train_step(o, wrapped, optimizer)
-        states.append(layouts.whole(o, wrapped, gradient=False))
+        states.append(whole_weights(wrapped))
     return max((states[0][name] - states[1][name]).abs().max().item() for name in states[0])
 
 

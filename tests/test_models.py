@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from layouts import whole_gradients
 from ranks import run_ranks
 from test_conformance import RECIPES, ROOT, parsed
 
@@ -270,36 +271,6 @@ def trained(recipe: str, which: str, values: dict, steps: int = 2) -> dict:
         loop.update(optimizer, 0.0, loop.reduce_gradients(optimizer))
         found["losses"].append(loop.global_loss(o, results, False)[0])
     return found if dist.get_rank() == 0 else {}
-
-
-def whole_gradients(o, wrapped) -> dict[str, torch.Tensor]:
-    """The gradients of the whole model, put together on every rank."""
-    if not o.fsdp:
-        # The distributed optimizer leaves each rank only its reduced part; the others' are whatever they held.
-        for buffer in (b for chunk in wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
-            group = buffer.data_parallel_group
-            for bucket in buffer.buckets if group.size() > 1 else ():
-                parts = list(bucket.grad_data.chunk(group.size()))
-                gathered = [torch.empty_like(p) for p in parts]
-                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
-                bucket.grad_data.copy_(torch.cat(gathered))
-    mine = {}
-    for name, p in checkpoint.trained(wrapped):
-        value = p.grad if o.fsdp else p.main_grad
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        mine[name] = (checkpoint.cuts(p), value.clone())
-    world = [None] * dist.get_world_size()
-    dist.all_gather_object(world, mine)
-    found: dict[str, torch.Tensor] = {}
-    for name, (cuts, value) in ((name, part) for tensors in world for name, part in tensors.items()):
-        shape = list(value.shape)
-        for dim, _, size in cuts:
-            shape[dim] *= size
-        where = found.setdefault(name, torch.full(shape, float("nan")))
-        for dim, rank, size in cuts:
-            where = where.chunk(size, dim)[rank]
-        where.copy_(value)
-    return found
 
 
 @functools.cache

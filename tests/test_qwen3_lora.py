@@ -11,9 +11,10 @@ import qwen_case as case
 import test_qwen3 as oracle
 import torch
 import torch.distributed as dist
+from layouts import whole_gradients
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_qwen3_layouts import my_batches, whole_gradients
+from test_qwen3_layouts import my_batches
 
 from common import checkpoint, lora, parallel, release, weights, worker
 from common import train as loop

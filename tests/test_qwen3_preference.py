@@ -12,8 +12,8 @@ import test_qwen3 as oracle
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from layouts import whole_gradients
 from ranks import run_ranks
-from test_qwen3_layouts import whole_gradients
 
 from common import parallel
 from common import train as loop

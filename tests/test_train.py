@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import wan_case as case
+from layouts import whole_weights
 from ranks import run_ranks
 from test_resume import tensors
-from test_wan21_layouts import whole
 
 from common import checkpoint, parallel, runlog
 from common import train as loop
@@ -42,7 +42,7 @@ def run(out: Path, values: dict, ema: float = 0.0, loaded: list[tuple[int, str]]
 
     def prepare(what: tuple[int, str]) -> list[dict]:
         number, fault = what
-        snapshots.append(whole(o, wrapped, gradient=False))
+        snapshots.append(whole_weights(wrapped))
         return [batch | {"fault": fault} for batch in case.my_batches(o, number)]
 
     try:

@@ -5,12 +5,12 @@ import importlib
 
 import npu_contract
 import pytest
-import torch
 import torch.distributed as dist
 import wan_case as case
+from layouts import whole_gradients, whole_weights
 from ranks import run_ranks
 
-from common import checkpoint, ops, parallel
+from common import ops, parallel
 from common import train as loop
 
 pytestmark = pytest.mark.L3
@@ -67,11 +67,11 @@ def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None, confi
         shape = {"micro_batch": o.micro_batch, "sequence_length": case.sequence_length(o, config)}
         results = loop.forward(wrapped, case.train.forward_step, case.my_batches(o, step, config), **shape)
         if step == 0 and want_gradients:
-            out["gradients"] = whole(o, wrapped, gradient=True)
+            out["gradients"] = whole_gradients(o, wrapped)
         optimizer.prepare_grads()
         out["losses"].append(loop.global_loss(o, results, False)[0])
         optimizer.step_with_ready_grads()
-    out["weights"] = whole(o, wrapped, gradient=False)
+    out["weights"] = whole_weights(wrapped)
     return out if dist.get_rank() == 0 else {}
 
 
@@ -83,48 +83,6 @@ def through_npu(layout: dict, steps: int) -> dict:
         return run_layout(layout, steps, True)
     finally:
         ops.BACKEND = "cpu"
-
-
-def whole(o, wrapped, gradient: bool) -> dict[str, torch.Tensor]:
-    """Every parameter (or the gradient of every one that trains) of the whole model, put together on every rank."""
-    mine = {}
-    world = [None] * dist.get_world_size()
-    shards: list = []
-    for name, p in ((n, p) for n, p in checkpoint.parameters(wrapped) if p.requires_grad or not gradient):
-        value = p.detach()
-        if gradient:
-            value = p.grad if o.fsdp else p.main_grad
-        if hasattr(value, "full_tensor"):
-            value = value.full_tensor()
-        mine[name] = value.clone()
-        shards.append((name, p.partition_dim if getattr(p, "tensor_model_parallel", False) and o.tp > 1 else None))
-    if gradient and not o.fsdp and o.dp * o.cp > 1:
-        # The distributed optimizer leaves each rank only its reduced part; the others' are whatever they held.
-        mine = reduced(wrapped, mine)
-    dist.all_gather_object(world, (parallel.mpu.get_tensor_model_parallel_rank(), mine, shards))
-    result: dict[str, dict[int, torch.Tensor]] = {}
-    splits = {}
-    for tp_rank, tensors, cuts in world:
-        for name, tensor in tensors.items():
-            result.setdefault(name, {}).setdefault(tp_rank, tensor)
-        splits.update(cuts)
-    return {
-        name: parts[0] if splits[name] is None else torch.cat([parts[i] for i in sorted(parts)], splits[name])
-        for name, parts in result.items()
-    }
-
-
-def reduced(wrapped, mine: dict) -> dict:
-    """Gather each data-parallel rank's part of the reduced gradient buffers."""
-    group = parallel.mpu.get_data_parallel_group(with_context_parallel=True)
-    for chunk in wrapped:
-        for buffer in chunk.buffers:
-            for bucket in buffer.buckets:
-                parts = list(bucket.grad_data.chunk(group.size()))
-                gathered = [torch.empty_like(p) for p in parts]
-                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
-                bucket.grad_data.copy_(torch.cat(gathered))
-    return {name: p.main_grad.clone() for name, p in checkpoint.parameters(wrapped) if p.requires_grad}
 
 
 @pytest.fixture(scope="module")

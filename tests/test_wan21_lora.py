@@ -11,6 +11,7 @@ import pytest
 import test_wan21_layouts as layouts
 import torch
 import wan_case as case
+from layouts import whole_weights
 from PIL import Image, ImageSequence
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -141,7 +142,7 @@ def merged(layout: dict, folder: Path) -> dict[str, torch.Tensor]:
         merge_in_memory(chunks)
     else:
         release.merge_into(chunks, *case.convert.adapter(folder, case.CONFIG))
-    return layouts.whole(o, chunks, gradient=False)
+    return whole_weights(chunks)
 
 
 @pytest.mark.L3

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import wan_case as case
+from layouts import whole_gradients
 from ranks import run_ranks
 from test_wan21 import oracle
-from test_wan21_layouts import whole
 
 from common import lora, parallel, worker
 from common import train as loop
@@ -136,7 +136,7 @@ def run_layout(layout: dict, which: str) -> dict:
     batches = with_reference(reference, measuring(o, config), batches)
     forward_step, shape = functools.partial(preference.forward_step, o, margins), {"micro_batch": o.micro_batch}
     results = loop.forward(wrapped, forward_step, batches, sequence_length=length, **shape)
-    gradients, value = whole(o, wrapped, gradient=True), loop.global_loss(o, results, False)[0]
+    gradients, value = whole_gradients(o, wrapped), loop.global_loss(o, results, False)[0]
     errors = [b["reference"] for b in batches if "reference" in b]
     out = {"gradients": gradients, "loss": value, "errors": errors} | margins()
     return out if dist.get_rank() == 0 else {}

@@ -13,7 +13,7 @@ generation prompt are no training target, and real thoughts are. Messages after 
 with `"weight": 0`, `"loss": false`, `"train": false` or `"training": false` is never learnt. Thoughts stand between
 <think> and </think>, or under `reasoning_content`.
 
-This module does not import torch.
+Importing this module imports neither torch nor numpy, which the options do not need.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.records import BadRow, parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 ROLES = {
@@ -356,6 +355,8 @@ class Chat:
         Raises:
             BadRow: a special token's name in a text, the template refuses the messages, or no answer is to be learnt.
         """
+        import numpy as np
+
         texts = [("tools", json.dumps(tools, ensure_ascii=False))]
         for i, message in enumerate(messages):
             calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
