@@ -5,6 +5,7 @@ takes seconds, and are kept between calls; a rank that raises shows its own trac
 """
 
 import atexit
+import gc
 import os
 import traceback
 from multiprocessing import get_context, set_start_method
@@ -15,9 +16,10 @@ import torch.distributed as dist
 TIMEOUT = 240  # seconds a call may take
 THREADS = 400  # of a process; gloo's outlive their groups, and 2,000 of them slow every collective down tenfold
 IMPORTS = [  # before the fork; the device adapter before anything imports megatron
-    "common.device", "common.train", "common.checkpoint", "common.release", "pytest", "safetensors.torch",
-    "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe",
-    "diffusers.models.transformers.transformer_wan",
+    "common.device", "common.train", "common.release", "common.perf", "pytest", "matplotlib.pyplot", "torch._dynamo",
+    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers.models.umt5.modeling_umt5",
+    "diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers.models.transformers.transformer_wan",
 ]  # fmt: skip
 _context = get_context("forkserver")
 _context.set_forkserver_preload(IMPORTS)
@@ -26,6 +28,7 @@ _pool: list = []  # [(process, pipe)]
 
 def _serve(pipe) -> None:
     set_start_method("fork", force=True)  # as under torchrun: else a data loader's processes are started like this one
+    gc.freeze()  # each save of a checkpoint collects garbage; what was imported is none
     while True:
         try:
             function, args, env = pipe.recv()
