@@ -22,7 +22,7 @@ PARTS = {  # suffix after a linear's name -> A [r, in], B [out, r], or alpha
     "lora_B.weight": "B", "lora_B.default.weight": "B", "lora_up.weight": "B", "lora.up.weight": "B",
     "alpha": "alpha",
 }  # fmt: skip
-MORE = {  # pattern in a tensor's name -> what the tensor is; a plain adapter has none of these
+NOT_PLAIN = {  # pattern in a tensor's name -> what the tensor is; a plain adapter has none of these
     r"lora_magnitude_vector|dora_scale": "DoRA's magnitudes",
     r"\.hada_": "LoHa's factors",
     r"\.lokr_": "LoKr's factors",
@@ -106,7 +106,7 @@ def read(
     readings = {kind: _sort(entries, form) for kind, form in formats.items()}
     kind = min(readings, key=lambda kind: len(readings[kind][2]))  # the first format with the fewest unknown names
     form, (factors, differences, unknown) = formats[kind], readings[kind]
-    facts = _facts(path, next(iter(entries.values())).file, form)
+    facts = _read_settings(path, next(iter(entries.values())).file, form)
     if unknown:
         raise ValueError(_unknown(path, kind, unknown))
     if facts is None and form.settings:
@@ -144,7 +144,7 @@ def read(
     return pairs, differences
 
 
-def spread(values) -> object:
+def shared_or_all(values) -> object:
     """Return the value that all adapters of a model share, or the sorted list of their distinct values."""
     distinct = sorted(set(values))
     return distinct[0] if len(distinct) == 1 else distinct
@@ -198,7 +198,7 @@ def _unknown(path: Path, kind: str, keys: list[str]) -> str:
     """Return the error message for a file that also holds the tensors `keys`, which the format does not know."""
     keys_by_meaning = {}
     for key in keys:
-        meaning = next((meaning for pattern, meaning in MORE.items() if re.search(pattern, key)), None)
+        meaning = next((meaning for pattern, meaning in NOT_PLAIN.items() if re.search(pattern, key)), None)
         keys_by_meaning.setdefault(meaning, []).append(key)
     rest = keys_by_meaning.pop(None, [])
     if keys_by_meaning:
@@ -211,7 +211,7 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _facts(path: Path, file: Path, form: Format) -> dict | None:
+def _read_settings(path: Path, file: Path, form: Format) -> dict | None:
     """Return the settings of adapters from the file's header or the adapter_config.json beside it; None without both.
 
     Raises:

@@ -154,15 +154,15 @@ def save(
     optimizer,
     state: dict,
     *,
-    beside: Iterable[Path] = (),
+    extra_files: Iterable[Path] = (),
     ema=None,
     keep: int = 2,
     fsdp: bool = False,
 ) -> Path:
     """Write checkpoint `step` under `folder`.
 
-    state: small JSON (step, model config, what the run began with). beside: small files, a tokenizer's for example,
-    that are copied into the checkpoint if they exist.
+    state: small JSON (step, model config, what the run began with). extra_files: small files, for
+    example a tokenizer's, that are copied into the checkpoint if they exist.
 
     Raises:
         OSError: some rank could not write its part; earlier checkpoints are untouched.
@@ -176,7 +176,7 @@ def save(
     elif optimizer is not None:
         shards["optimizer"] = _optimizer_state(optimizer, model)
     target = folder / f"step-{step:06d}"
-    _write(target, shards, state, beside)
+    _write(target, shards, state, extra_files)
     if dist.get_rank() == 0:
         # A run that starts anew in a used folder numbers its checkpoints below the old ones: keep the one just written.
         others = [path for path in checkpoints(folder) if path != target]
@@ -189,7 +189,7 @@ def save(
     return target
 
 
-def _write(target: Path, shards: dict, state: dict, beside: Iterable[Path] = ()) -> None:
+def _write(target: Path, shards: dict, state: dict, extra_files: Iterable[Path] = ()) -> None:
     """Write to a partial folder, list its files with their sizes, then rename it. If any rank fails, raise OSError on
     every rank."""
     partial = target.with_name(f".partial-{target.name}")
@@ -205,7 +205,7 @@ def _write(target: Path, shards: dict, state: dict, beside: Iterable[Path] = ())
         dist_checkpointing.save(shards, str(partial), content_metadata=FORMAT)
         if dist.get_rank() == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=2))
-            for path in (p for p in beside if p.is_file()):
+            for path in (p for p in extra_files if p.is_file()):
                 shutil.copyfile(path, partial / path.name)
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
             (partial / "manifest.json").write_text(json.dumps(sizes, indent=2))
@@ -401,9 +401,11 @@ def read_tensor(checkpoint: Path, key: str) -> torch.Tensor:
     return tensor
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict, beside: Iterable[Path] = ()) -> None:
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], state: dict, extra_files: Iterable[Path] = ()) -> None:
     """Write a checkpoint of whole tensors, each given by exactly one rank, without an optimizer."""
-    _write(folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state, beside)
+    _write(
+        folder, {"model": {n: ShardedTensor.from_rank_offsets(n, t) for n, t in tensors.items()}}, state, extra_files
+    )
 
 
 def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
@@ -418,7 +420,7 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
     with torch.no_grad():
         for i, (entry, parameter) in enumerate(targets):
             for ahead, _ in targets[i + READ_AHEAD : i + READ_AHEAD + 1]:
-                reader.expect(ahead)
+                reader.prefetch(ahead)
             # At most one cut: only stacks of experts have two, and they are not filled here.
             parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))
 

@@ -409,16 +409,16 @@ def check_compile(o) -> None:
         raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
 
 
-def shorten_warmup(o: TrainOptions, asked: set[str]) -> TrainOptions:
+def shorten_warmup(o: TrainOptions, flags: set[str]) -> TrainOptions:
     """Limit the warm-up to a tenth of the steps, unless --warmup is given: a layout's warm-up is meant for the layout's
-    own number of steps. asked: the flags on the command line.
+    own number of steps. flags: those given on the command line.
 
     Raises:
         ValueError: both --steps and --epochs.
     """
-    if {"--steps", "--epochs"} <= asked:
+    if {"--steps", "--epochs"} <= flags:
         raise ValueError(f"--steps {o.steps} and --epochs {o.epochs}; expected one of them; fix: leave one out")
-    if "--warmup" in asked or o.steps is None:
+    if "--warmup" in flags or o.steps is None:
         return o
     return dataclasses.replace(o, warmup=min(o.warmup, o.steps // 10))
 
@@ -541,8 +541,8 @@ def main() -> None:
     writes = _writes(options)
     if os.environ.get("NODE_RANK", "0") == "0":
         for out, doing, wait in writes:
-            exit_on_bad_input(processes.hold, out, doing, wait, "launcher.")
-            if exit_on_bad_input(processes.hold, out, doing, wait):  # refused if a rank 0 has outlived its launcher
+            exit_on_bad_input(processes.lock, out, doing, wait, "launcher.")
+            if exit_on_bad_input(processes.lock, out, doing, wait):  # refused if a rank 0 has outlived its launcher
                 processes.release(out)
     exit_on_bad_input(job.prepare, options)
     os.environ["ZOO_COMMAND"] = os.environ.get("ZOO_COMMAND", shlex.join(["python", "-m", "common.cli", *sys.argv[1:]]))
@@ -552,7 +552,7 @@ def main() -> None:
 
 
 def _writes(options: Any) -> list[tuple[Path, str, bool]]:
-    """Return what a job writes, as arguments of `processes.hold`: the path, a digest of the options, and whether to
+    """Return what a job writes, as arguments of `processes.lock`: the path, a digest of the options, and whether to
     wait for another process that makes the same. A second training is refused: it would only continue the first."""
     places = (options.out, options.export, options.merge)
     doing = hashlib.sha256(to_toml(options).encode()).hexdigest()

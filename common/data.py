@@ -108,11 +108,11 @@ class BucketSampler:
 
 @dataclass(frozen=True)
 class Step:
-    """The data of one step on this rank: `micro_batches[i]` is the dataset's result for micro-batch `taken[i]`."""
+    """The data of one step on this rank: `micro_batches[i]` is the dataset's result for micro-batch `numbers[i]`."""
 
     step: int
     bucket: int
-    taken: list[int]
+    numbers: list[int]
     micro_batches: list[Any]
 
 
@@ -139,7 +139,7 @@ def start_decoding(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def inheritance_kept() -> Iterator[None]:
+def without_collecting_inherited() -> Iterator[None]:
     """Context in which forked processes never garbage-collect the objects that they inherit: destroying a scaler or
     codec would wait for its threads, which a fork does not copy."""
     gc.freeze()
@@ -168,7 +168,7 @@ def prefetch(
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    taken = list(range(sampler.global_batch // (sampler.micro_batch * sampler.dp_size)))[share[0] :: share[1]]
+    numbers = list(range(sampler.global_batch // (sampler.micro_batch * sampler.dp_size)))[share[0] :: share[1]]
     steps = range(start_step, end_step)
     shares = ((step, sampler.micro_batches(step)[share[0] :: share[1]]) for step in steps)
     tasks = ((rows, sampler.epoch(step)) for step, micro_batches in shares for rows in micro_batches)
@@ -182,7 +182,7 @@ def prefetch(
         worker_init_fn=start_decoding,
         generator=Generator(),  # else DataLoader draws its base seed from the random state of training
     )
-    with inheritance_kept():
+    with without_collecting_inherited():
         loader = iter(loader)
     for step in steps:
-        yield Step(step, sampler.batch(step)[0], taken, [next(loader) for _ in taken])
+        yield Step(step, sampler.batch(step)[0], numbers, [next(loader) for _ in numbers])

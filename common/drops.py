@@ -65,17 +65,17 @@ class DropReport:
         return cls([row for row in rows if row.pop("kind") == "drop"])
 
 
-def note_drops(path: Path, found: Sequence[dict], rows: int, max_drop: float) -> None:
+def note_drops(path: Path, drops: Sequence[dict], rows: int, max_drop: float) -> None:
     """Add drops found while decoding to a run's file of drops, and print the new ones. Each drop is added once, however
     many epochs, processes and nodes that share the folder find it.
 
-    found: dicts as in `DropReport`, with the `file` of each. rows: see `check_drops`.
+    drops: dicts as in `DropReport`, with the `file` of each. rows: see `check_drops`.
 
     Raises:
         ValueError: as `check_drops`.
     """
     known = {(drop["where"], drop.get("file")) for drop in DropReport.load(path).drops}
-    new = [drop for drop in found if (drop["where"], drop["file"]) not in known]
+    new = [drop for drop in drops if (drop["where"], drop["file"]) not in known]
     if new:
         last_line_ends = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
         lines = "".join(json.dumps({"kind": "drop", **drop}) + "\n" for drop in new)

@@ -33,14 +33,16 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def fill_defaults(o: TrainOptions, asked: set[str], usual: dict[str, Any], demo: dict[str, Any]) -> TrainOptions:
+def fill_defaults(
+    o: TrainOptions, flags: set[str], job_values: dict[str, Any], demo_values: dict[str, Any]
+) -> TrainOptions:
     """Return the options with a job's own values in place of the layout's.
 
-    asked: the flags on the command line. usual: values for options without such a flag. demo: values that the embedded
-    demo always has.
+    flags: those given on the command line. job_values: values for options whose flag is not given. demo_values: values
+    that the embedded demo always has.
     """
-    changes = demo | {name: value for name, value in usual.items() if flag_of(name) not in asked}
-    return cli.shorten_warmup(dataclasses.replace(o, **changes), asked)
+    changes = demo_values | {name: value for name, value in job_values.items() if flag_of(name) not in flags}
+    return cli.shorten_warmup(dataclasses.replace(o, **changes), flags)
 
 
 def check_written(o) -> None:
@@ -53,7 +55,7 @@ def check_written(o) -> None:
             weights.refuse_existing(folder, flag)
 
 
-def content(folder: Path) -> str:
+def content_name(folder: Path) -> str:
     """Return a short name for the content of a released folder, an adapter or a checkpoint."""
     manifest = folder / "manifest.json"
     return f"{folder.resolve()} {manifest.stat().st_mtime_ns}" if is_sharded(folder) else weights.fingerprint(folder)
@@ -67,12 +69,12 @@ def starting_point(o, base: Path, pairs: dict[str, adapters.Pair], targets: list
     """
     start = {
         "weights": str(o.weights and o.weights.absolute()),
-        "base": f"drawn with seed {o.seed}" if o.from_scratch else content(base),
+        "base": f"drawn with seed {o.seed}" if o.from_scratch else content_name(base),
     }
     if o.adapter:
         settings = [pair.settings for pair in pairs.values()]
-        r, alpha = adapters.spread(s.r for s in settings), adapters.spread(s.lora_alpha for s in settings)
-        start |= {"adapter": content(o.adapter), "r": r, "alpha": alpha}
+        r, alpha = adapters.shared_or_all(s.r for s in settings), adapters.shared_or_all(s.lora_alpha for s in settings)
+        start |= {"adapter": content_name(o.adapter), "r": r, "alpha": alpha}
     elif o.adapts:
         start |= {"r": o.lora_rank, "alpha": o.lora_alpha, "rslora": o.rslora, "targets": targets}
     return start

@@ -181,12 +181,12 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(checkpoint.stable_seed(seed, step, *place))
 
 
-def merged(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
+def merge(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
     """Return W + s B A [out, in], computed in fp32 and rounded once to the dtype of W."""
     return (weight.float() + lora_B.float() @ lora_A.float() * scale).to(weight.dtype)
 
 
-def added(
+def merge_from_files(
     weight: torch.Tensor,
     pair: Pair | None,
     difference: weights.Entry | None,
@@ -198,12 +198,12 @@ def added(
     dim, part, parts = cut
     if difference:
         weight, dtype = weight.float() + reader.read(difference, *cut).to(weight.device), weight.dtype
-        return added(weight, pair, None, reader, cut).to(dtype)
+        return merge_from_files(weight, pair, None, reader, cut).to(dtype)
     if pair is None:
         return weight
     lora_A = reader.read(pair.A, 1, part, parts if dim == 1 else 1).to(weight.device)
     lora_B = reader.read(pair.B, 0, part, parts if dim == 0 else 1).to(weight.device)
-    return merged(weight, lora_A, lora_B, pair.settings.scale)
+    return merge(weight, lora_A, lora_B, pair.settings.scale)
 
 
 # ------------------------------------------------------------------------------------------------ PEFT's folder format

@@ -166,10 +166,11 @@ def options(cls: type[Options], ranks: int, **values) -> Options:
 
 
 def row(
-    o: train.TrainOptions, *, model: str, layout: str, shape: int | str, sample: str, found: tuple, estimate: float
+    o: train.TrainOptions, *, model: str, layout: str, shape: int | str, sample: str, measured: tuple, estimate: float
 ) -> dict:
-    """Return a row of perf.jsonl. found: the result of `measure`. sample: what a rank's micro-batch holds, in words."""
-    counts = {"peak": found[0], "between steps": found[1], "estimate": estimate}
+    """Return a row of perf.jsonl. measured: the result of `measure`. sample: what a rank's micro-batch holds, in
+    words."""
+    counts = {"peak": measured[0], "between steps": measured[1], "estimate": estimate}
     gib = {key: round(value / 2**30, 2) for key, value in counts.items()}
     return {
         "source": "measured", "system": "this zoo", "model": model, "task": "memory of a training step",

@@ -1,7 +1,7 @@
 """Keeps saved activations in host memory until the backward.
 
-Inside `offloaded`, every tensor that autograd saves is copied to pinned memory, and copied back when the backward asks
-for it. Around a recomputed block these are the block's inputs alone. torch's own `save_on_cpu` copies a tensor once for
+Inside `OffloadActivations`, every tensor that autograd saves is copied to pinned memory, and copied back when the
+backward asks for it. Around a recomputed block these are the block's inputs alone. torch's own `save_on_cpu` copies a tensor once for
 every operation that saves it, and parameters too. This module copies each storage once and leaves parameters in place.
 The copies are queued in the compute stream: the host never waits for them, and they do not overlap with compute.
 """
@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class offloaded(torch.autograd.graph.saved_tensors_hooks):
+class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
     """Context manager for the forward of one block."""
 
     def __init__(self):

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from common import device, ops
 from common.cli import LayoutOptions
-from common.offload import offloaded
+from common.offload import OffloadActivations
 from common.ring import RingAttention, unzigzag, zigzag
 
 _SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work on the same samples
@@ -295,15 +295,15 @@ EXPENSIVE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten:
              "torch_attn::_varlen_attn", "npu::npu_fusion", "npu::npu_grouped_matmul")  # fmt: skip
 
 
-def recomputed(block: torch.nn.Module, kind: str, offload: bool = False):
+def with_recomputation(block: torch.nn.Module, kind: str, offload: bool = False):
     """Returns the block's forward under activation recomputation. kind: selective keeps the outputs of matmuls and
     attention, and recomputes what lies between them (norms, activations, rotary, residuals, permutations); full keeps
     only the block's input; none recomputes nothing. offload: kept tensors stay on the host until the backward."""
     if offload:
 
         def run(*args):
-            with offloaded():
-                return recomputed(block, kind)(*args)
+            with OffloadActivations():
+                return with_recomputation(block, kind)(*args)
 
         return run
     if kind == "none":

@@ -114,14 +114,14 @@ def steady(rows: list[dict], warmup: int = WARMUP) -> dict | None:
     }
 
 
-def steady_line(found: dict | None) -> str:
+def steady_line(summary: dict | None) -> str:
     """Formats the result of `steady` for the console."""
-    if found is None:
+    if summary is None:
         return f"steady state: the run ended within its {WARMUP} steps of warm-up"
-    time, mfu = found["step_time_ms"], "-" if found["mfu"] is None else f"{found['mfu']:.3f}"
+    time, mfu = summary["step_time_ms"], "-" if summary["mfu"] is None else f"{summary['mfu']:.3f}"
     return (
-        f"steady state, {found['window']}: {time['median']:.1f} ms a step (p10 {time['p10']:.1f}, p90 {time['p90']:.1f}), "
-        f"{found['samples_per_second']:.3f} samples/s, MFU {mfu}"
+        f"steady state, {summary['window']}: {time['median']:.1f} ms a step (p10 {time['p10']:.1f}, p90 {time['p90']:.1f}), "
+        f"{summary['samples_per_second']:.3f} samples/s, MFU {mfu}"
     )
 
 

@@ -79,7 +79,7 @@ def lock_file(out: Path, kind: str = "") -> Path:
     return out.with_name(f".{out.name}.{kind}lock") if os.access(out.parent, os.W_OK) else out / f".{kind}lock"
 
 
-def hold(out: Path, doing: str = "", wait: bool = False, kind: str = "") -> bool:
+def lock(out: Path, doing: str = "", wait: bool = False, kind: str = "") -> bool:
     """Locks `out` for this process until `release` or the end of the process. No fork inherits the lock.
 
     doing: what this process makes, stored in the lock file. wait: waits for a process with the same `doing`, which has
@@ -124,13 +124,13 @@ def release(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path, doing: str) -> Iterator[None]:
+def exclusive(out: Path, doing: str) -> Iterator[None]:
     """Holds the lock of `out`. If another process makes the same, waits for it: check then whether `out` exists.
 
     Raises:
         ValueError: another process makes something else at `out`.
     """
-    acquired = hold(out, doing, wait=True)
+    acquired = lock(out, doing, wait=True)
     try:
         yield
     finally:

@@ -105,22 +105,23 @@ class Window:
         return write(running, self.folder, dist.get_rank(), self.steps, perf.steady(rows))
 
 
-def write(found, folder: Path, rank: int, steps: str, usual: dict | None) -> str:
+def write(profiler, folder: Path, rank: int, steps: str, baseline: dict | None) -> str:
     """Ends a profiler and writes rank<N>.json (chrome trace) and rank<N>.md (table) into `folder`. Returns the table.
 
-    usual: `perf.steady` of the earlier steps, without the profiler, which itself takes time: on a CPU half of a step.
+    baseline: `perf.steady` of the earlier steps, without the profiler, which itself takes time: half of a step
+    on a CPU.
     """
     device.synchronize()  # the last step's kernels belong to the profile
-    found.stop()
+    profiler.stop()
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"rank{rank}.json"
-    found.export_chrome_trace(str(trace))
-    text = profile_table(trace, f"Steps {steps} on rank {rank}", device.name(), usual)
+    profiler.export_chrome_trace(str(trace))
+    text = profile_table(trace, f"Steps {steps} on rank {rank}", device.name(), baseline)
     trace.with_suffix(".md").write_text(text)
     return text
 
 
-def profile_table(trace: Path, title: str, hardware: str, usual: dict | None = None) -> str:
+def profile_table(trace: Path, title: str, hardware: str, baseline: dict | None = None) -> str:
     """Renders a chrome trace of whole steps as Markdown: the parts of a step, then the operators with the most time."""
     summary = breakdown(trace)
     wall = summary["step_ms"]
@@ -129,10 +130,10 @@ def profile_table(trace: Path, title: str, hardware: str, usual: dict | None = N
         return f"{ms:.2f} | {100 * ms / wall:.1f} %"
 
     lines = [f"{title}: {wall:.2f} ms a step, mean of {summary['steps']}", "", perf.figures(hardware), ""]
-    if usual:
-        median = usual["step_time_ms"]["median"]
+    if baseline:
+        median = baseline["step_time_ms"]["median"]
         lines += [
-            f"Without the profiler, {usual['window']}: {median:.2f} ms a step. Read the shares, not the sums.",
+            f"Without the profiler, {baseline['window']}: {median:.2f} ms a step. Read the shares, not the sums.",
             "",
         ]
     lines += ["| part of a step | operators run, ms | share | range on the host, ms |", "|---|---|---|---|"]

@@ -78,10 +78,10 @@ def is_sharded(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def differences(found: Any, wanted: Any, free: Iterable[str] = ()) -> list[str]:
+def differences(actual: Any, expected: Any, free: Iterable[str] = ()) -> list[str]:
     """Describes the fields in which two architectures of one dataclass differ. free: fields that may differ."""
-    names = [f.name for f in dataclasses.fields(found) if f.name not in free]
-    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in names}
+    names = [f.name for f in dataclasses.fields(actual) if f.name not in free]
+    pairs = {name: (getattr(actual, name), getattr(expected, name)) for name in names}
     return [f"{name} {value} != {expected}" for name, (value, expected) in pairs.items() if value != expected]
 
 
@@ -225,24 +225,24 @@ def write(out: Path, table: Table, source: Source) -> None:
     weights.save(out, sizes, tensor, table.stem)
 
 
-def write_sharded(out: Path, table: Table, source: Source, state: dict, beside: Iterable[Path] = ()) -> None:
+def write_sharded(out: Path, table: Table, source: Source, state: dict, extra_files: Iterable[Path] = ()) -> None:
     """Writes a sharded checkpoint at step 0, which any layout can read. Collective: every rank reads and writes its
     share of the tensors.
 
-    state: facts about the model that the checkpoint stores; beside: small files that are copied into it.
+    state: facts about the model that the checkpoint stores; extra_files: small files that are copied into it.
     """
     import torch.distributed as dist
 
     from common import checkpoint
 
     mine = list(table.shapes)[dist.get_rank() :: dist.get_world_size()]
-    checkpoint.save_tensors(out, {name: source.read(name) for name in mine}, {"step": 0} | state, beside)
+    checkpoint.save_tensors(out, {name: source.read(name) for name in mine}, {"step": 0} | state, extra_files)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-def merged(
+def merge_adapter(
     source: Source, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry] | None = None
 ) -> Source:
     """Returns `source` with an adapter (`adapters.read`) merged into each tensor when it is read: s B A and full-weight
@@ -252,7 +252,7 @@ def merged(
     reader, full = weights.Reader(), differences or {}
 
     def read(name: str) -> "torch.Tensor":
-        return lora.added(source.read(name), pairs.get(name.removesuffix(".weight")), full.get(name), reader)
+        return lora.merge_from_files(source.read(name), pairs.get(name.removesuffix(".weight")), full.get(name), reader)
 
     return Source(source.element, read)
 
@@ -270,4 +270,4 @@ def merge_into(chunks, pairs: dict[str, adapters.Pair], differences: dict[str, w
             pair, difference = pairs.get(name.removesuffix(".weight")), differences.get(name)
             if pair or difference:
                 cut = next(iter(checkpoint.cuts(parameter)), (None, 0, 1))
-                parameter.copy_(lora.added(parameter, pair, difference, reader, cut))
+                parameter.copy_(lora.merge_from_files(parameter, pair, difference, reader, cut))

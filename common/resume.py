@@ -14,10 +14,10 @@ from typing import Any
 from common import cli, weights
 
 SAMPLES, SAMPLE_BYTES = 256, 2**16  # samples of all files together, at least one of each file
-UNSAID = {"out", "resume", "export", "merge", "dry_run", "print_config"}  # options that do not change a run
+NOT_REPORTED = {"out", "resume", "export", "merge", "dry_run", "print_config"}  # options that do not change a run
 
 
-def content(files: Iterable[Path]) -> str:
+def content_hash(files: Iterable[Path]) -> str:
     """Returns a short hash of what files hold, whatever their names: of their sizes and samples of 64 KiB spread over
     each, 16 MiB together. Hashing a whole corpus would take as long as reading it."""
     digest, files = hashlib.sha256(), list(files)
@@ -108,4 +108,4 @@ def _shown(fact: Any) -> str:
 def changes(saved: dict[str, Any], o) -> list[str]:
     """Lists as `name then -> now` the options that differ from those of the call that wrote the checkpoint."""
     now = cli.as_json(o)
-    return [f"{n} {saved[n]} -> {now[n]}" for n in now if n not in UNSAID and n in saved and saved[n] != now[n]]
+    return [f"{n} {saved[n]} -> {now[n]}" for n in now if n not in NOT_REPORTED and n in saved and saved[n] != now[n]]

@@ -88,7 +88,7 @@ def train(
     samples: Callable[[list[dict]], tuple[int, int]],
     header: dict,
     state: dict,
-    beside: Iterable[Path] = (),
+    extra_files: Iterable[Path] = (),
     ema_decay: float = 0.0,
     measure: Callable[[], dict] | None = None,
 ) -> dict:
@@ -98,8 +98,8 @@ def train(
     returns (this rank's contribution to the micro-batch's mean loss, {"loss": the same, detached}). batches(start
     step): yields each step's data as loaded. prepare(loaded): this rank's micro-batches of the step, on the device.
     sequence_length(batch): as in `forward`. samples(batch): (tokens, model FLOPs) of one sample. header: run facts.
-    state: facts of the recipe that checkpoints store. beside: files that are copied into each checkpoint. measure():
-    called on every rank after each backward; returns more values for the step's row, and may wait for the device.
+    state: facts of the recipe that checkpoints store. extra_files: files that are copied into each checkpoint.
+    measure(): called on every rank after each backward; returns more values for the step's row, and may wait for the device.
 
     Returns {"steps", "reason", "checkpoint", "ema"}. The checkpoint is that of the last step, None if it could not be
     written. After o.max_bad_steps consecutive non-finite steps, exits the process with code 3; the batch of the last
@@ -131,7 +131,7 @@ def train(
         facts = {**state, "step": step, "optimizer_steps": applied, "options": as_json(o)}
         try:
             path = checkpoint.save(
-                folder, step, chunks, optimizer, facts, beside=beside, ema=ema, keep=o.keep, fsdp=o.fsdp
+                folder, step, chunks, optimizer, facts, extra_files=extra_files, ema=ema, keep=o.keep, fsdp=o.fsdp
             )
         except OSError as error:
             log.say(f"warning: {error}; training goes on from memory")

@@ -199,7 +199,7 @@ class Reader:
         n = entry.shape[dim] // size
         return view[(slice(None),) * dim + (slice(rank * n, (rank + 1) * n),)]
 
-    def expect(self, entry: Entry) -> None:
+    def prefetch(self, entry: Entry) -> None:
         """Has the kernel read a tensor ahead into its page cache, which the ranks of a node share. Without this, page
         faults of the mapped file wait for the disk in small pieces."""
         with open(entry.file, "rb") as f:

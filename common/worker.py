@@ -23,7 +23,7 @@ def main() -> None:
     processes.die_with(int(os.environ["ZOO_LAUNCHER"]))
     processes.die_with_me()
     for out, doing, wait in json.loads(os.environ["ZOO_WRITES"]) if os.environ["RANK"] == "0" else ():
-        cli.exit_on_bad_input(processes.hold, Path(out), doing, wait)
+        cli.exit_on_bad_input(processes.lock, Path(out), doing, wait)
     options = importlib.import_module(f"{recipe}.options").JOBS[script][0]
     cli.exit_on_bad_input(run, recipe, script, cli.from_json(options, os.environ["ZOO_OPTIONS"]))
 

@@ -634,7 +634,7 @@ def test_data_do_not_depend_on_the_number_of_workers(clips, start):
     assert torch.equal(torch.get_rng_state(), state), "reading must leave the training's random state alone"
     assert [step.step for step in in_process] == [step.step for step in in_workers] == list(range(start, 4))
     for a, b in zip(in_process, in_workers, strict=True):
-        assert a.bucket == b.bucket == 0 and a.taken == b.taken == [0, 1]
+        assert a.bucket == b.bucket == 0 and a.numbers == b.numbers == [0, 1]
         for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
             assert x.keys() == y.keys() and all(same(x[name], y[name]) for name in x)
     assert 3 not in [row for step in in_process for micro in step.micro_batches for row in micro["rows"]]
@@ -672,7 +672,7 @@ def test_a_decoding_process_collects_nothing_that_it_inherits():
 
 def test_ranks_of_a_model_parallel_group_share_the_micro_batches():
     parts = [list(prefetch(Rows(), sampler([0] * 8, 8, 1), 0, 1, share=(i, 3)))[0] for i in range(3)]
-    assert [part.taken for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert [part.numbers for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

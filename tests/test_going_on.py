@@ -121,15 +121,17 @@ def test_content_tells_files_apart_by_size_and_by_bytes_anywhere(tmp_path):
     whole = bytearray(b"\1" * 2**20)
     (tmp_path / "a").write_bytes(whole)
     (tmp_path / "b").write_bytes(whole)
-    assert resume.content([tmp_path / "a"]) == resume.content([tmp_path / "b"])
+    assert resume.content_hash([tmp_path / "a"]) == resume.content_hash([tmp_path / "b"])
     for place in (0, 2**19 + 7, 2**20 - 1):
         changed = bytearray(whole)
         changed[place] = 2
         (tmp_path / "b").write_bytes(changed)
-        assert resume.content([tmp_path / "a"]) != resume.content([tmp_path / "b"])
+        assert resume.content_hash([tmp_path / "a"]) != resume.content_hash([tmp_path / "b"])
     (tmp_path / "b").write_bytes(whole + b"\1")
-    assert resume.content([tmp_path / "a"]) != resume.content([tmp_path / "b"])
-    assert resume.content([tmp_path / "a", tmp_path / "b"]) != resume.content([tmp_path / "b", tmp_path / "a"])
+    assert resume.content_hash([tmp_path / "a"]) != resume.content_hash([tmp_path / "b"])
+    assert resume.content_hash([tmp_path / "a", tmp_path / "b"]) != resume.content_hash(
+        [tmp_path / "b", tmp_path / "a"]
+    )
 
 
 def test_checkpoints_of_an_earlier_run_that_went_further_come_last(tmp_path):

@@ -171,7 +171,7 @@ def chosen(folder: Path, options: dict) -> tuple[int, dict[str, torch.Tensor], d
     lora.load_adapter(pairs, [ours])
     lora.save_adapter(folder / "ours", [ours], str, task="CAUSAL_LM")
     for name, p in merged.named_parameters():
-        p.data = lora.added(p.data, pairs.get(name.removesuffix(".weight")), None, reader)
+        p.data = lora.merge_from_files(p.data, pairs.get(name.removesuffix(".weight")), None, reader)
     models = {"theirs": theirs, "here": ours.eval(), "merged": merged,
               "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours")}  # fmt: skip
     same = {name: pair.settings for name, pair in found_in(folder / "ours").items()}
@@ -221,7 +221,7 @@ def test_only_adapters_train_and_start_as_nothing():
 
 
 def merged(dtype: torch.dtype) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
-    """Weights in exact arithmetic and as `lora.merged` computes them; logits before and after merging."""
+    """Weights in exact arithmetic and as `lora.merge` computes them; logits before and after merging."""
     model, plain = qwen(dtype), qwen(dtype)
     lora.add([model], TARGETS, rank=3, alpha=5, seed=7)
     randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
@@ -229,7 +229,7 @@ def merged(dtype: torch.dtype) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
     for name, a in ((n, p.detach()) for n, p in model.named_parameters() if n.endswith("lora_A")):
         weight, b = name.replace("lora_A", "weight"), model.get_parameter(name.replace("lora_A", "lora_B")).detach()
         want[weight] = (want[weight].double() + 5 / 3 * (b.double() @ a.double())).to(dtype)
-        got[weight] = lora.merged(got[weight], a, b, 5 / 3)
+        got[weight] = lora.merge(got[weight], a, b, 5 / 3)
     plain.load_state_dict(got)
     with torch.no_grad():
         return want, got, model(TOKENS).logits, plain(TOKENS).logits

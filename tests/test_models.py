@@ -191,12 +191,12 @@ def beside_oracle(recipe: str, which: str) -> tuple[dict, dict]:
     output, loss = part(recipe, "train").forward_step(iter(batch), model)
     value, _ = loss(output)
     value.backward()
-    gradients = dict(my.theirs(name, p.grad) for name, p in model.named_parameters())
+    gradients = dict(my.to_oracle(name, p.grad) for name, p in model.named_parameters())
     oracle, state = my.oracle(config), random_state(first_table(recipe, config).shapes)
-    oracle.load_state_dict(dict(my.theirs(name, tensor) for name, tensor in state.items()), strict=False)
+    oracle.load_state_dict(dict(my.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
     missing = dict(oracle.named_parameters()).keys() ^ gradients.keys()
     assert not missing, f"parameters of one of the two models alone: {sorted(missing)[:5]}"
-    wanted = my.their_loss(oracle, samples)
+    wanted = my.oracle_loss(oracle, samples)
     wanted.backward()
     theirs = {name: p.grad for name, p in oracle.named_parameters()}
     return {"loss": value.item(), "gradients": gradients}, {"loss": wanted.item(), "gradients": theirs}

@@ -91,7 +91,7 @@ def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tm
         before = running(mark)
         assert len(before) == (3 if mode == "importing" else 7), before
         with pytest.raises(ValueError, match="in use by process"):
-            processes.hold(tmp_path / "run")
+            processes.lock(tmp_path / "run")
         if victim == "worker":
             rank = ranks(mark, launcher.pid)[0]
             gone = {pid for pid in before if pid == rank or os.getsid(pid) == rank}
@@ -100,7 +100,7 @@ def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tm
             assert len(gone) == 3 and launcher.poll() is None
         kill("launcher", launcher, mark)
         wait_until(lambda: not running(mark), processes.GRACE)
-        assert processes.hold(tmp_path / "run")
+        assert processes.lock(tmp_path / "run")
         processes.release(tmp_path / "run")
     finally:
         kill("everything", launcher, mark)
@@ -169,7 +169,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from common import processes
-processes.hold(Path(sys.argv[1]), "this", kind=sys.argv[2])
+processes.lock(Path(sys.argv[1]), "this", kind=sys.argv[2])
 if child := os.fork():
     print(os.getpid(), child, flush=True)
 time.sleep(600)
@@ -194,13 +194,13 @@ def test_a_lock_dies_with_its_process_and_no_fork_keeps_it(holder, tmp_path, mon
     monkeypatch.setattr(processes, "GRACE", 0.3)
     started, child = holder
     with pytest.raises(ValueError, match=f"process {started.pid} on {socket.gethostname()};.*fix:"):
-        processes.hold(tmp_path / "run")
+        processes.lock(tmp_path / "run")
     with pytest.raises(ValueError, match="in use"):  # something else is made there
-        processes.hold(tmp_path / "run", "that", wait=True)
+        processes.lock(tmp_path / "run", "that", wait=True)
     started.kill()
     started.wait()
-    assert alive(child) and processes.hold(tmp_path / "run")
-    assert not processes.hold(tmp_path / "run")  # it is ours already
+    assert alive(child) and processes.lock(tmp_path / "run")
+    assert not processes.lock(tmp_path / "run")  # it is ours already
     processes.release(tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +209,7 @@ def test_a_killed_holder_has_a_moment_to_disappear_and_who_does_the_same_is_wait
     started, _ = holder
     killer = FORK.Process(target=lambda: (time.sleep(0.5), os.kill(started.pid, signal.SIGKILL)))
     killer.start()
-    assert processes.hold(tmp_path / "run", "this", wait=True)
+    assert processes.lock(tmp_path / "run", "this", wait=True)
     killer.join()
     assert f"waiting for process {started.pid} on {socket.gethostname()}" in capfd.readouterr().err
     processes.release(tmp_path / "run")
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capfd):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    assert not processes.hold(tmp_path / "run")
+    assert not processes.lock(tmp_path / "run")
     assert "cannot be locked ([Errno 37] No locks available): a second run" in capfd.readouterr().err
 
 
@@ -234,7 +234,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_meanwhile_is_none(tmp_path
         lockf(descriptor, how)
 
     monkeypatch.setattr(fcntl, "lockf", after_the_holder_has_gone)
-    assert processes.hold(tmp_path / "run") and len(opened) == 2 and path.is_file()
+    assert processes.lock(tmp_path / "run") and len(opened) == 2 and path.is_file()
     processes.release(tmp_path / "run")
 
 

@@ -371,7 +371,7 @@ def adapter_and_base(folder, which: str, dtype=torch.float32, **options):
 def merged(folder, config) -> dict[str, torch.Tensor]:
     """Returns what convert.sh --adapter --to released writes."""
     source = case.convert.open_source(folder / "base", config)
-    source = release.merged(source, case.convert.adapter(folder / "adapter", config))
+    source = release.merge_adapter(source, case.convert.adapter(folder / "adapter", config))
     case.convert.write_released(folder / "out", config, source, None)
     return load_file(folder / "out" / "model.safetensors")
 

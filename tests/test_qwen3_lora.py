@@ -55,7 +55,7 @@ def beside_peft(folder, which: str, rslora: bool) -> tuple[dict, list[str]]:
         reference = peft.PeftModel.from_pretrained(base, folder / "adapter")
         pairs = {"logits": (logits, reference(input_ids=tokens).logits)}
         source = case.convert.open_source(folder / "base", config)
-        source = release.merged(source, case.convert.adapter(folder / "adapter", config))
+        source = release.merge_adapter(source, case.convert.adapter(folder / "adapter", config))
         case.convert.write_released(folder / "merged", config, source, None)
         reloaded = oracle.ours(folder / "merged")  # a strict load
         hidden, _ = reloaded(tokens.flatten(), torch.arange(16).repeat(3), [0, 16, 32, 48])

@@ -277,7 +277,7 @@ def reference_of(layout: dict, folder):
     chunks = case.model.build(o, config)
     case.load(chunks, case.random_state(config))
     wrapped, rows = parallel.wrap(chunks, o, case.model.Qwen3Block), packing.PackedRows(folder)
-    forwards = functools.partial(case.train.forwards, o, wrapped)
+    forwards = functools.partial(case.train.evaluate_micro_batches, o, wrapped)
     on_device = functools.partial(case.train.Batches.on_device, SimpleNamespace(o=o))
     facts = case.train.reference_facts(o, case.config.model_config(o))
     reference = preference.compute_reference(o, rows, facts, forwards, on_device)

@@ -292,7 +292,7 @@ def test_latents_that_are_not_finite_are_an_error_and_no_black_video(monkeypatch
 
     o = wan21.parse("infer", [])
     encoder = SimpleNamespace(model=torch.nn.Identity(), encode=lambda prompts: torch.zeros(len(prompts), 4, 2))
-    parts = SimpleNamespace(encoder=encoder, frames=None, chunks=[], moment=None, pair=None,
+    parts = SimpleNamespace(encoder=encoder, frames=None, chunks=[], position=None, pair=None,
                             codec=SimpleNamespace(vae=torch.nn.Identity()))  # fmt: skip
     monkeypatch.setattr(infer, "sample", lambda *a, **k: torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match="latents are not finite.*fix: --weights"):

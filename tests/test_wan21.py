@@ -286,7 +286,9 @@ def test_released_layouts_convert_bit_exactly(to, task, dtype, tmp_path):
 
 
 def convert(source, to, out, config):
-    case.convert.write_released(out, to, config, release.open_source(*case.convert.located(source, config)), None)
+    case.convert.write_released(
+        out, to, config, release.open_source(*case.convert.find_transformer(source, config)), None
+    )
 
 
 def test_a_norm_that_no_model_applies_is_passed_over_and_nothing_else(tmp_path):
@@ -314,7 +316,7 @@ def through_layout(layout: dict, source: str, target: str) -> None:
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
-    folder, table = case.convert.located(Path(source), case.CONFIG)
+    folder, table = case.convert.find_transformer(Path(source), case.CONFIG)
     release.load(chunks, table.entries(folder), table)
     wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
     checkpoint.save(Path(target), 1, wrapped, None, {}, fsdp=o.fsdp)
@@ -327,7 +329,7 @@ def through_layout(layout: dict, source: str, target: str) -> None:
 )
 def test_weights_survive_a_layout_bit_exactly(layout, released, tmp_path):
     run_ranks(2, through_layout, layout, str(released), str(tmp_path))
-    source, saved = release.open_source(*case.convert.located(released, case.CONFIG)), tmp_path / "step-000001"
+    source, saved = release.open_source(*case.convert.find_transformer(released, case.CONFIG)), tmp_path / "step-000001"
     for name in case.convert.shapes(case.CONFIG):
         assert torch.equal(checkpoint.read_tensor(saved, name), source.read(name)), name
 

@@ -50,7 +50,7 @@ def quantize(chunks) -> None:
 
 
 def built(o, state, grid=case.GRID) -> tuple:
-    """(chunks, moment) as infer.py builds them."""
+    """(chunks, position) as infer.py builds them."""
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, state)
     if o.quantize == "int8":
@@ -62,13 +62,13 @@ def built(o, state, grid=case.GRID) -> tuple:
     return chunks, accelerate.apply(chunks, o, case.CONFIG, grid)
 
 
-def sampled(o, chunks, moment, grid=case.GRID, pair=None, video: int = 0) -> torch.Tensor:
+def sampled(o, chunks, position, grid=case.GRID, pair=None, video: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(video)
     text = torch.randn(1, case.CONFIG.text_len, case.CONFIG.text_dim, generator=g)
     empty = torch.randn(case.CONFIG.text_len, case.CONFIG.text_dim, generator=torch.Generator().manual_seed(99))
     return infer.sample(
         chunks, o, case.CONFIG, text, empty, grid, [o.seed + video],
-        sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg, moment=moment, pair=pair,
+        sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg, position=position, pair=pair,
     )  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def on_ranks(cases: list[tuple[dict, tuple]]) -> list[tuple[int, torch.Tensor]]:
         o = options(grid, **values)
         parallel.initialize(o)
         video, pair = sampling.video_groups(o)
-        chunks, moment = built(o, case.random_state(), grid)
-        lane = parallel.mpu.get_data_parallel_rank() // (o.dp // o.lanes)
-        out.append((lane, sampled(o, chunks, moment, grid, pair, lane)))
+        chunks, position = built(o, case.random_state(), grid)
+        lane = parallel.mpu.get_data_parallel_rank() // (o.dp // o.videos_at_once)
+        out.append((lane, sampled(o, chunks, position, grid, pair, lane)))
         import_module(f"zoo.{case.RECIPE}.perf_generation").leave_groups(video, pair)
     return out
 
@@ -121,8 +121,8 @@ def test_every_layout_samples_what_one_process_samples(world):
             o, state = options(grid), rounded_by_slices(case.random_state(), layout["tp"])
         else:
             o, state = options(grid, **both), case.random_state()
-        chunks, moment = built(o, state, grid)
-        wants.append([sampled(o, chunks, moment, grid, video=i) for i in range(2)])
+        chunks, position = built(o, state, grid)
+        wants.append([sampled(o, chunks, position, grid, video=i) for i in range(2)])
     results = run_ranks(world, on_ranks, cases)
     for i, (values, _) in enumerate(cases):
         lanes = {result[i][0] for result in results}
@@ -171,7 +171,7 @@ def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
     """The oracle: hooks on a plain model that count its calls, of which it makes the same number in every step."""
     o, plain = options(cfg=cfg, **CACHED), options(cfg=cfg)
     got = sampled(o, *built(o, state))
-    chunks, moment = built(plain, state)
+    chunks, position = built(plain, state)
     branches, seen = (2 if cfg != 1 else 1), {}
 
     def replace(block: int):
@@ -187,7 +187,7 @@ def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
 
     for i, block in chunks[0].blocks.items():
         block.self_attn.register_forward_hook(replace(int(i)))
-    want = sampled(plain, chunks, moment)
+    want = sampled(plain, chunks, position)
     assert torch.equal(got, want)
     assert apart(want, sampled(plain, *built(plain, state))) > 1e-3  # the cache does something
 
@@ -195,27 +195,27 @@ def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
 @pytest.mark.parametrize("settings", [CACHED, BLOCKS], ids=lambda s: s["cache"])
 def test_cache_is_not_fooled_by_further_calls_or_further_videos(settings, state, monkeypatch):
     o = options(**settings)
-    chunks, moment = built(o, state)
-    first, second = (sampled(o, chunks, moment, video=i) for i in range(2))
+    chunks, position = built(o, state)
+    first, second = (sampled(o, chunks, position, video=i) for i in range(2))
     assert torch.equal(second, sampled(o, *built(o, state), video=1))
     once, calls = infer.velocity, []
 
     def twice(*args, **kwargs):
-        calls.append(moment.step)
+        calls.append(position.step)
         for _ in range(len(calls) % 3):  # an uneven number of times
             once(*args, **kwargs)
         return once(*args, **kwargs)
 
     monkeypatch.setattr(infer, "velocity", twice)
-    assert torch.equal(first, sampled(o, chunks, moment, video=0)) and len(calls) == 2 * STEPS
+    assert torch.equal(first, sampled(o, chunks, position, video=0)) and len(calls) == 2 * STEPS
     kept = [m.reuse.kept for m in chunks[0].modules() if hasattr(m, "reuse")]
     assert len(kept) == (4 if o.cache == "attention" else 1) and not any(kept)  # nothing is held after the last use
 
 
 def test_stated_size_of_the_cache_is_what_it_holds(state):
     o = options(**CACHED | {"cache_start": 0, "cache_end": STEPS - 1})
-    chunks, moment = built(o, state)
-    sampled(o, chunks, moment)
+    chunks, position = built(o, state)
+    sampled(o, chunks, position)
     held = [v for m in chunks[0].modules() if hasattr(m, "reuse") for _, _, v in m.reuse.kept.values()]
     assert sum(v.nbytes for v in held) == case.config.cache_gib(o, case.CONFIG, case.CONFIG.tokens(case.GRID)) * 2**30
 
@@ -224,11 +224,11 @@ def test_stated_size_of_the_cache_is_what_it_holds(state):
 
 
 def test_sparse_attention_is_dense_attention_under_its_mask():
-    moment = caches.Moment(step=2)
+    position = caches.SamplerPosition(step=2)
     frames, rows, columns = 3, 8, 32
     L, N, E = frames * rows * columns, 2, 24
     q, k, v = (torch.randn(L, 1, N, E, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    sparse = accelerate.SparseAttention(WIDE, case.CONFIG, 0.5, 2, moment)
+    sparse = accelerate.SparseAttention(WIDE, case.CONFIG, 0.5, 2, position)
     plain = F.scaled_dot_product_attention
     with FlopCounterMode(display=False) as work:
         got = sparse(q, k, v)
@@ -244,10 +244,10 @@ def test_sparse_attention_is_dense_attention_under_its_mask():
     assert apart(got, want) <= TOLERANCE and not seen.all()
     pooling = 2 * N * 6 * 6 * E
     assert work.get_total_flops() == 4 * E * seen.sum() + pooling  # scores that are masked out are not computed
-    moment.step = 1
+    position.step = 1
     dense = plain(*heads).permute(2, 0, 1, 3)
     assert apart(sparse(q, k, v), dense) <= TOLERANCE and apart(got, dense) > 1e-3
-    everything = accelerate.SparseAttention(WIDE, case.CONFIG, 0.0, 0, moment)
+    everything = accelerate.SparseAttention(WIDE, case.CONFIG, 0.0, 0, position)
     assert apart(everything(q, k, v), dense) <= TOLERANCE
 
 

@@ -68,9 +68,9 @@ def beside_others(folder: Path, task: str) -> dict[str, torch.Tensor]:
         out["ours"] = model(x, t, text, *given)
         merge_in_memory([model])
         out["merged here"] = model(x, t, text, *given)
-        base = release.open_source(*case.convert.located(released, config))
+        base = release.open_source(*case.convert.find_transformer(released, config))
         wide = release.Source(lambda name: 4, lambda name: base.read(name).float())
-        wide = release.merged(wide, *case.convert.adapter(folder / "adapter", config))
+        wide = release.merge_adapter(wide, *case.convert.adapter(folder / "adapter", config))
         case.convert.write_released(folder / "merged", "diffusers", config, wide, released)
         kind = WanImageToVideoPipeline if given else WanPipeline
         pipeline = kind.from_pretrained(released, torch_dtype=torch.float32)
@@ -125,7 +125,7 @@ def test_layouts_equal_single_process():
 def merge_in_memory(chunks: list[torch.nn.Module]) -> None:
     """Adds s B A to W, in modules that hold all of W, and gives them back their plain forward."""
     for module in [m for chunk in chunks for m in chunk.modules() if type(m) in lora.PLAIN]:
-        module.weight.copy_(lora.merged(module.weight, module.lora_A, module.lora_B, module.lora.scale))
+        module.weight.copy_(lora.merge(module.weight, module.lora_A, module.lora_B, module.lora.scale))
         module.__class__ = lora.PLAIN[type(module)]
         del module.lora, module.lora_dropout, module.lora_A, module.lora_B
 
@@ -212,7 +212,7 @@ def write(path: Path, writer: str, found: dict, extra: dict | None = None) -> No
 
 
 def merged_from(path: Path, config, state: dict) -> dict[str, torch.Tensor]:
-    source = release.merged(release.Source(None, state.__getitem__), *case.convert.adapter(path, config))
+    source = release.merge_adapter(release.Source(None, state.__getitem__), *case.convert.adapter(path, config))
     return {name: source.read(name) for name in state}
 
 

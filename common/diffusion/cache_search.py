@@ -21,7 +21,7 @@ INTERVALS = (2, 3, 4, 6)
 
 
 @dataclass(frozen=True)
-class Tried:
+class Measurement:
     """A setting and its results: seconds of a video (median), PSNR and SSIM of the worst video."""
 
     kind: str
@@ -59,7 +59,7 @@ def search(
         plan.interval = 1
         return result
 
-    def measure(*key) -> Tried:
+    def measure(*key) -> Measurement:
         """Measures a (kind, start, interval, end) once."""
         if key not in tried:
             videos, seconds = with_cache(*key)
@@ -67,7 +67,7 @@ def search(
             worst = min(scores.psnr(*pair) for pair in pairs), min(scores.ssim(*pair) for pair in pairs)
             shared = [(seconds, *worst)]
             dist.broadcast_object_list(shared, 0)  # so that every rank takes the same decisions
-            tried[key] = Tried(*key, *shared[0])
+            tried[key] = Measurement(*key, *shared[0])
             if main_rank:
                 print(_line(tried[key], plain_seconds, psnr), flush=True)
         return tried[key]
@@ -95,7 +95,7 @@ def search(
         print(f"no setting keeps {psnr} dB and saves time; fix: a lower --psnr, or more --sample-steps")
 
 
-def _line(t: Tried, plain: float, bound: float) -> str:
+def _line(t: Measurement, plain: float, bound: float) -> str:
     keeps = "keeps" if t.psnr >= bound else "loses"
     psnr = "  equal" if math.isinf(t.psnr) else f"{t.psnr:7.2f}"
     return (

@@ -4,8 +4,9 @@
 - window order: the order of tokens in which sparse attention leaves out blocks of tokens.
 - int8: linears keep weights of one byte, with a scale per output channel.
 
-They read the sampler's position from a `Moment`, and count nothing themselves. A cached value is keyed by the guidance
-branch, the video and the step at which it was computed. Each block has its own `Reuse`, so values never mix.
+They read which step and branch it is from a `SamplerPosition`, and count nothing themselves. A cached value is keyed by
+the guidance branch, the video and the step at which it was computed. Each block has its own `Reuse`, so values never
+mix.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ WINDOW = 8  # side, in tokens, of the spatial windows of sparse attention
 
 
 @dataclass
-class Moment:
+class SamplerPosition:
     """The sampler's position. The sampler writes it; the modules here read it."""
 
     video: int = -1
@@ -45,13 +46,13 @@ class Schedule:
 class Reuse:
     """The last computed value of each branch, and the rule for its reuse."""
 
-    def __init__(self, schedule: Schedule, moment: Moment):
-        self.schedule, self.moment = schedule, moment
+    def __init__(self, schedule: Schedule, position: SamplerPosition):
+        self.schedule, self.position = schedule, position
         self.kept: dict[int, tuple[int, int, torch.Tensor]] = {}  # branch -> video, step, value
 
     def get(self) -> torch.Tensor | None:
-        """Returns the value to reuse at this moment, or None if it must be computed."""
-        plan, now = self.schedule, self.moment
+        """Returns the value to reuse at this position, or None if it must be computed."""
+        plan, now = self.schedule, self.position
         age = (now.step - plan.start) % plan.interval
         if not plan.start < now.step <= plan.end or age == 0 or now.branch not in self.kept:
             return None
@@ -60,7 +61,7 @@ class Reuse:
 
     def put(self, value: torch.Tensor) -> None:
         """Keeps a computed value if a later step may reuse it; drops the value that it replaces."""
-        plan, now = self.schedule, self.moment
+        plan, now = self.schedule, self.position
         self.kept.pop(now.branch, None)
         if plan.interval > 1 and plan.start <= now.step < plan.end:
             self.kept[now.branch] = now.video, now.step, value

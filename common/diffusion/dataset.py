@@ -70,7 +70,7 @@ class Index:
     buckets: list[Bucket]
     fps: float | None
     decoder: str = "pyav"
-    list_content: str = ""  # `resume.content` of the list that was scanned
+    list_content: str = ""  # `resume.content_hash` of the list that was scanned
 
     def save(self, path: str | Path) -> None:
         head = {"kind": "index", "buckets": [str(bucket) for bucket in self.buckets], "fps": self.fps}
@@ -184,7 +184,7 @@ def build_index(o, source: Path, buckets: list[Bucket], *, pairs: bool, name: st
         print(report, flush=True)
         report.check(len(index.rows) + sum(report.counts.values()), o.max_drop)
         print(count_frames(index, o.global_batch), flush=True)
-        dataclasses.replace(index, list_content=resume.content([source])).save(path)
+        dataclasses.replace(index, list_content=resume.content_hash([source])).save(path)
     dist.barrier()
     return Index.load(path)
 
@@ -209,7 +209,7 @@ def _still_holds(path: Path, source: Path, buckets: list[Bucket], o) -> bool:
     if not path.is_file():
         return False
     saved = Index.load(path)
-    requested = (resume.content([source]), buckets, o.fps or None, o.decoder)
+    requested = (resume.content_hash([source]), buckets, o.fps or None, o.decoder)
     if requested == (saved.list_content, saved.buckets, saved.fps, saved.decoder):
         return True
     print(f"{path} is of another list, --buckets, --fps or --decoder: scanning again", flush=True)

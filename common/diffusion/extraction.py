@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import weights
-from common.data import inheritance_kept, start_decoding
+from common.data import start_decoding, without_collecting_inherited
 from common.drops import check_drops, note_drops
 from common.video import VideoError
 
@@ -88,7 +88,7 @@ def _make_shards(o, index: Index, shards: list[range], encode: Callable, encode_
     loader = DataLoader(
         Decoded(dataset), batch_size=None, sampler=order, num_workers=o.workers, worker_init_fn=start_decoding
     )
-    with inheritance_kept():
+    with without_collecting_inherited():
         loader = iter(loader)
     for row, pixels in loader:
         if isinstance(pixels, str):

@@ -65,7 +65,7 @@ def encoder_facts(o, frozen: dict[str, str], task: str | None) -> dict[str, str]
 
 def describe(o, facts: dict) -> dict:
     """Returns settings.json of the features folder that `o` asks for. facts: those of the encoders and the model."""
-    data = {"data": str(o.data.absolute()), "list": resume.content([o.data]) if o.data.is_file() else None}
+    data = {"data": str(o.data.absolute()), "list": resume.content_hash([o.data]) if o.data.is_file() else None}
     return data | {"buckets": o.buckets, "fps": o.fps, "rows_of_shard": o.rows_of_shard} | facts
 
 
@@ -96,19 +96,19 @@ def read_settings(folder: Path) -> dict:
     return weights.read_json(folder / "settings.json")
 
 
-def apply_features(o, asked: set[str]):
-    """Returns the options with the buckets and the frame rate of --features. asked: the flags on the command line.
+def apply_features(o, flags: set[str]):
+    """Returns the options with the buckets and the frame rate of --features. flags: those given on the command line.
 
     Raises:
         ValueError: the command line also has options of data, or other buckets or another rate.
     """
     if o.features is None:
         return o
-    if refused := {"--data", "--cache", "--decoder"} & asked:
+    if refused := {"--data", "--cache", "--decoder"} & flags:
         raise ValueError(f"{refused.pop()} beside --features, which are of their own data; fix: leave one of them out")
     saved = read_settings(o.features)
     for flag, key in (("--buckets", "buckets"), ("--fps", "fps")):
-        if flag in asked and getattr(o, key) != saved[key]:
+        if flag in flags and getattr(o, key) != saved[key]:
             raise ValueError(
                 f"{o.features} was made with {key} {saved[key]} and not {getattr(o, key)}; fix: leave {flag} out, or "
                 "extract_features.sh with it"

@@ -113,7 +113,7 @@ class AccelerateOptions(JobOptions):
     )
 
     @property
-    def lanes(self) -> int:
+    def videos_at_once(self) -> int:
         """The number of videos made at the same time."""
         return self.dp // (2 if self.cfg_parallel else 1)
 
@@ -204,12 +204,12 @@ def check_decoder(o) -> None:
         raise ValueError(f"--decoder decord with workers={o.workers}: it hangs in forked processes; fix: --workers 0")
 
 
-def check_job(o, asked: set[str], launchers: dict[str, str]) -> None:
-    """Refuses options of another job, and batch sizes of dpo that do not hold whole pairs. asked: the flags on the
+def check_job(o, flags: set[str], launchers: dict[str, str]) -> None:
+    """Refuses options of another job, and batch sizes of dpo that do not hold whole pairs. flags: those given on the
     command line. launchers: the launchers of the option groups adapters and preference, in words."""
     for f in dataclasses.fields(o):
         flag, group = flag_of(f.name), f.metadata["group"]
-        if flag not in asked or getattr(o, f.name) == f.default:  # a printed config gives every option
+        if flag not in flags or getattr(o, f.name) == f.default:  # a printed config gives every option
             continue
         if (group == "adapters" and not o.adapts) or (group == "preference" and o.job != "dpo"):
             raise ValueError(f"{flag} is of {launchers[group]}, and this is {o.job}; fix: leave {flag} out")
@@ -226,7 +226,7 @@ def check_job(o, asked: set[str], launchers: dict[str, str]) -> None:
             "--adapter: the reference is the model without adapters; fix: --weights with it merged, and no --adapter"
         )
     for name in ("micro_batch", "global_batch"):
-        odd = (getattr(o, name) or 0) % 2 and (name == "global_batch" or flag_of(name) in asked)
+        odd = (getattr(o, name) or 0) % 2 and (name == "global_batch" or flag_of(name) in flags)
         if odd:
             raise ValueError(
                 f"{name}={getattr(o, name)}; expected an even number, a pair is two videos; fix: {flag_of(name)}"
@@ -244,12 +244,12 @@ def check_targets(targets: str, linears: list[str]) -> None:
         )
 
 
-def without_layout(o, asked: set[str]):
+def without_layout(o, flags: set[str]):
     """Returns the options of a job that splits no model, whatever the named layout says. Raises ValueError if the
     command line asks for a split."""
     one_device = {"tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "fsdp": False}
     for name in one_device:
-        if {f"--{name}", f"--no-{name}"} & asked:
+        if {f"--{name}", f"--no-{name}"} & flags:
             raise ValueError(f"--{name}: extraction splits no model, its processes share the videos; fix: NPROC alone")
     return dataclasses.replace(o, **one_device, recompute="none", micro_batch=1, global_batch=None)
 
@@ -269,7 +269,7 @@ def check_acceleration(o, layers: int, latents: tuple[int, int, int], tokens: tu
 
     layers: blocks of the model. latents, tokens: frames, rows and columns of the video's latents and of its tokens.
     """
-    steps, ranks = o.sample_steps, o.world // max(o.lanes, 1)
+    steps, ranks = o.sample_steps, o.world // max(o.videos_at_once, 1)
     if o.cfg_parallel and o.cfg == 1:
         raise ValueError("cfg_parallel with cfg=1, which has no second branch; fix: --cfg or --no-cfg-parallel")
     if o.cfg_parallel and o.dp % 2:
@@ -279,7 +279,7 @@ def check_acceleration(o, layers: int, latents: tuple[int, int, int], tokens: tu
         )
     if o.vae_parallel and ranks == 1:
         raise ValueError(
-            f"vae_parallel with one rank to each of {o.lanes} videos at a time; expected several ranks to a video; "
+            f"vae_parallel with one rank to each of {o.videos_at_once} videos at a time; expected several ranks to a video; "
             "fix: --cfg-parallel, --cp, --tp or --pp, or --no-vae-parallel"
         )
     if o.vae_parallel and ranks > latents[1]:
@@ -389,10 +389,10 @@ def run_facts(o, start: dict, frozen: dict[str, str]) -> dict:
     order. frozen: the content of the encoders."""
     facts = {"job": o.job, "seed": o.seed, "global_batch": o.global_batch, "buckets": o.buckets, "fps": o.fps}
     listed = o.features / "index.jsonl" if o.features else o.data
-    content = resume.content([listed]) if listed.is_file() else None  # the demo's list may not be made yet
+    content = resume.content_hash([listed]) if listed.is_file() else None  # the demo's list may not be made yet
     facts |= {"data": {"path": str(o.features or o.data), "content": content}, "decoder": o.decoder}
     tokenizer = sorted(p for p in (o.weights / "tokenizer").glob("*") if p.is_file())
-    facts |= {"tokenizer": {"path": str(o.weights / "tokenizer"), "content": resume.content(tokenizer)}}
+    facts |= {"tokenizer": {"path": str(o.weights / "tokenizer"), "content": resume.content_hash(tokenizer)}}
     return start | facts | frozen
 
 

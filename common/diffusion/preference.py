@@ -116,8 +116,8 @@ def held_out(o, batches, chunks: list[torch.nn.Module], reference: Callable, mea
     return {key: value / count for key, value in totals.items()} | {"pairs": len(batches.dataset), "draws": DRAWS}
 
 
-def describe(found: dict) -> str:
+def describe(results: dict) -> str:
     return (
-        f"        {found['pairs']} held-out pairs: smaller error for the chosen video in {found['after']:.0%} (before "
-        f"{found['before']:.0%}), greater reward in {found['reward accuracy']:.0%}, mean margin {found['margin']:.2f}"
+        f"        {results['pairs']} held-out pairs: smaller error for the chosen video in {results['after']:.0%} (before "
+        f"{results['before']:.0%}), greater reward in {results['reward accuracy']:.0%}, mean margin {results['margin']:.2f}"
     )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import device
 
-from .caches import Moment
+from .caches import SamplerPosition
 
 # ---- the loop ----
 
@@ -45,7 +45,7 @@ def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
 
 def sample_latents(
     velocity: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], noise: torch.Tensor, scheduler, *, cfg: float,
-    start: torch.Tensor | None = None, strength: float = 1.0, moment: Moment | None = None,
+    start: torch.Tensor | None = None, strength: float = 1.0, position: SamplerPosition | None = None,
     pair: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Samples latents [B, C, F, H, W] from `noise` of that shape.
@@ -55,10 +55,10 @@ def sample_latents(
             1 without. The samples follow v1 + cfg (v0 - v1); with cfg = 1 there is no second branch.
         start: latents [B, C, F, H, W] of a video to start from (SDEdit, arXiv:2108.01073). They get the noise level of
             the step from which the share `strength` of the steps is left to take.
-        moment: the sampler's position, which the caches read.
+        position: the sampler's position, which the caches read.
         pair: the two ranks that compute a branch each.
     """
-    x, moment = noise, moment or Moment()
+    x, position = noise, position or SamplerPosition()
     branches = range(1 if cfg == 1 else 2)
     mine = branches if pair is None else [pair.rank()]
     times, first = scheduler.timesteps, 0
@@ -69,11 +69,11 @@ def sample_latents(
         euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         x = scheduler.scale_noise(start, level, x) if euler else scheduler.add_noise(start, x, level)
     progress = tqdm(times, disable=dist.get_rank() > 0 or not sys.stderr.isatty(), leave=False, desc="sampling")
-    moment.video += 1
-    for moment.step, t in enumerate(progress, first):
+    position.video += 1
+    for position.step, t in enumerate(progress, first):
         parts = []
-        for moment.branch in mine:
-            parts.append(velocity(x, t.expand(len(x)).float(), moment.branch))
+        for position.branch in mine:
+            parts.append(velocity(x, t.expand(len(x)).float(), position.branch))
         if pair is not None:
             own, parts = parts[0].contiguous(), [torch.empty_like(x) for _ in branches]
             dist.all_gather(parts, own, group=pair)
@@ -93,7 +93,7 @@ def video_groups(o) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """
     ranks = mpu.RankGenerator(tp=o.tp, ep=1, dp=o.dp, pp=o.pp, cp=o.cp, order="tp-cp-ep-dp-pp")
     samples = ranks.get_ranks("tp-cp-pp")  # of each data-parallel rank
-    dp_per_video, video, pair = o.dp // o.lanes, None, None
+    dp_per_video, video, pair = o.dp // o.videos_at_once, None, None
     for first in range(0, o.dp, dp_per_video):
         together = samples[first : first + dp_per_video]
         for members in [sum(together, []), *(zip(*together, strict=True) if o.cfg_parallel else ())]:
@@ -105,19 +105,19 @@ def video_groups(o) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     return video, pair
 
 
-def lane_of(o) -> int:
-    """Returns which of the `o.lanes` videos made at the same time is this rank's."""
-    return mpu.get_data_parallel_rank() // (o.dp // o.lanes)
+def video_slot(o) -> int:
+    """Returns which of the `o.videos_at_once` videos made at the same time is this rank's."""
+    return mpu.get_data_parallel_rank() // (o.dp // o.videos_at_once)
 
 
-def share_out(places: list[int], o, batch: int = 1) -> Iterator[tuple[list[int], bool]]:
+def turns_of_rank(places: list[int], o, batch: int = 1) -> Iterator[tuple[list[int], bool]]:
     """Yields this rank's turns: up to `batch` of the `places`, and whether they count.
 
     Every rank takes every turn, because FSDP gathers parameters in each. A rank with no place left repeats the last
     place, and this turn does not count.
     """
-    mine = places[lane_of(o) :: o.lanes]
-    for start in range(0, -(-len(places) // o.lanes), batch):
+    mine = places[video_slot(o) :: o.videos_at_once]
+    for start in range(0, -(-len(places) // o.videos_at_once), batch):
         yield mine[start : start + batch] or places[-1:], start < len(mine)
 
 

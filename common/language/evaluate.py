@@ -283,28 +283,28 @@ def run(o: EvaluateOptions, lm: HarnessModel) -> dict:
         )
 
 
-def find_chance(name: str, metric: str, found: dict) -> float | None:
+def find_chance(name: str, metric: str, results: dict) -> float | None:
     """Returns what guessing scores: `chance` of a task's metadata, else 1 / number of choices; None if unknown."""
-    config = found["configs"].get(name, {})
+    config = results["configs"].get(name, {})
     stated = (config.get("metadata") or {}).get("chance")
     if stated is not None or config.get("output_type") != "multiple_choice" or metric not in ("acc", "acc_norm"):
         return stated
-    choices = [len(sample["arguments"]) for sample in found["samples"][name]]
+    choices = [len(sample["arguments"]) for sample in results["samples"][name]]
     return sum(1 / n for n in choices) / len(choices)
 
 
-def list_results(found: dict) -> list[dict]:
+def list_results(results: dict) -> list[dict]:
     """Returns a row per task and metric, {"task", "metric", "value", "stderr", "chance", "n"}; groups come last."""
     rows = []
-    for name, values in {**found["results"], **found.get("groups", {})}.items():
-        leaves = [name] if name in found["n-samples"] else list_tasks(name, found)
-        sizes = {leaf: found["n-samples"][leaf]["effective"] for leaf in leaves}
+    for name, values in {**results["results"], **results.get("groups", {})}.items():
+        leaves = [name] if name in results["n-samples"] else list_tasks(name, results)
+        sizes = {leaf: results["n-samples"][leaf]["effective"] for leaf in leaves}
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
-            chances = [find_chance(leaf, metric, found) for leaf in leaves]
+            chances = [find_chance(leaf, metric, results) for leaf in leaves]
             known = chances and None not in chances
             mean = (
                 sum(c * n for c, n in zip(chances, sizes.values(), strict=True)) / sum(sizes.values())
@@ -318,10 +318,12 @@ def list_results(found: dict) -> list[dict]:
     return rows
 
 
-def list_tasks(group: str, found: dict) -> list[str]:
+def list_tasks(group: str, results: dict) -> list[str]:
     """Returns the tasks of a group and of the groups in it."""
-    members = found["group_subtasks"].get(group, [])
-    return [leaf for name in members for leaf in ([name] if name in found["n-samples"] else list_tasks(name, found))]
+    members = results["group_subtasks"].get(group, [])
+    return [
+        leaf for name in members for leaf in ([name] if name in results["n-samples"] else list_tasks(name, results))
+    ]
 
 
 def format_table(rows: list[dict]) -> str:
@@ -336,17 +338,17 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(o: EvaluateOptions, found: dict, about: dict) -> None:
-    rows = list_results(found)
+def report(o: EvaluateOptions, results: dict, about: dict) -> None:
+    rows = list_results(results)
     samples = o.out / "samples"
     samples.mkdir(exist_ok=True)
-    for name, task_samples in found["samples"].items():
+    for name, task_samples in results["samples"].items():
         lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in task_samples]
         (samples / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     facts = about | {
         "command": os.environ.get("ZOO_COMMAND", " ".join(sys.argv)), "commit": runlog.commit(),
         "hardware": device.name(), "devices": o.world, "harness": f"lm_eval {lm_eval.__version__}",
-        "task versions": found["versions"], "examples before a question": found["n-shot"], "limit": o.limit,
+        "task versions": results["versions"], "examples before a question": results["n-shot"], "limit": o.limit,
         "chat": o.chat, "results": rows,
     }  # fmt: skip
     (o.out / "results.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")

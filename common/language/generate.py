@@ -236,11 +236,11 @@ def gather_logits(hidden: torch.Tensor, model) -> torch.Tensor:
     return torch.cat(parts, -1)
 
 
-def render_questions(tokenizer, asked: list[tuple], thinking: bool) -> list[str]:
+def render_questions(tokenizer, questions: list[tuple], thinking: bool) -> list[str]:
     """Renders the result of `read_questions` with the chat template. Raises ValueError, which names the line, if the
     template refuses a question."""
     texts = []
-    for where, messages, tools in asked:
+    for where, messages, tools in questions:
         try:
             texts.append(render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking))
         except BadRow as error:
@@ -264,10 +264,10 @@ def show_answer(tokenizer) -> Callable[[int], None]:
     return show
 
 
-def write_answers(out: Path, asked: list[tuple], answers: list[str]) -> None:
+def write_answers(out: Path, questions: list[tuple], answers: list[str]) -> None:
     """Writes a JSON line for each question of `read_questions`, with its answer."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    asked = [{"prompt": m[0]["content"]} if len(m) == 1 else {"messages": m} for _, m, _ in asked]
-    rows = [row | {"answer": answer} for row, answer in zip(asked, answers, strict=True)]
+    questions = [{"prompt": m[0]["content"]} if len(m) == 1 else {"messages": m} for _, m, _ in questions]
+    rows = [row | {"answer": answer} for row, answer in zip(questions, answers, strict=True)]
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} answers in {out}")

@@ -208,10 +208,10 @@ def fill_tokenizer(o, demo: Demo):
     return dataclasses.replace(o, tokenizer=demo.tokenizer)
 
 
-def drop_batch(o, asked: set[str]):
+def drop_batch(o, flags: set[str]):
     """Resets the batch options for a job that does not train. A named layout's split of the model counts only if
     --layout or the split's own option is given."""
-    one_device = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & asked}
+    one_device = {k: v for k, v in ONE_DEVICE.items() if not {f"--{k}", f"--no-{k}", "--layout"} & flags}
     return dataclasses.replace(o, micro_batch=1, global_batch=None, **one_device)
 
 
@@ -226,7 +226,7 @@ def run_facts(o: TrainOptions, start: dict) -> dict:
         facts |= {"too_long": o.too_long, "train_on": o.train_on}
     exist = all(file.is_file() for file in files)  # the demo's files are made after the first call
     return start | facts | {
-        "data": {"path": str(o.data), "content": resume.content(files) if exist else None},
+        "data": {"path": str(o.data), "content": resume.content_hash(files) if exist else None},
         "tokenizer": {"path": str(o.tokenizer), "content": tokenizer_hash(o.tokenizer)},
     }  # fmt: skip
 
@@ -265,25 +265,25 @@ def describe(o, config, trained: int, memory: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_job(o: TrainOptions, asked: set[str]) -> None:
+def check_job(o: TrainOptions, flags: set[str]) -> None:
     """Refuses options of another job or of another loss, so that none is silently ignored."""
 
     def refuse(flag: str, where: str) -> None:
         raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
 
-    if "--train-on" in asked and o.job in ("pretrain", "dpo"):
+    if "--train-on" in flags and o.job in ("pretrain", "dpo"):
         refuse("--train-on", "sft.sh and lora.sh")
     for f in dataclasses.fields(o):
         flag, jobs = "--" + f.name.replace("_", "-"), ONLY.get(f.metadata["group"], (o.job,))
-        if flag in asked and o.job not in jobs:
+        if flag in flags and o.job not in jobs:
             refuse(flag, " and ".join(f"{job}.sh" for job in jobs))
-        if flag in asked and o.adapter and flag in LORA_SETTINGS:
+        if flag in flags and o.adapter and flag in LORA_SETTINGS:
             refuse(flag, f"new adapters (--adapter {o.adapter} brings its own settings)")
-    if "--gamma" in asked and o.preference != "simpo":
+    if "--gamma" in flags and o.preference != "simpo":
         refuse("--gamma", "--preference simpo")
     if o.label_smoothing and o.preference in ("hinge", "ipo"):
         refuse("--label-smoothing", "--preference sigmoid or simpo")
-    for flag in {"--merge", "--quantize"} & asked:
+    for flag in {"--merge", "--quantize"} & flags:
         if o.job == "dpo" and not o.adapts:
             refuse(flag, "adapters (--lora-rank or --adapter)")
 

@@ -205,7 +205,7 @@ def run(o: PreprocessOptions, vocab_size: int, shard_size: int = SHARD) -> dict:
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     if meta := _made(o.out, key):
         return meta
-    with processes.alone(o.out, key):
+    with processes.exclusive(o.out, key):
         return _made(o.out, key) or _make(o, key, about, tokenizer, shard_size)
 
 

@@ -108,7 +108,7 @@ def oracle(config: Qwen3Config) -> torch.nn.Module:
     )
 
 
-def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+def to_oracle(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Converts a name and its tensor (a weight or its gradient) to the oracle's, whose stacked experts have another
     order of axes."""
     key = convert.released(name)
@@ -119,7 +119,7 @@ def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     return key, tensor
 
 
-def their_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
+def oracle_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
     """Computes the oracle's loss on the samples of a step. It reads every document by itself."""
     losses = []
     for s in samples:

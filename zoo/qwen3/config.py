@@ -232,17 +232,17 @@ def size_of(folder: Path) -> str:
     return release.name_size(folder, {name: _differs(architecture, config) for name, config in SIZES.items()})
 
 
-def _differs(found: Qwen3Config, wanted: Qwen3Config) -> list[str]:
+def _differs(actual: Qwen3Config, expected: Qwen3Config) -> list[str]:
     """Lists how an architecture differs from that of a size. Some fields do not count: the releases of one size (base,
     2507, Coder, ...) differ in positions, and in the width of dense layers where no layer is dense; users resize the
     vocabulary."""
     free = {"rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"}
     free |= {"vocab_size", "initializer_range"}
-    free |= {"intermediate_size"} if found.num_experts and wanted.num_experts else set()
-    return release.differences(found, wanted, free)
+    free |= {"intermediate_size"} if actual.num_experts and expected.num_experts else set()
+    return release.differences(actual, expected, free)
 
 
-def resized(o, config: Qwen3Config) -> str | None:
+def describe_vocabulary_change(o, config: Qwen3Config) -> str | None:
     """Says in words how the vocabulary of --weights differs from the published one. None: it does not."""
     published = SIZES[o.size].vocab_size
     if o.weights is None or config.vocab_size == published:

@@ -66,11 +66,11 @@ def open_source(folder: Path, config: Qwen3Config) -> Source:
     return release.open_source(folder, table(config))
 
 
-def write_released(out: Path, config: Qwen3Config, source: Source, beside: Path | None) -> None:
-    """Writes the released layout, and copies the tokenizer's files from the folder `beside`."""
+def write_released(out: Path, config: Qwen3Config, source: Source, copy_from: Path | None) -> None:
+    """Writes the released layout, and copies the tokenizer's files from the folder `copy_from`."""
     release.write(out, table(config), source)
     (out / "config.json").write_text(json.dumps(config.to_released(), indent=2))
-    release.copy_files(COPIED, beside, out)
+    release.copy_files(COPIED, copy_from, out)
 
 
 def adapter(path: Path, config: Qwen3Config) -> dict[str, adapters.Pair]:
@@ -92,7 +92,7 @@ def main(o: "ConvertOptions") -> None:
     config = model_config(o)
     source = open_source(o.weights, config)
     if o.adapter:
-        source = release.merged(source, adapter(o.adapter, config))
+        source = release.merge_adapter(source, adapter(o.adapter, config))
     if o.to == "sharded":
         state = {"model": dataclasses.asdict(config)}
         release.write_sharded(o.out, table(config), source, state, [o.weights / name for name in COPIED])

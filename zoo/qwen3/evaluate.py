@@ -9,7 +9,7 @@ The mechanics are in common/language/evaluate.py.
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from common.jobs import content
+from common.jobs import content_name
 from common.language.evaluate import Answers, HarnessModel, answer, broadcast, report, run
 from common.language.options import EvaluateOptions
 
@@ -19,7 +19,7 @@ from .infer import end_tokens, load_model
 
 def identity(o: EvaluateOptions) -> dict:
     """Returns everything that an answer depends on besides its request."""
-    weights = content(o.weights)
+    weights = content_name(o.weights)
     return {"weights": str(o.weights.absolute()), "content": weights, "precision": o.precision, "seed": o.seed}
 
 

@@ -65,7 +65,7 @@ def table(size: str, length: int, precision: str) -> Iterator[dict]:
             measured = measure(o)
         estimate = memory_estimate(o, SIZES[size], length, trained_parameters(o, SIZES[size]))
         yield memory.row(
-            o, model="Qwen3", layout=name, shape=length, sample=f"{length} tokens", found=measured, estimate=estimate
+            o, model="Qwen3", layout=name, shape=length, sample=f"{length} tokens", measured=measured, estimate=estimate
         )
 
 

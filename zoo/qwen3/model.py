@@ -181,11 +181,11 @@ class Qwen3SparseMLP(nn.Module):
         if self.training and torch.is_grad_enabled():
             chosen = self.router.add_losses(chosen, logits, probs, counts, self.mc)
         if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
-            out, computed = self.gathered(tokens, experts, chosen)
+            out, computed = self.compute_by_allgather(tokens, experts, chosen)
         else:
             rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
             if self.mc.expert_model_parallel_size > 1:
-                rows, computed = self.dispatched(rows, counts)
+                rows, computed = self.compute_by_alltoall(rows, counts)
             else:
                 rows, computed = self.experts(rows, counts), counts.sum()
             out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
@@ -200,7 +200,7 @@ class Qwen3SparseMLP(nn.Module):
         inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up.flatten(2), ends))  # [N, F/etp]
         return ops.grouped_matmul(inner, self.down, ends)
 
-    def dispatched(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_by_alltoall(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends rows [T*k, D] (sorted by expert, counts [G] of each) to the ranks of their experts and gets the outputs
         back, in the same order. The two all-to-alls carry every row (no token is dropped); their sizes cost one host
         synchronisation. Returns the outputs and how many rows were computed here."""
@@ -218,10 +218,10 @@ class Qwen3SparseMLP(nn.Module):
         out = ops.token_unpermute(out, position, torch.ones_like(expert, dtype=out.dtype).unsqueeze(1))
         return parallel.all_to_all(group, out, sent, received), local_counts.sum()
 
-    def gathered(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_by_allgather(self, tokens, experts, chosen) -> tuple[torch.Tensor, torch.Tensor]:
         """Gathers tokens [T, D] of all ranks on every rank, which computes its own experts; a reduce-scatter sums their
-        outputs. This sends fewer bytes than `dispatched` if ep < k. experts and chosen are [T, k]. Returns [T, D] and
-        how many rows were computed here; that number costs one host synchronisation."""
+        outputs. This sends fewer bytes than `compute_by_alltoall` if ep < k. experts and chosen are [T, k]. Returns
+        [T, D] and how many rows were computed here; that number costs one host synchronisation."""
         group = parallel.mpu.get_expert_model_parallel_group()
         first, held = group.rank() * len(self.gate_up), len(self.gate_up)
         tokens = parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
@@ -351,7 +351,7 @@ class Qwen3(MegatronModule):
         cos, sin = rotary_table(positions, self.qwen)
         routing = []
         for block in self.layers.values():
-            x, logits = parallel.recomputed(block, self.recompute, self.offload)(x, cos, sin, cu_seqlens, cache)
+            x, logits = parallel.with_recomputation(block, self.recompute, self.offload)(x, cos, sin, cu_seqlens, cache)
             routing.append(logits)
         if not self.last:
             return x.view(-1, rows, D)

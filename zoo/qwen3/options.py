@@ -23,10 +23,10 @@ from .config import (
     Qwen3Config,
     adaptable,
     adapted_shapes,
+    describe_vocabulary_change,
     is_sharded,
     memory_estimate,
     model_config,
-    resized,
     size_of,
 )
 from .demo import make_data
@@ -130,15 +130,15 @@ def _default_size(folder: Path | None) -> str:
     return "tiny" if folder is None else size_of(folder)
 
 
-def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    language.check_job(o, asked)
+def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
+    language.check_job(o, flags)
     drawn = o.weights is None and o.job in ("pretrain", "sft")
     if drawn and not o.size.startswith("tiny") and o.data is not None and not o.from_scratch:
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
-    o = _with_training_defaults(dataclasses.replace(o, from_scratch=o.from_scratch or drawn), asked)
+    o = _with_training_defaults(dataclasses.replace(o, from_scratch=o.from_scratch or drawn), flags)
     o = language.fill_tokenizer(o if o.from_scratch else language.fill_weights(o, DEMO), DEMO)
     config = model_config(o)
-    o = _laid_out(o, config, o.seq_len * o.micro_batch)
+    o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
     _check_weights(o, config)
     cli.check_run(o)
@@ -151,14 +151,14 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     return o
 
 
-def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
+def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
     if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
-    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, asked), DEMO), DEMO)
+    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, flags), DEMO), DEMO)
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
-    o = _laid_out(o, config)
+    o = _complete_layout(o, config)
     if o.dp != o.ep:
         raise ValueError(
             f"{o.world} processes, tp*pp*ep = {o.tp * o.pp * o.ep} of which generate; fix: --tp, --pp, --ep or NPROC"
@@ -171,13 +171,13 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
     return o
 
 
-def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
+def _evaluate(o: EvaluateOptions, flags: set[str]) -> EvaluateOptions:
     if o.tasks is None:
-        o = dataclasses.replace(o, tasks="sort_digits,sort_digits_choice", chat=o.chat or "--no-chat" not in asked)
+        o = dataclasses.replace(o, tasks="sort_digits,sort_digits_choice", chat=o.chat or "--no-chat" not in flags)
     o = dataclasses.replace(o, task_folder=o.task_folder or DEMO_TASKS)
-    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, asked), DEMO), DEMO)
+    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, flags), DEMO), DEMO)
     config = model_config(o)
-    o = _laid_out(o, config)
+    o = _complete_layout(o, config)
     if (o.pp, o.cp, o.sp, o.fsdp, o.ep) != (1, 1, False, False, 1):
         raise ValueError("evaluation runs with --tp and data parallel; fix: --pp 1 --cp 1 --ep 1 --no-sp --no-fsdp")
     _check_weights(o, config)
@@ -186,10 +186,10 @@ def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
     return o
 
 
-def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
-    o = language.fill_weights(language.drop_batch(o, asked), DEMO)
+def _convert(o: ConvertOptions, flags: set[str]) -> ConvertOptions:
+    o = language.fill_weights(language.drop_batch(o, flags), DEMO)
     config = model_config(o)
-    o = _laid_out(o, config)
+    o = _complete_layout(o, config)
     if megatron_import.is_checkpoint(o.weights):
         megatron_import.files(o.weights)
     else:
@@ -202,16 +202,16 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
     return o
 
 
-def _preprocess(o: PreprocessOptions, asked: set[str]) -> PreprocessOptions:
+def _preprocess(o: PreprocessOptions, flags: set[str]) -> PreprocessOptions:
     return preprocess.check(o, model_config(o).vocab_size, DEMO)
 
 
-def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
+def _perf(o: PerfOptions, flags: set[str]) -> PerfOptions:
     if o.weights is not None:
         raise ValueError("the benchmarks draw their weights; fix: --size instead of --weights")
     o = language.fill_tokenizer(dataclasses.replace(o, from_scratch=True), DEMO)
     config = model_config(o)
-    o = _laid_out(o, config, o.seq_len * o.micro_batch)
+    o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
     return o
 
@@ -233,7 +233,7 @@ JOBS = {  # a launcher's script -> its options, its description in --help, the f
 # ------------------------------------------------------------------------------------------------- weights and layout
 
 
-def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
+def _complete_layout(o, config: Qwen3Config, tokens: int | None = None):
     """Completes and checks the layout: `cli.check_layout`, then what this model requires besides."""
     o = cli.check_layout(
         o,
@@ -258,7 +258,7 @@ def _laid_out(o, config: Qwen3Config, tokens: int | None = None):
 
 def _check_weights(o, config: Qwen3Config) -> None:
     """Checks that the tensors of --weights are exactly the model's. Notes a vocabulary other than the published one."""
-    if (note := resized(o, config)) is not None:
+    if (note := describe_vocabulary_change(o, config)) is not None:
         cli.note(note)
     if o.weights is None or is_sharded(o.weights):
         return
@@ -269,7 +269,7 @@ def _check_weights(o, config: Qwen3Config) -> None:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
+def _with_training_defaults(o: TrainOptions, flags: set[str]) -> TrainOptions:
     """Replaces defaults of the layout by the job's, and by the demo's if --data is not given. Given options stay."""
     defaults = {"cache": DEMO_DATA.with_name(f"{HERE.name}-cache")}
     if o.job == "lora" and not o.adapts:
@@ -279,15 +279,15 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
         demo["data"], validation = (DEMO_DATA / name for name in DEMO_FILES[o.job])
         defaults |= {"validation": validation}
         defaults |= DEMO_RUN.get(o.job, {}) if o.size.startswith("tiny") else {}
-    if not o.size.startswith("tiny") and o.job in RATES and not _layout_is_of_job(o, asked):
+    if not o.size.startswith("tiny") and o.job in RATES and not _layout_is_of_job(o, flags):
         rate = RATES[o.job] * (10 if o.job == "dpo" and o.adapts else 1)
-        defaults |= {"lr": rate, "min_lr": (o.lr if "--lr" in asked else rate) / 10}
-    return jobs.fill_defaults(o, asked, defaults, demo)
+        defaults |= {"lr": rate, "min_lr": (o.lr if "--lr" in flags else rate) / 10}
+    return jobs.fill_defaults(o, flags, defaults, demo)
 
 
-def _layout_is_of_job(o: TrainOptions, asked: set[str]) -> bool:
+def _layout_is_of_job(o: TrainOptions, flags: set[str]) -> bool:
     """Whether the layout's learning rate is for this job: its name holds the job, or --layout names it for sft."""
-    return o.job in o.layout.split("-") or ("--layout" in asked and o.job == "sft")
+    return o.job in o.layout.split("-") or ("--layout" in flags and o.job == "sft")
 
 
 def _check_objective(o: TrainOptions, config: Qwen3Config) -> None:

@@ -84,7 +84,7 @@ def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dic
     return bench.own_step(o, build(o, config), initial, Qwen3Block, forward_step, o.seq_len)
 
 
-def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torch.nn.Module:
+def build_peer_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torch.nn.Module:
     """Builds transformers' model with the weights that `checkpoint.initialize` draws for ours."""
     cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
@@ -106,7 +106,7 @@ def their_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torc
 
 def peer(o: PerfOptions, config: Qwen3Config, compiled: bool) -> Callable[[], torch.Tensor]:
     """Builds transformers' training step, with our weights."""
-    model = their_model(o, config, torch.float32).train()
+    model = build_peer_model(o, config, torch.float32).train()
     if o.recompute == "full":
         model.gradient_checkpointing_enable()
 
@@ -170,7 +170,7 @@ def generate(o: PerfOptions) -> list[dict]:
     config, dtype = model_config(o), {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     chunks = build(o, config)
     checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
-    return benchmarks.generate(o, chunks[0].eval(), their_model(o, config, dtype).eval(), config.vocab_size)
+    return benchmarks.generate(o, chunks[0].eval(), build_peer_model(o, config, dtype).eval(), config.vocab_size)
 
 
 def tokenize(o: PerfOptions) -> list[dict]:

@@ -84,7 +84,7 @@ def write_adapter(o: TrainOptions, config: Qwen3Config, wrapped: list[torch.nn.M
         base = convert.open_source(o.weights, config)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
         rounded = release.Source(lambda name: dtype.itemsize, lambda name: base.read(name).to(dtype))
-        merged = release.merged(rounded, convert.adapter(folder, config))
+        merged = release.merge_adapter(rounded, convert.adapter(folder, config))
         convert.write_released(o.merge, config, merged, o.tokenizer)
         print(f"merged      {o.merge}", flush=True)
 
@@ -112,7 +112,9 @@ def held_out_rows(o: TrainOptions):
 
 
 @torch.no_grad()
-def forwards(o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batches: list[dict]) -> list[dict]:
+def evaluate_micro_batches(
+    o: TrainOptions, wrapped: list[torch.nn.Module], step, micro_batches: list[dict]
+) -> list[dict]:
     """Evaluates micro-batches with dropout off, under the run's own layout. Returns what the loss function of `step`
     reports for each; on all but the last pipeline stage, an empty list."""
     for chunk in wrapped:
@@ -136,7 +138,7 @@ def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tup
         micro_batches = weighted([batches.on_device(b) for b in loaded], o.dp)
         count = torch.stack([(b["weight"] > 0).sum() for b in micro_batches]).sum()
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
-        results = forwards(o, wrapped, step, micro_batches)
+        results = evaluate_micro_batches(o, wrapped, step, micro_batches)
         loss_sum += loop.global_loss(o, results, False)[0] * int(count)
         total_count += int(count)
     return loss_sum / total_count, total_count
@@ -187,7 +189,7 @@ def main(o: TrainOptions) -> None:
         step = functools.partial(preference.forward_step, o, margins)
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:
-                evaluate = functools.partial(forwards, o, wrapped)
+                evaluate = functools.partial(evaluate_micro_batches, o, wrapped)
                 rows.reference = preference.compute_reference(
                     o, rows, reference_facts(o, config), evaluate, batches.on_device
                 )
@@ -203,7 +205,7 @@ def main(o: TrainOptions) -> None:
         samples=lambda batch: (o.seq_len, flops),
         header=runlog.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
-        beside=[o.tokenizer / name for name in convert.COPIED],
+        extra_files=[o.tokenizer / name for name in convert.COPIED],
         measure=lambda: routers() | (margins() if margins else {}),
     )
     finished = result["reason"] == "finished"

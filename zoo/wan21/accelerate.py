@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common import device, ops, parallel
-from common.diffusion.caches import Moment, Reuse, Schedule, window_order
+from common.diffusion.caches import Reuse, SamplerPosition, Schedule, window_order
 
 from .config import WanConfig
 from .model import WanDiT
@@ -21,21 +21,21 @@ from .options import InferOptions
 BLOCK = 128  # tokens per block of sparse attention: two windows of 8x8
 
 
-def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> Moment:
+def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> SamplerPosition:
     """Puts the modules that `o` asks for around the blocks of `chunks`, for latents of one grid (F, H, W). Weights must
     be loaded and FSDP applied before. Returns the Moment to sample with."""
-    moment, schedule = Moment(), Schedule(o.cache_start, o.cache_interval, o.cache_end)
+    position, schedule = SamplerPosition(), Schedule(o.cache_start, o.cache_interval, o.cache_end)
     for chunk in map(parallel.unwrapped, chunks):
         for block in chunk.blocks.values() if o.sparse else ():
-            block.self_attn.attend = SparseAttention(grid, config, o.sparse, o.sparse_start, moment)
+            block.self_attn.attend = SparseAttention(grid, config, o.sparse, o.sparse_start, position)
         if o.cache == "attention":
-            cache_attention(chunk, schedule, moment)
+            cache_attention(chunk, schedule, position)
         if o.cache == "blocks":
-            cache_blocks(chunk, o.cached_blocks(config.num_layers), schedule, moment)
+            cache_blocks(chunk, o.cached_blocks(config.num_layers), schedule, position)
         for module in chunk.modules() if o.compile else ():
             if isinstance(module, SparseAttention | CachedAttention):  # takes different paths at different steps
                 module.forward = torch.compiler.disable(module.forward, recursive=False)
-    return moment
+    return position
 
 
 # ---- caches ----
@@ -76,17 +76,17 @@ class CachedBlocks(nn.Module):
         return y
 
 
-def cache_attention(chunk: WanDiT, schedule: Schedule, moment: Moment) -> None:
+def cache_attention(chunk: WanDiT, schedule: Schedule, position: SamplerPosition) -> None:
     """Caches the self-attention of each block of this chunk."""
     for block in chunk.blocks.values():
-        block.self_attn = CachedAttention(block.self_attn, Reuse(schedule, moment))
+        block.self_attn = CachedAttention(block.self_attn, Reuse(schedule, position))
 
 
-def cache_blocks(chunk: WanDiT, run: range, schedule: Schedule, moment: Moment) -> None:
+def cache_blocks(chunk: WanDiT, run: range, schedule: Schedule, position: SamplerPosition) -> None:
     """Replaces the blocks of `run` that this chunk holds by one CachedBlocks, in the place of the first."""
     names = [str(i) for i in run if str(i) in chunk.blocks]
     if names:
-        cached = CachedBlocks([chunk.blocks[i] for i in names], Reuse(schedule, moment))
+        cached = CachedBlocks([chunk.blocks[i] for i in names], Reuse(schedule, position))
         for i in names[1:]:
             del chunk.blocks[i]
         chunk.blocks[names[0]] = cached
@@ -102,9 +102,11 @@ class SparseAttention(nn.Module):
     queries attend to the blocks of the first frame, and these attend to all keys.
     """
 
-    def __init__(self, grid: tuple[int, int, int], config: WanConfig, sparse: float, start: int, moment: Moment):
+    def __init__(
+        self, grid: tuple[int, int, int], config: WanConfig, sparse: float, start: int, position: SamplerPosition
+    ):
         super().__init__()
-        self.keep, self.start, self.moment = 1 - sparse, start, moment
+        self.keep, self.start, self.position = 1 - sparse, start, position
         frames, rows, columns = (n // p for n, p in zip(grid, config.patch_size, strict=True))
         self.first_frame = rows * columns
         order = window_order(frames, rows, columns).to(device.current())
@@ -113,7 +115,7 @@ class SparseAttention(nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v and the result [L/cp, B, N, E]. Under Ulysses every rank sees all tokens of its heads."""
-        if self.moment.step < self.start:
+        if self.position.step < self.start:
             return parallel.context_parallel_attention(q, k, v)
         group = parallel.mpu.get_context_parallel_group()
         if group.size() > 1:

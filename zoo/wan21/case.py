@@ -104,12 +104,12 @@ def oracle(config: WanConfig) -> torch.nn.Module:
     return diffusers.WanTransformer3DModel(**values | {"patch_size": tuple(values["patch_size"])})
 
 
-def theirs(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+def to_oracle(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Converts a name and its tensor (a weight or its gradient) to the oracle's."""
     return convert.to_diffusers(name), tensor
 
 
-def their_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
+def oracle_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
     """Computes the oracle's loss on the samples of a step."""
     losses = []
     for s in samples:

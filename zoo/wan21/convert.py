@@ -74,7 +74,7 @@ def table(config: WanConfig, diffusers: bool) -> Table:
     return Table(shapes=shapes(config), rename=rename, ignored=ignored, stem="diffusion_pytorch_model")
 
 
-def located(folder: Path, config: WanConfig) -> tuple[Path, Table]:
+def find_transformer(folder: Path, config: WanConfig) -> tuple[Path, Table]:
     """Returns the folder that holds the transformer of a weights folder, and its table."""
     diffusers = (folder / "transformer").is_dir()
     return folder / "transformer" if diffusers else folder, table(config, diffusers)
@@ -82,13 +82,13 @@ def located(folder: Path, config: WanConfig) -> tuple[Path, Table]:
 
 def fill(chunks, o, config: WanConfig, draw: Callable) -> None:
     """Fills the model's parameters: each rank reads its slices of --weights. With --from-scratch, `draw` fills them."""
-    folder, names = located(o.weights, config)
+    folder, names = find_transformer(o.weights, config)
     release.fill(chunks, o, names, draw, folder)
 
 
-def write_released(out: Path, to: str, config: WanConfig, source: Source, beside: Path | None) -> None:
+def write_released(out: Path, to: str, config: WanConfig, source: Source, copy_from: Path | None) -> None:
     """Writes the transformer in the `diffusers` or `original` layout. For diffusers it also copies the other parts that
-    the folder `beside` has."""
+    the folder `copy_from`."""
     if to == "original":
         release.write(out, table(config, False), source)
         (out / "config.json").write_text(json.dumps(config.to_original(), indent=2))
@@ -96,7 +96,7 @@ def write_released(out: Path, to: str, config: WanConfig, source: Source, beside
     out.mkdir(parents=True, exist_ok=True)
     release.write(out / "transformer", table(config, True), source)
     (out / "transformer" / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2))
-    release.copy_files((*PARTS, "model_index.json"), beside, out)
+    release.copy_files((*PARTS, "model_index.json"), copy_from, out)
     if not (out / "model_index.json").is_file():
         print(f"note: {out} holds the transformer only; take the VAE and text encoder from the diffusers release")
 
@@ -170,9 +170,9 @@ def main(o: "ConvertOptions") -> None:
     import torch.distributed as dist
 
     config = model_config(o)
-    source = release.open_source(*located(o.weights, config), o.ema)
+    source = release.open_source(*find_transformer(o.weights, config), o.ema)
     if o.adapter:
-        source = release.merged(source, *adapter(o.adapter, config))
+        source = release.merge_adapter(source, *adapter(o.adapter, config))
     if o.to == "sharded":
         release.write_sharded(o.out, table(config, False), source, {"model": dataclasses.asdict(config)})
     elif dist.get_rank() == 0:

@@ -84,14 +84,16 @@ class Batches:
             lora.seed_dropout(self.o.seed, loaded.step)
         group = parallel.sample_group()
         ranks = dist.get_process_group_ranks(group)
-        read_here = dict(zip(loaded.taken, loaded.micro_batches, strict=True))
+        read_here = dict(zip(loaded.numbers, loaded.micro_batches, strict=True))
         for batch in read_here.values():
             if batch["dropped"]:
                 note_drops(self.drops, self.dataset.drops(batch["dropped"]), len(self.index.rows), self.o.max_drop)
         shape = (self.o.micro_batch, self.config.out_dim, *latent_grid(self.index.buckets[loaded.bucket]))
         batches = []
         for i in range(self.o.micro_batches):
-            latents, text, condition = self._encode_mine(read_here[i]) if i in read_here else self._make_room(shape)
+            latents, text, condition = (
+                self._encode_mine(read_here[i]) if i in read_here else self._allocate_batch(shape)
+            )
             if group.size() > 1:
                 for tensor in (latents, text, *condition.values()):
                     dist.broadcast(tensor, ranks[i % group.size()], group=group)
@@ -115,7 +117,7 @@ class Batches:
             dataset.store(self.o.cache, key, latents[i], text[i], {name: value[i] for name, value in condition.items()})
         return latents, text, condition
 
-    def _make_room(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def _allocate_batch(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Allocates (latents of `shape`, text, condition), to receive a micro-batch from another rank."""
         config, latents, condition = self.config, torch.empty(shape, device=self.device), {}
         if config.given_frames:

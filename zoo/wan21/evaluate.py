@@ -26,7 +26,7 @@ from common.diffusion.buckets import Strides, parse_buckets
 from common.diffusion.lists import Row, read_rows
 from common.diffusion.options import videos_of
 from common.diffusion.requests import Request
-from common.diffusion.sampling import share_out
+from common.diffusion.sampling import turns_of_rank
 from common.diffusion.videos import write_strips, write_video
 
 from .config import model_config
@@ -46,7 +46,7 @@ def sample_videos(o: EvaluateOptions, requests: list[Request], places: list[int]
     o = dataclasses.replace(o, fit="crop") if o.data else o
     config = model_config(o)
     parts = load(o, config)
-    for turn, counts in share_out(places, o, o.micro_batch):
+    for turn, counts in turns_of_rank(places, o, o.micro_batch):
         latents = latents_of(o, config, parts, [requests[i] for i in turn], [o.seed + i for i in turn])
         writes = parts.video_group.rank() == 0
         if counts and (writes or o.vae_parallel):
@@ -68,7 +68,7 @@ def sample_missing(o: EvaluateOptions, requests: list[Request]) -> list[Path]:
         for i, video in sample_videos(o, requests, missing):
             (written,) = write_video(video, folder / f".{i:05d}", o.fps or 16, "mp4", {"prompt": requests[i].prompt})
             os.replace(written, files[i])
-            bar.update(o.lanes)
+            bar.update(o.videos_at_once)
         bar.close()
     dist.barrier()
     return files

@@ -20,7 +20,7 @@ from common import checkpoint, device, parallel, release
 from common import train as loop
 from common.diffusion import sampling, videos
 from common.diffusion.buckets import Bucket
-from common.diffusion.caches import Moment, quantize
+from common.diffusion.caches import SamplerPosition, quantize
 from common.diffusion.requests import Request, read_clip, read_given_frames
 from common.diffusion.vae_parallel import split_decoder
 
@@ -58,13 +58,14 @@ def velocity(
 
 def sample(
     chunks, o, config: WanConfig, text, empty, grid, seeds: list[int], *, sampler, shift, steps, cfg,
-    condition=None, start=None, strength=1.0, moment: Moment | None = None, pair: dist.ProcessGroup | None = None,
+    condition=None, start=None, strength=1.0, position: SamplerPosition | None = None,
+    pair: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Samples latents [B, C, *grid] for text embeddings [B, T, D], with guidance against `empty` [T, D]. `seeds` draw
     the noise.
 
     condition: for image-to-video (see `velocity`); both branches of the guidance have it. start, strength, pair: see
-    `sample_latents`. moment: what `accelerate.apply` returned for these chunks.
+    `sample_latents`. position: what `accelerate.apply` returned for these chunks.
     """
     texts = [text, empty.expand_as(text)]  # by branch of the guidance
 
@@ -74,7 +75,7 @@ def sample(
     noise = sampling.draw_noise(seeds, (config.out_dim, *grid))
     plan = sampling.build_scheduler(sampler, shift, steps)
     return sampling.sample_latents(
-        predict, noise, plan, cfg=cfg, start=start, strength=strength, moment=moment, pair=pair
+        predict, noise, plan, cfg=cfg, start=start, strength=strength, position=position, pair=pair
     )
 
 
@@ -93,7 +94,7 @@ class Parts:
     """Everything that makes a video: the models, and the groups of ranks that make the same video."""
 
     chunks: list[torch.nn.Module]
-    moment: Moment
+    position: SamplerPosition
     codec: VideoCodec
     encoder: TextEncoder
     frames: FrameEncoder | None  # None for text-to-video
@@ -118,7 +119,7 @@ def load(o: InferOptions, config: WanConfig) -> Parts:
     elif o.compile:
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, WanBlock)):
             block.compile()
-    moment = accelerate.apply(chunks, o, config, latent_grid(parse_buckets(o.video)[0]))
+    position = accelerate.apply(chunks, o, config, latent_grid(parse_buckets(o.video)[0]))
 
     codec = VideoCodec(o.weights, device.current())
     dtype = parallel.unwrapped(chunks[0]).config.params_dtype
@@ -131,7 +132,13 @@ def load(o: InferOptions, config: WanConfig) -> Parts:
     if o.vae_parallel:
         codec.decoder = split_decoder(codec.vae, WanAttentionBlock, video_group)
     return Parts(
-        chunks=chunks, moment=moment, codec=codec, encoder=encoder, frames=frames, video_group=video_group, pair=pair
+        chunks=chunks,
+        position=position,
+        codec=codec,
+        encoder=encoder,
+        frames=frames,
+        video_group=video_group,
+        pair=pair,
     )
 
 
@@ -151,7 +158,7 @@ def latents_of(
         latents = sample(
             parts.chunks, o, config, text, empty, latent_grid(bucket), seeds,
             sampler=o.sampler, shift=o.sample_shift, steps=o.sample_steps, cfg=o.cfg, condition=condition, start=start,
-            strength=o.strength, moment=parts.moment, pair=parts.pair,
+            strength=o.strength, position=parts.position, pair=parts.pair,
         )  # fmt: skip
     if not latents.isfinite().all():
         raise ValueError(
@@ -191,7 +198,7 @@ def main(o: InferOptions) -> None:
 def make(o: InferOptions, config: WanConfig, requests: list[Request], todo: list[int]) -> None:
     """Samples, decodes and writes the videos of the requests with these numbers."""
     parts, settings = load(o, config), videos.describe(o)
-    for (i,), counts in sampling.share_out(todo, o):
+    for (i,), counts in sampling.turns_of_rank(todo, o):
         started = time.perf_counter()
         latents = latents_of(o, config, parts, [requests[i]], [o.seed + i])
         writes = parts.video_group.rank() == 0

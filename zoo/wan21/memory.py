@@ -98,7 +98,7 @@ def row(name: str, ranks: int, layout: dict, shape: str) -> dict:
     measured = measure(o, config, bucket)
     estimate = memory_estimate(o, config, config.tokens(latent_grid(bucket)), trained_parameters(o, config))
     model_name = f"Wan2.1-{config.task.upper()}"
-    return memory.row(o, model=model_name, layout=name, shape=shape, sample=shape, found=measured, estimate=estimate)
+    return memory.row(o, model=model_name, layout=name, shape=shape, sample=shape, measured=measured, estimate=estimate)
 
 
 def main() -> None:

@@ -252,7 +252,7 @@ class WanDiT(MegatronModule):
         keys = parallel.copy_to_tensor_model_parallel_region(text)
         image_keys = None if self.wan.image_dim is None else parallel.copy_to_tensor_model_parallel_region(image)
         for block in self.blocks.values():
-            x = parallel.recomputed(block, self.recompute, self.offload)(x, modulation, keys, image_keys, rope)
+            x = parallel.with_recomputation(block, self.recompute, self.offload)(x, modulation, keys, image_keys, rope)
 
         if not self.last:
             return torch.cat((x, modulation, temb, text, image))

@@ -140,11 +140,11 @@ def parse(script: str, argv: list[str]):
     return completed(o, {word.split("=")[0] for word in argv})
 
 
-def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
-    shared.check_job(o, asked, LAUNCHERS)
-    o = features.apply_features(o, asked)
+def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
+    shared.check_job(o, flags, LAUNCHERS)
+    o = features.apply_features(o, flags)
     on_demo = o.data is None  # also true with --features, which need no --weights
-    o = _with_weights(_with_training_defaults(o, asked), pretrains=o.job == "pretrain", drawn=on_demo)
+    o = _with_weights(_with_training_defaults(o, flags), pretrains=o.job == "pretrain", drawn=on_demo)
     config = _model(o)
     o = _with_buckets(o, config)
     _check_folder(o, config, encoders=not o.features)
@@ -173,10 +173,10 @@ def _train(o: TrainOptions, asked: set[str]) -> TrainOptions:
     return o
 
 
-def _extract(o: ExtractOptions, asked: set[str]) -> ExtractOptions:
-    o = shared.without_layout(o, asked)
+def _extract(o: ExtractOptions, flags: set[str]) -> ExtractOptions:
+    o = shared.without_layout(o, flags)
     if o.data is None:
-        shape = o.buckets if "--buckets" in asked else DEMO_BUCKET
+        shape = o.buckets if "--buckets" in flags else DEMO_BUCKET
         o = dataclasses.replace(o, data=demo_list("train"), buckets=shape)
     o = _with_weights(o)
     config = _model(o)
@@ -188,8 +188,8 @@ def _extract(o: ExtractOptions, asked: set[str]) -> ExtractOptions:
     return o
 
 
-def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
-    o, config = _sampling(dataclasses.replace(o, micro_batch=1), asked)
+def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
+    o, config = _sampling(dataclasses.replace(o, micro_batch=1), flags)
     bucket = parse_buckets(o.video)[0]
     check_requests(requests_of(o, config), bucket, o.fit)
     if o.video_in is not None:
@@ -201,38 +201,38 @@ def _infer(o: InferOptions, asked: set[str]) -> InferOptions:
     return o
 
 
-def _search(o: SearchOptions, asked: set[str]) -> SearchOptions:
+def _search(o: SearchOptions, flags: set[str]) -> SearchOptions:
     preset = [n for n in ("cache_start", "cache_interval", "cache_end") if getattr(o, n) is not None]
     if preset:
         raise ValueError(f"{' and '.join(preset)}: search finds them; fix: leave them out")
-    o, config = _sampling(dataclasses.replace(o, micro_batch=1), asked)
-    if o.lanes > 1:
+    o, config = _sampling(dataclasses.replace(o, micro_batch=1), flags)
+    if o.videos_at_once > 1:
         raise ValueError(
-            f"search with {o.lanes} videos at a time; expected all ranks to make the same one; fix: NPROC, --cfg-parallel, "
+            f"search with {o.videos_at_once} videos at a time; expected all ranks to make the same one; fix: NPROC, --cfg-parallel, "
             "--cp or --tp"
         )
     check_requests(requests_of(o, config), parse_buckets(o.video)[0], o.fit)
     return o
 
 
-def _evaluate(o: EvaluateOptions, asked: set[str]) -> EvaluateOptions:
+def _evaluate(o: EvaluateOptions, flags: set[str]) -> EvaluateOptions:
     if o.videos is not None:
-        if o.data is None or {"--weights", "--checkpoint", "--size"} & asked:
+        if o.data is None or {"--weights", "--checkpoint", "--size"} & flags:
             raise ValueError("--videos come with --data, whose captions they show, and without a model; fix: --videos")
-        o = dataclasses.replace(o, video=o.video if "--video" in asked else None)
+        o = dataclasses.replace(o, video=o.video if "--video" in flags else None)
         o = _check_scores(dataclasses.replace(o, weights=DEMO_WEIGHTS, size="tiny"))  # required, not used
         config = _model(o)
         return cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
     if o.data is None and o.prompts is None and o.prompt is None:
-        video = o.video if "--video" in asked else DEMO_BUCKET
+        video = o.video if "--video" in flags else DEMO_BUCKET
         o = dataclasses.replace(o, data=demo_list("test"), limit=o.limit or DEMO_CAPTIONS, video=video)
-    o, config = _sampling(_check_scores(o), asked)
+    o, config = _sampling(_check_scores(o), flags)
     if o.data is None:
         check_requests(requests_of(o, config), parse_buckets(o.video)[0], o.fit)
     return o
 
 
-def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
+def _convert(o: ConvertOptions, flags: set[str]) -> ConvertOptions:
     o = _with_weights(dataclasses.replace(o, micro_batch=1, global_batch=None))
     config = _model(o)
     o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=None)
@@ -245,7 +245,7 @@ def _convert(o: ConvertOptions, asked: set[str]) -> ConvertOptions:
     return o
 
 
-def _perf(o: PerfOptions, asked: set[str]) -> PerfOptions:
+def _perf(o: PerfOptions, flags: set[str]) -> PerfOptions:
     o = _with_weights(o, pretrains=True, drawn=True)
     config = _model(o)
     o = _with_buckets(o, config)
@@ -316,7 +316,7 @@ def _check_folder(o, config: WanConfig, encoders: bool = True) -> None:
     """Checks that --weights has the parts that the job needs, and exactly the model's tensors in its transformer."""
     shared.check_parts(o.weights, parts(config) if encoders else [])
     if not is_sharded(o.weights) and not o.from_scratch:
-        folder, table = convert.located(o.weights, config)
+        folder, table = convert.find_transformer(o.weights, config)
         table.entries(folder)
 
 
@@ -325,7 +325,7 @@ def parse_buckets(text: str, flag: str = "--buckets") -> list[Bucket]:
     return buckets.parse_buckets(text, STRIDES, flag)
 
 
-def _laid_out(o, config: WanConfig, bucket: Bucket, flag: str):
+def _complete_layout(o, config: WanConfig, bucket: Bucket, flag: str):
     """Completes and checks the layout for videos of this shape."""
     o = cli.check_layout(o, heads=config.num_heads, layers=config.num_layers, tokens=config.tokens(latent_grid(bucket)))
     if bucket.frames == 1 and config.image_dim is not None:
@@ -343,7 +343,7 @@ def _with_buckets(o: shared.ClipOptions, config: WanConfig):
         usable = [bucket for bucket in all_buckets if bucket.frames > 1 or config.image_dim is None]
         o = dataclasses.replace(o, buckets=",".join(map(str, usable)))
     for bucket in parse_buckets(o.buckets):
-        o = _laid_out(o, config, bucket, "buckets")
+        o = _complete_layout(o, config, bucket, "buckets")
     return o
 
 
@@ -380,7 +380,7 @@ def feature_settings(o: ExtractOptions, config: WanConfig) -> dict:
 # ---- training ----
 
 
-def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
+def _with_training_defaults(o: TrainOptions, flags: set[str]) -> TrainOptions:
     """Replaces defaults of the layout by the job's, and by the demo's if --data is not given. Given options stay."""
     defaults, demo = {}, {}
     if o.adapts and o.adapter is None:
@@ -394,7 +394,7 @@ def _with_training_defaults(o: TrainOptions, asked: set[str]) -> TrainOptions:
         demo = {"data": demo_list("train", {"lora": "blinking", "dpo": "pairs"}.get(o.job, ""))}
     if o.adapts and not o.size.startswith("tiny") and o.job not in o.layout.split("-"):
         defaults |= {"lr": RATES[o.job]}
-    return jobs.fill_defaults(o, asked, defaults, demo)
+    return jobs.fill_defaults(o, flags, defaults, demo)
 
 
 def starts_from(o: TrainOptions) -> str:
@@ -408,7 +408,7 @@ def starts_from(o: TrainOptions) -> str:
 def starting_point(o: TrainOptions) -> dict:
     """Identifies by content what a run starts from: weights and adapters."""
     pairs = convert.adapter(o.adapter, model_config(o))[0] if o.adapter else {}
-    return jobs.starting_point(o, convert.located(o.weights, model_config(o))[0], pairs, o.lora_targets)
+    return jobs.starting_point(o, convert.find_transformer(o.weights, model_config(o))[0], pairs, o.lora_targets)
 
 
 def run_facts(o: TrainOptions, config: WanConfig) -> dict:
@@ -428,9 +428,9 @@ def is_demo(path: Path | None) -> bool:
 # ---- sampling ----
 
 
-def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig]:
+def _sampling(o: InferOptions, flags: set[str]) -> tuple[InferOptions, WanConfig]:
     """Completes and checks the options of any job that samples. Returns them and the architecture."""
-    if o.checkpoint is None and o.weights is None and "--video" not in asked:
+    if o.checkpoint is None and o.weights is None and "--video" not in flags:
         o = dataclasses.replace(o, video=DEMO_BUCKET)
     o = dataclasses.replace(o, global_batch=None)
     if o.checkpoint is not None:
@@ -441,7 +441,7 @@ def _sampling(o: InferOptions, asked: set[str]) -> tuple[InferOptions, WanConfig
     config, (bucket, *others) = _model(o), parse_buckets(o.video, "--video")
     if others:
         raise ValueError(f"--video {o.video} names {1 + len(others)} shapes; expected one; fix: --video")
-    o = _laid_out(o, config, bucket, "video")
+    o = _complete_layout(o, config, bucket, "video")
     _check_folder(o, config)
     if o.adapter:
         convert.adapter(o.adapter, config)

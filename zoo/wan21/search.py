@@ -29,8 +29,8 @@ def main(o: SearchOptions) -> None:
     # Both kinds of cache are around one model. A cache with interval 1 changes nothing, bit for bit.
     schedules = {kind: Schedule(0, 1, 0) for kind in ("attention", "blocks")}
     for chunk in map(parallel.unwrapped, parts.chunks):
-        accelerate.cache_attention(chunk, schedules["attention"], parts.moment)
-        accelerate.cache_blocks(chunk, o.cached_blocks(config.num_layers), schedules["blocks"], parts.moment)
+        accelerate.cache_attention(chunk, schedules["attention"], parts.position)
+        accelerate.cache_blocks(chunk, o.cached_blocks(config.num_layers), schedules["blocks"], parts.position)
 
     def make() -> tuple[list[torch.Tensor], float]:
         """Makes a video uint8 [1, 3, F, H, W] of every request. Returns them and the median seconds of sampling one."""

@@ -131,8 +131,8 @@ def write_adapter(o: TrainOptions, config: WanConfig, wrapped: list[torch.nn.Mod
     convert.write_pipeline_file(folder)
     print(f"adapter     {folder}", flush=True)
     if o.merge:
-        base = release.open_source(*convert.located(o.weights, config))
-        merged = release.merged(base, *convert.adapter(folder, config))
+        base = release.open_source(*convert.find_transformer(o.weights, config))
+        merged = release.merge_adapter(base, *convert.adapter(folder, config))
         convert.write_released(o.merge, "diffusers", config, merged, o.weights)
         print(f"merged      {o.merge}", flush=True)
 

@@ -124,7 +124,7 @@ def _make(out: Path, settings: dict, write) -> Path:
     one makes it and the other waits."""
     out, marker = Path(out), json.dumps(settings)
     if not _made(out, marker):
-        with processes.alone(out, marker):
+        with processes.exclusive(out, marker):
             if not _made(out, marker):
                 _build(out, marker, write)
     return out

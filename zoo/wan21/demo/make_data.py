@@ -140,7 +140,7 @@ def make(out: Path, train: int = 1920, test: int = 320, seed: int = 0, blinking:
     facts = {"train": train, "test": test, "seed": seed, "frames": FRAMES, "size": SIZE}
     settings = json.dumps(facts | ({"blinking": True} if blinking else {}))
     if not _made(out, settings):
-        with processes.alone(out, settings):
+        with processes.exclusive(out, settings):
             if not _made(out, settings):
                 _build(out, settings, train, test, seed, blinking)
     return out
