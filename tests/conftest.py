@@ -49,9 +49,3 @@ def clips(tmp_path_factory) -> Path:
     clip(folder / "b.mp4", frames=40)
     clip(folder / "c.mp4", frames=50, fps=16)
     return folder
-
-
-def pytest_sessionfinish():
-    import ranks
-
-    ranks.stop()

@@ -452,14 +452,14 @@ def draw_b(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
 
 @pytest.fixture(scope="module")
 def single() -> dict:
-    return run_ranks(1, layouts.run_layout, {}, 5, True, adapt)[0]
+    return run_ranks(1, layouts.run_layout, {}, 2, True, adapt)[0]
 
 
 @pytest.mark.L3
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_single_process(name, single):
     world, layout = LAYOUTS[name]
-    got = run_ranks(world, layouts.run_layout, layout, 5, True, adapt)[0]
+    got = run_ranks(world, layouts.run_layout, layout, 2, True, adapt)[0]
     layouts.compare(got, single, layout)
 
 

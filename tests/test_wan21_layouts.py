@@ -43,7 +43,6 @@ LAYOUTS = {
     "pp2 cp2": (4, {"pp": 2, "cp": 2}),
     "dp2 tp2": (4, {"tp": 2}),
     "fsdp4 as dp2 cp2": (4, {"fsdp": True, "cp": 2}),
-    "compile": (1, {"compile": True}),
     "compile tp2 sp recompute full": (2, {"compile": True, "tp": 2, "sp": True, "recompute": "full"}),
 }
 

@@ -23,7 +23,7 @@ BLOCK = 128  # tokens per block of sparse attention: two windows of 8x8
 
 def apply(chunks: list[nn.Module], o: InferOptions, config: WanConfig, grid: tuple[int, int, int]) -> SamplerPosition:
     """Puts the modules that `o` asks for around the blocks of `chunks`, for latents of one grid (F, H, W). Weights must
-    be loaded and FSDP applied before. Returns the Moment to sample with."""
+    be loaded and FSDP applied before. Returns the position to sample with."""
     position, schedule = SamplerPosition(), Schedule(o.cache_start, o.cache_interval, o.cache_end)
     for chunk in map(parallel.unwrapped, chunks):
         for block in chunk.blocks.values() if o.sparse else ():
