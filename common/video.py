@@ -7,7 +7,7 @@ Frame number n at a rate is the last one whose timestamp is at or before n / rat
 PyAV decodes to the same pixels on every host. OpenCV skips damaged frames, and decord returns wrong frames after a seek
 into an open group of pictures; neither reports it. So decord reads only files that `decord_refusal` accepts.
 
-Importing this module imports neither torch nor a decoder.
+Importing this module imports neither torch nor numpy nor a decoder: `--help` and bad input need none of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 PICTURE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # formats in which several pictures are a video; in others (MPO) they are versions
@@ -92,6 +93,8 @@ class _Timeline:
         Raises:
             ValueError: the file does not say how long its only frame is shown.
         """
+        import numpy as np
+
         times, count = times - times[0], len(times)
         mean = (count - 1) / times[-1] if times[-1] > 0 else 0.0
         tolerance = ROUNDED + min(tick, ROUNDED)
@@ -106,6 +109,8 @@ class _Timeline:
 
     def numbers(self, indices: np.ndarray, fps: float | None) -> np.ndarray:
         """Returns the frame numbers of indices that count at `fps`. ValueError: the video is shorter."""
+        import numpy as np
+
         length = resampled_length(self, fps)
         if not len(indices) or indices.min() < 0 or indices.max() >= length:
             raise ValueError(f"frames {indices[:3].tolist()}… asked for, the file has {length}")
@@ -197,6 +202,7 @@ def _whole(container: Any, stream: Any) -> Iterator[Any]:
 
 def _demuxed(path: str | Path, packets: Callable[[Any, Any], Iterable[Any]]) -> tuple[_Shown, _Timeline]:
     """Returns what the `packets` of a container's stream say of its frames, without decoding."""
+    import numpy as np
 
     def read(stored: bool) -> tuple[_Shown, _Timeline]:
         with _open(path, stored) as container:
@@ -216,6 +222,8 @@ def _demuxed(path: str | Path, packets: Callable[[Any, Any], Iterable[Any]]) -> 
 def _from_index(path: str | Path, container: Any, stream: Any, start: int | None) -> _Timeline | None:
     """Returns the timeline from the container's index, which has only decoding times, and the packets from the last
     keyframe on; None if the index lacks frames. start: when the first frame is shown."""
+    import numpy as np
+
     entries = list(stream.index_entries)
     if not stream.frames or len(entries) != stream.frames:
         return None
@@ -269,6 +277,8 @@ def read_frames(
     Raises:
         VideoError: a requested frame cannot be decoded.
     """
+    import numpy as np
+
     try:
         requested = np.asarray(indices, dtype=np.int64)
         if _is_picture(path):
@@ -332,6 +342,8 @@ def _upright(frame: Any) -> np.ndarray:
     Raises:
         ValueError: the matrix rotates by other than quarter turns.
     """
+    import numpy as np
+
     # One thread: by default PyAV starts one per core for every frame, and such threads do not survive a fork.
     image, matrix = frame.to_ndarray(format="rgb24", threads=1), frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -374,6 +386,7 @@ def _rgb(image: Any) -> np.ndarray:
     Raises:
         ValueError: the image holds floating-point numbers.
     """
+    import numpy as np
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -388,6 +401,8 @@ def _rgb(image: Any) -> np.ndarray:
 
 
 def _picture_timeline(path: str | Path) -> _Timeline:
+    import numpy as np
+
     seconds = [seconds for _, seconds in _pictures(path)]
     if len(seconds) == 1:
         return _Timeline(np.zeros(1), 0.0, None)
@@ -413,6 +428,8 @@ def decord_refusal(path: str | Path) -> str | None:
     Raises:
         VideoError: PyAV cannot read the file either.
     """
+    import numpy as np
+
     if _is_picture(path):
         return "a picture"
     try:
@@ -463,6 +480,7 @@ def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scales frames to cover the size (area down, bicubic up), then centre-crops: uint8 [T, H, W, 3] -> [T, height,
     width, 3]."""
     import cv2
+    import numpy as np
 
     cv2.setNumThreads(0)  # its thread pool does not survive the fork of a DataLoader worker
     old_height, old_width = frames.shape[1:3]

@@ -388,7 +388,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(options):
 def test_torch_is_not_imported_to_check_options(script, options):
     code = (
         "import atexit, sys; from common import cli\n"
-        "atexit.register(lambda: print('heavy:', *sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules))))\n"
+        "atexit.register(lambda: print('heavy:', *sorted({'torch', 'numpy', 'transformers', 'diffusers'} & set(sys.modules))))\n"
         f"sys.argv = ['cli', 'zoo.{RECIPE}', '{script}', *{options}]; cli.main()"
     )
     done = shell(sys.executable, "-c", code, check=None)

@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common import jsonl, resume
 from common.drops import DropReport, check_drops
 from common.video import VideoError, VideoInfo, decord_refusal, probe_video, read_frames, resampled_length, resize_crop
@@ -36,6 +34,7 @@ from .buckets import Bucket, choose_bucket, parse_buckets
 from .lists import Row, read_pairs, read_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 MAX_REPLACED = 64  # so many undecodable videos in a row mean that the storage is at fault
@@ -268,6 +267,7 @@ class VideoTextDataset:
         Cached tensors are returned only if every row has them. Otherwise all rows are decoded, so that the same batch
         is always encoded together and a resumed run gets the same bits.
         """
+        import numpy as np
         from torch import from_numpy, stack
         from torch.nn.utils.rnn import pad_sequence
 
@@ -302,6 +302,8 @@ class VideoTextDataset:
 
     def read(self, row: int, epoch: int = 0) -> np.ndarray:
         """Returns pixels uint8 [F, H, W, 3] of a row's window. Raises VideoError if it cannot be decoded."""
+        import numpy as np
+
         entry = self.index.rows[row]
         bucket, fps = self.index.buckets[entry.bucket], self.index.fps
         spare = resampled_length(entry, fps) - bucket.frames

@@ -7,18 +7,23 @@ other keys are ignored:
     {"prompt": "a cat jumps", "image": "cat.png"}      "image" where the size takes one, and "last_image" likewise
 
 Paths are relative to the file's folder. A picture is a still, or a video of which the first frame is taken (the last
-frame if it is a last picture). This module does not import torch: everything is checked before torch is imported.
+frame if it is a last picture). Importing this module imports neither torch nor numpy, because
+requests are checked before they are loaded.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from common.records import read_prompts
 from common.video import VideoError, VideoInfo, probe_video, read_frames, resampled_length, resize_crop
 
 from .buckets import Bucket
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ def read_frame(path: Path, index: int, bucket: Bucket, fit: str) -> np.ndarray:
 def fit_image(image: np.ndarray, bucket: Bucket, fit: str) -> np.ndarray:
     """Brings an image uint8 [h, w, 3] to [H, W, 3] of the bucket. fit "crop" scales it to cover the bucket and cuts it.
     "pad" scales it to fit inside, with black around. "exact" only scales it, as it has the bucket's aspect."""
+    import numpy as np
+
     if fit == "pad":
         scale = min(bucket.height / image.shape[0], bucket.width / image.shape[1])
         inside = [max(1, round(side * scale)) for side in image.shape[:2]]
@@ -153,6 +160,8 @@ def fit_image(image: np.ndarray, bucket: Bucket, fit: str) -> np.ndarray:
 
 def read_given_frames(requests: list[Request], bucket: Bucket, fit: str) -> np.ndarray:
     """Reads the pictures of requests as uint8 [B, n, H, W, 3], where n = 1, or 2 with last pictures."""
+    import numpy as np
+
     return np.stack(
         [
             np.stack([read_frame(path, i, bucket, fit) for path, i in ((r.image, 0), (r.last_image, -1)) if path])
