@@ -1,9 +1,10 @@
 """Keeps saved activations in host memory until the backward.
 
 Inside `OffloadActivations`, every tensor that autograd saves is copied to pinned memory, and copied back when the
-backward asks for it. Around a recomputed block these are the block's inputs alone. torch's own `save_on_cpu` copies a tensor once for
-every operation that saves it, and parameters too. This module copies each storage once and leaves parameters in place.
-The copies are queued in the compute stream: the host never waits for them, and they do not overlap with compute.
+backward asks for it. Around a recomputed block these are the block's inputs alone. torch's own `save_on_cpu` copies a
+tensor once for every operation that saves it, and parameters too. This module copies each storage once and leaves
+parameters in place. The copies are queued in the compute stream: the host never waits for them, and they do not overlap
+with compute.
 """
 
 import torch
