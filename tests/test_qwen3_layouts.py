@@ -58,9 +58,7 @@ CASES = [
     for which, names in (("dense", DENSE), ("moe", MOE), ("dense tied", ["tp2 sp", "fsdp2"]))
     for name in names
 ]
-CASES += [
-    ("dense", name, False) for name in ("dp2 micro 2", "cp2 ulysses", "cp2 ring", "pp2 micro 2")
-]  # rows of one document
+CASES += [("dense", name, False) for name in ("dp2 micro 2", "cp2 ulysses", "cp2 ring", "pp2 micro 2")]  # not packed
 CASES += [("dense", name, True) for name in ("pp2 uneven", "tp4", "tp4 sp")]
 CASES += [("dense tied", name, True) for name in ("pp2", "pp2 vpp2", "dp2 pp2", "tp2 sp pp2")]
 # tests/test_models.py runs two steps of these cases. Two of them stay here because they run ten steps.
@@ -87,15 +85,15 @@ def my_batches(o, step: int, packed: bool) -> list[dict]:
         first = (micro * o.dp + rank) * o.micro_batch
         rows = [sample(first + i, step, packed) for i in range(o.micro_batch)]
         joined = {k: torch.cat([r[k] for r in rows]) for k in ("tokens", "labels", "positions")}
-        bounds = [i * case.LENGTH + e for i, r in enumerate(rows) for e in r["bounds"][1:]]
-        batches.append(joined | {"cu_seqlens": [0, *bounds], "rows": o.micro_batch})
+        ends = [i * case.LENGTH + e for i, r in enumerate(rows) for e in r["bounds"][1:]]
+        batches.append(joined | {"cu_seqlens": [0, *ends], "rows": o.micro_batch})
     return case.train.weighted(batches, o.dp, o.aux if o.aux_over == "model" else 0.0)
 
 
 def run_layout(which: str, layout: dict, packed: bool, backend: str = "cpu", *steps, change=None) -> dict:
-    """Trains from the shared weights, or from what `change` makes of them. Returns whole gradients and router metrics
-    of the first step, gradient norms and losses on rank 0, and {} on the others. steps: `first`, `last`, `folder` of
-    `_run_layout`."""
+    """Trains from the shared weights, or from what `change` makes of them. Rank 0 returns the whole gradients and router
+    metrics of the first step, and all gradient norms and losses; the others return {}. steps: `first`, `last` and
+    `folder` of `_run_layout`."""
     npu_contract.install()
     ops.BACKEND = backend
     try:

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.L3
 
 recipe_case = importlib.import_module(f"zoo.{case.RECIPE}.case")
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
-# Relative, over twenty steps. Measured: 2.2e-7 for losses; for weights at most 1.8e-5 (keys, whose gradients cancel), and
-# mostly under 2e-7.
+# Relative, over twenty steps. Measured: 2.2e-7 for losses; at most 1.8e-5 for weights (keys, whose gradients cancel),
+# under 2e-7 for most.
 TRAJECTORY, WEIGHTS = 1e-6, 1e-4
 
 LONG = ("dp2", "fsdp2")  # these layouts take twenty steps
@@ -49,9 +49,9 @@ LAYOUTS = {
 
 
 def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None, config=case.CONFIG) -> dict:
-    """Trains `steps` steps from the shared weights. adapt: changes the chunks before they are wrapped. Returns whole
-    gradients of the first step (gathered over tensor and pipeline parallel), losses, and final whole weights on rank 0,
-    and {} on the others."""
+    """Trains `steps` steps from the shared weights. `adapt` changes the chunks before they are wrapped. Rank 0 returns
+    the whole gradients of the first step (gathered over tensor and pipeline parallel), the losses, and the final whole
+    weights; the others return {}."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
