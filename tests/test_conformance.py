@@ -2,9 +2,10 @@
 
 The collection that this one replaces had these silent failures. The right column names what prevents each of them:
 
-    partial load, missing keys only logged        test_no_partial_load_and_no_pickle (here), test_cli.py, test_weights.py
+    partial load, missing keys only logged        test_no_partial_load_and_no_pickle, test_cli.py, test_weights.py
     inverted comparison in a test                 test_every_approx_is_compared_for_equality_in_an_assert
-    samples dropped without a word                test_data.py test_every_dropped_row_is_counted_*, test_cli.py too_many_dropped
+    samples dropped without a word                test_data.py test_every_dropped_row_is_counted_*,
+                                                  test_cli.py too_many_dropped
     exit code lost in a pipe, perf after a crash  test_launcher_is_one_plain_launch, test_cli.py exit_code_*
     chmod makes checkpoints unreadable            test_launcher_is_one_plain_launch
     optimizer not saved by default                test_every_job_saves_and_resumes_by_default, test_resume.py
@@ -528,7 +529,7 @@ def test_documentation_has_no_machine_paths(path):
     assert not re.search(r"(?<![\w.])/(work|home|root|mnt|tmp|Users)/|/path/to", path.read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------- size, copies
+# --------------------------------------------------------------------------------------------------------- size, copies
 
 
 def alike(root: Path, one: str, other: str) -> list[str]:

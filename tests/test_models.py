@@ -255,7 +255,8 @@ def test_a_release_that_lacks_a_tensor_or_has_one_too_many_or_of_another_shape_i
 
 
 def trained(recipe: str, which: str, values: dict, steps: int = 2) -> dict:
-    """Trains from the shared weights. Rank 0 returns the whole gradients of the first step and all losses, others {}."""
+    """Trains from the shared weights. Rank 0 returns the whole gradients of the first step and all losses, others
+    {}."""
     recipe_case, config = case(recipe), case(recipe).CONFIGS[which]
     o, chunks = filled(recipe, config, **values)
     wrapped = parallel.wrap(chunks, o, recipe_case.BLOCK)

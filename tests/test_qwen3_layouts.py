@@ -91,9 +91,9 @@ def my_batches(o, step: int, packed: bool) -> list[dict]:
 
 
 def run_layout(which: str, layout: dict, packed: bool, backend: str = "cpu", *steps, change=None) -> dict:
-    """Trains from the shared weights, or from what `change` makes of them. Rank 0 returns the whole gradients and router
-    metrics of the first step, and all gradient norms and losses; the others return {}. steps: `first`, `last` and
-    `folder` of `_run_layout`."""
+    """Trains from the shared weights, or from what `change` makes of them. Rank 0 returns the whole gradients and
+    router metrics of the first step, and all gradient norms and losses; the others return {}. steps: `first`, `last`
+    and `folder` of `_run_layout`."""
     npu_contract.install()
     ops.BACKEND = backend
     try:
