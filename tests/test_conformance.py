@@ -106,7 +106,7 @@ def run_launcher(launcher: str, *options: str) -> subprocess.CompletedProcess:
 
 def launch_line(launcher: str) -> list[str]:
     lines = [line for line in (ROOT / launcher).read_text().splitlines() if re.match(r"(exec )?launch ", line)]
-    assert len(lines) == 1, f"{launcher} has {len(lines)} launch lines"
+    assert len(lines) == 1, f"{launcher} has {len(lines)} lines that begin with launch; expected 1"
     return shlex.split(lines[0])
 
 
@@ -288,7 +288,7 @@ def test_every_approx_is_compared_for_equality_in_an_assert():
         compared = {id(n) for c in equalities if all(isinstance(op, ast.Eq) for op in c.ops) for n in ast.walk(c)}
         uses = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pytest.approx"]
         wrong += [f"{path.name}:{n.lineno}" for n in uses if id(n) not in compared]
-    assert not wrong, f"not `assert value == pytest.approx(…)`: {', '.join(wrong)}"
+    assert not wrong, f"expected `assert value == pytest.approx(…)` in {', '.join(wrong)}"
 
 
 def test_ruff_finds_nothing():
@@ -306,8 +306,10 @@ def test_ruff_finds_nothing():
 def test_launcher_is_one_plain_launch(launcher):
     text = (ROOT / launcher).read_text()
     lines = text.splitlines()
-    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# "), "first say what it does"
-    assert f"bash {launcher}" in text.split("set -euo")[0], "the comment shows the command"
+    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# "), (
+        "line 2 must be a comment that says what it does"
+    )
+    assert f"bash {launcher}" in text.split("set -euo")[0], "the first comment must show its command"
     assert "set -euo pipefail" in lines
     assert 'source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"' in lines
     assert launch_line(launcher)[-1] == "$@" and lines[-1].split()[0] in ("launch", "exec")
@@ -432,10 +434,10 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
             refused.append(f"{processes} processes: {error}")
             continue
         assert f"world {processes}" in jobs.dry_run(o)
-        assert o.micro_batches >= o.pp, "a pipeline with fewer micro-batches than stages is mostly waiting"
+        assert o.micro_batches >= o.pp, "fewer micro-batches than pipeline stages: most stages would wait"
         assert o.layout == name and all(getattr(o, k) == layout[k] for k in fields - {"size"})
         return
-    pytest.fail(f"no number of processes that it says fits: {refused[0]}")
+    pytest.fail(f"its options are refused for every number of processes: {refused[0]}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -198,7 +198,7 @@ def beside_oracle(recipe: str, which: str) -> tuple[dict, dict]:
     oracle, state = recipe_case.oracle(config), random_state(first_table(recipe, config).shapes)
     oracle.load_state_dict(dict(recipe_case.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
     missing = dict(oracle.named_parameters()).keys() ^ gradients.keys()
-    assert not missing, f"parameters of one of the two models alone: {sorted(missing)[:5]}"
+    assert not missing, f"parameters that only one of the two models has: {sorted(missing)[:5]}"
     oracle_loss = recipe_case.oracle_loss(oracle, samples)
     oracle_loss.backward()
     theirs = {name: p.grad for name, p in oracle.named_parameters()}

@@ -86,7 +86,7 @@ def test_only_documents_and_records_differ(made):
     }
     for path in tracked(f"zoo/{nearest}/*"):
         twin = copy / path.relative_to(ROOT / "zoo" / nearest)
-        assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source is left alone"
+        assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source recipe must not change"
         assert twin.exists() != (twin in pictures)
         if twin.suffix == ".py":
             assert code(twin.read_text()) == code(with_classes(path.read_text(), classes))
