@@ -1,4 +1,4 @@
-"""The tiny Qwen3 cases the tests of zoo/qwen3 share: every dimension different, every parameter random."""
+"""Tiny Qwen3 cases that the tests of zoo/qwen3 share. All dimensions are different, and all parameters are random."""
 
 import dataclasses
 import importlib
@@ -41,7 +41,7 @@ LENGTH, GLOBAL_BATCH = 16, 4
 
 
 def options(**layout):
-    """Checked layout options of the tiny case; needs WORLD_SIZE."""
+    """Returns checked training options of the tiny case under a layout. Needs WORLD_SIZE."""
     cls = jobs.TrainOptions
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
@@ -50,7 +50,7 @@ def options(**layout):
 
 
 def random_state(which, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every parameter random, norms too, by our name."""
+    """Draws every parameter at random, also norms. Returns {our name: tensor}."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in convert.shapes(which).items():
@@ -60,12 +60,12 @@ def random_state(which, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def source(state: dict[str, torch.Tensor]) -> release.Source:
-    """Whole tensors as what is written or merged."""
+    """Makes whole tensors a source from which a release is written or merged."""
     return release.Source(lambda name: state[name].element_size(), state.__getitem__)
 
 
 def load(chunks, state: dict[str, torch.Tensor]) -> None:
-    """Copy whole tensors into this rank's shards."""
+    """Copies whole tensors into this rank's shards."""
     from common import checkpoint
 
     with torch.no_grad():
@@ -77,7 +77,7 @@ def load(chunks, state: dict[str, torch.Tensor]) -> None:
 
 
 def oracle_config(which) -> Qwen3Config | Qwen3MoeConfig:
-    """transformers' own."""
+    """Returns transformers' own config."""
     cls = Qwen3MoeConfig if which.num_experts else Qwen3Config
     return cls(**{k: v for k, v in which.to_released().items() if k not in ("architectures", "model_type")})
 
@@ -88,18 +88,18 @@ def oracle(which):
 
 
 def save_oracle(folder, config, seed=0):
-    """transformers' own release of a model whose every parameter is random; the model."""
-    theirs, generator = oracle(config), torch.Generator().manual_seed(seed)
+    """Draws every parameter of transformers' model at random, saves it as a release, and returns it."""
+    hf_model, generator = oracle(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
+        for name, p in hf_model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
-    theirs.save_pretrained(folder)
-    return theirs
+    hf_model.save_pretrained(folder)
+    return hf_model
 
 
 def job(*argv) -> None:
-    """A training run of the recipe in this process; to be called through `run_ranks`."""
+    """Trains with the recipe in this process. Call it through `run_ranks`."""
     o = jobs.parse("train", [*map(str, argv)])
     jobs.prepare(o)  # as the launcher does: a fresh checkout has no demo data
     try:
@@ -109,7 +109,7 @@ def job(*argv) -> None:
 
 
 def steps_of(out: Path) -> dict[int, dict]:
-    """What a run folder records of each step and what two equal runs have in common."""
+    """Reads from a run folder, for each step, the values that are equal in two equal runs."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = ("loss", "grad_norm", "lr", "margin", "accuracy")
-    return {row["step"]: {key: row[key] for key in kept if key in row} for row in rows if row["kind"] == "step"}
+    fields = ("loss", "grad_norm", "lr", "margin", "accuracy")
+    return {row["step"]: {key: row[key] for key in fields if key in row} for row in rows if row["kind"] == "step"}

@@ -1,5 +1,5 @@
-"""The harness of the benchmarks: contenders in processes of their own, the rows of a step, what is refused, and the rates
-of reading files."""
+"""Tests the harness of the benchmarks: contenders in their own processes, the rows of a step, refused rows, and the
+rates of file reading."""
 
 import functools
 import sys
@@ -12,7 +12,7 @@ from common import bench, perf
 
 pytestmark = pytest.mark.L1
 
-LIBRARY = "megatron-core"  # one that has a version; its model is not used
+LIBRARY = "megatron-core"  # any installed library, for its version; its model is not used
 
 # -------------------------------------------------------------------------------------------------------- contenders
 
@@ -37,7 +37,7 @@ def without_room():
 
 
 def order_of_imports():
-    """The loss is 1 if this process had the device before megatron."""
+    """Returns a step whose loss is 1 if this process imported the device before megatron, else 0."""
     names = list(sys.modules)
     return step_of(float(names.index("common.device") < names.index("megatron")))
 
@@ -51,28 +51,28 @@ def asked(*args, steps: int = 3, **kwargs) -> bench.Contender:
 
 
 def test_contender_imports_the_device_before_megatron_and_tells_seconds_losses_and_memory():
-    found = asked(order_of_imports)
-    assert found.losses == [1.0] * 3 and len(found.seconds) == 3 and min(found.seconds) > 0
-    assert found.failure is None and found.memory >= 0 and found.process.exitcode == 0
+    result = asked(order_of_imports)
+    assert result.losses == [1.0] * 3 and len(result.seconds) == 3 and min(result.seconds) > 0
+    assert result.failure is None and result.memory >= 0 and result.process.exitcode == 0
 
 
 def test_contender_without_room_says_so_and_the_others_go_on():
-    found = asked(without_room)
-    assert found.failure == "does not fit: tried to allocate 9 GiB" and found.memory is None
-    later = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=True)
-    assert later.failure == "does not fit: 9 GiB" and later.losses == [2.0]
+    at_start = asked(without_room)
+    assert at_start.failure == "does not fit: tried to allocate 9 GiB" and at_start.memory is None
+    at_second_step = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=True)
+    assert at_second_step.failure == "does not fit: 9 GiB" and at_second_step.losses == [2.0]
 
 
 def test_compiler_that_fails_is_said_in_words_and_an_error_of_the_plain_peer_is_none():
     failing = functools.partial(fails_at_its_second_step, RuntimeError("no C++ compiler\nand more"))
-    found = asked(failing, compiled=True)
-    assert found.name == "name + torch.compile"
-    assert found.failure == "torch.compile does not work here: RuntimeError: no C++ compiler"
+    result = asked(failing, compiled=True)
+    assert result.name == "name + torch.compile"
+    assert result.failure == "torch.compile does not work here: RuntimeError: no C++ compiler"
     with pytest.raises(EOFError):
         asked(failing)
 
 
-# -------------------------------------------------------------------------------------------------------- their rows
+# ------------------------------------------------------------------------------------------------------- rows of a step
 
 FACTS = {"model": "Toy", "size": "tiny", "shape": "1 x 2", "precision": "fp32", "system": bench.OURS, "devices": 1}
 FACTS |= {"hardware": "a CPU", "commit": "0123456789ab"}
@@ -100,7 +100,7 @@ def test_step_rows_are_ours_every_peer_and_the_ratios():
 
 def test_ratio_is_the_median_of_the_turns():
     mine, theirs, ratio = rows_of(contender(seconds=(4.0, 2.0, 3.0)), seconds=(1.0, 2.0, 3.0))
-    assert (mine["value"], theirs["value"], ratio["value"]) == (2.0, 1.333, 1.0)  # of the medians it would be 1.5
+    assert (mine["value"], theirs["value"], ratio["value"]) == (2.0, 1.333, 1.0)  # the medians' ratio is 1.5
 
 
 def test_compiled_peer_is_compared_with_ours_compiled_where_that_ran():
@@ -137,8 +137,8 @@ def test_refused_rows_are_printed_and_not_recorded(tmp_path, capsys):
     bench.report(rows, record, append=False)
     assert record.read_text() == ""
     bench.report(rows, record, append=True)
-    said = f"refused, not recorded: {LIBRARY} 0 + torch.compile: torch.compile does not work here"
-    assert said in capsys.readouterr().out
+    message = f"refused, not recorded: {LIBRARY} 0 + torch.compile: torch.compile does not work here"
+    assert message in capsys.readouterr().out
     assert [r["system"] for r in perf.read(record)] == [bench.OURS]
 
 

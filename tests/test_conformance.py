@@ -1,10 +1,11 @@
-"""One suite for every folder of zoo/: files, imports, launchers, layouts, documentation, and the silent failures below.
+"""Checks every folder of zoo/: files, imports, launchers, layouts, documentation, and the silent failures below.
 
-Silent failures found in the collection this one replaces, and what keeps each from coming back:
+The collection that this one replaces had these silent failures. The right column names what prevents each of them:
 
-    partial load, missing keys only logged        test_no_partial_load_and_no_pickle (here), test_cli.py, test_weights.py
+    partial load, missing keys only logged        test_no_partial_load_and_no_pickle, test_cli.py, test_weights.py
     inverted comparison in a test                 test_every_approx_is_compared_for_equality_in_an_assert
-    samples dropped without a word                test_data.py test_every_dropped_row_is_counted_*, test_cli.py too_many_dropped
+    samples dropped without a word                test_data.py test_every_dropped_row_is_counted_*,
+                                                  test_cli.py too_many_dropped
     exit code lost in a pipe, perf after a crash  test_launcher_is_one_plain_launch, test_cli.py exit_code_*
     chmod makes checkpoints unreadable            test_launcher_is_one_plain_launch
     optimizer not saved by default                test_every_job_saves_and_resumes_by_default, test_resume.py
@@ -55,11 +56,11 @@ REQUIRED = [
     "README.md", "config.py", "options.py", "model.py", "data.py", "parallel.toml", "train.py", "infer.py", "convert.py",
     "case.py", "perf.jsonl", "convert.sh",
 ]  # fmt: skip
-ALIKE, ALIKE_LINES = 0.90, 150
+ALIKE, ALIKE_LINES = 0.90, 150  # similarity and length above which two files need a marker
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Files git knows or would add."""
+    """Returns the files that git tracks or would add."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [ROOT / n for n in sorted(set(names)) if (ROOT / n).is_file() and not n.startswith("zoo/_")]
@@ -75,7 +76,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of the modules a file imports; relative ones are resolved."""
+    """Yields the absolute name of everything that a file imports. Relative imports are resolved."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -88,7 +89,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @functools.cache
 def run_launcher(launcher: str, *options: str) -> subprocess.CompletedProcess:
-    """What a launcher answers, in this process: a shell and an interpreter for each would take minutes."""
+    """Runs the command of a launcher in this process: a shell and an interpreter for each would take minutes."""
     recipe, (script, *given) = Path(launcher).parent.name, launch_line(launcher)[1:-1]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ZOO_DEVICE": "cpu", "NPROC": "1", "NNODES": "1", "COLUMNS": "80"}.items():
@@ -105,12 +106,12 @@ def run_launcher(launcher: str, *options: str) -> subprocess.CompletedProcess:
 
 def launch_line(launcher: str) -> list[str]:
     lines = [line for line in (ROOT / launcher).read_text().splitlines() if re.match(r"(exec )?launch ", line)]
-    assert len(lines) == 1, f"{launcher} has {len(lines)} launch lines"
+    assert len(lines) == 1, f"{launcher} has {len(lines)} lines that begin with launch; expected 1"
     return shlex.split(lines[0])
 
 
 def job(launcher: str):
-    """The option dataclass a launcher's options fill."""
+    """Returns the dataclass of a launcher's options."""
     jobs = importlib.import_module(f"zoo.{Path(launcher).parent.name}.options")
     return jobs.JOBS[launch_line(launcher)[1]][0]
 
@@ -140,10 +141,10 @@ MODELS = (
 
 @pytest.mark.parametrize("path", sources("common/language", "common/diffusion"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_a_family_shares_names_no_model(path):
-    """What differs from model to model is a recipe's to decide, or an argument."""
+    """A recipe decides what differs from model to model. Shared code takes it as an argument."""
     lines = enumerate(path.read_text().splitlines(), 1)
-    found = [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if re.search(MODELS, line, re.I)]
-    assert not found, "\n".join(found)
+    matches = [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if re.search(MODELS, line, re.I)]
+    assert not matches, "\n".join(matches)
 
 
 HEAVY = ("torch", "megatron", "transformers", "diffusers", "triton", "av", "cv2")
@@ -154,17 +155,18 @@ MODULES = {
 
 
 def runtime_imports(name: str) -> Iterator[tuple[str, bool]]:
-    """(module, whether at the top of the file) of what a module imports when it runs: not for type checkers alone."""
+    """Yields (module, whether at the top of the file) for every import of a module except those for type checkers
+    alone."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    typed = {
+    type_checking = {
         id(node)
         for block in ast.walk(parsed(path))
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
     for node in ast.walk(parsed(path)):
-        if id(node) in typed:
+        if id(node) in type_checking:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.col_offset == 0) for alias in node.names)
@@ -178,20 +180,21 @@ def runtime_imports(name: str) -> Iterator[tuple[str, bool]]:
 
 @functools.cache
 def reached(name: str, at_the_top: bool = False) -> frozenset[str]:
-    """Our modules that importing one imports, by whatever it calls later too unless told otherwise."""
-    found, waiting = set(), [name]
-    while waiting:
-        for module, top in runtime_imports(waiting.pop()):
-            if module in MODULES and module not in found and (top or not at_the_top):
-                found.add(module)
-                waiting.append(module)
-    return frozenset(found)
+    """Returns our modules that a module imports, also through others. Imports inside functions count unless
+    `at_the_top`."""
+    modules, queue = set(), [name]
+    while queue:
+        for module, top in runtime_imports(queue.pop()):
+            if module in MODULES and module not in modules and (top or not at_the_top):
+                modules.add(module)
+                queue.append(module)
+    return frozenset(modules)
 
 
 def is_heavy(name: str) -> bool:
-    """Whether importing a module of ours imports torch or the like."""
-    every = {name, *reached(name, at_the_top=True)}
-    return any(top and module.split(".")[0] in HEAVY for m in every for module, top in runtime_imports(m))
+    """Returns whether importing a module of ours imports torch or another library of HEAVY."""
+    names = {name, *reached(name, at_the_top=True)}
+    return any(top and module.split(".")[0] in HEAVY for m in names for module, top in runtime_imports(m))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -201,14 +204,15 @@ def test_no_module_imports_itself_in_the_end(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_what_would_load_torch_too_early_is_imported_where_it_is_used(name):
-    """The launcher reads options without torch; kernels are opened on the device they are for."""
+    """The launcher reads options without torch. A kernel is imported only on the device that runs it."""
     late = [module for module, top in runtime_imports(name) if module in MODULES and not top]
     wrong = [m for m in late if not m.startswith("kernels") and (is_heavy(name) or not is_heavy(m))]
     assert not wrong, f"{name} imports {', '.join(wrong)} inside a function; fix: at the top of the file"
 
 
 def strings_in_code(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of what a copied recipe would carry along: absolute imports and strings, docstrings left out."""
+    """Yields (line, text) of absolute imports and of strings other than docstrings, which a copied recipe would
+    keep."""
     docstrings = {id(n.value) for n in ast.walk(parsed(path)) if isinstance(n, ast.Expr)}
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
@@ -221,70 +225,70 @@ def strings_in_code(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_folder_name_in_code(recipe):
-    """So that `cp -r` gives a recipe that works."""
-    found = [
+    """A recipe that is copied with `cp -r` must work."""
+    places = [
         f"{path.relative_to(ROOT)}:{line}: {text[:60]!r}"
         for path in sources(f"zoo/{recipe}")
         for line, text in strings_in_code(path)
-        if re.search(rf"\b(zoo|data|runs)[./]{re.escape(recipe)}\b", text)  # its name alone may be the model's
+        if re.search(rf"\b(zoo|data|runs)[./]{re.escape(recipe)}\b", text)  # alone it may be the model's name
     ]
     for path in tracked(f"zoo/{recipe}/*.sh"):
         code = [re.sub(r"(^|\s)#.*", "", line) for line in path.read_text().splitlines()]
-        found += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(code, 1) if recipe in line]
-    assert not found, "\n".join(found)
+        places += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(code, 1) if recipe in line]
+    assert not places, "\n".join(places)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_constructors_name_every_argument(recipe):
-    """`**kwargs` swallows typos."""
-    found = [
+    """`**kwargs` accepts misspelt names."""
+    places = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources(f"zoo/{recipe}")
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef) and node.name == "__init__" and node.args.kwarg
     ]
-    assert not found, found
+    assert not places, places
 
 
 def test_no_partial_load_and_no_pickle():
-    found = []
+    calls = []
     for path in sources("zoo", "common", "kernels"):
         for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            off = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
-            off |= {"strict" for a in node.args[1:2] if isinstance(a, ast.Constant) and a.value is False}
-            # What others' training wrote is read by torch's restricted reader alone, and in one place.
+            disabled = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
+            disabled |= {"strict" for a in node.args[1:2] if isinstance(a, ast.Constant) and a.value is False}
+            # Checkpoints of other trainers are read in one file, with torch's restricted reader.
             safe = {ast.unparse(k) for k in node.keywords} >= {
                 "weights_only=True"
             } and path.name == "megatron_import.py"
             if (
-                (name.endswith("load_state_dict") and "strict" in off)
+                (name.endswith("load_state_dict") and "strict" in disabled)
                 or name in ("torch.load", "pickle.load", "pickle.loads")
                 and not (name == "torch.load" and safe)
-                or "weights_only" in off
+                or "weights_only" in disabled
                 or any(k.arg == "trust_remote_code" for k in node.keywords)
             ):
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}")
-    assert not found, "\n".join(found)
+                calls.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert not calls, "\n".join(calls)
 
 
 def test_every_approx_is_compared_for_equality_in_an_assert():
-    """`if actual == approx(expected): raise` passed for years on unequal losses."""
-    found = []
+    """`if actual == approx(expected): raise` passes on unequal losses."""
+    wrong = []
     for path in tracked("tests/*.py"):
-        tests = [n.test for n in ast.walk(parsed(path)) if isinstance(n, ast.Assert)]
+        conditions = [n.test for n in ast.walk(parsed(path)) if isinstance(n, ast.Assert)]
         equalities = [
             c
-            for test in tests
-            for c in ast.walk(test)
-            if isinstance(c, ast.Compare) and ast.unparse(test)[:4] != "not "
+            for condition in conditions
+            for c in ast.walk(condition)
+            if isinstance(c, ast.Compare) and ast.unparse(condition)[:4] != "not "
         ]
-        good = {id(n) for c in equalities if all(isinstance(op, ast.Eq) for op in c.ops) for n in ast.walk(c)}
+        compared = {id(n) for c in equalities if all(isinstance(op, ast.Eq) for op in c.ops) for n in ast.walk(c)}
         uses = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pytest.approx"]
-        found += [f"{path.name}:{n.lineno}" for n in uses if id(n) not in good]
-    assert not found, f"not `assert value == pytest.approx(…)`: {', '.join(found)}"
+        wrong += [f"{path.name}:{n.lineno}" for n in uses if id(n) not in compared]
+    assert not wrong, f"expected `assert value == pytest.approx(…)` in {', '.join(wrong)}"
 
 
 def test_ruff_finds_nothing():
@@ -302,8 +306,10 @@ def test_ruff_finds_nothing():
 def test_launcher_is_one_plain_launch(launcher):
     text = (ROOT / launcher).read_text()
     lines = text.splitlines()
-    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# "), "first say what it does"
-    assert f"bash {launcher}" in text.split("set -euo")[0], "the comment shows the command"
+    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# "), (
+        "line 2 must be a comment that says what it does"
+    )
+    assert f"bash {launcher}" in text.split("set -euo")[0], "the first comment must show its command"
     assert "set -euo pipefail" in lines
     assert 'source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"' in lines
     assert launch_line(launcher)[-1] == "$@" and lines[-1].split()[0] in ("launch", "exec")
@@ -341,7 +347,7 @@ def test_launcher_dry_runs(launcher):
 
 @pytest.mark.parametrize("launcher", {launcher.split("/")[1]: launcher for launcher in LAUNCHERS}.values())
 def test_shell_answers_as_the_process(launcher, capsys):
-    """One launcher of each recipe, as a user calls it."""
+    """Calls one launcher of each recipe as a user does."""
     env = {
         **os.environ,
         "ZOO_PYTHON": sys.executable,
@@ -356,8 +362,8 @@ def test_shell_answers_as_the_process(launcher, capsys):
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         with capsys.disabled():
             print(f"\n{' '.join(command)}: {time.perf_counter() - start:.2f} s", end="")
-        said = [re.sub(r"\d{4}-\d{6}", "", text) for text in (done.stdout, run_launcher(launcher, option).stdout)]
-        assert (done.returncode, done.stderr) == (0, "") and said[0] == said[1]  # but for the time in --out
+        outputs = [re.sub(r"\d{4}-\d{6}", "", text) for text in (done.stdout, run_launcher(launcher, option).stdout)]
+        assert (done.returncode, done.stderr) == (0, "") and outputs[0] == outputs[1]  # without the time in --out
 
 
 @pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if "train" in Path(name).name])
@@ -367,7 +373,7 @@ def test_every_job_saves_and_resumes_by_default(launcher):
 
 
 class Begun(Exception):
-    """Raised in place of slow work."""
+    """Raised instead of slow work."""
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -386,27 +392,27 @@ def test_making_the_demo_data_is_said_before_it_begins(recipe, monkeypatch, caps
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_starting_the_processes_is_said_before_torch_is_imported(recipe, tmp_path, monkeypatch, capsys):
-    said, jobs = [], importlib.import_module(f"zoo.{recipe}.options")
+    messages, jobs = [], importlib.import_module(f"zoo.{recipe}.options")
     monkeypatch.setattr(jobs, "prepare", lambda o: None)
-    monkeypatch.setattr(cli, "_torchrun", lambda *args: said.append(capsys.readouterr().err) or 0)
+    monkeypatch.setattr(cli, "_torchrun", lambda *args: messages.append(capsys.readouterr().err) or 0)
     monkeypatch.setattr(sys, "argv", ["cli", f"zoo.{recipe}", "train", "--out", str(tmp_path / "run")])
     for name, value in {"NPROC": "2", "ZOO_DEVICE": "cpu", "ZOO_COMMAND": "test"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 0 and "NPROC=2 on cpu" in said[0]
+    assert end.value.code == 0 and "NPROC=2 on cpu" in messages[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
 def as_options(values: dict) -> list[str]:
-    """Keys of a layout as command-line options."""
-    out = []
+    """Converts the keys of a layout to command-line options."""
+    argv = []
     for key, value in values.items():
         flag = key.replace("_", "-")
-        out += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
-    return out
+        argv += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
+    return argv
 
 
 @pytest.mark.parametrize(("recipe", "name"), LAYOUTS)
@@ -414,8 +420,8 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
     jobs = importlib.import_module(f"zoo.{recipe}.options")
     layout = tomllib.loads((ROOT / "zoo" / recipe / "parallel.toml").read_text())[name]
     assert layout["source"].strip() and layout["size"] in importlib.import_module(f"zoo.{recipe}.config").SIZES
-    known = {f for f in jobs.JOBS["train"][0].__dataclass_fields__ if f in layout}
-    argv = ["--layout", name, *as_options({k: layout[k] for k in known})]
+    fields = {f for f in jobs.JOBS["train"][0].__dataclass_fields__ if f in layout}
+    argv = ["--layout", name, *as_options({k: layout[k] for k in fields})]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     smallest = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
     stated = re.search(r"(\d+) devices?\b", layout["source"])
@@ -428,10 +434,10 @@ def test_named_layout_is_legal_and_says_where_it_comes_from(recipe, name, monkey
             refused.append(f"{processes} processes: {error}")
             continue
         assert f"world {processes}" in jobs.dry_run(o)
-        assert o.micro_batches >= o.pp, "a pipeline with fewer micro-batches than stages is mostly waiting"
-        assert o.layout == name and all(getattr(o, k) == layout[k] for k in known - {"size"})
+        assert o.micro_batches >= o.pp, "fewer micro-batches than pipeline stages: most stages would wait"
+        assert o.layout == name and all(getattr(o, k) == layout[k] for k in fields - {"size"})
         return
-    pytest.fail(f"no number of processes that it says fits: {refused[0]}")
+    pytest.fail(f"its options are refused for every number of processes: {refused[0]}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -439,26 +445,26 @@ def test_global_batch_does_not_follow_the_layout(recipe, monkeypatch):
     jobs = importlib.import_module(f"zoo.{recipe}.options")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "4")
-    parsed = 0
+    accepted = 0
     for layout in (["--tp", "2"], ["--cp", "2"], ["--pp", "2"], ["--tp", "4"], []):
         try:
             o = jobs.parse("train", ["--global-batch", "8", "--micro-batch", "1", *layout])
-        except ValueError as error:  # not every model's smallest size takes every layout
+        except ValueError as error:  # not every model's smallest size fits every layout
             assert f"fix: {layout[0]}" in str(error)
             continue
         assert o.global_batch == 8
-        parsed += 1
-    assert parsed >= 3
+        accepted += 1
+    assert accepted >= 3
 
 
 # -------------------------------------------------------------------------------------------------------- documentation
 
 MARKDOWN = tracked("*.md")
-EXAMPLES = {"mine", "NAME"}  # folder names that stand for the reader's own
+EXAMPLES = {"mine", "NAME"}  # placeholders for a reader's own folder
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
-    """(launcher, the rest of its line) of every `bash zoo/x/y.sh …` in a text."""
+    """Yields (launcher, rest of its line) for every `bash zoo/x/y.sh …` in a text."""
     text = re.sub(r"\\\n[ \t#]*", " ", text)
     for match in re.finditer(r"bash (zoo/[\w.-]+/[\w.-]+\.sh)([^\n`|;&]*)", text):
         if match[1].split("/")[1] not in EXAMPLES:
@@ -478,7 +484,7 @@ def test_documented_commands_use_launchers_and_options_that_exist(path):
 
 
 def mentioned(text: str) -> Iterator[str]:
-    """What looks like a path of this repository in back-ticks and code blocks."""
+    """Yields the words in back-ticks and code blocks that look like paths."""
     blocks = re.findall(r"```[^\n]*\n(.*?)```", text, re.S)
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     for word in itertools.chain(*(b.split() for b in blocks), *(s.split() for s in re.findall(r"`([^`\n]+)`", prose))):
@@ -488,7 +494,7 @@ def mentioned(text: str) -> Iterator[str]:
 
 
 def exists(word: str, folder: Path) -> bool | None:
-    """Whether a path is there; None: it is not one of this repository's."""
+    """Returns whether a path exists, or None if it is not a path of this repository."""
     first, *rest = word.rstrip("/").split("/")
     if rest and first in ("zoo", "common", "kernels", "tests", ".ci"):
         return rest[0] in EXAMPLES or any(ROOT.glob(word.rstrip("/")))
@@ -502,21 +508,21 @@ def exists(word: str, folder: Path) -> bool | None:
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
 def test_documented_paths_and_links_exist(path):
     text = path.read_text()
-    lost = [word for word in mentioned(text) if exists(word, path.parent) is False]
+    missing = [word for word in mentioned(text) if exists(word, path.parent) is False]
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         target = link.split("#")[0]
         if target and not re.match(r"\w+:", target) and not (path.parent / target).exists():
-            lost.append(link)
-    assert not lost, f"{path.relative_to(ROOT)} names {lost}"
+            missing.append(link)
+    assert not missing, f"{path.relative_to(ROOT)} names {missing}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_pictures_of_runs_stand_where_a_copy_loses_them(recipe):
-    """Else the samples and the loss curve of one model would decorate the next one made by zoo/new.sh."""
-    claimed = MEASURED.sub("", (ROOT / "zoo" / recipe / "README.md").read_text())
-    found = re.findall(r"!\[[^\]]*\]\([^)]*\)", claimed)
-    assert not found, (
-        f"{found}: put them, and figures of runs, between <!-- measured:begin --> and <!-- measured:end -->"
+    """Otherwise a recipe made by zoo/new.sh would show the samples and the loss curve of another model."""
+    copied_text = MEASURED.sub("", (ROOT / "zoo" / recipe / "README.md").read_text())
+    pictures = re.findall(r"!\[[^\]]*\]\([^)]*\)", copied_text)
+    assert not pictures, (
+        f"{pictures}: put them, and figures of runs, between <!-- measured:begin --> and <!-- measured:end -->"
     )
 
 
@@ -525,12 +531,12 @@ def test_documentation_has_no_machine_paths(path):
     assert not re.search(r"(?<![\w.])/(work|home|root|mnt|tmp|Users)/|/path/to", path.read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------- size, copies
+# --------------------------------------------------------------------------------------------------------- size, copies
 
 
 def alike(root: Path, one: str, other: str) -> list[str]:
-    """Files of two recipes that say nearly the same and do not say that they took it from each other."""
-    found = []
+    """Returns the files of two recipes that are nearly equal and have no marker that says which was copied."""
+    pairs = []
     for path in sorted((root / "zoo" / one).rglob("*.py")):
         twin = root / "zoo" / other / path.relative_to(root / "zoo" / one)
         if not twin.is_file():
@@ -539,14 +545,14 @@ def alike(root: Path, one: str, other: str) -> list[str]:
         ratio = difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
         marked = any(re.match(rf"\s*# (Copied|Adapted) from zoo\.({one}|{other})\b", line) for line in a + b)
         if min(len(a), len(b)) > ALIKE_LINES and ratio > ALIKE and not marked:
-            found.append(f"{path.relative_to(root)} and {other}'s are {ratio:.2f} alike")
-    return found
+            pairs.append(f"{path.relative_to(root)} and {other}'s are {ratio:.2f} alike")
+    return pairs
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(RECIPES, 2)))
 def test_no_file_is_in_two_recipes_unmarked(one, other):
-    found = alike(ROOT, one, other)
-    assert not found, f"{found}: move what both need to common/, or mark what one took ('# Copied from zoo.…')"
+    pairs = alike(ROOT, one, other)
+    assert not pairs, f"{pairs}: move what both need to common/, or mark what one took ('# Copied from zoo.…')"
 
 
 @pytest.mark.parametrize(
@@ -566,33 +572,34 @@ ADAPTED = r"# Adapted from (zoo(?:\.\w+)+): \S.*"
 
 
 def definition(root: Path, name: str) -> ast.stmt | None:
-    """The class, function or method of a dotted name, read without an import; None: there is none."""
+    """Returns the class, function or method of a dotted name, or None if there is none. It imports nothing."""
     parts = name.split(".")
     for i in range(2, len(parts)):
         path = root.joinpath(*parts[:i]).with_suffix(".py")
         if path.is_file():
-            found = parsed(path)
+            node = parsed(path)
             for part in parts[i:]:
-                found = next((n for n in getattr(found, "body", []) if getattr(n, "name", None) == part), None)
-            return found
+                node = next((n for n in getattr(node, "body", []) if getattr(n, "name", None) == part), None)
+            return node
     return None
 
 
 def marked(path: Path) -> Iterator[tuple[int, str, ast.stmt | None]]:
-    """(line, marker, the class or function right below it) of everything a file says it took from a recipe."""
+    """Yields (line, marker, the class or function right below it) for everything that a file marks as taken from a
+    recipe."""
     lines = path.read_text().splitlines()
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [n for n in ast.walk(parsed(path)) if isinstance(n, kinds)]
     below = {min([n, *n.decorator_list], key=lambda part: part.lineno).lineno: n for n in nodes}
     for i, line in enumerate(lines, 1):
         if re.match(r"\s*#\s*(copied|adapted) from\W*zoo\b", line, re.I):
-            after = next((k for k, text in enumerate(lines[i:], i + 1) if not text.lstrip().startswith("#")), 0)
-            yield i, line.strip(), below.get(after)
+            start = next((k for k, text in enumerate(lines[i:], i + 1) if not text.lstrip().startswith("#")), 0)
+            yield i, line.strip(), below.get(start)
 
 
 def copy_faults(root: Path, path: Path) -> Iterator[str]:
-    """What is wrong with the copies of a file; layout and comments may differ, docstrings may not."""
-    for line, marker, ours in marked(path):
+    """Yields the faults of the marked copies in a file. Line breaks and comments may differ, docstrings may not."""
+    for line, marker, copy in marked(path):
         where = f"{path.relative_to(root)}:{line}"
         match = re.fullmatch(COPIED, marker) or re.fullmatch(ADAPTED, marker)
         if not match:
@@ -600,16 +607,16 @@ def copy_faults(root: Path, path: Path) -> Iterator[str]:
                 f"{where}: {marker!r}; expected '# Copied from zoo.recipe.module.Name', with or without ' with X->Y', "
                 "or '# Adapted from zoo.recipe.module.Name: what differs'"
             )
-        elif (theirs := definition(root, match[1])) is None:
+        elif (original := definition(root, match[1])) is None:
             yield f"{where}: there is no {match[1]}"
-        elif ours is None:
+        elif copy is None:
             yield f"{where}: no class or function stands right below the marker"
         elif match.re.pattern == COPIED:
-            expected = ast.unparse(theirs)
+            expected = ast.unparse(original)
             for pair in match[2].split(", ") if match[2] else ():
                 expected = expected.replace(*pair.split("->"))
-            if expected != ast.unparse(ours):
-                texts = expected.splitlines(), ast.unparse(ours).splitlines()
+            if expected != ast.unparse(copy):
+                texts = expected.splitlines(), ast.unparse(copy).splitlines()
                 diff = "\n".join(difflib.unified_diff(*texts, match[1], where, n=0, lineterm=""))
                 yield f"{diff}\nfix: make them equal, or mark it '# Adapted from {match[1]}: what differs'"
 
@@ -664,15 +671,15 @@ def test_planted_copy_is_accepted_only_if_equal(marker, changes, fault, tmp_path
     for recipe, text in (("alpha", ORIGINAL), ("beta", f"{marker}\n{body}")):
         (tmp_path / "zoo" / recipe).mkdir(parents=True)
         (tmp_path / "zoo" / recipe / "model.py").write_text(text)
-    found = "\n".join(copy_faults(tmp_path, tmp_path / "zoo" / "beta" / "model.py"))
-    assert fault in found if fault else not found, found
+    faults = "\n".join(copy_faults(tmp_path, tmp_path / "zoo" / "beta" / "model.py"))
+    assert fault in faults if fault else not faults, faults
 
 
 @pytest.mark.parametrize(("factor", "equal"), [(1, False), (2, True)])
 def test_copied_method_is_compared_with_that_of_its_class(factor, equal, tmp_path):
-    methods = "class {}:\n    {}\n    def forward(self, x): return {} * x\n"
+    template = "class {}:\n    {}\n    def forward(self, x): return {} * x\n"
     (tmp_path / "zoo" / "alpha").mkdir(parents=True)
-    (tmp_path / "zoo" / "alpha" / "model.py").write_text(methods.format("A", "", 1) + methods.format("B", "", 2))
+    (tmp_path / "zoo" / "alpha" / "model.py").write_text(template.format("A", "", 1) + template.format("B", "", 2))
     copy = tmp_path / "zoo" / "copy.py"
-    copy.write_text(methods.format("C", "# Copied from zoo.alpha.model.B.forward", factor))
+    copy.write_text(template.format("C", "# Copied from zoo.alpha.model.B.forward", factor))
     assert (list(copy_faults(tmp_path, copy)) == []) == equal

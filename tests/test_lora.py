@@ -1,4 +1,4 @@
-"""Adapters against peft, in memory and in its folders; in every kind of layout against one process (fp32, gloo)."""
+"""Compares adapters with peft's, in memory and in folders, and every kind of layout with one process (fp32, gloo)."""
 
 import json
 import math
@@ -26,15 +26,16 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def randomise(parameters, seed: int = 1) -> None:
-    """B too, which would hide what A does while it is zero; drawn by the name up to lora_A or lora_B."""
+    """Fills parameters with random numbers: while B is zero, A has no effect. The seed comes from the name up to lora_A
+    or lora_B, so that peft's adapters get the same numbers as ours."""
     for name, p in parameters:
-        stem = name.removeprefix(PREFIX).replace(".default.weight", "")
-        generator = torch.Generator().manual_seed(checkpoint.stable_seed(seed, stem))
+        short_name = name.removeprefix(PREFIX).replace(".default.weight", "")
+        generator = torch.Generator().manual_seed(checkpoint.stable_seed(seed, short_name))
         p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
 
 
 def qwen(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """transformers' Qwen3 with every parameter random."""
+    """Builds transformers' Qwen3 and draws every parameter at random."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def our_qwen(**options) -> torch.nn.Module:
 
 
 def found_in(path: Path) -> dict[str, adapters.Pair]:
-    """What is read of an adapter of `qwen`, whose names are the release's."""
+    """Reads an adapter of `qwen`, in which linears have the names of the release."""
     shapes = {name: tuple(p.shape) for name, p in qwen().named_parameters()}
     linears = [
         name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name
@@ -76,7 +77,7 @@ def found_in(path: Path) -> dict[str, adapters.Pair]:
 
 
 def alone(function, *args):
-    """In a process group of one."""
+    """Calls the function in a process group of one rank."""
     return run_ranks(1, _alone, function, *args)[0]
 
 
@@ -89,15 +90,16 @@ def _alone(function, *args):
 
 
 def beside_peft(rslora: bool, dropout: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{name: (ours, peft's)} of the logits and of every gradient, the masks drawn from the same state."""
-    found = []
+    """Returns {name: (ours, peft's)} of the logits and of every gradient. Both models draw their dropout masks from the
+    same random state."""
+    results = []
     for model in (our_qwen(rslora=rslora, dropout=dropout), peft_qwen(use_rslora=rslora, lora_dropout=dropout)):
         torch.manual_seed(11)
         logits = model(TOKENS).logits
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-        named = ((n.removeprefix(PREFIX).replace(".default.weight", ""), p) for n, p in model.named_parameters())
-        found.append({"logits": logits.detach()} | {n: p.grad for n, p in named if p.requires_grad})
-    ours, theirs = found
+        parameters = ((n.removeprefix(PREFIX).replace(".default.weight", ""), p) for n, p in model.named_parameters())
+        results.append({"logits": logits.detach()} | {n: p.grad for n, p in parameters if p.requires_grad})
+    ours, theirs = results
     assert ours.keys() == theirs.keys()
     return {name: (ours[name], theirs[name]) for name in ours}
 
@@ -107,21 +109,22 @@ def beside_peft(rslora: bool, dropout: float) -> dict[str, tuple[torch.Tensor, t
 def test_logits_and_gradients_equal_peft(rslora, dropout):
     pairs = alone(beside_peft, rslora, dropout)
     assert len(pairs) == 1 + 2 * (2 * 4 + 1)  # the logits, A and B of four linears in two layers and of the head
-    bad = {name: off for name, (got, want) in pairs.items() if (off := relative(got, want)) > 1e-5}
+    bad = {name: error for name, (got, want) in pairs.items() if (error := relative(got, want)) > 1e-5}
     assert not bad
 
 
 def through_folders(folder: Path) -> dict[str, torch.Tensor]:
-    """Logits of our adapters, of the folder they were saved to in peft, of peft's own, and of its folder here."""
+    """Returns the logits of our adapters, of our folder in peft, of peft's adapters, and of peft's folder in our
+    code."""
     import peft
 
-    ours, theirs, again = our_qwen(rslora=True), peft_qwen(lora_dropout=0.1).eval(), qwen()
+    ours, theirs, loaded = our_qwen(rslora=True), peft_qwen(lora_dropout=0.1).eval(), qwen()
     lora.save_adapter(folder / "ours", [ours], str, task="CAUSAL_LM")
-    theirs.save_pretrained(folder / "peft", save_embedding_layers=False)  # else with a copy of the base's head
-    lora.load_adapter(found_in(folder / "peft"), [again])
-    lora.save_adapter(folder / "again", [again], str, task="CAUSAL_LM")
+    theirs.save_pretrained(folder / "peft", save_embedding_layers=False)  # otherwise with a copy of the base's head
+    lora.load_adapter(found_in(folder / "peft"), [loaded])
+    lora.save_adapter(folder / "again", [loaded], str, task="CAUSAL_LM")
     models = {"ours": ours, "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours"),
-              "peft": theirs, "peft's here": again.eval()}  # fmt: skip
+              "peft": theirs, "peft's here": loaded.eval()}  # fmt: skip
     with torch.no_grad():
         return {name: model(TOKENS).logits for name, model in models.items()}
 
@@ -131,18 +134,18 @@ def test_folders_pass_to_peft_and_back(tmp_path):
     logits = alone(through_folders, tmp_path)
     assert relative(logits["ours in peft"], logits["ours"]) < 1e-5
     assert relative(logits["peft's here"], logits["peft"]) < 1e-5
-    theirs, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
-    assert theirs.keys() == again.keys()
-    assert all(torch.equal(theirs[key], again[key]) for key in theirs)
+    theirs, rewritten = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    assert theirs.keys() == rewritten.keys()
+    assert all(torch.equal(theirs[key], rewritten[key]) for key in theirs)
 
 
-UNSLOTH = (  # what its FastModel.get_peft_model makes of "attention and mlp of the language model"
+UNSLOTH = (  # the pattern that Unsloth's FastModel.get_peft_model makes for attention and mlp of the language model
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
     r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)|"
     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
     r"(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
 )
-CHOICES = {  # what decides the linears and their scales: (options of peft, linears that get an adapter)
+CHOICES = {  # what chooses linears and scales -> (options of peft, number of linears that get an adapter)
     "a regular expression": ({"target_modules": UNSLOTH}, 2 * 7),
     "layers": ({"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}, 2),
     "one layer by its pattern, and a linear by its whole name": (
@@ -162,7 +165,8 @@ CHOICES = {  # what decides the linears and their scales: (options of peft, line
 
 
 def chosen(folder: Path, options: dict) -> tuple[int, dict[str, torch.Tensor], dict]:
-    """How many linears; logits of peft's model, of its folder here, and of the folder we then write in peft; settings."""
+    """Loads peft's folder in our code, and the folder that we then write in peft. Returns the number of adapted
+    linears, the logits of each model, and {linear: settings}."""
     import peft
 
     theirs, ours, merged = peft_qwen(**options).eval(), qwen(), qwen()
@@ -174,10 +178,10 @@ def chosen(folder: Path, options: dict) -> tuple[int, dict[str, torch.Tensor], d
         p.data = lora.merge_from_files(p.data, pairs.get(name.removesuffix(".weight")), None, reader)
     models = {"theirs": theirs, "here": ours.eval(), "merged": merged,
               "ours in peft": peft.PeftModel.from_pretrained(qwen(), folder / "ours")}  # fmt: skip
-    same = {name: pair.settings for name, pair in found_in(folder / "ours").items()}
-    assert same == {name: pair.settings for name, pair in pairs.items()}
+    settings = {name: pair.settings for name, pair in found_in(folder / "ours").items()}
+    assert settings == {name: pair.settings for name, pair in pairs.items()}
     with torch.no_grad():
-        return len(pairs), {name: model(TOKENS).logits for name, model in models.items()}, same
+        return len(pairs), {name: model(TOKENS).logits for name, model in models.items()}, settings
 
 
 @pytest.mark.L2
@@ -188,7 +192,7 @@ def test_each_linear_has_the_adapter_and_the_scale_that_peft_gives_it(choice, tm
     assert count == linears
     with torch.no_grad():
         assert relative(logits["theirs"], qwen()(TOKENS).logits) > 0.1
-    bad = {name: off for name in logits if (off := relative(logits[name], logits["theirs"])) > 1e-5}
+    bad = {name: error for name in logits if (error := relative(logits[name], logits["theirs"])) > 1e-5}
     assert not bad
 
 
@@ -196,7 +200,7 @@ def test_each_linear_has_the_adapter_and_the_scale_that_peft_gives_it(choice, tm
 
 
 def added() -> tuple[dict, dict, dict]:
-    """Of a model before and after: names and whether they train; the adapters as they are drawn."""
+    """Returns {name: whether it trains} before and after `lora.add`, and the initial values of the adapters."""
     before = dict.fromkeys(dict(qwen().named_parameters()), False)
     model = qwen()
     lora.add([model], ["q_proj", "down_proj"], rank=64, alpha=5, seed=7)
@@ -207,8 +211,8 @@ def added() -> tuple[dict, dict, dict]:
 @pytest.mark.L2
 def test_only_adapters_train_and_start_as_nothing():
     before, after, adapters = alone(added)
-    places = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")]
-    assert after == before | {f"{place}.lora_{part}": True for place in places for part in "AB"}
+    linears = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")]
+    assert after == before | {f"{linear}.lora_{part}": True for linear in linears for part in "AB"}
     for name, tensor in adapters.items():
         if name.endswith("lora_B"):
             assert not tensor.any()
@@ -216,12 +220,13 @@ def test_only_adapters_train_and_start_as_nothing():
             bound = 1 / math.sqrt(tensor.shape[1])
             assert 0.98 * bound < tensor.abs().max() <= bound
             assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-    drawn = [adapters[f"{place}.lora_A"] for place in places]
-    assert not torch.equal(drawn[0], drawn[2])
+    initial_A = [adapters[f"{linear}.lora_A"] for linear in linears]
+    assert not torch.equal(initial_A[0], initial_A[2])
 
 
 def merged(dtype: torch.dtype) -> tuple[dict, dict, torch.Tensor, torch.Tensor]:
-    """Weights in exact arithmetic and as `lora.merge` computes them; logits before and after merging."""
+    """Returns the weights merged in fp64 and rounded once, the weights that `lora.merge` computes, and the logits
+    before and after merging."""
     model, plain = qwen(dtype), qwen(dtype)
     lora.add([model], TARGETS, rank=3, alpha=5, seed=7)
     randomise((n, p) for n, p in model.named_parameters() if p.requires_grad)
@@ -242,7 +247,7 @@ def test_merged_equals_unmerged(dtype):
     assert want.keys() == got.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
-    if dtype == torch.bfloat16:  # the exact sum rounded once, as nearly all entries show
+    if dtype == torch.bfloat16:  # lora.merge rounds once too, so nearly all entries are equal
         different = torch.cat([(got[name] != want[name]).flatten() for name in want])
         assert different.float().mean() < 1e-3
     else:
@@ -299,7 +304,7 @@ def pissa(folder: Path) -> None:
 
 
 def put(name: str, *shape: int, dtype: torch.dtype = torch.float32):
-    """A change that adds a tensor of ones."""
+    """Returns a change that adds a tensor of ones."""
 
     def change(folder: Path) -> None:
         edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape).to(dtype)}))
@@ -308,7 +313,7 @@ def put(name: str, *shape: int, dtype: torch.dtype = torch.float32):
 
 
 def say(**facts):
-    """A change of the settings."""
+    """Returns a change of the settings."""
     return lambda folder: edit_config(folder, **facts)
 
 
@@ -367,7 +372,7 @@ def biases(folder: Path) -> None:
         (put(f"{NAME}.lokr_w1", 32), "more than an adapter, it has LoKr's factors: " + NAME),
         (put(f"{NAME}.lora_B.bias", 32), "more than an adapter, it has a bias of B (lora_bias): " + NAME),
         (put(f"{NAME}.lora_C.weight", 32), f"1 not of this model: {NAME}.lora_C.weight"),
-        (put(f"{NAME}.lora_up.weight", 32, 3), f"1 not of this model: {NAME}.lora_up.weight"),  # B a second time
+        (put(f"{NAME}.lora_up.weight", 32, 3), f"1 not of this model: {NAME}.lora_up.weight"),  # B under a second name
         (put(f"{NAME}.alpha"), "says its scale twice"),
         (put(KEY, 32, 3, dtype=torch.int8), f"1 tensors as I8, first {KEY}"),
         (without_settings, "has no adapter_config.json, which says its scale"),
@@ -386,7 +391,7 @@ def test_what_is_no_adapter_of_the_model_is_refused_by_name(spoil, says, good, t
 
 @pytest.mark.L2
 def test_an_adapter_is_a_folder_or_one_of_its_files_whatever_lies_beside_it(good, tmp_path):
-    folder = shutil.copytree(good, tmp_path / "a[1]")  # a pattern, were names taken for one
+    folder = shutil.copytree(good, tmp_path / "a[1]")  # a name that would be a pattern if it were globbed
     want = {name: pair.settings for name, pair in found_in(good).items()}
     put("stray", 3)(folder)
     (folder / "adapter_model.safetensors").rename(folder / "pytorch_lora_weights.safetensors")
@@ -414,15 +419,16 @@ def test_an_adapter_of_what_the_model_does_not_call_is_refused():
 
 def misnamed() -> str:
     with pytest.raises(ValueError) as error:
-        lora.add([qwen()], ["q_proj", "proj"], rank=3, alpha=5, seed=7)  # an end of names, not of their last part
+        # Names end in proj, but proj is the whole last part of none.
+        lora.add([qwen()], ["q_proj", "proj"], rank=3, alpha=5, seed=7)
     return str(error.value)
 
 
 @pytest.mark.L2
 def test_unknown_target_is_refused_with_the_names_there_are():
-    said = alone(misnamed)
-    assert "called proj;" in said
-    assert "lm_head, model.layers.N.mlp.down_proj, " in said
+    message = alone(misnamed)
+    assert "called proj;" in message
+    assert "lm_head, model.layers.N.mlp.down_proj, " in message
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -441,7 +447,8 @@ LAYOUTS = {
 
 
 def adapt(chunks) -> None:
-    """Adapters on linears of all three kinds, A as drawn, B drawn by its name from the same generator."""
+    """Adds adapters to linears of all three kinds. `lora.add` draws A and leaves B zero; B is drawn here by its
+    name."""
     lora.add(chunks, WAN_TARGETS, rank=6, alpha=9, seed=7)
     checkpoint.initialize(chunks, 8, draw_b, lambda name: name.endswith(".lora_B"))
 
@@ -495,11 +502,11 @@ def read_back(layout: dict, folder: Path, copy: Path) -> None:
 
 @pytest.mark.L3
 def test_folders_do_not_know_the_layout(tmp_path):
-    four = {"tp": 2, "sp": True, "pp": 2}
+    four_ranks = {"tp": 2, "sp": True, "pp": 2}
     run_ranks(1, written, {}, tmp_path / "one")
-    run_ranks(4, written, four, tmp_path / "four")
+    run_ranks(4, written, four_ranks, tmp_path / "four")
     run_ranks(2, written, {"fsdp": True}, tmp_path / "fsdp")
-    run_ranks(4, read_back, four, tmp_path / "one", tmp_path / "again")
+    run_ranks(4, read_back, four_ranks, tmp_path / "one", tmp_path / "again")
     one = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert one["base_model.model.blocks.3.attn1.to_q.lora_B.weight"].shape == (48, 6)
     assert one["base_model.model.blocks.3.ffn.net.2.lora_A.weight"].shape == (6, 80)
@@ -507,8 +514,8 @@ def test_folders_do_not_know_the_layout(tmp_path):
         other = load_file(tmp_path / name / "adapter_model.safetensors")
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-        facts = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("one", name)]
-        assert facts[0] == facts[1]
+        settings = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("one", name)]
+        assert settings[0] == settings[1]
 
 
 def merged_shards(layout: dict, folder: Path) -> dict:
@@ -534,7 +541,8 @@ def test_merged_shards_equal_single_process(tmp_path):
 
 
 def gradients(layout: dict, dropout: float, compiled: bool = False) -> dict:
-    """This rank's gradients of one micro-batch, not gathered, and whether they are of a split parameter."""
+    """Returns {name: (gradient, whether tp splits the parameter)} of one micro-batch: this rank's part, not
+    gathered."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
@@ -558,14 +566,14 @@ def gradients(layout: dict, dropout: float, compiled: bool = False) -> dict:
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recompute_draws_the_same_masks(recompute):
     want, got = (run_ranks(1, gradients, {"recompute": kind}, 0.5)[0] for kind in ("none", recompute))
-    bad = {name: off for name in want if (off := relative(got[name][0], want[name][0])) > 1e-5}
+    bad = {name: error for name in want if (error := relative(got[name][0], want[name][0])) > 1e-5}
     assert not bad
 
 
 @pytest.mark.L3
 def test_adapted_block_compiles_whole():
     want, got = (run_ranks(1, gradients, {}, 0.0, compiled)[0] for compiled in (False, True))
-    bad = {name: off for name in want if (off := relative(got[name][0], want[name][0])) > 1e-5}
+    bad = {name: error for name in want if (error := relative(got[name][0], want[name][0])) > 1e-5}
     assert not bad
 
 
@@ -573,13 +581,14 @@ def test_adapted_block_compiles_whole():
 def test_dropout_keeps_copies_equal_over_tp():
     first, second = run_ranks(2, gradients, {"tp": 2}, 0.5)
     copies = [name for name, (_, split) in first.items() if not split]
-    assert len(copies) == 2 * 3 + 6 * 4  # both factors of plain linears, one of split ones
-    bad = {name: off for name in copies if (off := relative(first[name][0], second[name][0])) > 1e-5}
+    assert len(copies) == 2 * 3 + 6 * 4  # both factors of a plain linear, one factor of a split one
+    bad = {name: error for name in copies if (error := relative(first[name][0], second[name][0])) > 1e-5}
     assert not bad
 
 
 def masks(layout: dict) -> dict:
-    """Where this rank stands in each direction, and the masks it draws at one step, another, and the first again."""
+    """Returns this rank's place in each direction of the layout, and the masks that it draws at a step, at the next
+    step, under another seed, and at the first step again."""
     o = case.options(**layout)
     parallel.initialize(o)
     drawn = []
@@ -587,25 +596,26 @@ def masks(layout: dict) -> dict:
         lora.seed_dropout(seed, step)
         drawn.append(torch.nn.functional.dropout(torch.ones(64), 0.5))
     mpu = parallel.mpu
-    ranks = mpu.get_data_parallel_rank(), mpu.get_context_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
-    return {"place": ranks, "masks": drawn}
+    place = mpu.get_data_parallel_rank(), mpu.get_context_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+    return {"place": place, "masks": drawn}
 
 
 @pytest.mark.L3
 @pytest.mark.parametrize("layout", [{}, {"cp": 2}, {"pp": 2}, {"tp": 2}], ids=lambda layout: " ".join(layout) or "dp")
 def test_dropout_masks_differ_where_tokens_or_layers_do_and_by_step_and_seed(layout):
-    """Under tp alone both ranks hold copies of the same."""
+    """Under tp alone, both ranks hold copies of the same tokens and draw the same masks."""
     first, second = run_ranks(2, masks, layout)
     assert (first["place"] == second["place"]) == ("tp" in layout)
     for one, other in zip(first["masks"], second["masks"], strict=True):
         assert torch.equal(one, other) == ("tp" in layout)
     for drawn in (first["masks"], second["masks"]):
-        step, next_step, seed, again = drawn
-        assert torch.equal(step, again) and not torch.equal(step, next_step) and not torch.equal(step, seed)
+        mask, next_step, other_seed, again = drawn
+        assert torch.equal(mask, again) and not torch.equal(mask, next_step) and not torch.equal(mask, other_seed)
 
 
 def interrupted(folder: Path, layout: dict) -> float:
-    """Train, save the adapters, load them into a fresh model and optimizer; the largest difference of any parameter."""
+    """Trains two steps without a break, and the second one again from the checkpoint of the first, with a fresh model
+    and optimizer. Returns the largest difference of any parameter."""
     o = case.options(**layout)
     parallel.initialize(o)
     states = []

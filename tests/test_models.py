@@ -1,9 +1,10 @@
-"""The proofs that every recipe owes, over its own `case.py`: what a copied folder is held to before it is its author's.
+"""The proofs that every recipe must pass, with its own `case.py`. A copied recipe must pass them before its author
+changes it.
 
 L1  every published size has the parameters, keys and shapes of its release
-L2  loss and gradients are the oracle's; a release survives loading and writing; what does not fit is refused
-L3  loss, gradients and two steps of every layout are those of one process
-L4  a run that is stopped and goes on is the unbroken one, bit for bit
+L2  loss and gradients equal the oracle's; loading and writing keep a release; a release that does not fit is refused
+L3  loss, gradients and two steps of every layout equal one process
+L4  a run that is stopped and resumed equals the unbroken run, bit for bit
 """
 
 import ast
@@ -26,8 +27,8 @@ from test_conformance import RECIPES, ROOT, parsed
 from common import checkpoint, parallel, release, weights, worker
 from common import train as loop
 
-TOLERANCE = 1e-5  # of the largest entry of a tensor, relative for a loss; fp32
-READING_COST = 1300  # lines
+TOLERANCE = 1e-5  # relative to the largest entry of a tensor, or to a loss; fp32
+READING_COST = 1300  # maximum lines of one forward
 TRAJECTORY = 1e-6  # relative, of the losses of two steps
 
 
@@ -48,7 +49,7 @@ REFUSED = [(recipe, name) for recipe in RECIPES for name in case(recipe).REFUSED
 
 
 def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Every parameter random, norms, biases and what starts at zero too."""
+    """Draws every parameter at random, also norms, biases and those that are initialised to zero."""
     generator, state = torch.Generator().manual_seed(0), {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
@@ -66,25 +67,25 @@ def first_table(recipe: str, config) -> release.Table:
 
 
 def filled(recipe: str, config, **values) -> tuple:
-    """(options, this rank's chunks with the shared random weights)."""
+    """Returns (options, this rank's chunks with the shared random weights)."""
     o = case(recipe).options(config, **values)
     parallel.initialize(o)
     chunks = part(recipe, "model").build(o, config)
     state = random_state(first_table(recipe, config).shapes)
     with torch.no_grad():
         for name, parameter in checkpoint.parameters(chunks):
-            whole = state[name]
+            shard = state[name]
             for dim, rank, size in checkpoint.cuts(parameter):
-                whole = whole.chunk(size, dim)[rank]
-            parameter.copy_(whole)
+                shard = shard.chunk(size, dim)[rank]
+            parameter.copy_(shard)
     return o, chunks
 
 
 def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The tensors that are further apart than the tolerance, and how far."""
+    """Returns {name: relative difference} of the tensors whose difference exceeds the tolerance."""
     assert got.keys() == want.keys()
-    apart = {name: ((got[name] - want[name]).abs().max() / want[name].abs().max()).item() for name in want}
-    return {name: value for name, value in apart.items() if not value <= TOLERANCE}
+    errors = {name: ((got[name] - want[name]).abs().max() / want[name].abs().max()).item() for name in want}
+    return {name: value for name, value in errors.items() if not value <= TOLERANCE}
 
 
 # -------------------------------------------------------------------------------------------------- L1: published sizes
@@ -92,7 +93,7 @@ def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """This process as a group of one."""
+    """Makes this process a group of one rank."""
     recipe = RECIPES[0]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
@@ -118,33 +119,35 @@ def test_published_size_has_the_parameters_keys_and_shapes_of_its_release(recipe
     assert sum(map(math.prod, oracle.values())) == count
     for name, table in case(recipe).tables(config).items():
         assert table.shapes == shapes, name
-        found = table.released_shapes()
-        assert len(found) == tensors and sum(map(math.prod, found.values())) == count, name
+        released = table.released_shapes()
+        assert len(released) == tensors and sum(map(math.prod, released.values())) == count, name
 
 
-# -------------------------------------------------------------------------------------------------- what there is to read
+# --------------------------------------------------------------------------------------------------------- reading cost
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_forward_is_soon_read(recipe, capsys):
     lines = run_ranks(1, lines_of_one_forward, recipe)[0]
     with capsys.disabled():
-        each = ", ".join(f"{file} {count}" for file, count in sorted(lines.items()))
-        print(f"\none forward of {recipe} reaches {sum(lines.values())} lines: {each}", end="")
+        per_file = ", ".join(f"{file} {count}" for file, count in sorted(lines.items()))
+        print(f"\none forward of {recipe} reaches {sum(lines.values())} lines: {per_file}", end="")
     assert sum(lines.values()) <= READING_COST
 
 
 def lines_of_one_forward(recipe: str) -> dict[str, int]:
-    """By file, the lines of our functions that building each architecture and a forward with its loss call, of the
-    classes that they belong to, other methods aside, and of the config's class. Kernels and references are counted as
+    """Counts lines by file: those of our functions that run when each architecture is built and computes a forward with
+    its loss, those of their classes outside methods, and those of the config's class. Kernels and references count as
     far as a CPU calls them."""
-    my, model_of, train, codes = case(recipe), part(recipe, "model"), part(recipe, "train"), set()
-    parallel.initialize(my.options(next(iter(my.CONFIGS.values()))))
-    for config in my.CONFIGS.values():
-        o = my.options(config, micro_batch=2, global_batch=2)
-        batch = my.prepare(o, [my.collate([my.sample(config, place, 0) for place in range(2)])])
+    recipe_case, model_module, train, codes = case(recipe), part(recipe, "model"), part(recipe, "train"), set()
+    parallel.initialize(recipe_case.options(next(iter(recipe_case.CONFIGS.values()))))
+    for config in recipe_case.CONFIGS.values():
+        o = recipe_case.options(config, micro_batch=2, global_batch=2)
+        batch = recipe_case.prepare(
+            o, [recipe_case.collate([recipe_case.sample(config, place, 0) for place in range(2)])]
+        )
         sys.setprofile(lambda frame, event, _: codes.add(frame.f_code))
-        (model,) = model_of.build(o, config)
+        (model,) = model_module.build(o, config)
         output, loss = train.forward_step(iter(batch), model)
         loss(output)
         sys.setprofile(None)
@@ -162,7 +165,7 @@ def lines_of_one_forward(recipe: str) -> dict[str, int]:
 
 
 def of_class(path: Path, name: str) -> set[int]:
-    """The lines of a class that are no method's; none if the name is a function's."""
+    """Returns the lines of a class outside its methods, or no lines if the name is a function's."""
     for node in parsed(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
@@ -184,22 +187,22 @@ def test_loss_and_gradients_are_the_oracles(recipe, which):
 
 
 def beside_oracle(recipe: str, which: str) -> tuple[dict, dict]:
-    my, config = case(recipe), case(recipe).CONFIGS[which]
+    recipe_case, config = case(recipe), case(recipe).CONFIGS[which]
     o, (model,) = filled(recipe, config, micro_batch=2, global_batch=2)
-    samples = [my.sample(config, place, 0) for place in range(2)]
-    batch = my.prepare(o, [my.collate(samples)])
+    samples = [recipe_case.sample(config, place, 0) for place in range(2)]
+    batch = recipe_case.prepare(o, [recipe_case.collate(samples)])
     output, loss = part(recipe, "train").forward_step(iter(batch), model)
     value, _ = loss(output)
     value.backward()
-    gradients = dict(my.to_oracle(name, p.grad) for name, p in model.named_parameters())
-    oracle, state = my.oracle(config), random_state(first_table(recipe, config).shapes)
-    oracle.load_state_dict(dict(my.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
+    gradients = dict(recipe_case.to_oracle(name, p.grad) for name, p in model.named_parameters())
+    oracle, state = recipe_case.oracle(config), random_state(first_table(recipe, config).shapes)
+    oracle.load_state_dict(dict(recipe_case.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
     missing = dict(oracle.named_parameters()).keys() ^ gradients.keys()
-    assert not missing, f"parameters of one of the two models alone: {sorted(missing)[:5]}"
-    wanted = my.oracle_loss(oracle, samples)
-    wanted.backward()
+    assert not missing, f"parameters that only one of the two models has: {sorted(missing)[:5]}"
+    oracle_loss = recipe_case.oracle_loss(oracle, samples)
+    oracle_loss.backward()
     theirs = {name: p.grad for name, p in oracle.named_parameters()}
-    return {"loss": value.item(), "gradients": gradients}, {"loss": wanted.item(), "gradients": theirs}
+    return {"loss": value.item(), "gradients": gradients}, {"loss": oracle_loss.item(), "gradients": theirs}
 
 
 @pytest.mark.L2
@@ -210,12 +213,12 @@ def test_a_release_survives_loading_and_writing_bit_exactly(recipe, which, dtype
     for name, table in case(recipe).tables(config).items():
         state = {n: t.to(dtype) for n, t in random_state(table.shapes).items()}
         release.write(tmp_path / name, table, source(state))
-        entries = table.entries(tmp_path / name)  # strictly
+        entries = table.entries(tmp_path / name)  # raises if a tensor is missing, unknown or misshaped
         assert {key: entry.shape for key, entry in entries.items()} == table.released_shapes()
         loaded = run_ranks(1, loaded_from, recipe, which, name, tmp_path / name, dtype)[0]
         assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
-        again = release.open_source(tmp_path / name, table)
-        assert all(torch.equal(again.read(n), state[n]) for n in state)
+        written = release.open_source(tmp_path / name, table)
+        assert all(torch.equal(written.read(n), state[n]) for n in state)
 
 
 def loaded_from(recipe: str, which: str, name: str, folder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -238,13 +241,13 @@ def test_a_release_that_lacks_a_tensor_or_has_one_too_many_or_of_another_shape_i
     (file,) = tmp_path.glob("*.safetensors")
     whole = load_file(file)
     key = sorted(whole)[-1]
-    for changed, says in (
+    for changed, message in (
         ({k: t for k, t in whole.items() if k != key}, f"1 missing: {key}"),
         (whole | {"stray": torch.ones(1)}, "1 not of this model: stray"),
         (whole | {key: torch.ones(3)}, f"1 misshaped: {key} is \\[3\\]"),
     ):
         save_file(changed, file)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             table.entries(tmp_path)
 
 
@@ -252,25 +255,26 @@ def test_a_release_that_lacks_a_tensor_or_has_one_too_many_or_of_another_shape_i
 
 
 def trained(recipe: str, which: str, values: dict, steps: int = 2) -> dict:
-    """On every rank: steps from the shared weights. Returns rank 0's whole gradients of the first step, and losses."""
-    my, config = case(recipe), case(recipe).CONFIGS[which]
+    """Trains from the shared weights. Rank 0 returns the whole gradients of the first step and all losses, others
+    {}."""
+    recipe_case, config = case(recipe), case(recipe).CONFIGS[which]
     o, chunks = filled(recipe, config, **values)
-    wrapped = parallel.wrap(chunks, o, my.BLOCK)
+    wrapped = parallel.wrap(chunks, o, recipe_case.BLOCK)
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
-    rank, found = parallel.mpu.get_data_parallel_rank(), {"losses": []}
+    rank, out = parallel.mpu.get_data_parallel_rank(), {"losses": []}
     for step in range(steps):
         starts = [(micro * o.dp + rank) * o.micro_batch for micro in range(o.micro_batches)]
-        samples = [[my.sample(config, start + i, step) for i in range(o.micro_batch)] for start in starts]
-        batches = my.prepare(o, [my.collate(some) for some in samples])
-        shape = {"micro_batch": o.micro_batch, "sequence_length": my.sequence_length(o, config)}
+        samples = [[recipe_case.sample(config, start + i, step) for i in range(o.micro_batch)] for start in starts]
+        batches = recipe_case.prepare(o, [recipe_case.collate(micro_batch) for micro_batch in samples])
+        shape = {"micro_batch": o.micro_batch, "sequence_length": recipe_case.sequence_length(o, config)}
         loop.zero_gradients(wrapped, optimizer)
         results = loop.forward(wrapped, part(recipe, "train").forward_step, batches, **shape)
         if step == 0:
-            found["gradients"] = whole_gradients(o, wrapped)
+            out["gradients"] = whole_gradients(o, wrapped)
         loop.update(optimizer, 0.0, loop.reduce_gradients(optimizer))
-        found["losses"].append(loop.global_loss(o, results, False)[0])
-    return found if dist.get_rank() == 0 else {}
+        out["losses"].append(loop.global_loss(o, results, False)[0])
+    return out if dist.get_rank() == 0 else {}
 
 
 @functools.cache
@@ -291,9 +295,9 @@ def test_layout_equals_one_process(recipe, name, which):
 @pytest.mark.L3
 @pytest.mark.parametrize(("recipe", "name"), REFUSED)
 def test_layout_that_the_model_cannot_have_is_refused(recipe, name, monkeypatch):
-    processes, values, says = case(recipe).REFUSED[name]
+    processes, values, message = case(recipe).REFUSED[name]
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(ValueError, match=f"{says}.*fix: "):
+    with pytest.raises(ValueError, match=f"{message}.*fix: "):
         case(recipe).options(next(iter(case(recipe).CONFIGS.values())), **values)
 
 
@@ -321,7 +325,7 @@ def test_ten_steps_of_the_embedded_default_stopped_and_gone_on_with_are_the_unbr
     argv = [*case(recipe).QUICK, "--steps", "10", "--warmup", "2", "--save-every", "5", "--deterministic"]
     argv += ["--lr-schedule", "constant", "--out"]
     run_ranks(1, run, recipe, [*argv, str(tmp_path / "whole")])
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it would be had it died after step 5
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as if the run had died after step 5
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000010")
     rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "parts" / "metrics.jsonl").write_text("".join(rows[:6]))

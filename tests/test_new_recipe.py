@@ -1,4 +1,5 @@
-"""zoo/new.sh, in a copy of the repository: what it makes keeps the contract and claims nothing; bad input makes nothing."""
+"""Tests zoo/new.sh in a copy of the repository: a new recipe keeps the contract and claims nothing; bad input makes
+nothing."""
 
 import ast
 import os
@@ -23,11 +24,11 @@ def copy_of_the_repository(root: Path) -> Path:
         target = root / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    subprocess.run(["git", "init", "-q", str(root)], check=True)  # the conformance suite asks git for the files
-    bare = root / "runs" / "python"  # an interpreter without packages is enough
-    bare.parent.mkdir()
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
-    bare.chmod(0o755)
+    subprocess.run(["git", "init", "-q", str(root)], check=True)  # the conformance suite lists files with git
+    interpreter = root / "runs" / "python"  # an interpreter without packages is enough
+    interpreter.parent.mkdir()
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    interpreter.chmod(0o755)
     return root
 
 
@@ -44,7 +45,7 @@ def python(root: Path, *argv: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", params=RECIPES)
 def made(request, tmp_path_factory) -> tuple[Path, str]:
-    """(a repository with a new recipe, the recipe it came from)."""
+    """Returns (a repository with a new recipe, the recipe that was copied)."""
     root = copy_of_the_repository(tmp_path_factory.mktemp("repository"))
     done = new(root, NAME, "--from", request.param)
     assert done.returncode == 0 and f"bash tests/verify.sh {NAME}" in done.stdout, done.stderr
@@ -55,19 +56,19 @@ def test_new_recipe_passes_the_conformance_suite(made):
     done = python(made[0], "-m", "pytest", "tests/test_conformance.py", "-p", "no:cacheprovider", "--durations=0")
     assert done.returncode == 0, done.stdout
     for launcher in (made[0] / "zoo" / NAME).glob("*.sh"):
-        assert f"zoo/{NAME}/{launcher.name} --help: " in done.stdout  # they ran, and on the new folder
+        assert f"zoo/{NAME}/{launcher.name} --help: " in done.stdout  # the launchers ran, on the new folder
 
 
 def test_every_module_of_a_new_recipe_imports(made):
     paths = sorted((made[0] / "zoo" / NAME).rglob("*.py"))
-    paths = [p for p in paths if not p.with_name(f"requirements-{p.stem}.txt").exists()]  # which may not be installed
+    paths = [p for p in paths if not p.with_name(f"requirements-{p.stem}.txt").exists()]  # others need more packages
     names = [".".join(path.relative_to(made[0]).with_suffix("").parts) for path in paths]
     done = python(made[0], "-c", "".join(f"import {name}\n" for name in names))
     assert done.returncode == 0, done.stderr
 
 
 def code(text: str) -> str:
-    """The statements of a file without its docstrings."""
+    """Dumps the statements of a file without its docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
@@ -80,20 +81,20 @@ def test_only_documents_and_records_differ(made):
     old, copy = root / "zoo" / nearest, root / "zoo" / NAME
     classes = class_names(old, NAME)
     assert len(classes) > 3 and all(name.startswith("Planted") for name in classes.values())
-    shown = {
+    pictures = {
         copy / name for name in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "zoo" / nearest / "README.md").read_text())
     }
     for path in tracked(f"zoo/{nearest}/*"):
         twin = copy / path.relative_to(ROOT / "zoo" / nearest)
-        assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source is left alone"
-        assert twin.exists() != (twin in shown)
+        assert (root / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the source recipe must not change"
+        assert twin.exists() != (twin in pictures)
         if twin.suffix == ".py":
             assert code(twin.read_text()) == code(with_classes(path.read_text(), classes))
         elif twin.exists() and twin.suffix in (".safetensors", ".json", ".toml"):
             assert twin.read_bytes() == path.read_bytes()
         if twin.suffix in (".py", ".sh", ".md"):
             assert not re.search(rf"zoo[/.]{nearest}\b", twin.read_text())
-    assert len(list(copy.rglob("*"))) == len(list(old.rglob("*"))) - len(shown)
+    assert len(list(copy.rglob("*"))) == len(list(old.rglob("*"))) - len(pictures)
 
 
 def test_new_recipe_has_no_record_and_no_verified_status(made):

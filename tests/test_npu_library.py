@@ -1,5 +1,5 @@
-"""The npu branch against the real torch_npu 2.13.0 library, without an NPU: contract checks on host memory (level B: its
-dispatcher and shape functions; level C: the recipe on its `npu` device, whose kernels are CPU ones, see
+"""Checks the npu branch against the real torch_npu 2.13.0 library, without an NPU, in host memory. Level B calls the
+library's dispatcher and shape functions. Level C runs ops and the recipe on its `npu` device, with CPU kernels (see
 fake_ascend.py). Nothing here ran on Ascend; it says nothing about an NPU's numerics or speed.
 """
 
@@ -43,7 +43,8 @@ def whole(*values, dtype=torch.int64) -> torch.Tensor:
 
 
 def attention(layout: str, **options) -> tuple:
-    """Two sequences of 5 queries and 7 keys, 4 query heads over 2, head dim 16."""
+    """Returns (positional, keyword) arguments: 2 sequences of 5 queries and 7 keys, 4 query heads, 2 key-value heads,
+    head dim 16."""
     q, k = {
         "BSH": ((2, 5, 64), (2, 7, 32)),
         "SBH": ((5, 2, 64), (7, 2, 32)),
@@ -68,7 +69,7 @@ CAUSAL = {"atten_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1), "spars
 BLOCKS = (real(1, 4, 130, 128), real(1, 2, 260, 128), real(1, 2, 260, 128))
 BLOCK_MASK = torch.ones(1, 4, 2, 3, dtype=torch.int8)
 LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
-# case: (op, positional arguments, keyword arguments), every dimension another number
+# case -> (op, positional arguments, keyword arguments); almost all dimensions of a case are different
 CASES = {
     **{f"npu_fusion_attention {layout}": ("npu_fusion_attention", *attention(layout)) for layout in LAYOUTS},
     "npu_fusion_attention causal": ("npu_fusion_attention", *attention("BSND", **CAUSAL)),
@@ -132,7 +133,8 @@ CASES = {
 
 
 def kinds(result) -> list:
-    """[dtype, shape] of every tensor; what an op leaves out is None or an empty tensor."""
+    """Lists [dtype, shape] of every tensor, "nothing" for None or an empty tensor, which stand for an omitted output,
+    and the type of any other value."""
 
     def kind(x):
         if torch.is_tensor(x) and x.numel():
@@ -143,28 +145,28 @@ def kinds(result) -> list:
 
 
 def ask_library() -> None:
-    """In a process that has the library and no kernels: the schema of every op, what its shape functions say to every
-    case, and how a sum on the device ends."""
+    """Prints the schema of every op, the result of its shape function for every case, and the error of a sum on the
+    device. Runs in a process that has the library and no kernels."""
     import torch_npu  # noqa: F401
 
-    found: dict = {"schemas": {}, "results": {}, "sum": "an answer"}
+    answers: dict = {"schemas": {}, "results": {}, "sum": "an answer"}
     try:
         torch.empty(3, device="npu") + 1
     except RuntimeError as error:
-        found["sum"] = str(error)
+        answers["sum"] = str(error)
     for name in npu_contract.SCHEMAS:
-        found["schemas"][name] = str(fake_ascend.op(f"npu::{name}")._schema)
+        answers["schemas"][name] = str(fake_ascend.op(f"npu::{name}")._schema)
     for case, (name, args, options) in CASES.items():
         args, options = tree_map(lambda x: x.to("meta") if torch.is_tensor(x) else x, (args, options))
         try:
-            found["results"][case] = kinds(fake_ascend.op(f"npu::{name}")(*args, **options))
+            answers["results"][case] = kinds(fake_ascend.op(f"npu::{name}")(*args, **options))
         except Exception as error:
-            found["results"][case] = repr(error)
-    print("\n" + json.dumps(found))
+            answers["results"][case] = repr(error)
+    print("\n" + json.dumps(answers))
 
 
 def answer(question: str, env: dict[str, str]) -> dict:
-    """What a function of this file prints last, called in a process with that environment."""
+    """Calls a function of this file in a process with this environment and returns the JSON that it prints last."""
     command = [sys.executable, "-c", f"import torch, test_npu_library; test_npu_library.{question}()"]
     env = env | {"ZOO_DEVICE": "npu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -208,18 +210,18 @@ def on_npu() -> dict[str, str]:
 
 
 def ask_device() -> None:
-    """In a process whose npu device computes: the errors of every op and its gradients, which torch_npu's own autograd
-    formulas give."""
+    """Prints the largest error of every op and its gradients, which torch_npu's own autograd formulas compute. Runs in
+    a process whose npu device computes."""
     from common import ops_check
 
-    found: dict = {}
+    largest_errors: dict = {}
     for name, case in ops_check.CASES.items():
         for dtype in case.dtypes:
             try:
-                found[f"{name} {dtype}"] = max(ops_check.errors(case, dtype, torch.device("npu")).values())
+                largest_errors[f"{name} {dtype}"] = max(ops_check.errors(case, dtype, torch.device("npu")).values())
             except Exception as error:
-                found[f"{name} {dtype}"] = repr(error)
-    print("\n" + json.dumps(found))
+                largest_errors[f"{name} {dtype}"] = repr(error)
+    print("\n" + json.dumps(largest_errors))
 
 
 @pytest.fixture(scope="module")
@@ -245,22 +247,21 @@ RUNS = {
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [s.getsockname()[1] for s in sockets]
 
 
 def pretrain(device: str, processes: int, names: list[str], folder, env: dict[str, str]) -> dict[str, list[dict]]:
-    """Three steps on the demo clips, encoders, checkpoint and one sample included, under each layout; their records. As the
-    launcher starts its processes, but for all layouts once."""
+    """Trains three steps on the demo clips under each layout, with encoders, a checkpoint and one sample. Returns the
+    record of each run. Starts processes as the launcher does, but once for all layouts."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a handwritten three moves up\n")
-    same = "--size tiny --precision fp32 --steps 3 --micro-batch 4 --global-batch 8 --save-every 0 --sample-steps 1"
-    same += f" --sample-prompts {prompts} --cache {folder}/latents"
-    runs = [f"{same} --out {folder}/{i} {RUNS[name][1]}".split() for i, name in enumerate(names)]
-    ports = free_ports(
-        len(runs)
-    )  # of a store for each layout: in a common one a group meets the keys of the last one's
+    shared = "--size tiny --precision fp32 --steps 3 --micro-batch 4 --global-batch 8 --save-every 0 --sample-steps 1"
+    shared += f" --sample-prompts {prompts} --cache {folder}/latents"
+    runs = [f"{shared} --out {folder}/{i} {RUNS[name][1]}".split() for i, name in enumerate(names)]
+    # Each layout has its own store: in a shared one, a group would find keys of the previous layout's groups.
+    ports = free_ports(len(runs))
     (folder / "runs.py").write_text(
         "import os\nfrom common import worker\nfrom zoo.wan21 import options\n"
         "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'\n"
@@ -276,8 +277,8 @@ def pretrain(device: str, processes: int, names: list[str], folder, env: dict[st
     for i in range(len(names)):
         out = folder / str(i)
         assert (out / "checkpoints" / "latest").exists() and list((out / "samples").iterdir()), done.stdout
-    read = [(folder / str(i) / "metrics.jsonl").read_text().splitlines() for i in range(len(names))]
-    return {name: [json.loads(line) for line in lines] for name, lines in zip(names, read, strict=True)}
+    texts = [(folder / str(i) / "metrics.jsonl").read_text().splitlines() for i in range(len(names))]
+    return {name: [json.loads(line) for line in lines] for name, lines in zip(names, texts, strict=True)}
 
 
 def losses(record: list[dict]) -> list[float]:
@@ -291,16 +292,16 @@ def on_cpu(tmp_path_factory) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def records(on_npu, tmp_path_factory) -> dict[str, list[dict]]:
-    found = {}
+    runs = {}
     for processes in (1, 2):
         names = [name for name, (count, _) in RUNS.items() if count == processes]
-        found |= pretrain("npu", processes, names, tmp_path_factory.mktemp("npu"), on_npu)
-    return found
+        runs |= pretrain("npu", processes, names, tmp_path_factory.mktemp("npu"), on_npu)
+    return runs
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_pretraining_on_the_stand_in_device_has_the_losses_of_the_cpu(name, records, on_cpu):
     record = records[name]
-    assert record[0]["hardware"].startswith("Ascend")  # what torch_npu is told; it is host memory
+    assert record[0]["hardware"].startswith("Ascend")  # the stub gives torch_npu this name; it is host memory
     assert len(losses(record)) == 3
     assert losses(record) == pytest.approx(losses(on_cpu), rel=1e-5)

@@ -1,4 +1,5 @@
-"""The performance record: its rows and tables, what is refused, the device figures and FLOPs formula behind every MFU."""
+"""Tests the performance record: its rows and tables, refused rows, and the device figures and FLOPs formula of every
+MFU."""
 
 import dataclasses
 import importlib
@@ -55,10 +56,10 @@ def test_a_committed_row_is_appended(tmp_path):
     ],
 )
 def test_reported_name_finds_its_device(reported, bf16, memory_gb, link):
-    found = perf.find_device(reported)
-    assert (found.bf16, found.memory_gb, found.link_gb_s) == (bf16, memory_gb, link)
+    device = perf.find_device(reported)
+    assert (device.bf16, device.memory_gb, device.link_gb_s) == (bf16, memory_gb, link)
     assert perf.peak_tflops(reported, "bf16") == bf16
-    assert found.source in perf.figures(reported)
+    assert device.source in perf.figures(reported)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +83,11 @@ def test_steady_state_leaves_out_warm_up_and_profiled_steps():
 
     rows = [row(i, 9e9) for i in (1, 2, 3)] + [row(4 + i, 10.0 + i) for i in range(11)]
     rows += [row(15, 9e9, profiled=True), row(16, 9e9, profiled=True), row(17, 15.0)]
-    found = perf.steady(rows)
-    assert found["window"] == "steps 4-17 without 2 profiled"
-    assert found["step_time_ms"] == {"median": 15.0, "p10": pytest.approx(11.1), "p90": pytest.approx(18.9), "n": 12}
-    assert found["samples_per_second"] == pytest.approx(1e3 / 15) and found["mfu"] is None
-    assert "15.0 ms a step (p10 11.1, p90 18.9)" in perf.steady_line(found)
+    summary = perf.steady(rows)
+    assert summary["window"] == "steps 4-17 without 2 profiled"
+    assert summary["step_time_ms"] == {"median": 15.0, "p10": pytest.approx(11.1), "p90": pytest.approx(18.9), "n": 12}
+    assert summary["samples_per_second"] == pytest.approx(1e3 / 15) and summary["mfu"] is None
+    assert "15.0 ms a step (p10 11.1, p90 18.9)" in perf.steady_line(summary)
 
 
 def test_run_within_its_warm_up_has_no_steady_state():
@@ -100,7 +101,7 @@ def test_spread_of_one_value_is_that_value():
 
 # ---------------------------------------------------------------------------------------------------------- published
 
-# Task, size -> published values on the Ascend machine and, where there is one, on the reference machine.
+# (model, task, size) -> published values: of the Ascend machine and, if published, of the reference machine.
 MINDSPEED_MM = {
     ("Wan2.1-T2V", "pretrain", "1.3B"): [0.918, 1.04],
     ("Wan2.1-T2V", "lora", "1.3B"): [0.954, 1.042],
@@ -116,7 +117,7 @@ MINDIE_SD = {
     4: [204.0, 175.8, 151.1, 147.9],
     8: [141.5, 102.9, 78.1, 76.4],
 }
-RECORD = perf.ROOT / "zoo" / "wan21" / "perf.jsonl"  # a copy of the recipe starts with none
+RECORD = perf.ROOT / "zoo" / "wan21" / "perf.jsonl"  # the original recipe's: a copied recipe starts without records
 
 
 def test_no_published_figure_is_missing():
@@ -197,9 +198,9 @@ TINY = ["--only", "step", "--buckets", "5x32x32", "--micro-batch", "2", "--globa
 
 
 def take(seconds: list[float]) -> None:
-    """From now on a step of this process takes these seconds."""
-    left = iter(seconds)
-    bench.timed = lambda step: (next(left), step())
+    """Makes each following step of this process seem to take the next of these seconds."""
+    remaining = iter(seconds)
+    bench.timed = lambda step: (next(remaining), step())
 
 
 def without_room(*args):
@@ -207,7 +208,8 @@ def without_room(*args):
 
 
 def peer(o, config, compiled: bool):
-    """The recipe's, with seconds of ours; under torch.compile there is no room for it."""
+    """Builds the recipe's peer, whose steps seem to take seconds chosen here. Raises OutOfMemoryError for a compiled
+    peer."""
     if compiled:
         without_room()
     take([9.0, 9.0, 9.0, 4.0, 2.0, 3.0])
@@ -232,20 +234,20 @@ def test_step_benchmark_outlives_contenders_without_room_and_takes_its_ratio_tur
     assert compiled["refused"] == theirs_compiled["refused"] == "does not fit: tried to allocate 9 GiB"
     assert compiled["system"] == "this zoo + torch.compile"
     assert theirs_compiled["system"].startswith("diffusers ") and theirs_compiled["system"].endswith(" + torch.compile")
-    assert (mine["value"], theirs["value"], ratio["value"]) == (1.0, 0.667, 1.0)  # of the medians it would be 1.5
+    assert (mine["value"], theirs["value"], ratio["value"]) == (1.0, 0.667, 1.0)  # the medians' ratio is 1.5
     assert theirs["raw"]["loss apart"] < 1e-5 and ratio["task"] == "pretrain step, ratio to diffusers"
 
 
 def test_equal_losses_say_something_about_the_weights(monkeypatch):
-    """Behind the zero output head of fresh weights every loss would be the same."""
+    """With the zero output head of fresh weights, every loss would be the same."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     o = case.options(buckets="9x32x64", micro_batch=2)
     batch = recipe.batch_of(o, case.CONFIG)
-    monkeypatch.setattr(recipe, "batch_of", lambda *args: batch)  # the seed is then of the weights alone
-    one, again, other = (
+    monkeypatch.setattr(recipe, "batch_of", lambda *args: batch)  # the seed then changes the weights alone
+    loss, same_seed, other_seed = (
         float(recipe.peer(dataclasses.replace(o, seed=seed), case.CONFIG, compiled=False)()) for seed in (0, 0, 1)
     )
-    assert one == again and abs(one - other) / one > 100 * bench.LOSS_BOUND["fp32"]
+    assert loss == same_seed and abs(loss - other_seed) / loss > 100 * bench.LOSS_BOUND["fp32"]
 
 
 @pytest.mark.L4

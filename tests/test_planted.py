@@ -1,5 +1,5 @@
-"""The ladder has teeth: bugs planted in the model of a copied recipe, one at a time, fail the proofs that its `case.py` feeds,
-and first those of the level that names the cause."""
+"""Tests that the proofs of tests/test_models.py find bugs. Each bug is planted alone in a copied recipe, whose
+`case.py` the proofs use. The proofs must fail, and first those of the level that names the cause."""
 
 import re
 import subprocess
@@ -9,8 +9,8 @@ from test_new_recipe import NAME, copy_of_the_repository, new, python
 
 pytestmark = pytest.mark.L0
 
-QUICK = {"qwen3": "0.6B or dense", "wan21": "1.3B or t2v"}  # of the proofs of a recipe
-BUGS = {  # recipe, file, what stands there, what is put there, levels that run, the first that fails
+QUICK = {"qwen3": "0.6B or dense", "wan21": "1.3B or t2v"}  # pytest -k: a few of each proof's cases
+BUGS = {  # recipe, file, text to replace (a pattern in model.py), replacement, levels to run, first level to fail
     "an export without a tensor": (
         "qwen3", "convert.py", "shapes=shapes(config),",
         'shapes={n: s for n, s in shapes(config).items() if not n.endswith("k_norm.weight")},', "L1 or L2", "L1",
@@ -30,12 +30,12 @@ BUGS = {  # recipe, file, what stands there, what is put there, levels that run,
         "L2 or L3", "L3",
     ),
 }  # fmt: skip
-LEVEL = {"published": "L1", "oracles": "L2", "release": "L2", "layout": "L3"}
+LEVEL = {"published": "L1", "oracles": "L2", "release": "L2", "layout": "L3"}  # word in a proof's name -> its level
 
 
 @pytest.fixture(scope="module", params=QUICK)
 def copied(request, tmp_path_factory):
-    """(a repository with a copied recipe, the recipe it came from)."""
+    """Returns (a repository with a copied recipe, the recipe that was copied)."""
     root = copy_of_the_repository(tmp_path_factory.mktemp("repository"))
     done = new(root, NAME, "--from", request.param)
     assert done.returncode == 0, done.stderr
@@ -43,12 +43,13 @@ def copied(request, tmp_path_factory):
 
 
 def first_failure(root, levels: str, quick: str) -> tuple[str | None, subprocess.CompletedProcess]:
-    """The level of the first proof that fails: they stand in the order of the levels."""
-    only = quick + (" and not (pp2 or cp2 or fsdp2 or dp2)" if "L3" in levels else "")
-    chosen = ["tests/test_models.py", "-x", "-m", levels, "-k", only, "-p", "no:cacheprovider"]
-    done = python(root, "-m", "pytest", *chosen)
-    name = re.search(r"^FAILED \S+::test_(\w+)", done.stdout, re.M)
-    return next((level for word, level in LEVEL.items() if name and word in name[1]), None), done
+    """Runs the proofs, which stand in the order of their levels. Returns the level of the first that fails, and the
+    process."""
+    expression = quick + (" and not (pp2 or cp2 or fsdp2 or dp2)" if "L3" in levels else "")
+    arguments = ["tests/test_models.py", "-x", "-m", levels, "-k", expression, "-p", "no:cacheprovider"]
+    done = python(root, "-m", "pytest", *arguments)
+    match = re.search(r"^FAILED \S+::test_(\w+)", done.stdout, re.M)
+    return next((level for word, level in LEVEL.items() if match and word in match[1]), None), done
 
 
 def test_the_copy_itself_passes_them(copied):
@@ -59,17 +60,17 @@ def test_the_copy_itself_passes_them(copied):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_fails_the_proof_that_names_its_cause(bug, copied):
-    nearest, name, there, instead, levels, first = BUGS[bug]
+    recipe, file, old, new_text, levels, expected = BUGS[bug]
     root, copied_from = copied
-    if nearest != copied_from:
-        pytest.skip(f"a bug of {nearest}")
-    path = root / "zoo" / NAME / name
+    if recipe != copied_from:
+        pytest.skip(f"a bug of {recipe}")
+    path = root / "zoo" / NAME / file
     text = path.read_text()
-    spoiled, count = re.subn(there, instead, text, count=1) if name == "model.py" else (text.replace(there, instead), 1)
+    spoiled, count = re.subn(old, new_text, text, count=1) if file == "model.py" else (text.replace(old, new_text), 1)
     assert count == 1 and spoiled != text
     path.write_text(spoiled)
     try:
-        level, done = first_failure(root, levels, QUICK[nearest])
+        level, done = first_failure(root, levels, QUICK[recipe])
     finally:
         path.write_text(text)
-    assert level == first, done.stdout[-3000:]
+    assert level == expected, done.stdout[-3000:]

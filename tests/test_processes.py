@@ -1,4 +1,4 @@
-"""Processes that end together, folders that one run at a time writes to, and files of ours that a kill has torn."""
+"""Tests processes that end together, folders that only one run writes at a time, and files that a kill has torn."""
 
 import errno
 import fcntl
@@ -33,7 +33,7 @@ FORK = multiprocessing.get_context("fork")
 
 # ---- ending together ----
 
-# Starts two ranks as torchrun does, in sessions of their own.
+# Starts two ranks as torchrun does, each in its own session.
 LAUNCHER = """
 import json, os, subprocess, sys
 os.environ |= {"ZOO_LAUNCHER": str(os.getpid()), "ZOO_WRITES": json.dumps([[sys.argv[1] + "/run", "", False]])}
@@ -57,7 +57,7 @@ def busy(name):
 if os.environ["MODE"] == "importing":
     busy("import")
 """
-# Rank 0 waits for a pool, rank 1 for a DataLoader; each has also forked what stands for megatron-core's writers.
+# Rank 0 waits for a pool, rank 1 for a DataLoader. Each has also forked a process in place of megatron-core's writers.
 JOB = """
 import multiprocessing, os
 from busy.options import busy
@@ -94,10 +94,10 @@ def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tm
             processes.lock(tmp_path / "run")
         if victim == "worker":
             rank = ranks(mark, launcher.pid)[0]
-            gone = {pid for pid in before if pid == rank or os.getsid(pid) == rank}
+            killed_group = {pid for pid in before if pid == rank or os.getsid(pid) == rank}
             kill("worker", launcher, mark)
-            wait_until(lambda: not gone & set(running(mark)), processes.GRACE)
-            assert len(gone) == 3 and launcher.poll() is None
+            wait_until(lambda: not killed_group & set(running(mark)), processes.GRACE)
+            assert len(killed_group) == 3 and launcher.poll() is None
         kill("launcher", launcher, mark)
         wait_until(lambda: not running(mark), processes.GRACE)
         assert processes.lock(tmp_path / "run")
@@ -112,7 +112,7 @@ def test_a_worker_whose_launcher_died_before_it_could_ask_ends_itself():
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
 
 
-# A recipe whose data take long to make.
+# A recipe that takes long to make its data.
 OPTIONS = """
 import os, time
 from common import cli
@@ -178,7 +178,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(request, tmp_path):
-    """(process, its child's pid) that holds tmp_path/run."""
+    """Starts a process that locks tmp_path/run. Yields (the process, its child's pid)."""
     kind = getattr(request, "param", "")
     started = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path / "run", kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -195,12 +195,12 @@ def test_a_lock_dies_with_its_process_and_no_fork_keeps_it(holder, tmp_path, mon
     started, child = holder
     with pytest.raises(ValueError, match=f"process {started.pid} on {socket.gethostname()};.*fix:"):
         processes.lock(tmp_path / "run")
-    with pytest.raises(ValueError, match="in use"):  # something else is made there
+    with pytest.raises(ValueError, match="in use"):  # the holder makes something else there
         processes.lock(tmp_path / "run", "that", wait=True)
     started.kill()
     started.wait()
     assert alive(child) and processes.lock(tmp_path / "run")
-    assert not processes.lock(tmp_path / "run")  # it is ours already
+    assert not processes.lock(tmp_path / "run")  # this process has the lock already
     processes.release(tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -243,25 +243,25 @@ def test_a_second_run_is_refused_before_any_process_group(holder, tmp_path):
     command = [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", "--out", str(tmp_path / "run")]
     trace = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
     done = subprocess.run(command, cwd=ROOT, env=trace, capture_output=True, text=True, timeout=60)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert done.returncode == 2 and len(said) == 1, done.stderr
-    assert f"in use by process {holder[0].pid} on {socket.gethostname()}" in said[0]
+    messages = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(messages) == 1, done.stderr
+    assert f"in use by process {holder[0].pid} on {socket.gethostname()}" in messages[0]
     assert "torch\n" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def together(function) -> list[int]:
-    """Exit codes of two processes that call it at the same time."""
-    start = FORK.Barrier(2)
-    both = [FORK.Process(target=lambda: (start.wait(60), function())) for _ in range(2)]
-    for process in both:
+    """Calls the function in two processes at the same time and returns their exit codes."""
+    barrier = FORK.Barrier(2)
+    workers = [FORK.Process(target=lambda: (barrier.wait(60), function())) for _ in range(2)]
+    for process in workers:
         process.start()
-    for process in both:
+    for process in workers:
         process.join(60)
-    return [process.exitcode for process in both]
+    return [process.exitcode for process in workers]
 
 
 def note(file: Path) -> None:
-    """Adds a character to a file, slowly enough for another process to come along."""
+    """Adds a character to a file and waits, so that another process has time to do the same."""
     with open(file, "a") as f:
         f.write("x")
     time.sleep(0.5)
@@ -300,7 +300,7 @@ def test_two_preprocessings_into_one_prefix_make_it_once_and_another_is_refused(
     with pytest.raises(ValueError, match=f"{o.out} is in use by process {first.pid}"):
         preprocess.run(o, 4096)
     threading.Timer(0.5, (tmp_path / "go").touch).start()
-    assert preprocess.run(o, 2048)["documents"] == 6  # waits
+    assert preprocess.run(o, 2048)["documents"] == 6  # waits for the first
     first.join()
     assert first.exitcode == 0 and (tmp_path / "log").read_text() == "x"
 
@@ -373,42 +373,43 @@ STEPS = 6
 
 
 def trained(out: Path, fault: str = "") -> tuple[str, dict[str, torch.Tensor]]:
-    """Six steps of the tiny case on these ranks, or what is left of them: the path of the last checkpoint and the
-    weights in memory. fault: what happens to the newest checkpoint, and when."""
+    """Trains the tiny case to step 6, from the newest checkpoint if there is one. Returns the path of the last
+    checkpoint and the weights in memory. fault: "found" or "read" removes step 4's checkpoint once it is found or as it
+    is read; "saved" makes the last save fail."""
     o = case.options(out=out, steps=STEPS, resume="auto", save_every=2, keep=9)
     parallel.initialize(o)
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, case.random_state())
-    newest, first = out / "checkpoints" / "step-000004", torch.distributed.get_rank() == 0
-    real = {"find": checkpoint.find, "load": checkpoint.dist_checkpointing.load, "_write": checkpoint._write}
+    newest, is_first = out / "checkpoints" / "step-000004", torch.distributed.get_rank() == 0
+    originals = {"find": checkpoint.find, "load": checkpoint.dist_checkpointing.load, "_write": checkpoint._write}
 
     def find(*args):
-        found = real["find"](*args)
+        found = originals["find"](*args)
         if found == newest:
             shutil.rmtree(newest)
         return found
 
     def load(shards, folder, **kwargs):
         torch.distributed.barrier()
-        if first and Path(folder) == newest:
+        if is_first and Path(folder) == newest:
             for shard in newest.glob("*.distcp"):
                 shard.unlink()
         torch.distributed.barrier()
-        return real["load"](shards, folder, **kwargs)
+        return originals["load"](shards, folder, **kwargs)
 
     def _write(target, *args):
         if target.name == f"step-{STEPS:06d}":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real["_write"](target, *args)
+        return originals["_write"](target, *args)
 
     patches = {
         "found": (checkpoint, find),
         "read": (checkpoint.dist_checkpointing, load),
         "saved": (checkpoint, _write),
     }
-    place, function = patches.get(fault, (None, None))
-    if place:
-        setattr(place, function.__name__, function)
+    module, function = patches.get(fault, (None, None))
+    if module:
+        setattr(module, function.__name__, function)
     try:
         wrapped = parallel.wrap(chunks, o, case.model.WanBlock)
         result = loop.train(
@@ -417,8 +418,8 @@ def trained(out: Path, fault: str = "") -> tuple[str, dict[str, torch.Tensor]]:
             samples=lambda batch: (1, 1), header={"hardware": "cpu", "starts_from": "drawn weights"}, state={},
         )  # fmt: skip
     finally:
-        if place:
-            setattr(place, function.__name__, real[function.__name__])
+        if module:
+            setattr(module, function.__name__, originals[function.__name__])
     return str(result["checkpoint"]), {name: p.detach().clone() for name, p in checkpoint.parameters(wrapped)}
 
 
@@ -432,7 +433,7 @@ def killed_after_four_steps(unbroken: Path, out: Path) -> Path:
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:06d}")
     with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "ste')  # and within a line
+        file.write('{"kind": "step", "ste')  # the kill has torn this line
     return out
 
 
@@ -452,13 +453,13 @@ def test_a_last_step_that_is_not_on_disk_has_no_checkpoint_and_what_there_is_is_
     assert [path for path, _ in run_ranks(2, trained, out, "saved")] == ["None", "None"]
     last = (out / "log.txt").read_text().splitlines()[-1]
     assert last.startswith("the weights of step 6 are not on disk") and last.endswith(f"{out}/checkpoints/step-000004")
-    again = [path for path, _ in run_ranks(2, trained, out)]  # it goes on from there and has room now
+    again = [path for path, _ in run_ranks(2, trained, out)]  # resumes from there; the disk has room
     assert again == [str(out / "checkpoints" / "step-000006")] * 2
-    assert [path for path, _ in run_ranks(2, trained, out)] == again  # nothing is left to train: found is the last
+    assert [path for path, _ in run_ranks(2, trained, out)] == again  # nothing is left to train; the last one is found
 
 
 def exported(recipe: str, argv: list, lost: str) -> int:
-    """The exit code of a training in this process whose checkpoint `lost` cannot be written."""
+    """Trains in this process and returns the exit code. Writing the checkpoint `lost` fails."""
     write = checkpoint._write
 
     def _write(target, *args):

@@ -1,5 +1,5 @@
-"""Loss, per-parameter gradients and two steps of AdamW of every layout equal one process (fp32, gloo); ten steps of one
-layout of each kind of data parallelism."""
+"""Tests that every layout equals one process: loss, per-parameter gradients and two steps of AdamW (fp32, gloo). One
+layout of each kind of data parallelism takes ten steps."""
 
 import dataclasses
 import importlib
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.L3
 
 recipe_case = importlib.import_module(f"zoo.{case.RECIPE}.case")
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
-TRAJECTORY, NORMS = 1e-6, 3e-6  # of ten steps; measured: losses 2e-7, gradient norms 6e-7
-STEPS, LONG = 10, ("dp2", "fsdp2", "ep2")  # the others go two steps
+TRAJECTORY, NORMS = 1e-6, 3e-6  # relative, over ten steps; measured: losses 2e-7, gradient norms 6e-7
+STEPS, LONG = 10, ("dp2", "fsdp2", "ep2")  # the other layouts take two steps
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -58,10 +58,10 @@ CASES = [
     for which, names in (("dense", DENSE), ("moe", MOE), ("dense tied", ["tp2 sp", "fsdp2"]))
     for name in names
 ]
-CASES += [("dense", name, False) for name in ("dp2 micro 2", "cp2 ulysses", "cp2 ring", "pp2 micro 2")]  # whole rows
+CASES += [("dense", name, False) for name in ("dp2 micro 2", "cp2 ulysses", "cp2 ring", "pp2 micro 2")]  # not packed
 CASES += [("dense", name, True) for name in ("pp2 uneven", "tp4", "tp4 sp")]
 CASES += [("dense tied", name, True) for name in ("pp2", "pp2 vpp2", "dp2 pp2", "tp2 sp pp2")]
-# tests/test_models.py has two steps of these; ten of two of them stay here.
+# tests/test_models.py runs two steps of these cases. Two of them stay here because they run ten steps.
 CALLED = {"dense": "dense", "dense tied": "tied", "moe": "experts"}
 GENERIC = {(which, name) for name, (_, _, names) in recipe_case.LAYOUTS.items() for which in names}
 GENERIC -= {("dense", "dp2"), ("experts", "ep2")}
@@ -69,7 +69,8 @@ CASES = [(which, name, packed) for which, name, packed in CASES if not packed or
 
 
 def sample(place: int, step: int, packed: bool) -> dict:
-    """One sequence of the global batch, drawn by its place; packed: three documents and a few tokens without loss."""
+    """Draws the sequence at a place of the global batch; its first few tokens have no loss. packed: it is three
+    documents."""
     g = torch.Generator().manual_seed(1000 * step + place)
     tokens, labels = (torch.randint(96, (case.LENGTH,), generator=g) for _ in range(2))
     bounds = [0, 3 + place % 4, 9, case.LENGTH] if packed else [0, case.LENGTH]
@@ -90,8 +91,9 @@ def my_batches(o, step: int, packed: bool) -> list[dict]:
 
 
 def run_layout(which: str, layout: dict, packed: bool, backend: str = "cpu", *steps, change=None) -> dict:
-    """On every rank: train from the shared weights (`change`d). Returns rank 0's whole gradients and router metrics of the
-    first step, gradient norms and losses."""
+    """Trains from the shared weights, or from what `change` makes of them. Rank 0 returns the whole gradients and
+    router metrics of the first step, and all gradient norms and losses; the others return {}. steps: `first`, `last`
+    and `folder` of `_run_layout`."""
     npu_contract.install()
     ops.BACKEND = backend
     try:
@@ -101,7 +103,8 @@ def run_layout(which: str, layout: dict, packed: bool, backend: str = "cpu", *st
 
 
 def _run_layout(which, layout, packed, change, first: int = 0, last: int = STEPS, folder=None) -> dict:
-    """folder: where checkpoint `first` is read from, if not 0, and checkpoint `last` is written to."""
+    """Trains from step `first` to step `last`. folder: if first > 0, checkpoint `first` is read there; checkpoint
+    `last` is written there."""
     o, config = case.options(**layout), case.CONFIGS[which]
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -141,8 +144,8 @@ def single(which: str, packed: bool) -> dict:
 def compare(got: dict, want: dict, layout: dict, steps: int = STEPS) -> None:
     assert got["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE), layout
     assert got["gradients"].keys() == want["gradients"].keys()
-    worst = {k: ((got["gradients"][k] - g).abs().max() / g.abs().max()).item() for k, g in want["gradients"].items()}
-    assert not {k: v for k, v in worst.items() if not v <= TOLERANCE}, layout
+    errors = {k: ((got["gradients"][k] - g).abs().max() / g.abs().max()).item() for k, g in want["gradients"].items()}
+    assert not {k: v for k, v in errors.items() if not v <= TOLERANCE}, layout
     assert got["norms"][:steps] == pytest.approx(want["norms"][:steps], rel=NORMS), layout
     assert got["losses"][:steps] == pytest.approx(want["losses"][:steps], rel=TRAJECTORY), layout
 
@@ -166,7 +169,8 @@ def test_layout_equals_single_process(which, name, packed):
     ],
 )
 def test_a_run_continued_on_other_layouts_is_the_unbroken_one(which, names, tmp_path):
-    """What stages share, or tensor-parallel ranks hold whole, is written once and read everywhere; experts move."""
+    """A weight that stages share, or that tensor-parallel ranks hold whole, is written once and read by all of them.
+    Experts move to other ranks."""
     losses = []
     for i, name in enumerate(names):
         world, layout = LAYOUTS.get(name, (1, {}))
@@ -182,11 +186,11 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
     chunks = case.model.build(o, config)
     table = case.convert.table(config)
     release.load(chunks, table.entries(folder), table)
-    asked = {f.name: f.default for f in dataclasses.fields(case.jobs.InferOptions)} | {
+    values = {f.name: f.default for f in dataclasses.fields(case.jobs.InferOptions)} | {
         "max_new_tokens": 12,
         "batch": 2,
     }
-    return generation.generate(chunks[0].eval(), prompts, case.jobs.InferOptions(**asked), set())
+    return generation.generate(chunks[0].eval(), prompts, case.jobs.InferOptions(**values), set())
 
 
 @pytest.mark.parametrize(
@@ -194,22 +198,22 @@ def generate(folder, layout: dict, prompts: list[list[int]]) -> list[list[int]]:
 )
 def test_greedy_generation_equals_transformers_token_for_token(which, name, tmp_path):
     world, layout = LAYOUTS.get(name, (4, {"tp": 2, "pp": 2}))
-    theirs, generator = case.save_oracle(tmp_path, case.CONFIGS[which]), torch.Generator().manual_seed(5)
+    oracle, generator = case.save_oracle(tmp_path, case.CONFIGS[which]), torch.Generator().manual_seed(5)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (7, 3, 7, 1)]
     settings = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    want = [theirs.generate(torch.tensor([p]), **settings)[0, len(p) :].tolist() for p in prompts]
+    want = [oracle.generate(torch.tensor([p]), **settings)[0, len(p) :].tolist() for p in prompts]
     assert run_ranks(world, generate, tmp_path, layout, prompts) == [want] * world
 
 
 @pytest.mark.parametrize(("which", "name"), [("dense", "one"), ("moe", "one"), ("dense", "tp2 sp"), ("moe", "tp2 sp")])
 def test_npu_branch_equals_single_process(which, name):
-    """Over the published contract: not a run on Ascend."""
+    """The kernels are those of npu_contract.py: nothing runs on Ascend."""
     world, layout = LAYOUTS.get(name, (1, {}))
     compare(run_ranks(world, run_layout, which, layout, True, "npu", 0, 2)[0], single(which, True), layout, 2)
 
 
 def test_packing_changes_neither_loss_nor_gradients():
-    """The documents of a packed row, one row each and padded with tokens without loss, give the same step."""
+    """The documents of a packed row give the same step as one row each, padded with tokens without loss."""
     got = run_ranks(1, unpacked, "dense")[0]
     want = single("dense", True)
     assert got["loss"] == pytest.approx(want["losses"][0], rel=TOLERANCE)

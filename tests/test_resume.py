@@ -1,7 +1,7 @@
-"""Runs that are killed, resumed, resumed on another layout, or whose checkpoints are torn.
+"""Tests runs that are killed, resumed, resumed on another layout, or whose checkpoints are torn.
 
-The training job is the real one (decoding, VAE, text, megatron-core), on a handful of demo clips: through its launcher
-where that or a signal is what is tested, else in the processes of `run_ranks`, which have imported everything already.
+The tests run the real training job (decoding, VAE, text, megatron-core) on a few demo clips. They use its launcher only
+where they test it or a signal. Otherwise the job runs in the processes of `run_ranks`, which have imported everything.
 """
 
 import json
@@ -32,7 +32,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """A user's list of 12 demo clips."""
+    """Makes a user's list of 12 demo clips."""
     folder = tmp_path_factory.mktemp("clips") / "demo"
     import_module(f"zoo.{case.RECIPE}.demo.make_data").make(folder, train=12, test=0)
     return folder / "train.jsonl"
@@ -51,7 +51,7 @@ def command(clips: Path, out: Path, *options: str) -> list[str]:
 
 
 def launch(clips: Path, out: Path, *options: str, **kwargs) -> str:
-    """What the launcher of a run that finishes prints."""
+    """Starts a run through its launcher and returns what it prints. The run must succeed."""
     env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1"}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -61,7 +61,7 @@ def launch(clips: Path, out: Path, *options: str, **kwargs) -> str:
 
 
 def ended(argv: list[str]) -> int:
-    """The exit code of a run in this process."""
+    """Trains in this process and returns the exit code."""
     try:
         case.job("train", *argv)
     except SystemExit as end:
@@ -70,18 +70,18 @@ def ended(argv: list[str]) -> int:
 
 
 def run(clips: Path, out: Path, *options: str, ranks: int = 1, code: int = 0) -> str:
-    """What is in the log of a run that ends with this exit code."""
+    """Trains on `ranks` ranks, which must end with this exit code, and returns the log."""
     assert run_ranks(ranks, ended, settings(clips, out, *options)) == [code] * ranks
     return (out / "log.txt").read_text()
 
 
 def tensors(saved: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, master weights, both moments."""
+    """Reads every tensor of a checkpoint: weights, master weights, both moments."""
     reader = FileSystemReader(saved)
     metadata = reader.read_metadata().state_dict_metadata
-    facts = {key: metadata[key] for key in checkpoint.tensor_sizes(saved)}
-    state = {key: torch.empty(fact.size, dtype=fact.properties.dtype) for key, fact in facts.items()}
-    load(state, storage_reader=reader, no_dist=True)  # all at once: one by one, each call reads the metadata again
+    entries = {key: metadata[key] for key in checkpoint.tensor_sizes(saved)}
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    load(state, storage_reader=reader, no_dist=True)  # all in one call, because each call reads the metadata again
     return state
 
 
@@ -100,12 +100,12 @@ def unbroken(clips, tmp_path_factory) -> Path:
 
 
 def copy_of(unbroken: Path, tmp_path: Path, last: int) -> Path:
-    """The unbroken run as it would be had it died after checkpoint `last`."""
+    """Copies the unbroken run as if it had died after checkpoint `last`."""
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
-    for later in out.glob("checkpoints/step-*"):
-        if int(later.name[-6:]) > last:
-            shutil.rmtree(later)
+    for path in out.glob("checkpoints/step-*"):
+        if int(path.name[-6:]) > last:
+            shutil.rmtree(path)
     return out
 
 
@@ -137,7 +137,7 @@ def test_the_console_line_keeps_the_step_time_in_field_five(unbroken):
 
 
 def test_kill_9_and_resume_is_bitwise_equal_to_the_unbroken_run(clips, unbroken, tmp_path):
-    """Killed twice, at moments that a seed decides: the launcher alone, then, in a save, its rank."""
+    """The run is killed twice: first its launcher, at a random moment from step 3 on, then its rank during a save."""
     out, mark, draw = tmp_path / "run", str(tmp_path), random.Random(11)
 
     def killed(victim: str, moment) -> None:
@@ -175,7 +175,7 @@ def test_resumed_image_to_video_out_of_the_cache_is_bitwise_equal_to_the_run_tha
 def test_resume_on_another_layout_continues_the_same_run(layout, clips, unbroken, tmp_path):
     out = copy_of(unbroken, tmp_path, last=2)
     assert "step-000002 at step 2" in run(clips, out, *layout, ranks=2)
-    # 1e-6 of the loss as stated in design.md §7.5, for fp32 reductions in another order.
+    # The layouts sum fp32 values in another order, for which 1e-6 of the loss is allowed.
     assert losses(out) == pytest.approx(losses(unbroken), rel=1e-6)
 
 
@@ -197,8 +197,8 @@ def test_a_torn_checkpoint_is_passed_over_and_named(damage, unbroken, tmp_path, 
         shard.unlink()
     else:
         (newest / "manifest.json").unlink()
-    found = checkpoint.find(out / "checkpoints", "auto")
-    assert found.name == f"step-{STEPS - 2:06d}"
+    chosen = checkpoint.find(out / "checkpoints", "auto")
+    assert chosen.name == f"step-{STEPS - 2:06d}"
     assert str(newest) in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a checkpoint folder"):
         checkpoint.find(out / "checkpoints", str(newest))
@@ -213,13 +213,13 @@ def test_all_checkpoints_torn_is_an_error_not_a_fresh_start(unbroken, tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_alive(clips, unbroken, tmp_path):
     out = copy_of(unbroken, tmp_path, last=2)
-    limit = 2 * 2**20  # bytes a file may grow to: a shard of this model is larger
+    limit = 2 * 2**20  # maximum bytes of a file; a shard of this model is larger
 
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    said = launch(clips, out, preexec_fn=small_disk)
-    assert f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in said
+    output = launch(clips, out, preexec_fn=small_disk)
+    assert f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in output
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-000002"]
     assert checkpoint.find(out / "checkpoints", "auto").name == "step-000002"
     assert losses(out) == losses(unbroken)

@@ -1,4 +1,5 @@
-"""Accelerated sampling: what is exact equals one plain process, what is not is what its definition says."""
+"""Tests accelerated sampling. Exact accelerations equal plain sampling in one process; the others equal their
+definition."""
 
 import contextlib
 import dataclasses
@@ -23,13 +24,13 @@ from common.diffusion import caches, sampling, scores, vae_parallel, videos
 accelerate, infer = (import_module(f"zoo.{case.RECIPE}.{name}") for name in ("accelerate", "infer"))
 pytestmark = [pytest.mark.L3, pytest.mark.usefixtures("one_rank")]
 
-TOLERANCE = 1e-5  # of the largest entry
+TOLERANCE = 1e-5  # relative to the largest entry
 STEPS = 6
-WIDE = (3, 16, 64)  # latents of 3*8*32 = 768 tokens: six blocks of 128, the first frame two of them
+WIDE = (3, 16, 64)  # grid of latents, 3*8*32 = 768 tokens: six blocks of 128, two of them in the first frame
 
 
 def options(grid=case.GRID, **values) -> "case.jobs.InferOptions":
-    """Checked sampling options of the tiny case; needs WORLD_SIZE."""
+    """Returns checked sampling options of the tiny case. Needs WORLD_SIZE."""
     cls = case.jobs.InferOptions
     fixed = {
         "size": "tiny",
@@ -50,7 +51,7 @@ def quantize(chunks) -> None:
 
 
 def built(o, state, grid=case.GRID) -> tuple:
-    """(chunks, position) as infer.py builds them."""
+    """Returns (chunks, position), built as infer.py builds them."""
     chunks = case.model.build(o, case.CONFIG)
     case.load(chunks, state)
     if o.quantize == "int8":
@@ -82,7 +83,7 @@ CACHED = {"cache": "attention", "cache_start": 1, "cache_interval": 2, "cache_en
 BLOCKS = CACHED | {"cache": "blocks", "cache_blocks": "1-3"}
 SPARSE = {"sparse": 0.5, "sparse_start": 2}
 ULYSSES, RING, SHARDED = {"cp": 2}, {"cp": 2, "ulysses": 1}, {"tp": 2, "sp": True}
-LAYOUTS = [  # processes, layout, what both the layout and the one process do
+LAYOUTS = [  # processes, options of the layout, options of both the layout and the single process
     (2, {"cfg_parallel": True}, {}),
     (4, {"cfg_parallel": True}, {}),  # two videos at a time
     (4, {"cfg_parallel": True} | ULYSSES, {}),
@@ -98,50 +99,50 @@ LAYOUTS = [  # processes, layout, what both the layout and the one process do
 
 
 def on_ranks(cases: list[tuple[dict, tuple]]) -> list[tuple[int, torch.Tensor]]:
-    """On every rank, for every case (options, grid): which video it made, and its latents."""
+    """Samples every case (options, grid) on this rank. Returns (index of the video that it made, latents) for each."""
     out = []
     for values, grid in cases:
         o = options(grid, **values)
         parallel.initialize(o)
-        video, pair = sampling.video_groups(o)
+        video_group, pair_group = sampling.video_groups(o)
         chunks, position = built(o, case.random_state(), grid)
-        lane = parallel.mpu.get_data_parallel_rank() // (o.dp // o.videos_at_once)
-        out.append((lane, sampled(o, chunks, position, grid, pair, lane)))
-        import_module(f"zoo.{case.RECIPE}.perf_generation").leave_groups(video, pair)
+        index = parallel.mpu.get_data_parallel_rank() // (o.dp // o.videos_at_once)
+        out.append((index, sampled(o, chunks, position, grid, pair_group, index)))
+        import_module(f"zoo.{case.RECIPE}.perf_generation").leave_groups(video_group, pair_group)
     return out
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_layout_samples_what_one_process_samples(world):
     cases, wants = [], []
-    for _, layout, both in (entry for entry in LAYOUTS if entry[0] == world):
-        grid = WIDE if "sparse" in both else case.GRID
-        cases.append((layout | both, grid))
-        if "quantize" in both:  # each rank of tp rounds the slice it holds
+    for _, layout, shared in (entry for entry in LAYOUTS if entry[0] == world):
+        grid = WIDE if "sparse" in shared else case.GRID
+        cases.append((layout | shared, grid))
+        if "quantize" in shared:  # each tensor-parallel rank rounds its own slice
             o, state = options(grid), rounded_by_slices(case.random_state(), layout["tp"])
         else:
-            o, state = options(grid, **both), case.random_state()
+            o, state = options(grid, **shared), case.random_state()
         chunks, position = built(o, state, grid)
         wants.append([sampled(o, chunks, position, grid, video=i) for i in range(2)])
     results = run_ranks(world, on_ranks, cases)
     for i, (values, _) in enumerate(cases):
-        lanes = {result[i][0] for result in results}
-        assert lanes == ({0, 1} if world == 4 and values == {"cfg_parallel": True} else {0}), values
-        worst = max(apart(latents, wants[i][lane]) for lane, latents in (result[i] for result in results))
+        indices = {result[i][0] for result in results}
+        assert indices == ({0, 1} if world == 4 and values == {"cfg_parallel": True} else {0}), values
+        worst = max(apart(latents, wants[i][index]) for index, latents in (result[i] for result in results))
         assert worst <= TOLERANCE, f"{world} ranks, {values}: {worst:.1e} apart"
     assert apart(wants[0][0], wants[0][1]) > 0.1  # the videos differ, so a swap would show
 
 
 def test_compiled_blocks_sample_the_same_beside_cache_sparse_attention_and_int8():
-    both, got = CACHED | SPARSE | {"quantize": "int8"}, []
+    shared, got = CACHED | SPARSE | {"quantize": "int8"}, []
     for compiled in (False, True):
-        o = options(WIDE, **both, compile=compiled)
+        o = options(WIDE, **shared, compile=compiled)
         got.append(sampled(o, *built(o, case.random_state(), WIDE), WIDE))
     assert apart(*got) <= TOLERANCE and torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def rounded_by_slices(state: dict, tp: int) -> dict:
-    """The weights as int8 reads them back, each slice of tensor parallelism rounded by itself."""
+    """Returns the weights after rounding to int8. Each tensor-parallel slice is rounded by itself."""
     out = dict(state)
     for name, weight in state.items():
         if name.endswith(".weight") and ".norm" not in name and name.startswith("blocks."):
@@ -168,11 +169,12 @@ def test_cache_of_interval_1_is_bitwise_no_cache(kind, state):
 
 @pytest.mark.parametrize("cfg", [3.0, 1.0])
 def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
-    """The oracle: hooks on a plain model that count its calls, of which it makes the same number in every step."""
+    """The oracle is a plain model whose hooks reuse outputs by the rule. They find the step by counting calls, because
+    every step makes the same number."""
     o, plain = options(cfg=cfg, **CACHED), options(cfg=cfg)
     got = sampled(o, *built(o, state))
     chunks, position = built(plain, state)
-    branches, seen = (2 if cfg != 1 else 1), {}
+    branches, outputs = (2 if cfg != 1 else 1), {}
 
     def replace(block: int):
         calls = []
@@ -181,7 +183,7 @@ def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
             step, branch = divmod(len(calls), branches)
             calls.append(step)
             source = {2: 1, 4: 3}.get(step, step)  # start 1, interval 2, end 4
-            return seen.setdefault((block, branch, source), output)
+            return outputs.setdefault((block, branch, source), output)
 
         return hook
 
@@ -189,7 +191,7 @@ def test_cached_attention_is_that_of_the_step_the_rule_names(cfg, state):
         block.self_attn.register_forward_hook(replace(int(i)))
     want = sampled(plain, chunks, position)
     assert torch.equal(got, want)
-    assert apart(want, sampled(plain, *built(plain, state))) > 1e-3  # the cache does something
+    assert apart(want, sampled(plain, *built(plain, state))) > 1e-3  # the cache changes the result
 
 
 @pytest.mark.parametrize("settings", [CACHED, BLOCKS], ids=lambda s: s["cache"])
@@ -198,26 +200,26 @@ def test_cache_is_not_fooled_by_further_calls_or_further_videos(settings, state,
     chunks, position = built(o, state)
     first, second = (sampled(o, chunks, position, video=i) for i in range(2))
     assert torch.equal(second, sampled(o, *built(o, state), video=1))
-    once, calls = infer.velocity, []
+    velocity, calls = infer.velocity, []
 
     def twice(*args, **kwargs):
         calls.append(position.step)
-        for _ in range(len(calls) % 3):  # an uneven number of times
-            once(*args, **kwargs)
-        return once(*args, **kwargs)
+        for _ in range(len(calls) % 3):  # 0, 1 or 2 extra calls, in turn
+            velocity(*args, **kwargs)
+        return velocity(*args, **kwargs)
 
     monkeypatch.setattr(infer, "velocity", twice)
     assert torch.equal(first, sampled(o, chunks, position, video=0)) and len(calls) == 2 * STEPS
-    kept = [m.reuse.kept for m in chunks[0].modules() if hasattr(m, "reuse")]
-    assert len(kept) == (4 if o.cache == "attention" else 1) and not any(kept)  # nothing is held after the last use
+    stored = [m.reuse.kept for m in chunks[0].modules() if hasattr(m, "reuse")]
+    assert len(stored) == (4 if o.cache == "attention" else 1) and not any(stored)  # nothing is held after the last use
 
 
 def test_stated_size_of_the_cache_is_what_it_holds(state):
     o = options(**CACHED | {"cache_start": 0, "cache_end": STEPS - 1})
     chunks, position = built(o, state)
     sampled(o, chunks, position)
-    held = [v for m in chunks[0].modules() if hasattr(m, "reuse") for _, _, v in m.reuse.kept.values()]
-    assert sum(v.nbytes for v in held) == case.config.cache_gib(o, case.CONFIG, case.CONFIG.tokens(case.GRID)) * 2**30
+    cached = [v for m in chunks[0].modules() if hasattr(m, "reuse") for _, _, v in m.reuse.kept.values()]
+    assert sum(v.nbytes for v in cached) == case.config.cache_gib(o, case.CONFIG, case.CONFIG.tokens(case.GRID)) * 2**30
 
 
 # ---------------------------------------------------------------------------------------------------- sparse attention
@@ -232,18 +234,18 @@ def test_sparse_attention_is_dense_attention_under_its_mask():
     plain = F.scaled_dot_product_attention
     with FlopCounterMode(display=False) as work:
         got = sparse(q, k, v)
-    # The block of a token, from where it stands: frame, then window of 8x8, two windows to a block.
+    # The block of each token by its position: frame first, then 8x8 window; a block holds two windows.
     block = torch.tensor([2 * f + x // 16 for f in range(frames) for _ in range(rows) for x in range(columns)])
     pooled = [torch.stack([t[block == b].mean(0) for b in range(6)], 2)[0] for t in (q, k)]  # [N, 6, E]
     scores = pooled[0] @ pooled[1].mT
-    kept = scores >= scores.topk(3, -1).values[..., -1:]
-    kept[:, :2], kept[:, :, :2] = True, True
-    seen = kept[:, block][:, :, block]  # [N, L, L]
+    block_mask = scores >= scores.topk(3, -1).values[..., -1:]
+    block_mask[:, :2], block_mask[:, :, :2] = True, True
+    mask = block_mask[:, block][:, :, block]  # [N, L, L]
     heads = [t.permute(1, 2, 0, 3) for t in (q, k, v)]
-    want = plain(*heads, attn_mask=seen).permute(2, 0, 1, 3)
-    assert apart(got, want) <= TOLERANCE and not seen.all()
+    want = plain(*heads, attn_mask=mask).permute(2, 0, 1, 3)
+    assert apart(got, want) <= TOLERANCE and not mask.all()
     pooling = 2 * N * 6 * 6 * E
-    assert work.get_total_flops() == 4 * E * seen.sum() + pooling  # scores that are masked out are not computed
+    assert work.get_total_flops() == 4 * E * mask.sum() + pooling  # scores that are masked out are not computed
     position.step = 1
     dense = plain(*heads).permute(2, 0, 1, 3)
     assert apart(sparse(q, k, v), dense) <= TOLERANCE and apart(got, dense) > 1e-3
@@ -272,10 +274,10 @@ def test_int8_weights_are_within_half_a_step_and_take_a_quarter_of_the_room(stat
     linears = [n for n in before if n.endswith(".weight") and ".norm" not in n]
     assert len(linears) == 10 * case.CONFIG.num_layers
     for name in linears:
-        module, whole = chunks[0].blocks.get_submodule(name.removesuffix(".weight")), state[f"blocks.{name}"]
-        step = whole.abs().amax(1, keepdim=True) / 127
-        assert ((module.weight - whole).abs() <= 0.5001 * step).all(), name
-        x = torch.randn(5, 1, whole.shape[1])
+        module, weight = chunks[0].blocks.get_submodule(name.removesuffix(".weight")), state[f"blocks.{name}"]
+        step = weight.abs().amax(1, keepdim=True) / 127
+        assert ((module.weight - weight).abs() <= 0.5001 * step).all(), name
+        x = torch.randn(5, 1, weight.shape[1])
         assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
     scales = sum(4 * state[f"blocks.{n}"].shape[0] for n in linears)
     weights = sum(before[n] for n in linears)
@@ -310,7 +312,7 @@ def decoded_in_strips(world: int) -> dict:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_decoding_in_strips_equals_decoding_at_once(world):
-    """Five and seven rows: strips of unequal height, some of a single row."""
+    """Five and seven rows give strips of unequal height, some of a single row."""
     got = run_ranks(world, decoded_in_strips, world)
     for kind, latents in VIDEOS.items():
         whole = small_vae(kind)
@@ -325,7 +327,7 @@ def test_decoding_in_strips_equals_decoding_at_once(world):
 
 
 def generate(argv: list[str]) -> str:
-    """What the job prints on this rank."""
+    """Runs the job on this rank and returns what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         worker.run(f"zoo.{case.RECIPE}", "infer", case.jobs.parse("infer", argv))
     return printed.getvalue()
@@ -335,19 +337,19 @@ def test_list_of_prompts_goes_on_where_it_stopped(tmp_path):
     lines = ["a handwritten three moves up", "a handwritten seven moves down", "a handwritten one moves up"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     argv = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--sample-steps", "2"]
-    both = ["--cfg-parallel", "--vae-parallel"]
-    run_ranks(2, generate, argv + both)
-    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert sorted(files) == [f"{i:04d}.{kind}" for i in range(3) for kind in ("gif", "mp4")]
+    parallel_flags = ["--cfg-parallel", "--vae-parallel"]
+    run_ranks(2, generate, argv + parallel_flags)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert sorted(before) == [f"{i:04d}.{kind}" for i in range(3) for kind in ("gif", "mp4")]
     for i, line in enumerate(lines):
         for suffix in ("gif", "mp4"):
-            made = videos.read_metadata(tmp_path / "out" / f"{i:04d}.{suffix}")
-            assert (made["prompt"], made["seed"], made["sample_steps"], made["cache"]) == (line, i, 2, "none")
+            facts = videos.read_metadata(tmp_path / "out" / f"{i:04d}.{suffix}")
+            assert (facts["prompt"], facts["seed"], facts["sample_steps"], facts["cache"]) == (line, i, 2, "none")
     (tmp_path / "out" / "0001.gif").unlink()
-    printed = run_ranks(1, generate, argv)[0]  # another layout: the same pixels
+    printed = run_ranks(1, generate, argv)[0]  # another layout gives the same pixels
     assert "2 of 3 videos are in" in printed and "0001.gif" in printed and "0002" not in printed
-    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert {name for name in files if again[name] != files[name]} == {"0001.gif", "0001.mp4"}
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"0001.gif", "0001.mp4"}
     o = case.jobs.parse("infer", [*argv, "--cfg", "2.5"])
     with pytest.raises(ValueError, match=r"0000.mp4 was made in another way \(cfg 4.0, now 2.5\).*fix: --out"):
         case.jobs.prepare(o)
@@ -365,7 +367,7 @@ def test_image_to_video_takes_the_accelerations_too(tmp_path):
 
 
 def frames_of(path) -> torch.Tensor:
-    """The frames of a GIF, uint8 [F, H, W]."""
+    """Reads the frames of a GIF, uint8 [F, H, W]."""
     with Image.open(path) as gif:
         return torch.stack([torch.from_numpy(np.array(frame.convert("L"))) for frame in ImageSequence.Iterator(gif)])
 

@@ -1,5 +1,5 @@
-"""Loss, per-parameter gradients and two steps of AdamW of every layout equal one process (fp32, gloo); twenty steps of one
-layout of each kind of data parallelism."""
+"""Tests that every layout equals one process: loss, per-parameter gradients and two steps of AdamW (fp32, gloo). One
+layout of each kind of data parallelism takes twenty steps."""
 
 import importlib
 
@@ -17,10 +17,11 @@ pytestmark = pytest.mark.L3
 
 recipe_case = importlib.import_module(f"zoo.{case.RECIPE}.case")
 TOLERANCE = 1e-5  # relative to the largest entry of the tensor
-# Of twenty steps, measured: losses 2.2e-7; weights 1.8e-5 at most (of keys, whose gradients cancel), most under 2e-7.
+# Relative, over twenty steps. Measured: 2.2e-7 for losses; at most 1.8e-5 for weights (keys, whose gradients cancel),
+# under 2e-7 for most.
 TRAJECTORY, WEIGHTS = 1e-6, 1e-4
 
-LONG = ("dp2", "fsdp2")  # twenty steps
+LONG = ("dp2", "fsdp2")  # these layouts take twenty steps
 LAYOUTS = {
     "dp2": (2, {}),
     "dp2 micro 2": (2, {"micro_batch": 2}),
@@ -48,9 +49,9 @@ LAYOUTS = {
 
 
 def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None, config=case.CONFIG) -> dict:
-    """On every rank: train `steps` steps from the shared weights, the chunks given to `adapt` before they are wrapped.
-    Returns rank 0's whole gradients of the first step (gathered over tensor and pipeline parallel), losses, and final
-    whole weights."""
+    """Trains `steps` steps from the shared weights. `adapt` changes the chunks before they are wrapped. Rank 0 returns
+    the whole gradients of the first step (gathered over tensor and pipeline parallel), the losses, and the final whole
+    weights; the others return {}."""
     o = case.options(**layout)
     parallel.initialize(o)
     chunks = case.model.build(o, config)
@@ -75,7 +76,8 @@ def run_layout(layout: dict, steps: int, want_gradients: bool, adapt=None, confi
 
 
 def through_npu(layout: dict, steps: int) -> dict:
-    """`run_layout` with the npu branch of `common.ops` over the published contract: not a run on Ascend."""
+    """Calls `run_layout` with the npu branch of `common.ops` and the kernels of npu_contract.py: nothing runs on
+    Ascend."""
     npu_contract.install()
     ops.BACKEND = "npu"
     try:
@@ -86,11 +88,11 @@ def through_npu(layout: dict, steps: int) -> dict:
 
 @pytest.fixture(scope="module")
 def single() -> dict:
-    """Of one process, by the number of steps."""
+    """Returns {number of steps: results of one process}."""
     return {steps: run_ranks(1, run_layout, {}, steps, True)[0] for steps in (2, 20)}
 
 
-# tests/test_models.py has two steps of these; twenty of two of them stay here.
+# tests/test_models.py runs two steps of these layouts. Two of them stay here because they run twenty steps.
 GENERIC = {name for name, (_, _, which) in recipe_case.LAYOUTS.items() if "t2v" in which} - set(LONG)
 
 
@@ -107,7 +109,7 @@ def test_npu_branch_equals_single_process(name, single):
     compare(run_ranks(world, through_npu, layout, 2)[0], single[2], layout)
 
 
-# Image-to-video, and from a first and a last frame: layouts that between them cut every dimension.
+# For image-to-video, and for video from a first and a last frame: layouts that together split every dimension.
 IMAGE_LAYOUTS = {
     "i2v": ["tp2 sp cp2 ulysses", "pp2 vpp2 tp2 sp", "fsdp4 as dp2 cp2"],
     "flf2v": ["tp2 cp2 ring", "pp2 cp2", "tp2 recompute full"],
@@ -117,27 +119,27 @@ IMAGE_LAYOUTS = {
 @pytest.mark.parametrize("task", IMAGE_LAYOUTS)
 def test_layouts_of_image_to_video_equal_single_process(task):
     config = {"i2v": case.I2V, "flf2v": case.FLF2V}[task]
-    one = run_ranks(1, run_layout, {}, 2, True, None, config)[0]
+    reference = run_ranks(1, run_layout, {}, 2, True, None, config)[0]
     for name in IMAGE_LAYOUTS[task]:
         world, layout = LAYOUTS[name]
-        compare(run_ranks(world, run_layout, layout, 2, True, None, config)[0], one, layout)
+        compare(run_ranks(world, run_layout, layout, 2, True, None, config)[0], reference, layout)
 
 
 def compare(got: dict, single: dict, layout: dict) -> None:
     assert got["losses"][0] == pytest.approx(single["losses"][0], rel=TOLERANCE), layout
     assert got["gradients"].keys() == single["gradients"].keys()
-    worst = {
+    errors = {
         key: ((got["gradients"][key] - want).abs().max() / want.abs().max()).item()
         for key, want in single["gradients"].items()
     }
-    bad = {k: v for k, v in worst.items() if v > TOLERANCE}
+    bad = {k: v for k, v in errors.items() if v > TOLERANCE}
     assert not bad, f"{layout}: gradients off by {bad}"
     # Adam divides small gradients by their own size, so rounding grows from step to step.
     assert got["losses"] == pytest.approx(single["losses"], rel=TRAJECTORY), layout
     assert got["weights"].keys() == single["weights"].keys()
-    worst = {
+    errors = {
         key: ((got["weights"][key] - want).abs().max() / want.abs().max()).item()
         for key, want in single["weights"].items()
     }
-    bad = {k: v for k, v in worst.items() if not v <= WEIGHTS}
+    bad = {k: v for k, v in errors.items() if not v <= WEIGHTS}
     assert not bad, f"{layout}: weights off by {bad}"

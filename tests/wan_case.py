@@ -1,4 +1,5 @@
-"""The tiny Wan case the tests of zoo/wan21 share: every dimension different, every parameter random, grids not square."""
+"""Tiny Wan cases that the tests of zoo/wan21 share. All dimensions are different, all parameters are random, and grids
+are not square."""
 
 import dataclasses
 import importlib
@@ -31,7 +32,7 @@ GLOBAL_BATCH = 4
 
 
 def options(**layout) -> "jobs.TrainOptions":
-    """Checked training options of the tiny case under a layout; needs WORLD_SIZE."""
+    """Returns checked training options of the tiny case under a layout. Needs WORLD_SIZE."""
     values = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
               "steps": 20, "lr": 1e-3, "lr_schedule": "constant"} | layout  # fmt: skip
     o = jobs.TrainOptions(**{f.name: f.default for f in dataclasses.fields(jobs.TrainOptions)} | values)
@@ -40,7 +41,7 @@ def options(**layout) -> "jobs.TrainOptions":
 
 
 def random_state(seed: int = 0, config=CONFIG) -> dict[str, torch.Tensor]:
-    """Every parameter random, norms, biases and zero-initialised ones too, by original name."""
+    """Draws every parameter at random, norms, biases and zero-initialised ones too. Returns {original name: tensor}."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in convert.shapes(config).items():
@@ -50,11 +51,11 @@ def random_state(seed: int = 0, config=CONFIG) -> dict[str, torch.Tensor]:
 
 
 def sample_batch(place: int, step: int = 0, config=CONFIG) -> dict:
-    """One sample of the global batch, drawn by its place: the same whatever the layout."""
+    """Draws the sample at a place of the global batch. It is the same in every layout."""
     g = torch.Generator().manual_seed(1000 * step + place)
     x, target = (torch.randn(1, config.out_dim, *GRID, generator=g) for _ in range(2))
     text = torch.randn(1, config.text_len, config.text_dim, generator=g)
-    text[:, config.text_len - 5 + place % 4 :] = 0  # unequal captions
+    text[:, config.text_len - 5 + place % 4 :] = 0  # captions have different lengths
     t = torch.rand(1, generator=g) * 1000
     batch = {"x": x, "target": target, "t": t, "weight": torch.rand(1, generator=g) + 0.5, "text": text}
     if config.image_dim is not None:
@@ -64,19 +65,19 @@ def sample_batch(place: int, step: int = 0, config=CONFIG) -> dict:
 
 
 def my_batches(o, step: int = 0, config=CONFIG) -> list[dict]:
-    """This rank's micro-batches of the global batch."""
+    """Returns this rank's micro-batches of the global batch."""
     rank = parallel.mpu.get_data_parallel_rank()
-    singles = [sample_batch(i, step, config) for i in range(o.global_batch)]
+    samples = [sample_batch(i, step, config) for i in range(o.global_batch)]
     batches = []
     for micro in range(o.micro_batches):
         start = (micro * o.dp + rank) * o.micro_batch
-        mine = singles[start : start + o.micro_batch]
-        batches.append({k: torch.cat([b[k] for b in mine]) for k in mine[0]})
+        micro_batch = samples[start : start + o.micro_batch]
+        batches.append({k: torch.cat([b[k] for b in micro_batch]) for k in micro_batch[0]})
     return batches
 
 
 def load(chunks, state: dict[str, torch.Tensor]) -> None:
-    """Copy whole tensors into this rank's shards."""
+    """Copies whole tensors into this rank's shards."""
     from common import checkpoint
 
     tp = (parallel.mpu.get_tensor_model_parallel_rank(), parallel.mpu.get_tensor_model_parallel_world_size())
@@ -92,7 +93,7 @@ def sequence_length(o, config=CONFIG) -> int:
 
 
 def job(script: str, *argv) -> None:
-    """train, infer or convert in this process, as its launcher starts it; to be called through `run_ranks`."""
+    """Runs train, infer or convert in this process, as its launcher does. Call it through `run_ranks`."""
     recipe = f"zoo.{RECIPE}"
     try:
         worker.run(recipe, script, importlib.import_module(f"{recipe}.options").parse(script, [*map(str, argv)]))
@@ -101,6 +102,6 @@ def job(script: str, *argv) -> None:
 
 
 def steps_of(out: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) of each step that a run folder records."""
+    """Reads {step: (loss, gradient norm)} from a run folder."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"}
