@@ -30,7 +30,7 @@ from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, parallel, perf, release, runlog, train
+from common import checkpoint, jsonl, parallel, perf, release, runlog, train
 
 CLIP = 1.0
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
@@ -70,9 +70,10 @@ def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
     }
 
 
-def report(rows: list[dict], record: Path, append: bool) -> None:
-    """Print every row and, below a row of our step, the published rows of the same workload. With append, add all rows
-    that are not refused to the record (a recipe's perf.jsonl)."""
+def report(rows: list[dict], out: Path, record: Path, append: bool) -> None:
+    """Print every row and, below a row of our step, the published rows of the same workload. Write the rows that are not
+    refused to `out`/rows.jsonl, which `python -m common.perf --add` takes on another machine. With append, also add
+    them to the record (a recipe's perf.jsonl)."""
     for row in rows:
         if "refused" in row:
             print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
@@ -80,10 +81,13 @@ def report(rows: list[dict], record: Path, append: bool) -> None:
         print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['system']} {row['raw']}", flush=True)
         if row["task"] == "pretrain step" and row["system"].startswith(OURS):
             print("\n".join("  " + line for line in perf.compare(row, record)), flush=True)
+    measured = [row for row in rows if "refused" not in row]
+    out.mkdir(parents=True, exist_ok=True)
+    jsonl.write(out / "rows.jsonl", [{"recipe": record.parent.name} | row for row in measured])
+    print(f"rows        {out / 'rows.jsonl'}")
     if append:
-        for row in rows:
-            if "refused" not in row:
-                perf.append(record, row)
+        for row in measured:
+            perf.append(record, row)
         print(f"recorded in {record}; render the tables with: python -m common.perf")
 
 

@@ -2,11 +2,13 @@
 
 python -m common.perf            rewrite perf_table.md and the tables in the recipes' READMEs from zoo/*/perf.jsonl
 python -m common.perf --check    exit code 1 if they differ from what would be written
+python -m common.perf --add FILE rows.jsonl of a perf.sh that ran on another machine: adds its rows to the records
 """
 
 import json
 import re
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,11 +170,41 @@ def append(record: Path, row: dict) -> None:
     Raises:
         ValueError: the row's commit is unknown, or its tree has uncommitted changes: nobody could reproduce the row.
     """
-    if row["commit"] == "unknown" or row["commit"].endswith("-dirty"):
+    if _is_unclean(row):
         raise ValueError(f"commit {row['commit']}: a row must be reproducible; fix: commit your changes, then --record")
     jsonl.mend(record)
     with open(record, "a") as f:
         f.write(json.dumps(row) + "\n")
+
+
+def add(file: Path) -> None:
+    """Adds the rows that `bench.report` wrote on another machine to the records of their recipes: all of them or none.
+
+    Raises:
+        ValueError: the file has no rows or rows of an unknown recipe; a row is there already; a row's tree had
+            uncommitted changes, or its commit is not in the history of this checkout.
+    """
+    rows = jsonl.read(file)
+    if not rows:
+        raise ValueError(f"{file} holds no rows; expected rows.jsonl of a perf.sh; fix: --add")
+    for row in rows:
+        record = ROOT / "zoo" / str(row.get("recipe")) / "perf.jsonl"
+        if not record.is_file():
+            raise ValueError(f"{file}: no recipe {row.get('recipe')!r}; expected a folder of zoo/; fix: --add")
+        is_ancestor = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", row["commit"], "HEAD"]
+        if _is_unclean(row) or subprocess.run(is_ancestor, capture_output=True).returncode:
+            raise ValueError(
+                f"{file}: commit {row['commit']} is not in this history, or its tree was not clean; expected a row that "
+                "can be reproduced; fix: measure a committed tree"
+            )
+        if {k: v for k, v in row.items() if k != "recipe"} in read(record):
+            raise ValueError(f"{file}: {record} has the row {row['task']!r} of {row['commit']} already; fix: --add")
+    for row in rows:
+        append(ROOT / "zoo" / row.pop("recipe") / "perf.jsonl", row)
+
+
+def _is_unclean(row: dict) -> bool:
+    return row["commit"] == "unknown" or row["commit"].endswith("-dirty")
 
 
 def read(record: Path) -> list[dict]:
@@ -260,6 +292,11 @@ def rendered() -> dict[Path, str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--add"]:
+        try:
+            add(Path(sys.argv[2]))
+        except (IndexError, OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
     wrong = [path for path, text in rendered().items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in wrong:

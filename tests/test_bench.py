@@ -134,9 +134,9 @@ def test_refused_rows_are_printed_and_not_recorded(tmp_path, capsys):
     failed = contender(compiled=True, failure="torch.compile does not work here: no C++ compiler")
     rows, record = [FACTS | row for row in rows_of(failed)], tmp_path / "perf.jsonl"
     record.write_text("")
-    bench.report(rows, record, append=False)
+    bench.report(rows, tmp_path / "out", record, append=False)
     assert record.read_text() == ""
-    bench.report(rows, record, append=True)
+    bench.report(rows, tmp_path / "out", record, append=True)
     message = f"refused, not recorded: {LIBRARY} 0 + torch.compile: torch.compile does not work here"
     assert message in capsys.readouterr().out
     assert [r["system"] for r in perf.read(record)] == [bench.OURS]

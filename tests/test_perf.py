@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,53 @@ def test_a_row_from_an_uncommitted_tree_is_refused(commit, tmp_path):
 def test_a_committed_row_is_appended(tmp_path):
     perf.append(tmp_path / "perf.jsonl", {"commit": "0123456789ab", "value": 1})
     assert json.loads((tmp_path / "perf.jsonl").read_text())["value"] == 1
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Writes rows.jsonl as a perf.sh on another machine does, in a checkout with one commit and an empty record."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", str(tmp_path)]
+    record = tmp_path / "zoo" / "qwen3" / "perf.jsonl"
+    record.parent.mkdir(parents=True)
+    record.write_text("")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(perf, "ROOT", tmp_path)
+    head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
+
+    def write(**changes) -> Path:
+        row = {"recipe": "qwen3", "task": "pretrain step", "commit": head, "value": 1.0} | changes
+        (tmp_path / "rows.jsonl").write_text(
+            json.dumps({**row, "value": 2.0, "commit": head, "recipe": "qwen3"}) + "\n"
+        )
+        with open(tmp_path / "rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return tmp_path / "rows.jsonl"
+
+    return write
+
+
+def test_rows_of_another_machine_are_added_once(elsewhere):
+    file = elsewhere()
+    perf.add(file)
+    rows = perf.read(perf.ROOT / "zoo" / "qwen3" / "perf.jsonl")
+    assert [(row["value"], "recipe" in row) for row in rows] == [(2.0, False), (1.0, False)]
+    with pytest.raises(ValueError, match="has the row 'pretrain step' of .* already; fix: --add"):
+        perf.add(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"commit": "0123456789ab"}, "commit 0123456789ab is not in this history"),
+        ({"commit": "unknown"}, "its tree was not clean"),
+        ({"recipe": "qwen4"}, "no recipe 'qwen4'"),
+    ],
+)
+def test_one_bad_row_of_another_machine_adds_none(elsewhere, changes, message):
+    with pytest.raises(ValueError, match=message):
+        perf.add(elsewhere(**changes))
+    assert perf.read(perf.ROOT / "zoo" / "qwen3" / "perf.jsonl") == []
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def main(o: PerfOptions) -> None:
             rows += [facts(o) | row for row in benchmark(o)]
         dist.barrier()
     if dist.get_rank() == 0:
-        bench.report(rows, HERE / "perf.jsonl", o.record)
+        bench.report(rows, o.out, HERE / "perf.jsonl", o.record)
 
 
 def facts(o: PerfOptions) -> dict:
