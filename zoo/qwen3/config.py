@@ -4,6 +4,8 @@ Sources: the released config.json files (Qwen/Qwen3-*), arXiv:2505.09388 tables 
 No torch here: options are checked before anything heavy is imported.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
@@ -87,7 +89,7 @@ class Qwen3Config:
         return linear + layers * 2 * length**2 * self.num_attention_heads * E
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Qwen3Config":
+    def from_folder(cls, folder: Path) -> Qwen3Config:
         """Reads the architecture from a released folder's config.json.
 
         Raises:

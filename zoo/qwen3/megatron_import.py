@@ -1,5 +1,7 @@
 """The tensors of Qwen3 in Megatron-LM's legacy checkpoints, which common/language/megatron_import.py reads."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,7 @@ LAYER = {  # our name -> the key that holds it, or for stacked experts the first
 }
 
 
-def expected(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
+def expected(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
     """Returns the full shapes of all tensors by Megatron-LM's keys, every expert under its own key."""
     D, E = config.hidden_size, config.head_dim
     attention = {
@@ -52,7 +54,7 @@ def expected(config: "Qwen3Config") -> dict[str, tuple[int, ...]]:
     return shapes if config.tie_word_embeddings else shapes | {HEAD: (config.vocab_size, D)}
 
 
-def open_source(folder: Path, config: "Qwen3Config") -> Source:
+def open_source(folder: Path, config: Qwen3Config) -> Source:
     """Opens the parameters of a Megatron-LM checkpoint.
 
     Raises:
@@ -71,10 +73,10 @@ def open_source(folder: Path, config: "Qwen3Config") -> Source:
         _, layer, part = name.split(".", 2)
         return f"decoder.layers.{layer}.{LAYER[part]}"
 
-    def joined(key: str) -> "torch.Tensor":
+    def joined(key: str) -> torch.Tensor:
         return megatron_import.whole(slices[key], key)
 
-    def read(name: str) -> "torch.Tensor":
+    def read(name: str) -> torch.Tensor:
         key, part = theirs(name), name.removesuffix(".weight").rpartition(".")[2]
         if part in ("q_proj", "k_proj", "v_proj"):
             return megatron_import.query_key_value(slices[key], part[0], queries_per_key, config.head_dim)

@@ -4,6 +4,8 @@ Sources: Wan-Video/Wan2.1 @ 9737cba9 `wan/configs/*.py`, diffusers `scripts/conv
 No torch here: options are checked before anything heavy is imported.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
@@ -96,7 +98,7 @@ class WanConfig:
         return (linear * 2 // 3 if frozen else linear) + attention
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "WanConfig":
+    def from_folder(cls, folder: Path) -> WanConfig:
         """Reads the architecture of a released folder: diffusers (`transformer/config.json`) or original
         (`config.json`).
 
@@ -130,7 +132,7 @@ class WanConfig:
         return config
 
     @classmethod
-    def _from_diffusers(cls, values: dict, path: Path) -> "WanConfig":
+    def _from_diffusers(cls, values: dict, path: Path) -> WanConfig:
         try:
             heads, head_dim = values.pop("num_attention_heads"), values.pop("attention_head_dim")
             image_dim, positions = values.pop("image_dim", None), values.pop("pos_embed_seq_len", None)
@@ -153,7 +155,7 @@ class WanConfig:
         return config
 
     @classmethod
-    def _from_original(cls, values: dict, path: Path) -> "WanConfig":
+    def _from_original(cls, values: dict, path: Path) -> WanConfig:
         _refuse_other(values, {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}, path)
         kind = values.pop("model_type", "t2v")
         if kind not in ("t2v", "i2v", "flf2v"):
