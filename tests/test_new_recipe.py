@@ -32,8 +32,9 @@ def copy_of_the_repository(root: Path) -> Path:
     return root
 
 
-def new(root: Path, *argv: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"ZOO_PYTHON": str(root / "runs" / "python")}
+def new(root: Path, *argv: str, interpreter: str | None = None) -> subprocess.CompletedProcess:
+    """Calls new.sh by an interpreter without packages, or by this one, which formats the copy."""
+    env = os.environ | {"ZOO_PYTHON": str(interpreter or root / "runs" / "python")}
     return subprocess.run(["bash", root / "zoo" / "new.sh", *argv], env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -47,7 +48,7 @@ def python(root: Path, *argv: str) -> subprocess.CompletedProcess:
 def made(request, tmp_path_factory) -> tuple[Path, str]:
     """Returns (a repository with a new recipe, the recipe that was copied)."""
     root = copy_of_the_repository(tmp_path_factory.mktemp("repository"))
-    done = new(root, NAME, "--from", request.param)
+    done = new(root, NAME, "--from", request.param, interpreter=sys.executable)
     assert done.returncode == 0 and f"bash tests/verify.sh {NAME}" in done.stdout, done.stderr
     return root, request.param
 
@@ -57,8 +58,7 @@ def test_new_recipe_passes_the_conformance_suite(made):
     options = ["-k", chosen, "-p", "no:cacheprovider", "--durations=0"]
     done = python(made[0], "-m", "pytest", "tests/test_conformance.py", *options)
     assert done.returncode == 0, done.stdout
-    for launcher in (made[0] / "zoo" / NAME).glob("*.sh"):
-        assert f"zoo/{NAME}/{launcher.name} --help: " in done.stdout  # the launchers ran, on the new folder
+    assert f"bash zoo/{NAME}/" in done.stdout  # a launcher of the new folder ran
 
 
 def test_every_module_of_a_new_recipe_imports(made):
