@@ -169,7 +169,7 @@ def test_resumed_image_to_video_out_of_the_cache_is_bitwise_equal_to_the_run_tha
 
 @pytest.mark.parametrize(
     "layout",
-    [["--tp", "2", "--sp"], ["--pp", "2"], ["--fsdp"], ["--cp", "2", "--ulysses", "1"], []],
+    [["--tp", "2", "--sp"], ["--pp", "2"], ["--fsdp"], []],
     ids=lambda layout: " ".join(layout) or "dp2",
 )
 def test_resume_on_another_layout_continues_the_same_run(layout, clips, unbroken, tmp_path):
