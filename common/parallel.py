@@ -125,7 +125,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs] -> [L, B, outputs/tp]."""
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):
@@ -140,8 +140,8 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
         if self.config.tensor_model_parallel_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        x = leave_tensor_parallel(F.linear(x, self.weight), self.config)
+            return ops.linear(x, self.weight, self.bias)
+        x = leave_tensor_parallel(ops.linear(x, self.weight), self.config)
         return x if self.bias is None else x + self.bias
 
 

@@ -69,15 +69,31 @@ def _by_rows(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch
 
 def _by_groups(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """x [T, D], dy [T, F] -> [G, D, F]"""
-    (T, D), F, G = x.shape, dy.shape[1], len(ends)
-    dweight = x.new_empty(G, D, F)
-    if dweight.numel():
-        _groups_kernel[G, triton.cdiv(D, ROWS), triton.cdiv(F, COLUMNS)](
-            x, dy, ends, dweight, T, D, F, *x.stride(), *dy.stride(),
-            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH_BYTES // x.element_size(),
-            OPERAND=_operand(x), num_warps=8,
-        )  # fmt: skip
+    dweight = x.new_empty(len(ends), x.shape[1], dy.shape[1])
+    _launch_groups(dweight, x, dy, ends, accumulate=False)
     return dweight
+
+
+def add_weight_gradient_(total: torch.Tensor, x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> None:
+    """Adds x[rows of g]^T @ dy[rows of g] to total[g], in place and rounded only there. total fp32 [G, D, F], contiguous;
+    x [T, D], dy [T, F] and ends [G] as in `grouped_matmul`."""
+    if total.shape != (len(ends), x.shape[1], dy.shape[1]) or total.dtype != torch.float32 or not total.is_contiguous():
+        raise ValueError(
+            f"total {list(total.shape)} {total.dtype} for x {list(x.shape)}, dy {list(dy.shape)}, {len(ends)} groups; "
+            "expected fp32 [G, D, F], contiguous"
+        )
+    _launch_groups(total, x, dy, ends, accumulate=True)
+
+
+def _launch_groups(out: torch.Tensor, x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor, accumulate: bool) -> None:
+    """out [G, D, F] = (or +=) the products of the groups."""
+    (T, D), F, G = x.shape, dy.shape[1], len(ends)
+    if out.numel():
+        _groups_kernel[G, triton.cdiv(D, ROWS), triton.cdiv(F, COLUMNS)](
+            x, dy, ends, out, T, D, F, *x.stride(), *dy.stride(),
+            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH_BYTES // x.element_size(),
+            OPERAND=_operand(x), ACCUMULATE=accumulate, num_warps=8,
+        )  # fmt: skip
 
 
 def _operand(x: torch.Tensor) -> tl.dtype:
@@ -122,9 +138,10 @@ def _rows_kernel(
 @triton.jit
 def _groups_kernel(
     x, dy, ends, dweight, T, D, F, x_t: tl.int64, x_d, dy_t: tl.int64, dy_f,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile [ROWS, COLUMNS] of dweight[group], [D, F]: a sum over the group's rows of x and dy."""
+    """Computes one tile [ROWS, COLUMNS] of dweight[group], [D, F]: a sum over the group's rows of x and dy, added to what
+    is there if ACCUMULATE."""
     group = tl.program_id(0)
     start = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
     end = tl.load(ends + group).to(tl.int32)
@@ -138,4 +155,7 @@ def _groups_kernel(
         b = tl.load(dy + t[:, None] * dy_t + f[None, :] * dy_f, mask=(t[:, None] < end) & (f[None, :] < F), other=0.0)
         product = tl.dot(a.to(OPERAND), b.to(OPERAND), product, input_precision="ieee")
     tile = dweight + (group.to(tl.int64) * D + d[:, None]) * F + f[None, :]
-    tl.store(tile, product.to(dweight.dtype.element_ty), mask=(d[:, None] < D) & (f[None, :] < F))
+    inside = (d[:, None] < D) & (f[None, :] < F)
+    if ACCUMULATE:
+        product += tl.load(tile, mask=inside, other=0.0)
+    tl.store(tile, product.to(dweight.dtype.element_ty), mask=inside)

@@ -404,6 +404,27 @@ def grouped_matmul(
     return [torch.stack([(x[:, a:b].float() @ weight[a:b].float()).to(x.dtype) for a, b in spans])]
 
 
+def grouped_matmul_add_(input, x, weight, group_list, *, transpose_x=True, transpose_weight=False, group_type=2,
+                        group_list_type=0):  # fmt: skip
+    check(transpose_x and not transpose_weight and group_type == 2, "only x^T weight, summed by group, is supported")
+    check(group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list: int64, 1-D")
+    check(input.dtype == torch.float32, f"input is {input.dtype}, not fp32")
+    check(
+        x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16), "x and weight: both fp16 or both bf16"
+    )
+    check(x.dim() == weight.dim() == 2 and len(x) == len(weight), f"x {tuple(x.shape)}, weight {tuple(weight.shape)}")
+    check(input.shape == (len(group_list), x.shape[1], weight.shape[1]), f"input {tuple(input.shape)}")
+    check(max(x.shape[1], weight.shape[1]) < 65536, "last dimensions below 65536")
+    ends = group_list if group_list_type == 0 else group_list.cumsum(0)
+    check(
+        bool((ends.diff(prepend=ends.new_zeros(1)) >= 0).all()) and ends[-1] <= len(x),
+        f"group_list {group_list.tolist()}",
+    )
+    for group, (a, b) in enumerate(zip([0, *ends.tolist()], ends.tolist(), strict=False)):
+        input[group].addmm_(x[a:b].float().t(), weight[a:b].float())
+    return input
+
+
 # ------------------------------------------------------------------------------------------------- loss and optimizer
 
 
@@ -468,6 +489,7 @@ KERNELS = {
     "npu_moe_token_unpermute": moe_token_unpermute,
     "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_grouped_matmul_add_": grouped_matmul_add_,
     "npu_cross_entropy_loss": cross_entropy_loss,
     "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
     "npu_apply_adam_w.out": apply_adam_w,

@@ -304,6 +304,20 @@ def test_rows_behind_the_last_group_may_hold_anything():
     assert all(difference(got, right.double()) <= 1e-5 for got, right in zip(gradients, want, strict=True))
 
 
+@DTYPES
+@pytest.mark.parametrize("counts, T", [([5, 1, 7], 13), ([0, 130, 0, 3], 140), ([0, 0], 4)])
+def test_weight_gradients_of_groups_are_added_to_what_is_there(counts, T, dtype):
+    ends = torch.tensor(counts).cumsum(0)
+    x, dy, total = randn(T, 33, dtype=dtype), randn(T, 20, dtype=dtype), randn(len(counts), 33, 20)
+    starts = [0, *ends.tolist()]
+    products = [x[a:b].double().T @ dy[a:b].double() for a, b in zip(starts, starts[1:], strict=False)]
+    want = total.double() + torch.stack(products)
+    gmm.add_weight_gradient_(total, x, dy, ends)
+    assert (total - want).abs().max() <= 1e-6 * want.abs().max()
+    with pytest.raises(ValueError, match="expected fp32"):
+        gmm.add_weight_gradient_(total.bfloat16(), x, dy, ends)
+
+
 def test_grouped_matmul_of_no_rows_has_zero_gradients():
     x, weight = torch.empty(0, 8, requires_grad=True), randn(2, 8, 4).requires_grad_()
     out = gmm.grouped_matmul(x, weight, torch.zeros(2, dtype=torch.int64))

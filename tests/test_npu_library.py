@@ -114,6 +114,11 @@ CASES = {
         ([real(5, 24)], [real(3, 24, 16)]),
         {"group_list": whole(2, 0, 3), "split_item": 2, "group_type": 0, "group_list_type": 1},
     ),
+    "npu_grouped_matmul_add_": (
+        "npu_grouped_matmul_add_",
+        (real(3, 24, 16, dtype=F32), real(5, 24), real(5, 16), whole(2, 2, 5)),
+        {"transpose_x": True, "group_type": 2, "group_list_type": 0},
+    ),
     "npu_grouped_matmul weight gradient": (
         "npu_grouped_matmul",
         ([real(24, 5)], [real(5, 16)]),

@@ -541,9 +541,16 @@ def token_unpermute(rows: torch.Tensor, position: torch.Tensor, probs: torch.Ten
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiplies each group's rows by its own matrix: y[ends[g-1]:ends[g]] = x[ends[g-1]:ends[g]] @ weight[g].
 
-    x [N, D], weight [G, D, F], ends [G] int64 on the device, cumulative, ends[-1] = N; groups may be empty -> [N, F].
-    On npu and cuda the ends stay on the device.
+    x [N, D], weight [G, D, ...] of F columns, ends [G] int64 on the device, cumulative, ends[-1] = N; groups may be
+    empty -> [N, F]. On npu and cuda the ends stay on the device. Give the parameter itself, not a view of it: its
+    gradient may then be accumulated as in `linear`.
     """
+    if _accumulates(x, weight) and (BACKEND != "cuda" or ACCUMULATE_EXPERTS):
+        return _GroupedMatmulAccumulate.apply(x, weight, ends)
+    return _grouped_matmul(x, weight.flatten(2), ends)
+
+
+def _grouped_matmul(x, weight, ends):
     if BACKEND == "npu":
         return _GroupedMatmulNpu.apply(x, weight, ends)
     if BACKEND == "cuda":
@@ -555,6 +562,23 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
         return kernel.grouped_matmul(x, weight, ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([part @ w for part, w in zip(x.split(sizes), weight, strict=True)])
+
+
+class _GroupedMatmulAccumulate(torch.autograd.Function):
+    """`grouped_matmul` whose backward adds the weight's gradient to its `main_grad`, see `linear`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, ends)
+        ctx.weight = weight
+        return _grouped_matmul(x, weight.flatten(2), ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, ends), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
+        dx = _grouped_matmul(dy, weight.flatten(2).transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+        _add_products_(weight.main_grad.flatten(2), x, dy, ends)
+        return dx, _mark_accumulated(weight), None
 
 
 class _GroupedMatmulNpu(torch.autograd.Function):
@@ -578,6 +602,78 @@ class _GroupedMatmulNpu(torch.autograd.Function):
 
 def _grouped_npu(x, weight, ends, **how):
     return torch.ops.npu.npu_grouped_matmul([x], [weight], group_list=ends, group_list_type=0, **how)[0]
+
+
+# -------------------------------------------------------------------------------------------------- weight gradients
+
+# Whether weight gradients are added to megatron-core's fp32 buffers inside the matmul. On cpu they are not, so that its
+# sums stay the reference. Experts on cuda: the accumulating kernel is not yet timed against torch's grouped_mm and an add.
+ACCUMULATE, ACCUMULATE_EXPERTS = BACKEND != "cpu", False
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns x weight^T + bias: x [..., inputs], weight [outputs, inputs] -> [..., outputs].
+
+    If megatron-core's DDP has given the weight an fp32 `main_grad`, the backward adds the weight's gradient to it inside
+    the matmul. Otherwise a gradient is written in the weight's dtype, rounded, read again and added. This is Megatron-LM's
+    gradient accumulation fusion, with its protocol: `grad_added_to_main_grad` tells DDP that it is done.
+    """
+    return _Linear.apply(x, weight, bias) if _accumulates(x, weight) else F.linear(x, weight, bias)
+
+
+def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Returns whether the backward may write to `main_grad`. FSDP2 and frozen weights have none. A compiled graph does
+    not see the buffer. npu's kernel takes fp16 and bf16 only."""
+    if not ACCUMULATE or torch.compiler.is_compiling() or not weight.requires_grad:
+        return False
+    return getattr(weight, "main_grad", None) is not None and (BACKEND != "npu" or x.dtype != torch.float32)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # not saved: under recomputation a saved weight comes back without its main_grad
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dy = dy.flatten(0, -2)
+        _add_products_(weight.main_grad.unsqueeze(0), dy, x.flatten(0, -2), None)
+        return dx, _mark_accumulated(weight), dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _add_products_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> None:
+    """Adds a[rows of g]^T b[rows of g] to total[g], fp32 [G, M, N]: a [T, M], b [T, N]. ends: see `grouped_matmul`; None
+    is one group."""
+    if BACKEND == "npu":
+        ends = _one_group(len(a), a.device) if ends is None else ends
+        torch.ops.npu.npu_grouped_matmul_add_(total, a, b, ends, transpose_x=True, group_type=2, group_list_type=0)
+    elif ends is None and BACKEND == "cuda" and a.dtype != torch.float32:
+        torch.addmm(total[0], a.t(), b, out_dtype=torch.float32, out=total[0])
+    elif ends is None:
+        total[0].addmm_(a.t().float(), b.float())
+    elif BACKEND == "cuda":
+        from kernels import grouped_matmul as kernel
+
+        kernel.add_weight_gradient_(total, a, b, ends)
+    else:
+        for group, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            total[group].addmm_(a[start:end].t().float(), b[start:end].float())
+
+
+@functools.lru_cache(maxsize=32)
+def _one_group(rows: int, where: torch.device) -> torch.Tensor:
+    return torch.full((1,), rows, dtype=torch.int64, device=where)
+
+
+def _mark_accumulated(weight: torch.Tensor) -> torch.Tensor:
+    """Tells megatron-core's DDP that the gradient is in its buffer. Returns a gradient that nobody reads: without one,
+    autograd might not call DDP's hook on the thread of the backward."""
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

@@ -197,7 +197,7 @@ class Qwen3SparseMLP(nn.Module):
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Applies this rank's experts: rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
         ends = counts.cumsum(0)
-        inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up.flatten(2), ends))  # [N, F/etp]
+        inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up, ends))  # [N, F/etp]
         return ops.grouped_matmul(inner, self.down, ends)
 
     def compute_by_alltoall(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

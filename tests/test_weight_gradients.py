@@ -1,0 +1,87 @@
+"""Weight gradients that matmuls add to megatron-core's fp32 buffers equal those that autograd writes and DDP adds."""
+
+import npu_contract
+import pytest
+import torch
+from ranks import run_ranks
+from test_qwen3_layouts import compare, run_layout, single
+
+from common import ops
+
+BF16 = torch.bfloat16
+LAYOUTS = {
+    "one": (1, {}),
+    "recompute full": (1, {"recompute": "full"}),
+    "recompute selective": (1, {"recompute": "selective"}),
+    "dp2": (2, {}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "fsdp2": (2, {"fsdp": True}),
+}
+CASES = [("dense", name) for name in LAYOUTS if "ep" not in name.split() and name != "tp2 sp etp1 ep2"]
+CASES += [("moe", name) for name in ("one", "dp2", "tp2 sp etp1 ep2")] + [("dense tied", "pp2 vpp2")]
+
+
+def accumulated(which: str, layout: dict) -> tuple[dict, int]:
+    """Returns what `run_layout` does with accumulation on, and how many products were added in a buffer."""
+    calls, add = [], ops._add_products_
+    ops._add_products_ = lambda *args: (calls.append(1), add(*args))
+    ops.ACCUMULATE = ops.ACCUMULATE_EXPERTS = True
+    return run_layout(which, layout, True, "cpu", 0, 2), len(calls)
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize(("which", "name"), CASES)
+def test_training_with_accumulation_equals_plain_training(which, name):
+    world, layout = LAYOUTS[name]
+    got, calls = run_ranks(world, accumulated, which, layout)[0]
+    compare(got, single(which, True), layout, 2)
+    assert (calls == 0) == (name == "fsdp2")  # FSDP2 has no buffer
+
+
+def weight_with_buffer(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    """Returns bf16 values in this dtype, with the buffer that megatron-core's DDP gives a parameter."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(*shape, generator=generator).bfloat16().to(dtype))
+    weight.main_grad = torch.zeros(*shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weight.grad_added_to_main_grad = False
+    return weight
+
+
+def fill(function, weight: torch.nn.Parameter, width: int) -> torch.Tensor:
+    """Runs four micro-batches of bf16 values, and does what megatron-core's DDP does after each. Returns the buffer."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        x = torch.randn(50, width, generator=generator).bfloat16().to(weight.dtype).requires_grad_()
+        y = function(x, weight)
+        y.backward(torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype))
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+    return weight.main_grad
+
+
+ENDS = torch.tensor([10, 10, 37, 50])
+FUNCTIONS = {
+    "linear": (lambda x, weight: ops.linear(x, weight), (24, 16), 16),
+    "experts": (lambda x, weight: ops.grouped_matmul(x, weight, ENDS), (4, 16, 2, 12), 16),
+}
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("backend", ["cpu", "npu"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_bf16_gradients_added_in_the_matmul_are_nearer_to_fp64_than_those_added_after_it(kind, backend, monkeypatch):
+    """npu: over the published contract, not a run on Ascend."""
+    function, shape, width = FUNCTIONS[kind]
+    want = fill(function, weight_with_buffer(*shape, dtype=torch.float64), width)
+    plain = fill(function, weight_with_buffer(*shape, dtype=BF16), width)
+    npu_contract.install()
+    monkeypatch.setattr(ops, "BACKEND", backend)
+    monkeypatch.setattr(ops, "ACCUMULATE", True)
+    weight = weight_with_buffer(*shape, dtype=BF16)
+    fused = fill(function, weight, width)
+    assert weight.grad_added_to_main_grad
+    errors = [((got - want).norm() / want.norm()).item() for got in (fused, plain)]
+    assert errors[0] < 1e-6 < 1e-3 < errors[1]
