@@ -682,8 +682,9 @@ CHUNK = 2**26  # number of logits that exist at a time: 128 MiB in bf16
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weight: torch.Tensor, tp_size: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weight: torch.Tensor, tp_size: int = 1,
+    tied: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Computes the output projection and the loss in one, so that the logits of all tokens never exist together.
 
     hidden [N, D], weight [V/tp, D] (this rank's rows of the vocabulary), labels [N] int64 in [0, V) or negative (no
@@ -692,14 +693,16 @@ def linear_cross_entropy(
     (arXiv:1909.08053, section 3), the chunking Liger-Kernel's (arXiv:2410.10989): the forward computes the gradients,
     and the backward only scales them. Logits have the dtype of hidden, their softmax is fp32, and the weight's gradient
     is summed over chunks in fp32. Under tensor parallelism each rank returns its vocabulary's part of the gradient of
-    hidden, so hidden must come through `parallel.enter_tensor_parallel`.
+    hidden, so hidden must come through `parallel.enter_tensor_parallel`. The weight's gradient is accumulated as in
+    `linear`, unless the weight is `tied` to the embedding, which has another gradient for it.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size)
+    accumulates = not tied and _accumulates(hidden, weight)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size, accumulates)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weight, tp_size):
+    def forward(ctx, hidden, weight, labels, token_weight, tp_size, accumulates):
         N, V = hidden.shape[0], weight.shape[0]
         losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
         dhidden, dweight = torch.empty_like(hidden), None
@@ -711,19 +714,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if training:
                 torch.mm(gradient, weight, out=dhidden[part])
             if ctx.needs_input_grad[1]:  # not frozen
-                chunk_dweight = gradient.t() @ hidden[part]
-                dweight = chunk_dweight.float() if dweight is None else dweight.add_(chunk_dweight)
+                if dweight is None:
+                    dweight = (gradient.t() @ hidden[part]).float()
+                elif accumulates and BACKEND != "npu":  # npu's kernel takes fewer than 65,536 rows
+                    _add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
+                else:
+                    dweight.add_(gradient.t() @ hidden[part])
         losses = losses.masked_fill(labels < 0, 0)
         if dweight is None and ctx.needs_input_grad[1]:
-            dweight = torch.zeros_like(weight)
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+        if dweight is not None and not accumulates:
+            dweight = dweight.to(weight.dtype)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight = weight if accumulates else None
         ctx.mark_non_differentiable(losses)
         return losses @ token_weight, losses
 
     @staticmethod
     def backward(ctx, dloss, _):
         dhidden, dweight = ctx.saved_tensors  # scaled in place, because torch refuses a second backward
-        return dhidden.mul_(dloss), None if dweight is None else dweight.mul_(dloss), None, None, None
+        if ctx.weight is not None:
+            ctx.weight.main_grad.addcmul_(dweight, dloss.float())
+            dweight = _mark_accumulated(ctx.weight)
+        elif dweight is not None:
+            dweight = dweight.mul_(dloss)
+        return dhidden.mul_(dloss), dweight, None, None, None, None
 
 
 def linear_log_probs(

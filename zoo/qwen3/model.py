@@ -364,7 +364,8 @@ class Qwen3(MegatronModule):
         if weight is None:
             return ops.linear_log_probs(x, self.output_weight, labels, tp), routing
         weight = parallel.context_tokens(weight, causal=True)
-        return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp)[0], routing
+        tied = self.qwen.tie_word_embeddings
+        return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp, tied)[0], routing
 
 
 def rotary_table(positions: torch.Tensor, config: Qwen3Config) -> tuple[torch.Tensor, torch.Tensor]:
