@@ -71,7 +71,7 @@ def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
 
 
 def report(rows: list[dict], out: Path, record: Path, append: bool) -> None:
-    """Print every row and, below a row of our step, the published rows of the same workload. Write the rows that are not
+    """Print every row and, below a row of our step, the published rows of the same workload. Add the rows that are not
     refused to `out`/rows.jsonl, which `python -m common.perf --add` takes on another machine. With append, also add
     them to the record (a recipe's perf.jsonl)."""
     for row in rows:
@@ -83,7 +83,7 @@ def report(rows: list[dict], out: Path, record: Path, append: bool) -> None:
             print("\n".join("  " + line for line in perf.compare(row, record)), flush=True)
     measured = [row for row in rows if "refused" not in row]
     out.mkdir(parents=True, exist_ok=True)
-    jsonl.write(out / "rows.jsonl", [{"recipe": record.parent.name} | row for row in measured])
+    jsonl.append(out / "rows.jsonl", [{"recipe": record.parent.name} | row for row in measured])
     print(f"rows        {out / 'rows.jsonl'}")
     if append:
         for row in measured:

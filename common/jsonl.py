@@ -51,6 +51,13 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
+def append(path: Path, records: Sequence[dict]) -> None:
+    """Add lines to a file, after a torn last line is cut off."""
+    mend(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def write(path: Path, records: Sequence[dict]) -> None:
     """Write a jsonl file atomically: it exists whole or not at all."""
     partial = partial_name(path)

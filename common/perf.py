@@ -5,7 +5,7 @@ python -m common.perf --check    exit code 1 if they differ from what would be w
 python -m common.perf --add FILE rows.jsonl of a perf.sh that ran on another machine: adds its rows to the records
 """
 
-import json
+import argparse
 import re
 import statistics
 import subprocess
@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import jsonl
+from common import cli, jsonl, records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,39 +172,41 @@ def append(record: Path, row: dict) -> None:
     """
     if _is_unclean(row):
         raise ValueError(f"commit {row['commit']}: a row must be reproducible; fix: commit your changes, then --record")
-    jsonl.mend(record)
-    with open(record, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    jsonl.append(record, [row])
 
 
 def add(file: Path) -> None:
     """Adds the rows that `bench.report` wrote on another machine to the records of their recipes: all of them or none.
 
     Raises:
-        ValueError: the file has no rows or rows of an unknown recipe; a row is there already; a row's tree had
-            uncommitted changes, or its commit is not in the history of this checkout.
+        ValueError: the file is missing, has no rows, or has one that is unreadable, torn, of an unknown recipe or there
+            already; a row's tree had uncommitted changes, or its commit is not in the history of this checkout.
     """
-    rows = jsonl.read(file)
+    rows = list(records.read_json(file))
     if not rows:
         raise ValueError(f"{file} holds no rows; expected rows.jsonl of a perf.sh; fix: --add")
-    for row in rows:
-        record = ROOT / "zoo" / str(row.get("recipe")) / "perf.jsonl"
+    for line, row in rows:
+        where = f"{file}:{line}"
+        if not isinstance(row, dict) or not {"recipe", "commit", "task"} <= row.keys():
+            raise ValueError(f"{where}: {str(row)[:60]!r} is no row of a perf.sh; expected a whole one; fix: --add")
+        record = ROOT / "zoo" / str(row["recipe"]) / "perf.jsonl"
         if not record.is_file():
-            raise ValueError(f"{file}: no recipe {row.get('recipe')!r}; expected a folder of zoo/; fix: --add")
-        is_ancestor = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", row["commit"], "HEAD"]
+            raise ValueError(f"{where}: no recipe {row['recipe']!r}; expected a folder of zoo/; fix: --add")
+        is_ancestor = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", str(row["commit"]), "HEAD"]
         if _is_unclean(row) or subprocess.run(is_ancestor, capture_output=True).returncode:
             raise ValueError(
-                f"{file}: commit {row['commit']} is not in this history, or its tree was not clean; expected a row that "
+                f"{where}: commit {row['commit']} is not in this history, or its tree was not clean; expected a row that "
                 "can be reproduced; fix: measure a committed tree"
             )
         if {k: v for k, v in row.items() if k != "recipe"} in read(record):
-            raise ValueError(f"{file}: {record} has the row {row['task']!r} of {row['commit']} already; fix: --add")
-    for row in rows:
+            raise ValueError(f"{where}: {record} has the row {row['task']!r} of {row['commit']} already; fix: --add")
+    for _, row in rows:
         append(ROOT / "zoo" / row.pop("recipe") / "perf.jsonl", row)
 
 
 def _is_unclean(row: dict) -> bool:
-    return row["commit"] == "unknown" or row["commit"].endswith("-dirty")
+    """Tells whether nobody could reproduce a row, because its code is not in a commit."""
+    return row["commit"] in ("unknown", None) or str(row["commit"]).endswith("-dirty")
 
 
 def read(record: Path) -> list[dict]:
@@ -292,13 +294,16 @@ def rendered() -> dict[Path, str]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--add"]:
-        try:
-            add(Path(sys.argv[2]))
-        except (IndexError, OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+    parser = argparse.ArgumentParser(prog="python -m common.perf", description="Render the tables of the records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="first add the rows.jsonl of another machine's perf.sh"
+    )
+    args = parser.parse_args()
+    if args.add:
+        cli.exit_on_bad_input(add, args.add)
     wrong = [path for path, text in rendered().items() if not path.is_file() or path.read_text() != text]
-    if "--check" in sys.argv:
+    if args.check:
         for path in wrong:
             print(f"{path.relative_to(ROOT)} is not what its perf.jsonl renders to; fix: python -m common.perf")
         sys.exit(bool(wrong))

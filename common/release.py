@@ -82,7 +82,7 @@ def differences(actual: Any, expected: Any, free: Iterable[str] = ()) -> list[st
     """Describes the fields in which two architectures of one dataclass differ. free: fields that may differ."""
     names = [f.name for f in dataclasses.fields(actual) if f.name not in free]
     pairs = {name: (getattr(actual, name), getattr(expected, name)) for name in names}
-    return [f"{name} {value} != {expected}" for name, (value, expected) in pairs.items() if value != expected]
+    return [f"{name} {value} != {other}" for name, (value, other) in pairs.items() if value != other]
 
 
 def name_size(folder: Path, differs: dict[str, list[str]]) -> str:

@@ -140,6 +140,7 @@ def test_refused_rows_are_printed_and_not_recorded(tmp_path, capsys):
     message = f"refused, not recorded: {LIBRARY} 0 + torch.compile: torch.compile does not work here"
     assert message in capsys.readouterr().out
     assert [r["system"] for r in perf.read(record)] == [bench.OURS]
+    assert [r["system"] for r in perf.read(tmp_path / "out" / "rows.jsonl")] == [bench.OURS] * 2  # of both calls
 
 
 # -------------------------------------------------------------------------------------------------------------- load

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,14 @@ def test_bad_input_is_one_line_and_changes_nothing(argv, message, tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert everything(root) == before
+
+
+def test_an_interpreter_without_ruff_copies_and_says_what_is_not_done(tmp_path):
+    root, bare = copy_of_the_repository(tmp_path / "repository"), tmp_path / "bare"
+    venv.create(bare)
+    done = new(root, NAME, "--from", NEAREST, interpreter=str(bare / "bin" / "python"))
+    assert done.returncode == 0 and (root / "zoo" / NAME / "model.py").is_file()
+    assert done.stderr.endswith(f"has no ruff, the copy is not formatted; fix: ruff format zoo/{NAME}\n")
 
 
 def test_copy_that_fails_half_way_leaves_nothing(tmp_path):

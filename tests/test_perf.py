@@ -77,13 +77,38 @@ def test_rows_of_another_machine_are_added_once(elsewhere):
     [
         ({"commit": "0123456789ab"}, "commit 0123456789ab is not in this history"),
         ({"commit": "unknown"}, "its tree was not clean"),
-        ({"recipe": "qwen4"}, "no recipe 'qwen4'"),
+        ({"recipe": "qwen4"}, "rows.jsonl:2: no recipe 'qwen4'"),
     ],
 )
 def test_one_bad_row_of_another_machine_adds_none(elsewhere, changes, message):
     with pytest.raises(ValueError, match=message):
         perf.add(elsewhere(**changes))
     assert perf.read(perf.ROOT / "zoo" / "qwen3" / "perf.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"recipe": "qwen3", "task": "pre', "malformed JSON"),
+        ("[]", "is no row of a perf.sh"),
+        ('{"recipe": "qwen3"}', "is no row of a perf.sh"),
+    ],
+)
+def test_a_torn_or_foreign_line_of_another_machine_adds_none(elsewhere, line, message):
+    file = elsewhere()
+    file.write_text(file.read_text() + line)
+    with pytest.raises(ValueError, match=f"rows.jsonl:3: .*{message}"):
+        perf.add(file)
+    assert perf.read(perf.ROOT / "zoo" / "qwen3" / "perf.jsonl") == []
+
+
+@pytest.mark.parametrize("argv", [["--add"], ["--add", "no.jsonl"], ["--chek"]])
+def test_a_wrong_call_of_the_record_ends_with_2_and_writes_nothing(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["perf", *argv])
+    monkeypatch.setattr(Path, "write_text", None)
+    with pytest.raises(SystemExit) as end:
+        perf.main()
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,14 @@ def make(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=ROOT / "zoo", prefix="_") as temporary:
         copy(nearest, name, Path(temporary) / name)
         (Path(temporary) / name).rename(ROOT / "zoo" / name)
-    # A longer name may push a line over the limit. An interpreter without ruff copies too; the ladder then says so.
-    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", ROOT / "zoo" / name], capture_output=True)
+    # A longer name may push a line over the limit.
+    if subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "-q", ROOT / "zoo" / name], capture_output=True
+    ).returncode:
+        print(
+            f"note: {sys.executable} has no ruff, the copy is not formatted; fix: ruff format zoo/{name}",
+            file=sys.stderr,
+        )
     for path, text in (readmes | perf.rendered()).items():
         path.write_text(text)
     print(

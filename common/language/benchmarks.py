@@ -16,16 +16,16 @@ from common.bench import OURS, rounded, timed
 
 from . import preprocess
 from .generate import generate as generate_answers
-from .options import InferOptions
+from .options import Demo, InferOptions
 from .pool import in_order
 
 PROMPT, ANSWER = 128, 64  # tokens
 TEXT = 30_000_000  # characters to tokenize
 
 
-def generate(o, mine: torch.nn.Module, theirs: torch.nn.Module, vocabulary: int) -> list[dict]:
-    """Measures greedy generation with a key-value cache, for one prompt and for eight; returns the result rows. Our
-    model and transformers', which has the same weights, run in turns. In fp32, a batch whose answers differ becomes a
+def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) -> list[dict]:
+    """Measures greedy generation with a key-value cache, for one prompt and for eight; returns the result rows. `model`
+    and `peer`, transformers' model with the same weights, run in turns. In fp32, a batch whose answers differ becomes a
     refused row.
 
     o: the options of perf.sh. vocabulary: the prompts' tokens are drawn below this id.
@@ -34,50 +34,50 @@ def generate(o, mine: torch.nn.Module, theirs: torch.nn.Module, vocabulary: int)
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).to(device.current())
-        asked = InferOptions(prompt="", max_new_tokens=ANSWER, batch=batch)
+        options = InferOptions(prompt="", max_new_tokens=ANSWER, batch=batch)
         lists, length = prompts.tolist(), {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
 
-        def ours_now(lists=lists, asked=asked):
-            return generate_answers(mine, lists, asked, set())
+        def run_ours(lists=lists, options=options):
+            return generate_answers(model, lists, options, set())
 
         @torch.no_grad()
-        def theirs_now(prompts=prompts, length=length):
-            return theirs.generate(prompts, **length, do_sample=False, eos_token_id=None, pad_token_id=0)[:, PROMPT:]
+        def run_peer(prompts=prompts, length=length):
+            return peer.generate(prompts, **length, do_sample=False, eos_token_id=None, pad_token_id=0)[:, PROMPT:]
 
-        seconds, theirs_seconds = [], []
+        seconds, peer_seconds = [], []
         for _ in range(1 + max(3, o.repeats // 4)):
-            elapsed, answers = timed(ours_now)
-            theirs_elapsed, theirs_answers = timed(theirs_now)
+            elapsed, answers = timed(run_ours)
+            peer_elapsed, peer_answers = timed(run_peer)
             seconds.append(elapsed)
-            theirs_seconds.append(theirs_elapsed)
+            peer_seconds.append(peer_elapsed)
         task = f"generate, batch {batch}"
-        same = sum(a == b for a, b in zip(answers, theirs_answers.tolist(), strict=True))
+        same = sum(a == b for a, b in zip(answers, peer_answers.tolist(), strict=True))
         if same < batch and o.precision == "fp32":
             why = f"{batch - same} of {batch} answers are not transformers'"
             rows.append({"task": task, "refused": why, "system": OURS})
             continue
-        rates, theirs_rates = ([batch * ANSWER / s for s in elapsed[1:]] for elapsed in (seconds, theirs_seconds))
-        ratio = bench.median_ratio(rates, theirs_rates)
+        rates, peer_rates = ([batch * ANSWER / s for s in elapsed[1:]] for elapsed in (seconds, peer_seconds))
+        ratio = bench.median_ratio(rates, peer_rates)
         shape = {"shape": f"{batch} x ({PROMPT} + {ANSWER})"}
         raw = {"rate": rounded(perf.spread(rates)), "equal answers": f"{same} of {batch}"}
-        theirs_row = {
+        peer_row = {
             "system": f"transformers {transformers.__version__}",
-            "raw": {"rate": rounded(perf.spread(theirs_rates))},
+            "raw": {"rate": rounded(perf.spread(peer_rates))},
         }
         row = {"task": task, "unit": "tokens/s", "devices": 1} | shape
         rows += [
             row | {"value": round(statistics.median(rates), 1), "raw": raw},
-            row | {"value": round(statistics.median(theirs_rates), 1)} | theirs_row,
+            row | {"value": round(statistics.median(peer_rates), 1)} | peer_row,
             shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
         ]
     return rows
 
 
-def tokenize(o, text: Path, vocabulary: int, tokenizer_folder: Path) -> list[dict]:
+def tokenize(o, text: Path, vocabulary: int, demo: Demo) -> list[dict]:
     """Measures the preprocessing of a file of documents, repeated to at least TEXT characters, against the tokenizer
     library's encode_batch_fast alone in as many processes; returns the result row.
 
-    text: a .jsonl of {"text": document}. vocabulary: the size of the vocabulary of the tokenizer in tokenizer_folder.
+    text: a .jsonl of {"text": document}. vocabulary: the size of the vocabulary of the demo's tokenizer.
     """
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     copies = -(-TEXT // sum(map(len, documents)))
@@ -87,7 +87,7 @@ def tokenize(o, text: Path, vocabulary: int, tokenizer_folder: Path) -> list[dic
         file.write_text(text.read_text() * copies)
         size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
         options = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
-        options = preprocess.check(options, vocabulary, tokenizer_folder)
+        options = preprocess.check(options, vocabulary, demo)
         tokenizer, _ = preprocess.load_tokenizer(options, vocabulary)
 
         def encode(some: list[str]) -> int:

@@ -623,10 +623,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Returns whether the backward may write to `main_grad`. FSDP2 and frozen weights have none. A compiled graph does
-    not see the buffer. npu's kernel takes fp16 and bf16 only."""
+    not see the buffer. npu's kernel takes fp16 and bf16 only, and fewer than 65,536 rows."""
     if not ACCUMULATE or torch.compiler.is_compiling() or not weight.requires_grad:
         return False
-    return getattr(weight, "main_grad", None) is not None and (BACKEND != "npu" or x.dtype != torch.float32)
+    if BACKEND == "npu" and (x.dtype == torch.float32 or len(weight) >= 65_536):
+        return False
+    return getattr(weight, "main_grad", None) is not None
 
 
 class _Linear(torch.autograd.Function):
@@ -716,7 +718,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:  # not frozen
                 if dweight is None:
                     dweight = (gradient.t() @ hidden[part]).float()
-                elif accumulates and BACKEND != "npu":  # npu's kernel takes fewer than 65,536 rows
+                elif accumulates:
                     _add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
                 else:
                     dweight.add_(gradient.t() @ hidden[part])

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from common import device, parallel, perf
+from common.bench import rounded
 from common.diffusion import scores
 from common.diffusion.requests import Request
 
@@ -170,8 +171,12 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     if dist.get_rank():
         return []
     speed = statistics.median(seconds["baseline"]) / statistics.median(seconds["setup"])
-    raw = {"s": spread(seconds["setup"]), "speed-up": float(f"{speed:.3g}"), "baseline": s.baseline_name}
-    raw |= {"baseline s": spread(seconds["baseline"]), "options": s.options, "baseline options": s.baseline}
+    raw = {"s": rounded(perf.spread(seconds["setup"])), "speed-up": float(f"{speed:.3g}"), "baseline": s.baseline_name}
+    raw |= {
+        "baseline s": rounded(perf.spread(seconds["baseline"])),
+        "options": s.options,
+        "baseline options": s.baseline,
+    }
     if s.model == "demo":
         pairs = list(zip(videos["setup"], videos["baseline"], strict=True))
         decibel, similarity = min(scores.psnr(*p) for p in pairs), min(scores.ssim(*p) for p in pairs)
@@ -189,10 +194,6 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
     cells = row["size"], s.name, row["value"], raw["speed-up"], raw.get("PSNR dB", "-"), raw.get("SSIM", "-")
     print(LINE.format(*cells, s.baseline_name), flush=True)
     return [row]
-
-
-def spread(seconds: list[float]) -> dict:
-    return {k: float(f"{v:.4g}") for k, v in perf.spread(seconds).items()}
 
 
 def load(options: str, s: Setup, own: list[str]) -> tuple[InferOptions, WanConfig, infer.Parts]:
