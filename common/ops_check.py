@@ -64,7 +64,7 @@ class Case:
 # ---------------------------------------------------------------------------------------------------- plain references
 
 
-def plain_attention(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=None, block=0):
+def plain_attention(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0):
     (L, _, H, E), S = q.shape, k.shape[0]
     k, v = (t.repeat_interleave(H // t.shape[2], 2) for t in (k, v))
     scores = torch.einsum("lbhe,sbhe->bhls", q, k) * E**-0.5
@@ -74,8 +74,8 @@ def plain_attention(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=
         seen &= j <= i
     if window is not None:
         seen &= (j >= i - window[0]) & ((j <= i + window[1]) if window[1] >= 0 else seen)
-    if cu_seqlens is not None:
-        owner = torch.bucketize(torch.arange(L), torch.tensor(cu_seqlens[1:]), right=True).to(q.device)
+    if bounds is not None:
+        owner = torch.bucketize(torch.arange(L), torch.tensor(bounds.on_host[1:]), right=True).to(q.device)
         seen &= owner[:, None] == owner[None]
     if blocks is not None:
         seen = blocks[:, :, i // block, j // block] if L == S else None
@@ -130,8 +130,7 @@ def qkv(d: Draw, **options) -> dict:
 
 
 def packed(d: Draw) -> dict:
-    bounds = [0, d.L // 3, d.L // 2, d.L]
-    return qkv(d, causal=True, cu_seqlens=bounds)
+    return qkv(d, causal=True, bounds=ops.pack_bounds([0, d.L // 3, d.L // 2, d.L], d.where))
 
 
 def block_sparse(d: Draw) -> dict:

@@ -241,28 +241,28 @@ def ring_size() -> int:
 
 
 def context_parallel_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, cu_seqlens: list[int] | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, bounds: ops.Bounds | None = None
 ) -> torch.Tensor:
     """Computes `ops.attention` over all tokens of the context-parallel group.
 
-    q and the result are [L/cp, B, H, E], k and v [L/cp, B, K, E], with tokens split as by `context_tokens`; cu_seqlens
-    bounds all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
+    q and the result are [L/cp, B, H, E], k and v [L/cp, B, K, E], with tokens split as by `context_tokens`; bounds
+    are of all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
     (arXiv:2310.01889) passes keys and values around the outer group. Each does nothing if its group has one rank.
     """
     if mpu.get_context_parallel_world_size() == 1:
-        return ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
+        return ops.attention(q, k, v, causal=causal, bounds=bounds)
     ulysses, ring = mpu.get_hierarchical_context_parallel_groups()
     if ulysses.size() > 1:
         q, k, v = scatter_heads(q, k, v, ulysses)  # [L/ring, B, H/ulysses, E], k and v likewise
     if ring.size() > 1:
         tokens = q.shape[0] * ring.size()
-        bounds = (0, tokens) if cu_seqlens is None else tuple(cu_seqlens)
-        if bounds[0] != 0 or bounds[-1] != tokens:
-            raise ValueError(f"cu_seqlens={cu_seqlens} for {tokens} tokens; expected bounds [0, ..., {tokens}]")
+        documents = (0, tokens) if bounds is None else tuple(bounds.on_host)
+        if documents[-1] != tokens:
+            raise ValueError(f"bounds {list(documents)} for {tokens} tokens; expected [0, ..., {tokens}]")
         q, k, v = (t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
-        out = RingAttention.apply(q, k, v, ring, causal, bounds).permute(2, 0, 1, 3)
+        out = RingAttention.apply(q, k, v, ring, causal, documents).permute(2, 0, 1, 3)
     else:
-        out = ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
+        out = ops.attention(q, k, v, causal=causal, bounds=bounds)
     return gather_heads(out, ulysses) if ulysses.size() > 1 else out
 
 

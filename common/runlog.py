@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import device
+from common import device, ops
 from common.cli import TrainOptions, to_toml
 
 # Options that say how the work is laid out. Runs that differ in one of them are not measured as one.
@@ -99,6 +99,7 @@ def run_header(
         "hardware": device.name(),
         "devices": o.world,
         "precision": o.precision,
+        "attention": ops.attention_kernel(),
         "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
         "model_parameters": parameters,
         "model_flops_per_sample": flops_per_sample,

@@ -35,11 +35,13 @@ def run(recipe: str, script: str, o: Any) -> None:
         if os.environ.get("RANK", "0") == "0":
             importlib.import_module(f"{recipe}.{script}").main(o)
         return
-    from common import device  # noqa: F401  isort: skip  (before anything that imports megatron)
-    from common import parallel
+    from common import device  # isort: skip  (before anything that imports megatron)
+    from common import ops, parallel
 
     job = importlib.import_module(f"{recipe}.{script}")
     parallel.initialize(o)
+    if device.KIND == "cuda" and os.environ["RANK"] == "0":
+        cli.say(f"attention runs on {ops.describe_attention()}")
     job.main(o)
     parallel.shutdown()
 

@@ -51,6 +51,10 @@ def start(layout: dict):
     return parallel.megatron_config(o, hidden=4 * E, heads=4, layers=1)
 
 
+def packed(documents: str) -> ops.Bounds | None:
+    return None if DOCUMENTS[documents] is None else ops.pack_bounds(DOCUMENTS[documents], torch.device("cpu"))
+
+
 def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
     """Computes this rank's share of the attention and gradients of each case and gathers them. Rank 0 returns them."""
     config = start(layout)
@@ -61,7 +65,7 @@ def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
         for causal, heads, documents in cases:
             *leaves, dout = (parallel.local_tokens(t, config, causal).clone() for t in draw(heads, documents))
             leaves = [t.requires_grad_() for t in leaves]
-            out = parallel.context_parallel_attention(*leaves, causal=causal, cu_seqlens=DOCUMENTS[documents])
+            out = parallel.context_parallel_attention(*leaves, causal=causal, bounds=packed(documents))
             out.backward(dout)
             tensors = (out.detach(), *(t.grad for t in leaves))
             results.append([parallel.gather_tokens(t, config, causal) for t in tensors])
@@ -73,7 +77,7 @@ def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
 def whole(causal: bool, heads: str, documents: str) -> list[torch.Tensor]:
     *leaves, dout = draw(heads, documents)
     leaves = [t.requires_grad_() for t in leaves]
-    out = ops.attention(*leaves, causal=causal, cu_seqlens=DOCUMENTS[documents])
+    out = ops.attention(*leaves, causal=causal, bounds=packed(documents))
     out.backward(dout)
     return [out.detach(), *(t.grad for t in leaves)]
 
@@ -109,14 +113,14 @@ def test_npu_branch_equals_single_process(layout):
 
 def bounds_of_one_rank_alone() -> str:
     start(LAYOUTS["ring 2"])
-    share = torch.zeros(L // 2, 1, 4, E)
+    share, bounds = torch.zeros(L // 2, 1, 4, E), ops.pack_bounds([0, 7, L // 2], torch.device("cpu"))
     with pytest.raises(ValueError) as refused:
-        parallel.context_parallel_attention(share, share, share, causal=True, cu_seqlens=[0, 7, L // 2])
+        parallel.context_parallel_attention(share, share, share, causal=True, bounds=bounds)
     return str(refused.value)
 
 
 def test_bounds_that_leave_out_other_ranks_tokens_are_refused():
-    want = "cu_seqlens=[0, 7, 24] for 48 tokens; expected bounds [0, ..., 48]"
+    want = "bounds [0, 7, 24] for 48 tokens; expected [0, ..., 48]"
     assert run_ranks(2, bounds_of_one_rank_alone) == [want] * 2
 
 

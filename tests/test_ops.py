@@ -77,10 +77,10 @@ def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypat
 @pytest.mark.parametrize("torch_version", ["2.11", "2.13"])
 def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version, monkeypatch):
     """varlen_attn of 2.13 refuses fewer key heads without enable_gqa=True; that of 2.11 has no such argument."""
-    from torch.nn.attention import varlen
 
     def as_2_11(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
-        return ops.attention(*(t.unsqueeze(1) for t in (q, k, v)), causal=True, cu_seqlens=bounds_q.tolist()).squeeze(1)
+        bounds = ops.pack_bounds(bounds_q.tolist(), CPU)
+        return ops._attention_by_sequence(*(t.unsqueeze(1) for t in (q, k, v)), (-1, 0), bounds).squeeze(1)
 
     def as_2_13(*inputs, enable_gqa=False, **options):
         assert enable_gqa
@@ -89,10 +89,11 @@ def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version
     case = CASES["attention, packed"]
     inputs = case.make(Draw(SMALL | case.fixed, torch.float32, CPU))
     want = case.op(**inputs)
-    monkeypatch.setattr(varlen, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version])
-    monkeypatch.setattr(ops, "_on_device", lambda bounds, where: torch.tensor(bounds))
-    got = ops._attention_varlen(inputs["q"], inputs["k"], inputs["v"], (-1, 0), inputs["cu_seqlens"])
-    torch.testing.assert_close(got, want)
+    monkeypatch.setattr(ops, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version])
+    monkeypatch.setattr(ops, "_VARLEN_TAKES_GQA", torch_version == "2.13")
+    q, k, v = (inputs[x].squeeze(1) for x in "qkv")
+    got = ops._attention_varlen(q, k, v, (-1, 0), inputs["bounds"], inputs["bounds"])
+    torch.testing.assert_close(got.unsqueeze(1), want)
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.comparable])
@@ -100,22 +101,6 @@ def test_plain_version_takes_the_inputs_of_the_speed_table(name):
     """Their dtype is bf16 on an accelerator, except for inputs that are fp32 by contract."""
     case = CASES[name]
     ops_check.milliseconds(case.plain, case.make(Draw(SMALL | case.fixed, torch.bfloat16, CPU)), 1)
-
-
-def test_compiled_attention_leaves_the_documents_out_of_the_trace(monkeypatch):
-    """Every micro-batch of packed rows has bounds of its own, which cuda uploads from pinned memory."""
-    traced = []
-    plain = ops._attention_plain
-    monkeypatch.setattr(ops, "_attention_plain", lambda *a: traced.append(torch.compiler.is_compiling()) or plain(*a))
-    attend = torch.compile(
-        lambda q, bounds: ops.attention(q * 2, q, q, causal=True, cu_seqlens=bounds) + 1, backend="aot_eager"
-    )
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for bounds in ([0, 3, 12], [0, 5, 12], [0, 7, 12]):
-            q = torch.randn(12, 1, 2, 8)
-            assert torch.equal(attend(q, bounds), ops.attention(q * 2, q, q, causal=True, cu_seqlens=bounds) + 1)
-    assert traced and not any(traced)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,9 +125,12 @@ def test_comparison_has_teeth():
 
 def test_packed_bounds_that_do_not_fit_are_refused(backend):
     q = torch.randn(6, 1, 2, 8)
-    for bounds in ([0, 4], [2, 6], [0, 3, 7]):
-        with pytest.raises(ValueError, match="expected bounds"):
-            ops.attention(q, q, q, cu_seqlens=bounds)
+    for bounds in ([0, 4], [0, 3, 7]):
+        with pytest.raises(ValueError, match="expected its tokens"):
+            ops.attention(q, q, q, bounds=ops.pack_bounds(bounds, CPU))
+    for bounds in ([2, 6], [0, 4, 3, 6]):
+        with pytest.raises(ValueError, match="expected rising numbers from 0"):
+            ops.pack_bounds(bounds, CPU)
 
 
 @pytest.mark.parametrize("K", [6, 3, 1])
@@ -180,7 +168,7 @@ def test_packed_attention_fills_no_whole_gradient_for_each_sequence():
     from torch.profiler import profile
 
     q, k, v = (torch.randn(24, 1, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    out = ops.attention(q, k, v, causal=True, cu_seqlens=[0, 5, 11, 24])
+    out = ops.attention(q, k, v, causal=True, bounds=ops.pack_bounds([0, 5, 11, 24], CPU))
     with profile() as profiled:
         out.sum().backward()
     called = {event.key for event in profiled.key_averages()}

@@ -17,18 +17,90 @@ import functools
 import inspect
 import itertools
 import math
+import os
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.optim.adamw import adamw
 
 from common import device
+from common.ops import flash4
 
 BACKEND = device.KIND  # tests set it to "npu" to run over the op contract
 
 # ---------------------------------------------------------------------------------------------------------- attention
+
+
+class Bounds(NamedTuple):
+    """The bounds [0, ..., T] of sequences packed along T tokens, in the forms that the kernels take. `pack_bounds` makes
+    them once per micro-batch."""
+
+    on_host: list[int]  # [n + 1]
+    on_device: torch.Tensor  # int32 [n + 1]
+    tokens: int  # T
+    longest: int  # tokens of the longest sequence
+    rows: int  # n if all sequences have one length, else 0
+
+
+def pack_bounds(cu_seqlens: list[int], where: torch.device) -> Bounds:
+    """Returns bounds, host integers [0, ..., T], for attention on the device `where`. It is called outside of what
+    torch.compile traces: tracing refuses pinned memory, and would compile anew for each micro-batch's integers.
+
+    Raises:
+        ValueError: the bounds do not rise from 0.
+    """
+    lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
+    if cu_seqlens[0] != 0 or min(lengths) < 0:
+        raise ValueError(f"bounds {cu_seqlens}; expected rising numbers from 0")
+    on_device = torch.tensor(cu_seqlens, dtype=torch.int32)
+    if where.type == "cuda":  # elsewhere no kernel reads them
+        on_device = on_device.pin_memory().to(where, non_blocking=True)
+    rows = len(lengths) if len(set(lengths)) == 1 else 0
+    return Bounds(cu_seqlens, on_device, cu_seqlens[-1], max(lengths), rows)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def attention_kernel() -> str:
+    """Returns which library computes attention in fp16 and bf16 here. It is chosen once: on cuda FlashAttention-4 if it
+    is installed and the card can run it, else cuDNN, else FlashAttention-2. `ZOO_ATTENTION` overrides the choice.
+
+    Raises:
+        ValueError: ZOO_ATTENTION is none of flash4, cudnn and flash2, or cannot run here.
+    """
+    if BACKEND != "cuda":
+        return {"npu": "npu_fusion_attention", "cpu": "torch SDPA"}[BACKEND]
+    wanted = os.environ.get("ZOO_ATTENTION", "")
+    if wanted not in ("", *ATTENTION_NAMES):
+        names = ", ".join(ATTENTION_NAMES)
+        raise ValueError(f"ZOO_ATTENTION={wanted!r}; expected one of {names}; fix: export ZOO_ATTENTION=cudnn")
+    if wanted == "flash4" and flash4.refusal():
+        raise ValueError(f"ZOO_ATTENTION=flash4: {flash4.refusal()}; fix: pip install --pre flash-attn-4, or unset it")
+    if not wanted:
+        has_cudnn = torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        wanted = "flash4" if flash4.refusal() is None else "cudnn" if has_cudnn else "flash2"
+    return ATTENTION_NAMES[wanted]
+
+
+def describe_attention() -> str:
+    """Says in words which library `attention_kernel` has chosen, and why not FlashAttention-4."""
+    kernel = attention_kernel()
+    if os.environ.get("ZOO_ATTENTION"):
+        why = ", as ZOO_ATTENTION says"
+    elif BACKEND == "cuda" and flash4.refusal():
+        why = f": {flash4.refusal()}"
+    else:
+        why = ""
+    packed = ", on FlashAttention-2 where sequences of other lengths share a row" if kernel == "cuDNN" else ""
+    return kernel + packed + why
+
+
+ATTENTION_NAMES = {"flash4": "FlashAttention-4", "cudnn": "cuDNN", "flash2": "FlashAttention-2"}
 
 
 def attention(
@@ -38,48 +110,69 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
-    cu_seqlens: list[int] | None = None,
+    bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """Returns softmax(q k^T / sqrt(E)) v over the keys that each query may see, [L, B, H, E] contiguous.
 
     q [L, B, H, E], k and v [S, B, K, E], one dtype; H/K query heads share a key head. With a mask, the last query is
     aligned with the last key:
-      causal      query i sees key j if j <= i + S - L
-      window      (left, right): also i + S - L - left <= j <= i + S - L + right; -1 is no bound
-      cu_seqlens  bounds [0, ..., L] of sequences packed along L = S with B = 1, none of which sees another. They are
-                  host integers, because the variable-length kernels of every device need them before they start.
+      causal   query i sees key j if j <= i + S - L
+      window   (left, right): also i + S - L - left <= j <= i + S - L + right; -1 is no bound
+      bounds   of sequences packed along L = S with B = 1, none of which sees another
     """
-    L = len(q_LBHE)
-    if window is not None and causal:
-        window = (window[0], 0)
-    elif causal:
-        window = (-1, 0)
-    if cu_seqlens is not None:
-        return _attention_packed(q_LBHE, k_SBKE, v_SBKE, window, cu_seqlens)
-    if BACKEND == "npu":
-        return _attention_npu(q_LBHE, k_SBKE, v_SBKE, window, None)
-    masked = window not in (None, (-1, 0)) or (window and len(k_SBKE) != L)
-    if masked and _takes_varlen(q_LBHE):
-        return _attention_varlen(q_LBHE, k_SBKE, v_SBKE, window, None)
-    return _attention_plain(q_LBHE, k_SBKE, v_SBKE, window)
+    if causal:
+        window = (-1, 0) if window is None else (window[0], 0)
+    if bounds is None:
+        attend = _attention_npu if BACKEND == "npu" else _attention_dense
+        return attend(q_LBHE, k_SBKE, v_SBKE, window).contiguous()
+    L, B = q_LBHE.shape[:2]
+    if B != 1 or len(k_SBKE) != L or bounds.tokens != L:
+        raise ValueError(f"bounds end at {bounds.tokens} for q {tuple(q_LBHE.shape)}; expected its tokens, and B = 1")
+    return _attention_packed(q_LBHE, k_SBKE, v_SBKE, window, bounds).contiguous()
 
 
-@torch.compiler.disable  # tracing would compile anew for each micro-batch's bounds, and refuses pinned memory
-def _attention_packed(q, k, v, window, cu_seqlens):
-    if q.shape[1] != 1 or len(k) != len(q) or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(q):
-        raise ValueError(f"cu_seqlens={cu_seqlens} for q {tuple(q.shape)}; expected bounds [0, ..., L] and B = 1")
+def _attention_dense(q, k, v, window):
+    """Returns [L, B, H, E], in the memory layout of q where the kernel allows."""
+    if not _takes_flash(q):
+        return _attention_plain(q, k, v, window)
+    if attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
+        return flash4.attention(*(t.transpose(0, 1) for t in (q, k, v)), window)[0].transpose(0, 1)
+    if window is not None and (window != (-1, 0) or len(k) != len(q)):  # SDPA would need the mask as a tensor
+        (L, B), S = q.shape[:2], len(k)
+        bounds = [pack_bounds(list(range(0, B * n + 1, n)), q.device) for n in (L, S)]
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
+        return _attention_varlen(q, k, v, window, *bounds).unflatten(0, (B, L)).transpose(0, 1)
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if attention_kernel() != "FlashAttention-2":
+        order.insert(0, SDPBackend.CUDNN_ATTENTION)
+    with sdpa_kernel(order, set_priority=True):
+        return _attention_plain(q, k, v, window)
+
+
+def _attention_packed(q, k, v, window, bounds: Bounds):
+    if not _takes_flash(q):
+        return _attention_by_sequence(q, k, v, window, bounds)
+    if bounds.rows:  # a batch: the kernels for sequences of any lengths are slower
+        rows = (t.view(bounds.rows, -1, *t.shape[2:]).transpose(0, 1) for t in (q, k, v))  # [L/n, n, H, E] views
+        return _attention_dense(*rows, window).transpose(0, 1).flatten(0, 1).unsqueeze(1)
+    q, k, v = (t.squeeze(1) for t in (q, k, v))  # [L, H, E]
+    if attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
+        return flash4.attention(q, k, v, window, bounds.on_device, bounds.longest)[0].unsqueeze(1)
+    return _attention_varlen(q, k, v, window or (-1, -1), bounds, bounds).unsqueeze(1)
+
+
+@torch.compiler.disable  # tracing would compile anew for each micro-batch's bounds
+def _attention_by_sequence(q, k, v, window, bounds: Bounds):
     if BACKEND == "npu":
-        return _attention_npu(q, k, v, window, cu_seqlens)
-    if _takes_varlen(q):
-        return _attention_varlen(q, k, v, window or (-1, -1), cu_seqlens)
-    lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
+        return _attention_npu(q, k, v, window, bounds.on_host)
+    lengths = [b - a for a, b in itertools.pairwise(bounds.on_host)]
     # Split, not sliced: the backward of each sequence's slice would fill a gradient of all L tokens.
     sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([_attention_plain(*each, window) for each in sequences])
 
 
-def _takes_varlen(q: torch.Tensor) -> bool:
-    """Returns whether torch's variable-length kernel takes q: on cuda, and not in fp32."""
+def _takes_flash(q: torch.Tensor) -> bool:
+    """Returns whether flash attention's kernels on cuda take q: not in fp32."""
     return BACKEND == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -91,7 +184,7 @@ def _attention_plain(q, k, v, window):
     else:
         seen = None if window is None else visible(L, S, window, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-    return out.permute(2, 0, 1, 3).contiguous()
+    return out.permute(2, 0, 1, 3)
 
 
 def visible(L: int, S: int, window: tuple[int, int], where: torch.device) -> torch.Tensor:
@@ -106,7 +199,7 @@ def visible(L: int, S: int, window: tuple[int, int], where: torch.device) -> tor
     return seen
 
 
-def _attention_npu(q, k, v, window, cu_seqlens):
+def _attention_npu(q, k, v, window, cu_seqlens=None):
     H, E = q.shape[2:]
     options = {"scale": E**-0.5}
     if window is not None:
@@ -134,31 +227,15 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
     return _MASKS[where]
 
 
-@torch.compiler.disable  # pinned memory cannot be traced
-@functools.lru_cache(maxsize=32)  # the same for every layer of a micro-batch
-def _on_device(bounds: tuple[int, ...], where: torch.device) -> torch.Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(where, non_blocking=True)
+# torch 2.13 needs an argument for shared key heads; 2.11 takes such heads without it.
+_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-@functools.lru_cache
-def _arguments(function) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
-
-
-def _attention_varlen(q, k, v, window, cu_seqlens):
-    """Calls torch's variable-length flash attention. torch 2.13 needs an argument for shared key heads; 2.11 takes such
-    heads without it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    (L, B, H), S, K = q.shape[:3], k.shape[0], k.shape[2]
-    bounds_q = cu_seqlens or list(range(0, B * L + 1, L))
-    bounds_k = cu_seqlens or list(range(0, B * S + 1, S))
-    longest_q, longest_k = (max(b - a for a, b in zip(c, c[1:], strict=False)) for c in (bounds_q, bounds_k))
-    bounds_q, bounds_k = (_on_device(tuple(c), q.device) for c in (bounds_q, bounds_k))
-    q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
-    gqa = {"enable_gqa": H != K} if "enable_gqa" in _arguments(varlen_attn) else {}
-    out = varlen_attn(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size=window, **gqa)
-    return out.unflatten(0, (B, L)).transpose(0, 1).contiguous()
+def _attention_varlen(q, k, v, window, bounds_q: Bounds, bounds_k: Bounds):
+    """Calls torch's attention for packed sequences, FlashAttention-2: q [T, H, E] -> [T, H, E]."""
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_TAKES_GQA else {}
+    sizes = bounds_q.on_device, bounds_k.on_device, bounds_q.longest, bounds_k.longest
+    return varlen_attn(q, k, v, *sizes, window_size=window, **gqa)
 
 
 def attention_with_lse(
@@ -174,10 +251,14 @@ def attention_with_lse(
         options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
         out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSE, H, "BNSD", **options)
         return out, (peak + total.log())[..., 0]  # both are [B, H, L, 8], eight equal columns
-    if BACKEND == "cuda" and q_BHLE.dtype == torch.float32:  # torch's flash kernels on cuda take fp16 and bf16 only
+    if BACKEND == "cuda" and not _takes_flash(q_BHLE):
         scores, _ = _plain_scores(q_BHLE, k_BKSE, causal)
         lse = scores.logsumexp(-1)
         return (scores - lse.unsqueeze(-1)).exp() @ _repeated(v_BKSE, H), lse
+    if BACKEND == "cuda" and attention_kernel() == "FlashAttention-4" and flash4.takes(q_BHLE, v_BKSE):
+        q, k, v = (t.transpose(1, 2) for t in (q_BHLE, k_BKSE, v_BKSE))
+        out, lse = flash4.attention(q, k, v, (-1, 0) if causal else None)
+        return out.transpose(1, 2), lse
     if BACKEND == "cuda":
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)[:2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)
@@ -208,13 +289,17 @@ def attention_backward(
             scale_value=q.shape[3] ** -0.5,
             **_causal_options(q, causal),
         )[:3]
-    if BACKEND == "cuda" and q.dtype == torch.float32:
+    if BACKEND == "cuda" and not _takes_flash(q):
         scores, keys = _plain_scores(q, k, causal)
         probabilities = (scores - lse.unsqueeze(-1)).exp()  # [B, H, L, S], of the softmax over all blocks
         rest = (dout * out).sum(-1, keepdim=True)  # [B, H, L, 1]
         dscores = probabilities * (dout @ _repeated(v, q.shape[1]).mT - rest) * q.shape[3] ** -0.5
         dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) for g in (dscores.mT @ q, probabilities.mT @ dout))
         return dscores @ keys, dk, dv
+    if BACKEND == "cuda" and attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
+        tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        gradients = flash4.backward(*tensors, lse, (-1, 0) if causal else None)
+        return tuple(g.transpose(1, 2) for g in gradients)
     if BACKEND == "cuda":
         none = torch.empty(0, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(

@@ -86,7 +86,7 @@ class Qwen3Attention(nn.Module):
         self.k_norm = Qwen3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cu_seqlens: list[int], cache=None
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], bounds: ops.Bounds | None, cache=None
     ) -> torch.Tensor:
         """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, only
         for generation."""
@@ -100,7 +100,7 @@ class Qwen3Attention(nn.Module):
         if cache is not None:
             out = cache.attend(self, q, k, v)
         else:
-            out = parallel.context_parallel_attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)  # [T, 1, H, E]
+            out = parallel.context_parallel_attention(q, k, v, causal=True, bounds=bounds)  # [T, 1, H, E]
         return self.o_proj(out.flatten(2))
 
 
@@ -261,9 +261,9 @@ class Qwen3Block(nn.Module):
         self.mlp = Qwen3SparseMLP(config, mc, router) if config.num_experts else Qwen3MLP(config, mc)
         parallel.mark_replicated([self.input_layernorm.weight, self.post_attention_layernorm.weight], mc)
 
-    def forward(self, x, cos, sin, cu_seqlens, cache=None):
+    def forward(self, x, cos, sin, bounds, cache=None):
         """x [T(/tp), 1, D], cos and sin [T, 1, 1, E] -> (x, the router's logits [T, G] or an empty tensor)."""
-        y = self.self_attn(self.input_layernorm(x), (cos, sin), cu_seqlens, cache)
+        y = self.self_attn(self.input_layernorm(x), (cos, sin), bounds, cache)
         norm = self.post_attention_layernorm
         y, x = ops.add_rms_norm(y, x, norm.weight, norm.eps)
         y, logits = self.mlp(y) if isinstance(self.mlp, Qwen3SparseMLP) else (self.mlp(y), x.new_empty(0))
@@ -349,9 +349,10 @@ class Qwen3(MegatronModule):
         else:
             x = self._input.reshape(-1, 1, D)
         cos, sin = rotary_table(positions, self.qwen)
+        bounds = ops.pack_bounds(cu_seqlens, x.device) if cache is None else None
         routing = []
         for block in self.layers.values():
-            x, logits = parallel.with_recomputation(block, self.recompute, self.offload)(x, cos, sin, cu_seqlens, cache)
+            x, logits = parallel.with_recomputation(block, self.recompute, self.offload)(x, cos, sin, bounds, cache)
             routing.append(logits)
         if not self.last:
             return x.view(-1, rows, D)
