@@ -12,7 +12,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -169,14 +168,17 @@ def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tenso
     return weight if config.tensor_model_parallel_size == 1 else copy_to_tensor_model_parallel_region(weight)
 
 
-def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+def vocab_parallel_embedding(
+    tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, tied: bool
+) -> torch.Tensor:
     """Looks up an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): sums over tp the rows that
-    each rank holds, with zeros for the others. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]."""
+    each rank holds, with zeros for the others. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]. tied: see
+    `ops.embedding`."""
     if config.tensor_model_parallel_size == 1:
-        return F.embedding(tokens, weight)
+        return ops.embedding(tokens, weight, tied)
     local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]
     is_held = (local >= 0) & (local < weight.shape[0])
-    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * is_held.unsqueeze(-1)
+    rows = ops.embedding(local.clamp(0, weight.shape[0] - 1), weight, tied) * is_held.unsqueeze(-1)
     return leave_tensor_parallel(rows, config)
 
 

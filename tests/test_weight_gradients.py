@@ -63,6 +63,22 @@ def fill(function, weight: torch.nn.Parameter, width: int) -> torch.Tensor:
     return weight.main_grad
 
 
+@pytest.mark.L2
+def test_rows_of_an_embedding_are_added_to_the_buffer_unless_it_is_tied(monkeypatch):
+    monkeypatch.setattr(ops, "ACCUMULATE", True)
+    weight = weight_with_buffer(9, 4, dtype=BF16)
+    tokens = torch.tensor([[1, 8, 1], [1, 0, 8]])
+    dy = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for _ in range(2):
+        ops.embedding(tokens, weight).backward(dy)
+    want = torch.zeros(9, 4, dtype=torch.float64).index_add_(0, tokens.flatten(), dy.double().flatten(0, 1))
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad.double(), 2 * want, rtol=1e-6, atol=1e-6)
+    weight.grad, weight.grad_added_to_main_grad = None, False
+    ops.embedding(tokens, weight, tied=True).backward(dy)
+    assert not weight.grad_added_to_main_grad and weight.grad.count_nonzero()
+
+
 ENDS = torch.tensor([10, 10, 37, 50])
 FUNCTIONS = {
     "linear": (lambda x, weight: ops.linear(x, weight), (24, 16), 16),

@@ -709,11 +709,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Returns whether the backward may write to `main_grad`. FSDP2 and frozen weights have none. A compiled graph does
     not see the buffer. npu's kernel takes fp16 and bf16 only, and fewer than 65,536 rows."""
-    if not ACCUMULATE or torch.compiler.is_compiling() or not weight.requires_grad:
-        return False
-    if BACKEND == "npu" and (x.dtype == torch.float32 or len(weight) >= 65_536):
-        return False
-    return getattr(weight, "main_grad", None) is not None
+    refused = BACKEND == "npu" and (x.dtype == torch.float32 or len(weight) >= 65_536)
+    return not refused and _has_buffer(weight)
+
+
+def _has_buffer(weight: torch.Tensor) -> bool:
+    used = ACCUMULATE and not torch.compiler.is_compiling() and weight.requires_grad
+    return used and getattr(weight, "main_grad", None) is not None
 
 
 class _Linear(torch.autograd.Function):
@@ -730,6 +732,30 @@ class _Linear(torch.autograd.Function):
         dy = dy.flatten(0, -2)
         _add_products_(weight.main_grad.unsqueeze(0), dy, x.flatten(0, -2), None)
         return dx, _mark_accumulated(weight), dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def embedding(tokens: torch.Tensor, weight: torch.Tensor, tied: bool = False) -> torch.Tensor:
+    """Returns the rows of weight [V, D] at tokens int64 [...] -> [..., D]. The weight's gradient is accumulated as in
+    `linear`, unless the weight is `tied` to the output projection, which has another gradient for it."""
+    if tied or not _has_buffer(weight):
+        return F.embedding(tokens, weight)
+    return _Embedding.apply(tokens, weight)
+
+
+class _Embedding(torch.autograd.Function):
+    """`F.embedding` whose backward adds its rows to `main_grad`: no gradient of the whole vocabulary is made."""
+
+    @staticmethod
+    def forward(ctx, tokens, weight):
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (tokens,), weight = ctx.saved_tensors, ctx.weight
+        weight.main_grad.index_add_(0, tokens.flatten(), dy.flatten(0, -2).float())
+        return None, _mark_accumulated(weight)
 
 
 def _add_products_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> None:

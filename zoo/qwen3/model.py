@@ -345,7 +345,8 @@ class Qwen3(MegatronModule):
         D = self.qwen.hidden_size
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
         if self.first:
-            x = parallel.vocab_parallel_embedding(tokens, self.embed_tokens.weight, self.config).unsqueeze(1)
+            weight_of_tokens, tied = self.embed_tokens.weight, self.qwen.tie_word_embeddings
+            x = parallel.vocab_parallel_embedding(tokens, weight_of_tokens, self.config, tied).unsqueeze(1)
         else:
             x = self._input.reshape(-1, 1, D)
         cos, sin = rotary_table(positions, self.qwen)
