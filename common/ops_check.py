@@ -153,6 +153,11 @@ def labelled(d: Draw) -> dict:
     return dict(hidden=d.floats(d.N, d.D), weight=d.floats(d.V, d.D), labels=labels, token_weight=d.wide(d.N).detach())
 
 
+def normed_halves(d: Draw) -> dict:  # x is a view of a wider projection, as q is of a fused qkv
+    tables = halves(d)
+    return tables | dict(x=d.floats(d.L, d.B, d.H + d.K, d.E)[:, :, : d.H], weight=d.floats(d.E), eps=1e-6)
+
+
 def unweighted(d: Draw) -> dict:
     return {name: t for name, t in labelled(d).items() if name != "token_weight"}
 
@@ -212,6 +217,10 @@ CASES = {
         lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.swiglu,
         lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], on("npu_swiglu", "kernels/swiglu.py"),
     ),
+    "swiglu, two inputs": Case(
+        lambda d: dict(x=d.floats(d.L, d.B, d.F), up=d.floats(d.L, d.B, d.F)), ops.swiglu,
+        lambda x, up: F.silu(x) * up, on("npu_swiglu", "kernels/swiglu.py"),
+    ),
     "gelu_tanh": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F)), ops.gelu_tanh,
         lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
@@ -224,6 +233,11 @@ CASES = {
     "rotary_half": Case(
         halves, lambda x, cos, sin: ops.rotary_half(x, cos, sin), plain_rotary_half,
         on("npu_rotary_mul", "kernels/rotary.py"),
+    ),
+    "norm_rotary_half": Case(
+        normed_halves, lambda x, weight, cos, sin, eps: ops.norm_rotary_half(x, weight, cos, sin, eps),
+        lambda x, weight, cos, sin, eps: plain_rotary_half(plain_rms_norm(x, weight, eps), cos, sin),
+        on("npu_rms_norm, npu_rotary_mul", "kernels/norm_rotary.py"),
     ),
     "permute, grouped matmul, unpermute": Case(
         lambda d: dict(

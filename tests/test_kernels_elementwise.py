@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install --no-deps triton==3.7.1")
 
-from kernels import modulate, rms_norm, rotary, swiglu
+from kernels import modulate, norm_rotary, rms_norm, rotary, swiglu
 
 pytestmark = pytest.mark.L2
 
@@ -28,7 +28,7 @@ def seed():
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Makes tiles and grids so small that every loop of every kernel runs more than twice on a few rows."""
-    for module in (rms_norm, modulate, swiglu, rotary):
+    for module in (rms_norm, modulate, swiglu, rotary, norm_rotary):
         for name, value in {"TILE": 32, "GATE_COLS": 8, "MOST_COLS": 8}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
@@ -105,6 +105,14 @@ def ref_rotary_half(x, cos, sin):
     return x * cos.double() + torch.cat([-x2, x1], dim=-1) * sin.double()
 
 
+def ref_swiglu_of_two(a, b):
+    return a * torch.sigmoid(a) * b
+
+
+def ref_norm_rotary_half(x, weight, cos, sin):
+    return ref_rotary_half(ref_rms_norm(x, weight), cos, sin)
+
+
 def our_rms_norm(x, weight):
     return rms_norm.rms_norm(x, weight, EPS)
 
@@ -115,6 +123,10 @@ def our_add_rms_norm(x, residual, weight):
 
 def our_layer_norm_modulate(x, scale, shift):
     return modulate.layer_norm_modulate(x, scale, shift, EPS)
+
+
+def our_norm_rotary_half(x, weight, cos, sin):
+    return norm_rotary.norm_rotary_half(x, weight, cos, sin, EPS)
 
 
 # RMSNorm
@@ -186,6 +198,13 @@ def test_swiglu_equals_fp64(dtype, width):
     assert error(swiglu.swiglu, ref_swiglu, randn(3, 5, 2 * width, dtype=dtype)) <= TOLERANCE[dtype]
 
 
+@DTYPES
+@pytest.mark.parametrize("width", [1, 33, 130])
+def test_swiglu_of_two_inputs_equals_fp64(dtype, width):
+    inputs = sliced(3, 5, width).to(dtype), randn(3, 5, width, dtype=dtype)
+    assert error(swiglu.swiglu, ref_swiglu_of_two, *inputs) <= TOLERANCE[dtype]
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # exp(1e4) is inf, and 1 / inf is the right sigmoid
 def test_swiglu_of_large_gates_is_finite():
     x = torch.tensor([[1e4, -1e4, 2.0, 3.0]]).requires_grad_()  # gates 1e4 and -1e4
@@ -248,6 +267,25 @@ def test_rotary_keeps_no_activation_for_the_backward():
     assert saved == [rope.data_ptr(), cos.data_ptr(), sin.data_ptr()]
 
 
+@DTYPES
+@pytest.mark.parametrize("L, B, H, E", [(5, 2, 3, 16), (3, 1, 5, 22), (2, 2, 1, 2), (2, 3, 40, 128)])
+@pytest.mark.parametrize("per_token, per_sample", [(True, False), (True, True), (False, False)])
+def test_norm_and_rotary_in_one_kernel_equal_fp64(dtype, L, B, H, E, per_token, per_sample):
+    """x is a slice of a fused qkv, as the model's may be."""
+    _, cos, sin = tables(L if per_token else 1, B if per_sample else 1, E)
+    x, weight = randn(L, B, 3 * H, E, dtype=dtype)[:, :, H : 2 * H], randn(E, dtype=dtype)
+    ours, reference = (lambda x, w, f=f: f(x, w, cos, sin) for f in (our_norm_rotary_half, ref_norm_rotary_half))
+    assert error(ours, reference, x, weight) <= TOLERANCE[dtype]
+
+
+def test_norm_and_rotary_keep_the_input_and_one_number_a_head_for_the_backward():
+    x, weight, (_, cos, sin), saved = randn(4, 2, 3, 16).requires_grad_(), randn(16), tables(4, 1, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        our_norm_rotary_half(x, weight, cos, sin)
+    assert [t.data_ptr() for t in saved[:4]] == [t.data_ptr() for t in (x, weight, cos, sin)]
+    assert [(t.shape, t.dtype) for t in saved[4:]] == [((4, 2, 3), fp32)]
+
+
 # All of them
 
 
@@ -257,9 +295,16 @@ CASES = {
     "layer_norm_modulate": (our_layer_norm_modulate, ref_layer_norm_modulate, [(13, 2, 22), (2, 22), (2, 22)]),
     "gate_residual": (modulate.gate_residual, ref_gate_residual, [(13, 2, 22), (13, 2, 22), (2, 22)]),
     "swiglu": (swiglu.swiglu, ref_swiglu, [(21, 22)]),
+    "swiglu of two": (swiglu.swiglu, ref_swiglu_of_two, [(21, 22), (21, 22)]),
     "rotary_interleaved": (rotary.rotary_interleaved, ref_rotary_interleaved, [(7, 2, 5, 22), (7, 1, 1, 11, 2)]),
     "rotary_half": (rotary.rotary_half, ref_rotary_half, [(7, 2, 5, 22), (7, 1, 1, 22), (7, 1, 1, 22)]),
+    "norm_rotary_half": (
+        our_norm_rotary_half,
+        ref_norm_rotary_half,
+        [(7, 2, 5, 22), (22,), (7, 1, 1, 22), (7, 1, 1, 22)],
+    ),
 }
+GRADIENTS = {"rotary_interleaved": 1, "rotary_half": 1, "norm_rotary_half": 2}  # the tables of a rotation get none
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
@@ -267,10 +312,9 @@ def case(name, make=randn):
     """Returns (ours, reference, inputs that get gradients). The functions of a rotation have its tables bound in."""
     ours, reference, shapes = CASES[name]
     inputs = [make(*shape) for shape in shapes]
-    if name.startswith("rotary"):
-        x, *args = inputs
-        return lambda x: ours(x, *args), lambda x: reference(x, *args), [x]
-    return ours, reference, inputs
+    differentiable = inputs[: GRADIENTS.get(name)]
+    args = inputs[len(differentiable) :]
+    return lambda *xs: ours(*xs, *args), lambda *xs: reference(*xs, *args), differentiable
 
 
 @EVERY
@@ -293,7 +337,7 @@ def test_no_rows_give_no_rows_and_zero_gradients(name):
     out = CASES[name][0](*inputs)
     out = out if isinstance(out, tuple) else (out,)
     assert all(y.shape[0] == 0 for y in out)
-    differentiable = inputs[:1] if name.startswith("rotary") else inputs
+    differentiable = inputs[: GRADIENTS.get(name)]
     grads = torch.autograd.grad(out, differentiable, [torch.empty_like(y) for y in out])
     assert [g.shape for g in grads] == [t.shape for t in differentiable] and not any(g.any() for g in grads)
 
@@ -304,8 +348,10 @@ PLANTED = {
     "layer_norm_modulate": lambda x, scale, shift: ref_layer_norm_modulate(x, shift, scale),
     "gate_residual": lambda x, y, gate: ref_gate_residual(y, x, gate),
     "swiglu": lambda x: ref_swiglu(x.roll(x.shape[-1] // 2, -1)),
+    "swiglu of two": lambda a, b: ref_swiglu_of_two(b, a),
     "rotary_interleaved": lambda x, rope: ref_rotary_interleaved(x, rope.flip(-1)),
     "rotary_half": lambda x, cos, sin: ref_rotary_half(x, cos, -sin),
+    "norm_rotary_half": lambda x, w, cos, sin: ref_rms_norm(ref_rotary_half(x, cos, sin), w),
 }
 
 
@@ -334,6 +380,8 @@ def test_fp64_inputs_are_refused(name):
         (lambda: our_layer_norm_modulate(randn(3, 2, 8), randn(2, 8, dtype=bf16), randn(2, 8)), "scale .*bfloat16"),
         (lambda: modulate.gate_residual(randn(3, 2, 8), randn(4, 2, 8), randn(2, 8)), r"\[4, 2, 8\], x \[3, 2, 8\]"),
         (lambda: swiglu.swiglu(randn(3, 7)), r"\[3, 7\]; expected .*even"),
+        (lambda: swiglu.swiglu(randn(3, 8), randn(1, 8)), r"up is .*\[1, 8\]; expected x's .*\[3, 8\]"),
+        (lambda: swiglu.swiglu(randn(3, 8), randn(3, 8, dtype=bf16)), "up is .*bfloat16.*expected x's .*float32"),
         (lambda: rotary.rotary_interleaved(randn(3, 2, 4, 7), randn(3, 1, 1, 3, 2)), r"\[3, 2, 4, 7\].*E even"),
         (lambda: rotary.rotary_interleaved(randn(3, 2, 4, 8), randn(2, 1, 1, 4, 2)), r"rope .*\[2, .*x \[3, 2, 4, 8\]"),
         (lambda: rotary.rotary_half(randn(3, 2, 4, 8), randn(3, 1, 1, 8), randn(3, 1, 1, 4)), r"sin .*\[3, 1, 1, 4\]"),
@@ -342,6 +390,16 @@ def test_fp64_inputs_are_refused(name):
             "strides.*expected 1 last",
         ),
         (lambda: rotary.rotary_half(randn(3, 2, 4, 8), randn(3, 1, 1, 8), randn(1, 1, 1, 8)), r"\[1, .*cos \[3, "),
+        (lambda: our_norm_rotary_half(randn(3, 2, 4, 7), randn(7), *2 * [randn(3, 1, 1, 7)]), r"4, 7\].*E even"),
+        (
+            lambda: our_norm_rotary_half(randn(3, 2, 4, 8), randn(4), *2 * [randn(3, 1, 1, 8)]),
+            r"weight is \[4\], x \[3",
+        ),
+        (lambda: our_norm_rotary_half(randn(3, 2, 4, 8), randn(8), *2 * [randn(2, 1, 1, 8)]), r"cos .*\[2, .*x \[3"),
+        (
+            lambda: our_norm_rotary_half(randn(3, 2, 4, 8), randn(8), randn(3, 1, 1, 8), randn(1, 1, 1, 8)),
+            r"sin is \[1, .*cos \[3, ",
+        ),
     ],
 )
 def test_wrong_shapes_and_dtypes_are_refused_naming_both_sides(call, said):
@@ -390,7 +448,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    modules = rms_norm, modulate, swiglu, rotary
+    modules = rms_norm, modulate, swiglu, rotary, norm_rotary
     kernels = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert set(result.stdout.split()) == kernels
 

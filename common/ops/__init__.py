@@ -538,15 +538,13 @@ class _GateResidual(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """Returns silu(a) * b with (a, b) the halves of x's last dimension, [..., 2F] -> [..., F]. With up, (a, b) is
-    (x, up), each [..., F], which are concatenated for the fused kernels."""
-    if BACKEND != "cpu" and up is not None:
-        x = torch.cat((x, up), -1)
+    (x, up), each [..., F]; npu's op takes one tensor, so there they are concatenated."""
     if BACKEND == "npu":
-        return torch.ops.npu.npu_swiglu(x, -1)
+        return torch.ops.npu.npu_swiglu(x if up is None else torch.cat((x, up), -1), -1)
     if BACKEND == "cuda":
         from kernels import swiglu as kernel
 
-        return kernel.swiglu(x)
+        return kernel.swiglu(x, up)
     gate, up = x.chunk(2, -1) if up is None else (x, up)
     return (F.silu(gate.float()) * up.float()).to(x.dtype)
 
@@ -591,6 +589,21 @@ def rotary_half(x_LBHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     wide = x_LBHE.float()
     first, second = wide.chunk(2, -1)
     return (wide * cos + torch.cat((-second, first), -1) * sin).to(x_LBHE.dtype)
+
+
+def norm_rotary_half(
+    x_LBHE: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Returns rotary_half(rms_norm(x)): every head is normalised over its E entries, and then rotated.
+
+    x [L, B, H, E], a view or not, weight [E], cos and sin as in `rotary_half` -> [L, B, H, E]. On cuda it is one kernel,
+    which keeps x for the backward and does not round in between.
+    """
+    if BACKEND == "cuda":
+        from kernels import norm_rotary as kernel
+
+        return kernel.norm_rotary_half(x_LBHE, weight, cos, sin, eps)
+    return rotary_half(rms_norm(x_LBHE, weight, eps), cos, sin)
 
 
 # -------------------------------------------------------------------------------------------------- mixture of experts

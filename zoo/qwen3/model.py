@@ -95,8 +95,8 @@ class Qwen3Attention(nn.Module):
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
         k = self.k_proj(x).unflatten(2, (-1, E))  # [T, 1, K, E]
         v = self.v_proj(x).unflatten(2, (-1, E))
-        q = ops.rotary_half(ops.rms_norm(q, parallel.shared_by_tp(self.q_norm.weight, self.mc), eps), *rope)
-        k = ops.rotary_half(ops.rms_norm(k, parallel.shared_by_tp(self.k_norm.weight, self.mc), eps), *rope)
+        q = ops.norm_rotary_half(q, parallel.shared_by_tp(self.q_norm.weight, self.mc), *rope, eps)
+        k = ops.norm_rotary_half(k, parallel.shared_by_tp(self.k_norm.weight, self.mc), *rope, eps)
         if cache is not None:
             out = cache.attend(self, q, k, v)
         else:
