@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 TILE = 4096  # elements a program holds of one tensor; a longer row makes the tile longer
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4096, 512  # each strides over the rows; a backward one keeps one row of dw
+FORWARD_PROGRAMS = 4096  # each strides over the rows
+BACKWARD_PROGRAMS = 264  # the same, and each keeps one row of dw: 2 for each of the 132 processors of an H100 or H200
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -80,10 +81,14 @@ def _rows(t):
 
 
 def _tiling(rows, D, most):
-    """Returns the number of programs, and the sizes of a tile: [ROWS, BLOCK] elements, BLOCK >= D."""
+    """Returns the number of programs, and the sizes of a tile: [ROWS, BLOCK] elements, BLOCK >= D.
+
+    A thread holds 16 elements of each tensor. With 32, a backward for sm_90 takes 142 to 193 registers a thread instead
+    of 80 to 104, and fewer threads are at work.
+    """
     BLOCK = triton.next_power_of_2(D)
     ROWS = max(1, TILE // BLOCK)
-    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(BLOCK // 1024, 4), 16)}
+    sizes = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": min(max(ROWS * BLOCK // 512, 4), 16)}
     return min(triton.cdiv(rows, ROWS), most), sizes
 
 
