@@ -105,9 +105,70 @@ def test_bf16_gradients_added_in_the_matmul_are_nearer_to_fp64_than_those_added_
 
 
 @pytest.mark.L2
-def test_npu_does_not_accumulate_what_its_kernel_refuses(monkeypatch):
+def test_npu_does_not_accumulate_in_fp32(monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
     monkeypatch.setattr(ops, "ACCUMULATE", True)
-    x, small = torch.zeros(1, 2, dtype=BF16), weight_with_buffer(65_535, 2, dtype=BF16)
-    assert ops._accumulates(x, small) and not ops._accumulates(x.float(), small)
-    assert not ops._accumulates(x, weight_with_buffer(65_536, 2, dtype=BF16))
+    x, weight = torch.zeros(1, 2, dtype=BF16), weight_with_buffer(5, 2, dtype=BF16)
+    assert ops._accumulates(x, weight) and not ops._accumulates(x.float(), weight)
+
+
+def add_in_fp32(total, a, b, *, out_dtype, out):
+    """Stands in for torch.addmm with out_dtype, which torch has for cuda only (aten::addmm.dtype_out)."""
+    assert out_dtype == total.dtype == torch.float32 and out is total and a.dtype == b.dtype == BF16
+    return out.addmm_(a.float(), b.float())
+
+
+def error_of_fused_loss(backend: str, monkeypatch) -> tuple[float, float]:
+    """Returns the errors of the weight's gradient of three chunks, as summed and as returned, relative to the exact sum
+    of the chunks' products. The second is of a weight without buffer, whose gradient is rounded once more."""
+    monkeypatch.setattr(ops, "BACKEND", backend)
+    monkeypatch.setattr(ops, "ACCUMULATE", True)
+    gradients, softmax_loss = [], ops._softmax_loss
+
+    def recorded(*args):
+        losses, gradient = softmax_loss(*args)
+        gradients.append(gradient.double())
+        return losses, gradient
+
+    generator = torch.Generator().manual_seed(3)
+    hidden, labels = (
+        torch.randn(300, 16, generator=generator).bfloat16(),
+        torch.randint(70, (300,), generator=generator),
+    )
+    weights = [weight_with_buffer(70, 16, dtype=BF16) for _ in range(2)]
+    del weights[1].main_grad
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_softmax_loss", recorded)
+        for weight in weights:
+            ops.linear_cross_entropy(hidden, weight, labels, torch.ones(300))[0].backward()
+    assert [len(g) for g in gradients] == 2 * [128, 128, 44]
+    want = torch.cat(gradients[:3]).t() @ hidden.double()
+    pairs = (weights[0].main_grad, want), (weights[1].grad, want.bfloat16().double())
+    return tuple(((got.double() - exact).norm() / exact.norm()).item() for got, exact in pairs)
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize("backend", ["npu", "cuda"])
+def test_no_product_of_the_fused_loss_is_rounded_before_it_is_added(backend, monkeypatch):
+    """npu: over the published contract, with columns in parts. cuda: kernels interpreted."""
+    if backend == "cuda":
+        pytest.importorskip("triton")
+    npu_contract.install()
+    monkeypatch.setattr(ops, "NPU_COLUMNS", 30)
+    monkeypatch.setattr(ops, "CHUNK", 70 * 128)
+    monkeypatch.setattr(ops, "CHUNK_TOKENS", 128)
+    monkeypatch.setattr(torch, "addmm", add_in_fp32)
+    summed, returned = error_of_fused_loss(backend, monkeypatch)
+    assert summed < 1e-6 and returned < 1e-4
+    assert error_of_fused_loss("cpu", monkeypatch)[1] > 1e-3  # there, every product is rounded
+
+
+@pytest.mark.L2
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "chunk"),
+    [(8192, 151_936, 2048), (4100, 151_936, 1408), (8192, 18_992, 2816), (100, 151_936, 128), (0, 151_936, 128)],
+)
+def test_chunks_of_cuda_are_equal_and_as_large_as_their_matmuls_need(tokens, vocabulary, chunk, monkeypatch):
+    assert ops._chunk_tokens(tokens, vocabulary) == 2**26 // vocabulary
+    monkeypatch.setattr(ops, "BACKEND", "cuda")
+    assert ops._chunk_tokens(tokens, vocabulary) == chunk

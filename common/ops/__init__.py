@@ -707,6 +707,7 @@ def _grouped_npu(x, weight, ends, **how):
 # Whether weight gradients are added to megatron-core's fp32 buffers inside the matmul. On cpu they are not, so that its
 # sums stay the reference. Experts on cuda: the accumulating kernel is not yet timed against torch's grouped_mm and an add.
 ACCUMULATE, ACCUMULATE_EXPERTS = BACKEND != "cpu", False
+NPU_COLUMNS = 2**15  # columns of a that npu's kernel gets at a time: it takes fewer than 65,536, a vocabulary has more
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -721,8 +722,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Returns whether the backward may write to `main_grad`. FSDP2 and frozen weights have none. A compiled graph does
-    not see the buffer. npu's kernel takes fp16 and bf16 only, and fewer than 65,536 rows."""
-    refused = BACKEND == "npu" and (x.dtype == torch.float32 or len(weight) >= 65_536)
+    not see the buffer. npu's kernel takes fp16 and bf16 only."""
+    refused = BACKEND == "npu" and x.dtype == torch.float32
     return not refused and _has_buffer(weight)
 
 
@@ -774,11 +775,15 @@ class _Embedding(torch.autograd.Function):
 def _add_products_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> None:
     """Adds a[rows of g]^T b[rows of g] to total[g], fp32 [G, M, N]: a [T, M], b [T, N]. ends: see `grouped_matmul`; None
     is one group."""
-    if BACKEND == "npu":
+    if BACKEND == "npu" and a.dtype != torch.float32:
         ends = _one_group(len(a), a.device) if ends is None else ends
-        torch.ops.npu.npu_grouped_matmul_add_(total, a, b, ends, transpose_x=True, group_type=2, group_list_type=0)
+        for total_part, a_part in zip(total.split(NPU_COLUMNS, 1), a.split(NPU_COLUMNS, 1), strict=True):
+            torch.ops.npu.npu_grouped_matmul_add_(
+                total_part, a_part.contiguous(), b, ends, transpose_x=True, group_type=2, group_list_type=0
+            )
     elif ends is None and BACKEND == "cuda" and a.dtype != torch.float32:
-        torch.addmm(total[0], a.t(), b, out_dtype=torch.float32, out=total[0])
+        only = total[0]  # one object twice: torch copies self into another out first, even if both are the same memory
+        torch.addmm(only, a.t(), b, out_dtype=torch.float32, out=only)
     elif ends is None:
         total[0].addmm_(a.t().float(), b.float())
     elif BACKEND == "cuda":
@@ -805,6 +810,9 @@ def _mark_accumulated(weight: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- loss
 
 CHUNK = 2**26  # number of logits that exist at a time: 128 MiB in bf16
+# Tokens of a chunk on cuda, at least: every chunk reads and writes the weight's whole fp32 gradient. Logits of 2048
+# tokens over a vocabulary of 151,936 take 594 MiB in bf16 and 1187 MiB in fp32.
+CHUNK_TOKENS = 2048
 
 
 def linear_cross_entropy(
@@ -833,22 +841,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
         dhidden, dweight = torch.empty_like(hidden), None
         token_weight = token_weight.float() * (labels >= 0)
-        training, step = any(ctx.needs_input_grad), max(1, CHUNK // V)
+        training, step = any(ctx.needs_input_grad), _chunk_tokens(N, V)
+        learning = ctx.needs_input_grad[1]  # not frozen
+        added = accumulates or BACKEND != "cpu"  # On cpu, products are added after they are rounded: the reference.
+        if learning and (added or not N):
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
         for part in (slice(i, i + step) for i in range(0, N, step)):
             logits = hidden[part] @ weight.t()  # [n, V/tp]
             losses[part], gradient = _softmax_loss(logits, labels[part], token_weight[part], tp_size)
             if training:
                 torch.mm(gradient, weight, out=dhidden[part])
-            if ctx.needs_input_grad[1]:  # not frozen
-                if dweight is None:
-                    dweight = (gradient.t() @ hidden[part]).float()
-                elif accumulates:
-                    _add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
-                else:
-                    dweight.add_(gradient.t() @ hidden[part])
+            if learning and added:
+                _add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
+            elif learning:
+                product = gradient.t() @ hidden[part]
+                dweight = product.float() if dweight is None else dweight.add_(product)
+            del logits, gradient  # before the next chunk's
         losses = losses.masked_fill(labels < 0, 0)
-        if dweight is None and ctx.needs_input_grad[1]:
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
         if dweight is not None and not accumulates:
             dweight = dweight.to(weight.dtype)
         ctx.save_for_backward(dhidden, dweight)
@@ -865,6 +874,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif dweight is not None:
             dweight = dweight.mul_(dloss)
         return dhidden.mul_(dloss), dweight, None, None, None, None
+
+
+def _chunk_tokens(N: int, V: int) -> int:
+    """Returns how many of N tokens have their logits at a time. On cuda chunks are about equal, in whole tiles of 128."""
+    tokens = max(1, CHUNK // V)
+    if BACKEND != "cuda":
+        return tokens
+    tokens = max(tokens // 128 * 128, CHUNK_TOKENS)
+    chunks = max(1, math.ceil(N / tokens))
+    return math.ceil(N / chunks / 128) * 128 or 128
 
 
 def linear_log_probs(
