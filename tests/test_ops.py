@@ -66,6 +66,17 @@ def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
     assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_rms_norm_of_the_cuda_branch_is_the_kernel_that_the_switch_names(own, monkeypatch):
+    kernel = pytest.importorskip("kernels.rms_norm")
+    called, run = [], kernel.rms_norm
+    monkeypatch.setattr(kernel, "rms_norm", lambda *args: (called.append(1), run(*args))[1])
+    monkeypatch.setattr(ops, "BACKEND", "cuda")
+    monkeypatch.setattr(ops, "RMS_NORM_KERNEL", own)
+    worst = ops_check.errors(CASES["rms_norm"], torch.float32, CPU)
+    assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32] and len(called) == own, worst
+
+
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if "(fp32: torch SDPA)" in case.backends["cuda"]])
 def test_fp32_attention_of_the_cuda_branch_needs_no_flash_kernel(name, monkeypatch):
     """torch's variable-length kernel takes only fp16 and bf16 and has no host version: fp32 must not reach it."""
