@@ -396,14 +396,9 @@ def check_layout(o: LayoutOptions, *, heads: int, layers: int, tokens: int | Non
 
 
 def check_compile(o) -> None:
-    """Raise ValueError if `--compile` has no compiler here or is combined with --recompute selective."""
+    """Raise ValueError if `--compile` has no compiler here."""
     if os.environ.get("ZOO_DEVICE") == "npu":
         raise ValueError("compile: torch_npu brings no backend for torch.compile; fix: --no-compile")
-    if o.recompute == "selective":
-        raise ValueError(
-            "compile with recompute=selective: what a compiled block keeps is changed before it is read; "
-            "fix: --recompute none or full, or --no-compile"
-        )
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):
         raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
@@ -428,16 +423,10 @@ def check_run(o: TrainOptions) -> None:
 
     Raises:
         ValueError: --resume names no folder; no step follows the warm-up; --min-lr is above --lr; the steps or ranks to
-            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler; --compile or
-            --offload-activations is combined with --recompute selective.
+            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler.
     """
     if o.compile:
         check_compile(o)
-    if o.offload_activations and o.recompute == "selective":
-        raise ValueError(
-            "offload_activations with recompute=selective: what that keeps is not autograd's to move; "
-            "fix: --recompute none or full, or --no-offload-activations"
-        )
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
     if o.warmup >= o.steps:

@@ -6,6 +6,7 @@ attention over the context-parallel group (its ring is in `common/ring.py`) and 
 Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim, D hidden, cp = ulysses * ring.
 """
 
+import functools
 import math
 import os
 from datetime import timedelta
@@ -31,11 +32,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer import TransformerConfig
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from common import device, ops
 from common.cli import LayoutOptions
 from common.offload import OffloadActivations
+from common.recompute import Recomputation, recomputed
 from common.ring import RingAttention, unzigzag, zigzag
 
 _SAMPLE_GROUP: dist.ProcessGroup | None = None  # the tp*cp*pp ranks that work on the same samples
@@ -144,12 +146,18 @@ class RowLinear(RowParallelLinear):
         return x if self.bias is None else x + self.bias
 
 
+# Selective recompute: whether inputs that sequence parallelism gathered are gathered again, or kept. Not yet timed.
+GATHER_AGAIN = True
+
+
 def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    """[L/tp, B, D] -> [L, B, D] under sequence parallel (backward: reduce-scatter), else x (backward: all-reduce)."""
+    """[L/tp, B, D] -> [L, B, D] under sequence parallel (backward: reduce-scatter), else x (backward: all-reduce).
+    Selective recompute gathers again in the backward, as megatron-core's own linears do."""
     if config.tensor_model_parallel_size == 1:
         return x
     if config.sequence_parallel:
-        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+        gather = functools.partial(gather_from_sequence_parallel_region, tensor_parallel_output_grad=True)
+        return recomputed(gather, x) if GATHER_AGAIN else gather(x)
     return copy_to_tensor_model_parallel_region(x)
 
 
@@ -159,8 +167,7 @@ def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
         return x
     if config.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(x)
-    # megatron-core sums in place. Selective recompute may keep x, and recomputation would then sum it a second time.
-    return reduce_from_tensor_model_parallel_region(x.clone() if x.requires_grad else x)
+    return reduce_from_tensor_model_parallel_region(x)  # in place: no operation has saved x
 
 
 def shared_by_tp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -261,11 +268,15 @@ def context_parallel_attention(
         documents = (0, tokens) if bounds is None else tuple(bounds.on_host)
         if documents[-1] != tokens:
             raise ValueError(f"bounds {list(documents)} for {tokens} tokens; expected [0, ..., {tokens}]")
-        q, k, v = (t.permute(1, 2, 0, 3).contiguous() for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
+        q, k, v = (recomputed(_heads_first, t) for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
         out = RingAttention.apply(q, k, v, ring, causal, documents).permute(2, 0, 1, 3)
     else:
         out = ops.attention(q, k, v, causal=causal, bounds=bounds)
     return gather_heads(out, ulysses) if ulysses.size() > 1 else out
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(1, 2, 0, 3).contiguous()
 
 
 def scatter_heads(
@@ -293,14 +304,20 @@ def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ wrapping, in order
 
 
-EXPENSIVE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
-             "torch_attn::_varlen_attn", "npu::npu_fusion", "npu::npu_grouped_matmul")  # fmt: skip
-
-
 def with_recomputation(block: torch.nn.Module, kind: str, offload: bool = False):
-    """Returns the block's forward under activation recomputation. kind: selective keeps the outputs of matmuls and
-    attention, and recomputes what lies between them (norms, activations, rotary, residuals, permutations); full keeps
-    only the block's input; none recomputes nothing. offload: kept tensors stay on the host until the backward."""
+    """Returns the block's forward under activation recomputation. kind: selective recomputes the pieces that the model
+    names (`recomputed`: norms, activations, rotary embedding), in a compiled block those that the compiler finds
+    (`wrap`); full keeps only the block's input; none recomputes nothing. offload: kept tensors stay on the host until
+    the backward."""
+    if kind == "selective" and (block._compiled_call_impl is not None or not torch.is_grad_enabled()):
+        kind = "none"
+    if kind == "selective":
+
+        def run_selectively(*args):
+            with Recomputation(OffloadActivations() if offload else None):
+                return block(*args)
+
+        return run_selectively
     if offload:
 
         def run(*args):
@@ -310,15 +327,9 @@ def with_recomputation(block: torch.nn.Module, kind: str, offload: bool = False)
         return run
     if kind == "none":
         return block
-
-    def keep_expensive(ctx, op, *args, **kwargs):
-        expensive = op.name().startswith(EXPENSIVE)
-        return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
-
-    extra = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)} if kind == "selective" else {}
     # Only an adapter's dropout (lora.py) draws random numbers; without it there is no RNG state to restore.
     has_dropout = any(isinstance(module, torch.nn.Dropout) for module in block.modules())
-    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout, **extra)
+    return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout)
 
 
 def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
@@ -326,6 +337,11 @@ def stage_layers(o: LayoutOptions, layers: int, chunk: int) -> range:
     sizes = o.chunk_layers(layers)
     position = chunk * o.pp + mpu.get_pipeline_model_parallel_rank()
     return range(sum(sizes[:position]), sum(sizes[: position + 1]))
+
+
+# The share of what a compiled block keeps under selective recompute, of what it would keep without it. Just below 1, the
+# compiler first computes again all that it can fuse into its readers. That is nearly always enough, and it stops there.
+COMPILED_BUDGET = 0.99
 
 
 def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
@@ -338,6 +354,8 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
             chunk, "shared_embedding_or_output_weight"
         )
     if o.compile:
+        if o.recompute == "selective":
+            torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
             block.compile()
     if o.fsdp:  # FSDP2 reduces gradients itself; tensor and pipeline parallel are 1, so nothing else needs reducing

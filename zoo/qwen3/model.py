@@ -42,6 +42,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from common import device, ops, parallel
+from common.recompute import recomputed
 
 from .config import Qwen3Config
 
@@ -95,8 +96,8 @@ class Qwen3Attention(nn.Module):
         q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
         k = self.k_proj(x).unflatten(2, (-1, E))  # [T, 1, K, E]
         v = self.v_proj(x).unflatten(2, (-1, E))
-        q = ops.norm_rotary_half(q, parallel.shared_by_tp(self.q_norm.weight, self.mc), *rope, eps)
-        k = ops.norm_rotary_half(k, parallel.shared_by_tp(self.k_norm.weight, self.mc), *rope, eps)
+        q = recomputed(ops.norm_rotary_half, q, parallel.shared_by_tp(self.q_norm.weight, self.mc), *rope, eps)
+        k = recomputed(ops.norm_rotary_half, k, parallel.shared_by_tp(self.k_norm.weight, self.mc), *rope, eps)
         if cache is not None:
             out = cache.attend(self, q, k, v)
         else:
@@ -116,7 +117,8 @@ class Qwen3MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T(/tp), 1, D] -> [T(/tp), 1, D]."""
         x = parallel.enter_tensor_parallel(x, self.mc)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # [T, 1, F] in between
+        inner = recomputed(ops.swiglu, self.gate_proj(x), self.up_proj(x))  # [T, 1, F]
+        return self.down_proj(inner)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Qwen3SparseMLP(nn.Module):
         if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
             out, computed = self.compute_by_allgather(tokens, experts, chosen)
         else:
-            rows, position = ops.token_permute(tokens, experts)  # [T*k, D], sorted by expert
+            rows, position = recomputed(ops.token_permute, tokens, experts)  # [T*k, D], sorted by expert
             if self.mc.expert_model_parallel_size > 1:
                 rows, computed = self.compute_by_alltoall(rows, counts)
             else:
@@ -197,7 +199,7 @@ class Qwen3SparseMLP(nn.Module):
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Applies this rank's experts: rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
         ends = counts.cumsum(0)
-        inner = ops.swiglu(ops.grouped_matmul(rows, self.gate_up, ends))  # [N, F/etp]
+        inner = recomputed(ops.swiglu, ops.grouped_matmul(rows, self.gate_up, ends))  # [N, F/etp]
         return ops.grouped_matmul(inner, self.down, ends)
 
     def compute_by_alltoall(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,9 +265,9 @@ class Qwen3Block(nn.Module):
 
     def forward(self, x, cos, sin, bounds, cache=None):
         """x [T(/tp), 1, D], cos and sin [T, 1, 1, E] -> (x, the router's logits [T, G] or an empty tensor)."""
-        y = self.self_attn(self.input_layernorm(x), (cos, sin), bounds, cache)
+        y = self.self_attn(recomputed(self.input_layernorm, x), (cos, sin), bounds, cache)
         norm = self.post_attention_layernorm
-        y, x = ops.add_rms_norm(y, x, norm.weight, norm.eps)
+        y, x = recomputed(ops.add_rms_norm, y, x, norm.weight, norm.eps)
         y, logits = self.mlp(y) if isinstance(self.mlp, Qwen3SparseMLP) else (self.mlp(y), x.new_empty(0))
         return x + y, logits
 

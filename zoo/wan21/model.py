@@ -36,6 +36,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from common import device, ops, parallel
+from common.recompute import recomputed
 
 from .config import WanConfig
 
@@ -56,12 +57,15 @@ class WanSelfAttention(nn.Module):
         """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
         E = self.config.head_dim
         x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = self.norm_q(self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
-        k = self.norm_k(self.k(x)).unflatten(2, (-1, E))
+        q = recomputed(self.norm_and_rotate, self.q(x), self.norm_q, rope)  # [L, B, N, E]
+        k = recomputed(self.norm_and_rotate, self.k(x), self.norm_k, rope)
         v = self.v(x).unflatten(2, (-1, E))
-        q, k = ops.rotary_interleaved(q, rope), ops.rotary_interleaved(k, rope)
         x = self.attend(q, k, v)  # [L, B, N, E]
         return self.o(x.flatten(2))
+
+    def norm_and_rotate(self, x: torch.Tensor, norm: nn.Module, rope: torch.Tensor) -> torch.Tensor:
+        """[L, B, D/tp] -> [L, B, N, E]."""
+        return ops.rotary_interleaved(norm(x).unflatten(2, (-1, self.config.head_dim)), rope)
 
 
 class WanCrossAttention(nn.Module):
@@ -83,12 +87,12 @@ class WanCrossAttention(nn.Module):
         """x [L(/tp), B, D], text [T, B, D], image [I, B, D] (both in the tensor-parallel region) -> [L(/tp), B, D]."""
         E = self.config.head_dim
         x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = self.norm_q(self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
-        k = self.norm_k(self.k(text)).unflatten(2, (-1, E))  # [T, B, N, E]
+        q = recomputed(self.norm_q, self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
+        k = recomputed(self.norm_k, self.k(text)).unflatten(2, (-1, E))  # [T, B, N, E]
         v = self.v(text).unflatten(2, (-1, E))
         y = ops.attention(q, k, v)  # [L, B, N, E]
         if image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(2, (-1, E))  # [I, B, N, E]
+            k = recomputed(self.norm_k_img, self.k_img(image)).unflatten(2, (-1, E))  # [I, B, N, E]
             v = self.v_img(image).unflatten(2, (-1, E))
             y = y + ops.attention(q, k, v)
         return self.o(y.flatten(2))
@@ -138,13 +142,14 @@ class WanBlock(nn.Module):
         rows = modulation.float() + self.modulation.float().transpose(0, 1)  # [6, B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(0)
 
-        y = self.self_attn(ops.layer_norm_modulate(x, scale1, shift1, eps), rope)
-        x = ops.gate_residual(x, y, gate1)
+        y = self.self_attn(recomputed(ops.layer_norm_modulate, x, scale1, shift1, eps), rope)
+        x = recomputed(ops.gate_residual, x, y, gate1)
 
-        x = x + self.cross_attn(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, eps), text, image)
+        y = recomputed(ops.layer_norm, x, self.norm3.weight, self.norm3.bias, eps)
+        x = x + self.cross_attn(y, text, image)
 
-        y = parallel.enter_tensor_parallel(ops.layer_norm_modulate(x, scale2, shift2, eps), self.mc)
-        y = self.ffn["2"](ops.gelu_tanh(self.ffn["0"](y)))  # [L, B, F/tp] in between
+        y = parallel.enter_tensor_parallel(recomputed(ops.layer_norm_modulate, x, scale2, shift2, eps), self.mc)
+        y = self.ffn["2"](recomputed(ops.gelu_tanh, self.ffn["0"](y)))  # [L, B, F/tp] in between
         return ops.gate_residual(x, y, gate2)
 
 
