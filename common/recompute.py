@@ -102,7 +102,7 @@ class _Piece:
     def drop(self, pack: Callable) -> None:
         self.dropped, self.saved = True, [None] * len(self.saved)
         self.args = [
-            functools.partial(self._argument, pack(x), x.requires_grad) if isinstance(x, torch.Tensor) else x
+            functools.partial(_argument, self.bring, pack(x), x.requires_grad) if isinstance(x, torch.Tensor) else x
             for x in self.args
         ]
 
@@ -135,9 +135,10 @@ class _Piece:
         self.saved = saved
         self.outputs = [output.detach() for output in (result if isinstance(result, tuple) else (result,))]
 
-    def _argument(self, kept, requires_grad: bool) -> torch.Tensor:
-        tensor = kept() if isinstance(kept, functools.partial) else self.bring(kept)
-        return tensor.detach().requires_grad_(requires_grad)
+
+def _argument(bring: Callable, kept, requires_grad: bool) -> torch.Tensor:
+    tensor = kept() if isinstance(kept, functools.partial) else bring(kept)
+    return tensor.detach().requires_grad_(requires_grad)
 
 
 def _refuse(_) -> torch.Tensor:

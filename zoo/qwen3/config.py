@@ -333,7 +333,8 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     everything = tokens * dtype * (2 * D / sp + 2 * D + 3 * attention + parts * mlp + copies * 2 * row_width)
     saved = {
         "none": everything,
-        "selective": tokens * dtype * (D / sp + 2 * D - row_width + 2 * attention + 2 * mlp + copies * row_width),
+        # Recomputed: normed inputs, queries and keys after the norm, the product of gate and up, rows sorted by expert.
+        "selective": tokens * dtype * (2 * D / sp + 2 * attention + 2 * mlp + copies * row_width),
         "full": tokens * D * dtype / sp,
     }
     offload, vocabulary = o.offload_activations, config.vocab_size / o.tp

@@ -340,16 +340,16 @@ def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
 
     tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # in bytes
     D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
-    attentions = 3 if config.image_dim else 2  # self, text, image
-    # Saved for tokens: the residual stream five times; the normed inputs of three linears (gathered under sp); in
-    # self-attention queries and keys twice, values, output and a copy of it; in cross-attention queries twice and
-    # output; the MLP's hidden rows twice. Saved for the context's rows: keys twice and values.
-    everything = tokens * (5 * D / sp + 3 * D + (8 + attentions) * D / tp + 2 * Fd / tp) + rows * 3 * D / tp
-    products = tokens * (3 * D + 4 * D / tp + Fd / tp) + rows * 2 * D / tp  # outputs of linears
-    adapts = o.adapts  # adapters have outputs of the same size
+    outputs = 4 if config.image_dim else 2  # of attention: self, text; with an image also image, text + image
+    streams = 5 if dtype == 4 else 6
+    # Saved for tokens: the residual stream five times, in bf16 once as fp32; the normed inputs of three linears
+    # (gathered under sp); in self-attention queries and keys twice, and values; in cross-attention queries twice; the
+    # attention's outputs; the MLP's hidden rows twice. Saved for the context's rows: keys twice and values.
+    everything = tokens * (streams * D / sp + 3 * D + (7 + outputs) * D / tp + 2 * Fd / tp) + rows * 3 * D / tp
     saved = {
         "none": everything,
-        "selective": tokens * (D / sp + attentions * D / tp) + products * (2 if adapts else 1),
+        # Recomputed: one row of the residual stream, normed inputs, normed queries and keys, the second hidden rows.
+        "selective": tokens * (4 * D / sp + (4 + outputs) * D / tp + Fd / tp) + rows * 2 * D / tp,
         "full": tokens * D / sp,
     }[o.recompute]
     hidden = 2 * tokens * Fd / tp
