@@ -29,7 +29,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
 from torch.distributed.tensor import DTensor
 
-from common import weights
+from common import parallel, weights
+from common.optimizer import PackedAdamW
 from common.resume import checkpoints
 
 FORMAT = {
@@ -41,7 +42,9 @@ READ_AHEAD = 8  # how many tensors before its copy a tensor is requested from th
 
 
 def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (global name, parameter) of this rank's model chunks. Names have no prefixes of wrappers."""
+    """Yield (global name, parameter) of this rank's model chunks. Names have no prefixes of wrappers. Waits first for
+    parameters that are still being gathered."""
+    parallel.finish_gathers(chunks)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module."), parameter
@@ -105,13 +108,14 @@ def _allocate_moments(optimizer) -> None:
     """Create zero moments for parameters that have none, so that there are tensors to load into. torch's AdamW itself
     creates them only in its first step."""
     for inner in (each.optimizer for each in optimizer.chained_optimizers):
-        dtype = getattr(inner, "moments", None)  # None: the parameter's
         for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
+            if not inner.state[parameter] and isinstance(inner, PackedAdamW):
+                inner.state[parameter] = inner.new_state(parameter)
+            elif not inner.state[parameter]:
                 inner.state[parameter] = {
                     "step": torch.tensor(0.0, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, dtype=dtype),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
                 }
 
 
@@ -366,6 +370,9 @@ def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = Fal
                 for values in inner.optimizer.state.values():
                     del values["step"]
                 inner.load_parameter_state_from_fully_reshardable(loaded["optimizer"][i]["param_state"])
+            if any(getattr(inner.optimizer, "remainders", False) for inner in optimizer.chained_optimizers):
+                for chunk in chunks:  # this rank's part of the bf16 weights has been rounded anew
+                    chunk.start_param_sync(force_sync=True)
         _set_steps(optimizer, state["optimizer_steps"])
     return state
 

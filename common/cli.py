@@ -55,6 +55,7 @@ class JobOptions:
 
     job = data = out = export = merge = adapter = global_batch = None
     from_scratch = adapts = compile = offload_activations = False
+    overlap_param_gather = offload_optimizer = master_remainders = False
     moments, quantize = "fp32", "none"
 
 
@@ -160,6 +161,9 @@ class TrainOptions(LayoutOptions):
     offload_activations: bool = option(
         "what the backward needs of a block waits in host memory", False, group="layout", layout=True
     )
+    overlap_param_gather: bool = option(
+        "updated parameters are gathered while the next forward runs", False, group="layout", layout=True
+    )
 
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
@@ -197,9 +201,23 @@ class TrainOptions(LayoutOptions):
     moments: Literal["fp32", "bf16"] = option(
         "precision in which AdamW's two moments are kept", "fp32", group="optimizer", layout=True
     )
+    offload_optimizer: bool = option(
+        "AdamW's moments, and in bf16 the fp32 weights, wait in host memory", False, group="optimizer", layout=True
+    )
+    master_remainders: bool = option(
+        "of the fp32 weights only the 16 bits are kept that the bf16 weights lack", False,
+        group="optimizer", layout=True,
+    )  # fmt: skip
     clip: float = option(
         "gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True, within="[0, inf)"
     )
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes per trained parameter that AdamW keeps on the device: two moments and, beside bf16 weights, fp32 ones."""
+        moments = 4 if self.moments == "bf16" else 8
+        masters = 0 if self.precision == "fp32" else 2 if self.master_remainders else 4
+        return 0 if self.offload_optimizer else moments + masters
 
 
 class _Parser(argparse.ArgumentParser):
@@ -423,10 +441,12 @@ def check_run(o: TrainOptions) -> None:
 
     Raises:
         ValueError: --resume names no folder; no step follows the warm-up; --min-lr is above --lr; the steps or ranks to
-            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler.
+            profile are not numbers; the steps to profile lie beyond the run; --compile has no compiler; as
+            `check_sharding`.
     """
     if o.compile:
         check_compile(o)
+    check_sharding(o)
     if o.resume not in ("auto", "never") and not Path(o.resume).is_dir():
         raise ValueError(f"--resume {o.resume}: no such folder; expected auto, never or a checkpoint; fix: --resume")
     if o.warmup >= o.steps:
@@ -442,6 +462,26 @@ def check_run(o: TrainOptions) -> None:
         )
     if not re.fullmatch(r"\d+(,\d+)*", o.profile_ranks):
         raise ValueError(f"profile_ranks={o.profile_ranks!r}; expected ranks, e.g. 0,8; fix: --profile-ranks")
+
+
+def check_sharding(o: TrainOptions) -> None:
+    """Raise ValueError if an option of the distributed optimizer is given where it would do nothing, or with --fsdp."""
+    if o.overlap_param_gather and o.dp * o.cp == 1:
+        raise ValueError(
+            "overlap_param_gather with dp*cp = 1, where no parameter is gathered; expected more ranks of data or context "
+            "parallel; fix: NPROC, or --no-overlap-param-gather"
+        )
+    if o.master_remainders and o.precision == "fp32":
+        raise ValueError(
+            "master_remainders with precision=fp32, whose weights have no fp32 copy; expected bf16; fix: --precision bf16 "
+            "or --no-master-remainders"
+        )
+    for name in ("overlap_param_gather", "offload_optimizer", "master_remainders"):
+        if o.fsdp and getattr(o, name):
+            raise ValueError(
+                f"{name} with fsdp; expected the distributed optimizer, which FSDP2 replaces; fix: --no-fsdp or "
+                f"--no-{name.replace('_', '-')}"
+            )
 
 
 def rank_map(o: LayoutOptions) -> str:

@@ -48,6 +48,12 @@ class Alive(TorchDispatchMode):
                 self._count(storage._cdata, storage.nbytes())
         return out
 
+    def leave_out(self, host: torch.Tensor) -> None:
+        """Counts no bytes of a storage in host memory, whatever views are taken of it."""
+        storage = host.untyped_storage()
+        weakref.finalize(storage, self._count, storage._cdata, 0, gone=True)
+        self._count(storage._cdata, 0)
+
     def _count(self, address: int, size: int, gone: bool = False) -> None:
         self.bytes += size - self.known.get(address, 0)
         self.peak = max(self.peak, self.bytes)
@@ -72,9 +78,11 @@ def counted(fake: bool) -> Iterator[Alive]:
     def mode():
         return FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
 
-    def to_host(flat):  # host copies are not counted
+    def to_host(flat):
         with _disable_current_modes(), mode():
-            return _to_host(flat)
+            host = _to_host(flat)
+        alive.leave_out(host)
+        return host
 
     def from_group(*args, **kwargs):  # reads the ranks from a tensor, which must be real
         with unset_fake_temporarily():

@@ -347,7 +347,8 @@ COMPILED_BUDGET = 0.99
 def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> list[torch.nn.Module]:
     """Wraps the model chunks. From the inside out: torch.compile of every block with --compile, then data parallelism.
     That is megatron-core's DDP, with the distributed optimizer's buffers and overlapped gradient reduction, or FSDP2
-    over every block. Recomputation lies between the two, in the model's own forward."""
+    over every block. Recomputation lies between the two, in the model's own forward. With --overlap-param-gather the
+    all-gather of parameters is overlapped too (`_overlap_gathers`)."""
     config = chunks[0].config
     for chunk in chunks:  # megatron-core reads these to find an embedding that two stages share (`mark_tied`)
         chunk.pre_process = chunk.share_embeddings_and_output_weights = hasattr(
@@ -357,7 +358,7 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
         if o.recompute == "selective":
             torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
         for block in (m for chunk in chunks for m in chunk.modules() if isinstance(m, block_type)):
-            block.compile()
+            block.forward = torch.compile(block.forward)  # `block.compile()` would trace the block's hooks, too
     if o.fsdp:  # FSDP2 reduces gradients itself; tensor and pipeline parallel are 1, so nothing else needs reducing
         ddp = TorchFullyShardedDataParallelConfig(reshard_after_forward=True, use_distributed_optimizer=False)
         return [TorchFullyShardedDataParallel(config, ddp, chunks[0], sub_modules_to_wrap={block_type})]
@@ -365,7 +366,7 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=o.dp * o.cp > 1,
-        overlap_param_gather=False,
+        overlap_param_gather=o.overlap_param_gather,
     )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
@@ -377,7 +378,50 @@ def wrap(chunks: list[torch.nn.Module], o: LayoutOptions, block_type: type) -> l
     config.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if ddp.overlap_grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [model.start_grad_sync for model in wrapped]
+    for model in wrapped if o.overlap_param_gather else ():
+        _overlap_gathers(model, block_type)
     return wrapped
+
+
+def _overlap_gathers(model: DistributedDataParallel, block_type: type) -> None:
+    """Makes the forward of a wrapped chunk wait for parameters that are still being gathered (`start_gathers`).
+
+    A block waits for its own parameters when it is called, before anything that is compiled or recomputed. The chunk
+    waits for all others when it is called. So the module that reads a parameter need not be the one that owns it.
+    megatron-core's own hooks wait in each module for the parameters that the module owns: they are removed.
+    """
+    model.disable_forward_pre_hook(param_sync=False)
+    blocks = [module for module in model.modules() if isinstance(module, block_type)]
+    owned = [list(block.parameters()) for block in blocks]
+    in_blocks = {p for parameters in owned for p in parameters}
+    others = [p for p in model.parameters() if p not in in_blocks]
+    model.gathers = []  # all bucket groups, in the order of their first use
+    for module, parameters in zip((model.module, *blocks), (others, *owned), strict=True):
+        trained = [p for p in parameters if p in model.param_to_bucket_group]  # frozen ones have no bucket
+        groups = list(dict.fromkeys(model.param_to_bucket_group[p] for p in trained))
+        model.gathers += [group for group in groups if group not in model.gathers]
+        module.register_forward_pre_hook(functools.partial(_wait, groups))
+
+
+def _wait(groups: list, *_) -> None:
+    """Waits for those all-gathers of bucket groups that are under way. Starts none: ranks may differ in their calls."""
+    for group in groups:
+        if group.param_gather_handle is not None:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def start_gathers(chunks: list[torch.nn.Module]) -> None:
+    """Starts the all-gathers of all parameters, in the order in which the forward waits for them."""
+    for chunk in chunks:
+        for group in chunk.gathers:
+            group.start_param_sync()
+
+
+def finish_gathers(chunks: list[torch.nn.Module]) -> None:
+    """Waits for all parameters of chunks that are still being gathered, if any. What reads or writes parameters outside
+    a forward calls this first; `checkpoint.parameters` does."""
+    for chunk in chunks:
+        _wait(getattr(chunk, "gathers", ()))
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

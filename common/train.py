@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from common import checkpoint, device, jsonl, perf, profiling, resume
+from common import checkpoint, device, jsonl, parallel, perf, profiling, resume
 from common.cli import TrainOptions, as_json
 from common.optimizer import build_optimizer, build_scheduler, reduce_gradients, update, zero_gradients
 from common.profiling import part
@@ -202,6 +202,7 @@ def train(
             saves.append(save(step))
             began = time.perf_counter()
     bar.close()
+    parallel.finish_gathers(chunks)  # the caller reads the parameters
     if bad < o.max_bad_steps and step > start:
         saves.append(save(step))
     steady = perf.steady(list(rows))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import checkpoint, offload, ops, parallel
 from common import memory as counting
 from common import train as loop
-from common.optimizer import SmallMoments
+from common.optimizer import PackedAdamW
 
 pytestmark = pytest.mark.L3
 
@@ -136,6 +136,10 @@ def test_twenty_steps_equal_transformers_and_torch_adamw(which, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- bf16 moments
+
+
+class SmallMoments(PackedAdamW):
+    moments = torch.bfloat16
 
 
 def test_second_moments_follow_a_gradient_that_shrinks():
@@ -352,13 +356,15 @@ def test_fake_tensors_count_as_real_ones():
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "recompute selective", "recompute full", "offloaded activations", "bf16 moments", "fsdp 2",
-     "tp 2, sequence parallel"],
+    ["plain", "recompute selective", "recompute full", "offloaded activations", "bf16 moments",
+     "offloaded optimizer", "fsdp 2", "tp 2, sequence parallel"],
 )  # fmt: skip
 def test_memory_estimate_is_within_an_eighth_of_the_measurement(name):
-    peak, _, estimate = run_ranks(1, measured, name, "tiny", 1024)[0]
+    peak, between, estimate = run_ranks(1, measured, name, "tiny", 1024)[0]
     assert 0.875 * peak <= estimate <= 1.05 * peak
     assert name == "plain" or peak < PLAIN
+    if name == "offloaded optimizer":  # weights and gradients stay
+        assert between == pytest.approx(8 * case.config.SIZES["tiny"].parameters, rel=3e-3)
 
 
 def test_memory_estimate_of_experts():

@@ -309,7 +309,6 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     share_trained = trained / config.parameters
-    moments = 4 if o.moments == "bf16" else 8
     weight_bytes = gradients = master = 0.0
     if o.quantize == "nf4":
         weight_bytes -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
@@ -317,8 +316,7 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
         weight_bytes += share * dtype / (shards if o.fsdp else 1)
         gradients += share_trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-        # fp32 weights need no master copy
-        master += share_trained * share * (moments if dtype == 4 else 4 + moments) / shards
+        master += share_trained * share * o.optimizer_bytes / shards
     tokens = length / o.cp * o.micro_batch
     D, E, sp = config.hidden_size, config.head_dim, o.tp if o.sp else 1
     attention = E * (config.num_attention_heads + config.num_key_value_heads) / o.tp

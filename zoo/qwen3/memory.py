@@ -28,6 +28,7 @@ FEATURES = {  # name -> (ranks, options)
     "recompute full": (1, {"recompute": "full"}),
     "offloaded activations": (1, {"offload_activations": True}),
     "bf16 moments": (1, {"moments": "bf16"}),
+    "offloaded optimizer": (1, {"offload_optimizer": True}),
     "fsdp 2": (2, {"fsdp": True}),
     "tp 2, sequence parallel": (2, {"tp": 2, "sp": True}),
 }

@@ -335,8 +335,7 @@ def memory_estimate(o, config: WanConfig, tokens: int, trained: int) -> float:
     weight_bytes = share * dtype / (shards if o.fsdp else 1)
     weight_bytes *= 2 if o.full else 1  # dpo --full keeps a frozen copy
     gradients = trained * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
-    moments = 4 if o.moments == "bf16" else 8
-    master = trained * (moments if dtype == 4 else 4 + moments) / shards  # fp32 weights need no master copy
+    master = trained * o.optimizer_bytes / shards
 
     tokens, rows = tokens / o.cp * o.micro_batch * dtype, config.context_rows * o.micro_batch * dtype  # in bytes
     D, Fd, tp, sp = config.dim, config.ffn_dim, o.tp, o.tp if o.sp else 1
