@@ -192,7 +192,17 @@ def test_the_checkpoint_just_written_stays_though_an_earlier_run_left_later_ones
 
 @pytest.mark.parametrize(
     "changed",
-    [{"ep": 2}, {"etp": 2}, {"stages": "1,3"}, {"micro_batch": 2}, {"compile": True}, {"moments": "bf16"}],
+    [
+        {"ep": 2},
+        {"etp": 2},
+        {"stages": "1,3"},
+        {"micro_batch": 2},
+        {"compile": True},
+        {"moments": "bf16"},
+        {"overlap_param_gather": True},
+        {"offload_optimizer": True},
+        {"master_remainders": True},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_runs_that_are_laid_out_otherwise_say_so_in_their_headers(changed, monkeypatch):
