@@ -144,6 +144,13 @@ class LayoutOptions(JobOptions):
         """Forward passes of one rank per optimizer step."""
         return self.global_batch // (self.micro_batch * self.dp)
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes per trained parameter that AdamW keeps on the device: two moments and, beside bf16 weights, fp32 ones."""
+        moments = 4 if self.moments == "bf16" else 8
+        masters = 0 if self.precision == "fp32" else 2 if self.master_remainders else 4
+        return 0 if self.offload_optimizer else moments + masters
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(LayoutOptions):
@@ -211,13 +218,6 @@ class TrainOptions(LayoutOptions):
     clip: float = option(
         "gradient norm clipped to this (0: never)", 1.0, group="optimizer", layout=True, within="[0, inf)"
     )
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Bytes per trained parameter that AdamW keeps on the device: two moments and, beside bf16 weights, fp32 ones."""
-        moments = 4 if self.moments == "bf16" else 8
-        masters = 0 if self.precision == "fp32" else 2 if self.master_remainders else 4
-        return 0 if self.offload_optimizer else moments + masters
 
 
 class _Parser(argparse.ArgumentParser):
