@@ -54,7 +54,7 @@ class JobOptions:
     dataclass extends this class, and its options replace the class attributes. A misspelt name still fails."""
 
     job = data = out = export = merge = adapter = global_batch = None
-    from_scratch = adapts = compile = offload_activations = False
+    from_scratch = adapts = compile = offload_activations = fused_comm = False
     overlap_param_gather = offload_optimizer = master_remainders = False
     moments, quantize = "fp32", "none"
 
@@ -171,6 +171,10 @@ class TrainOptions(LayoutOptions):
     overlap_param_gather: bool = option(
         "updated parameters are gathered while the next forward runs", False, group="layout", layout=True
     )
+    fused_comm: bool = option(
+        "tensor-parallel matmuls and their collectives in one kernel, which sends while it multiplies", False,
+        group="layout", layout=True,
+    )  # fmt: skip
 
     out: Path = option("run folder (default runs/<recipe>-<job>-<time>)", group="run")
     steps: int = option("optimizer steps", None, group="run", layout=True, within="[1, inf)")
@@ -420,6 +424,38 @@ def check_compile(o) -> None:
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if os.environ.get("ZOO_DEVICE") != "cuda" and not any(map(shutil.which, compilers)):
         raise ValueError("compile needs a C++ compiler on cpu, and there is no g++; fix: install one, or --no-compile")
+
+
+def check_fused_comm(o, widths: list[int]) -> None:
+    """Check that `--fused-comm` has kernels on this device that take this layout. widths: on one rank, how many products
+    each fused matmul sums, forward and backward.
+
+    Raises:
+        ValueError: says what the kernels of this device do not take.
+    """
+    where, fix = os.environ.get("ZOO_DEVICE", "cpu"), "or --no-fused-comm"
+    if where == "cpu":
+        raise ValueError("fused_comm on cpu; expected npu or cuda, which have such kernels; fix: --no-fused-comm")
+    if o.tp == 1 or _count("NPROC") % o.tp:
+        raise ValueError(
+            f"fused_comm with tp={o.tp} and {_count('NPROC')} devices on a node; expected tp > 1, its ranks on one node; "
+            f"fix: --tp {fix}"
+        )
+    if o.compile:
+        raise ValueError(f"fused_comm with compile; expected one of them; fix: --no-compile {fix}")
+    if where == "cuda" and not o.sp:
+        raise ValueError(f"fused_comm without sp on cuda; expected sp: torch fuses no all-reduce; fix: --sp {fix}")
+    if where == "npu" and (o.precision == "fp32" or o.tp not in ((2, 4, 8, 16) if o.sp else (2, 4, 8))):
+        raise ValueError(
+            f"fused_comm with precision={o.precision}, tp={o.tp} on npu; expected bf16 and a tp of 2, 4, 8 or, with sp, 16; "
+            f"fix: --precision, --tp {fix}"
+        )
+    refused = [width for width in widths if not 256 <= width < 65535]
+    if where == "npu" and o.sp and refused:
+        raise ValueError(
+            f"fused_comm: a matmul of size {o.size} at tp={o.tp} sums {refused[0]} products; expected 256 to 65534 on npu; "
+            f"fix: --tp {fix}"
+        )
 
 
 def shorten_warmup(o: TrainOptions, flags: set[str]) -> TrainOptions:

@@ -47,8 +47,17 @@ class LoraColumnLinear(parallel.ColumnLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs] -> [L, B, outputs/tp]."""
+        return super().forward(x) + self.update(x)
+
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[L(/tp), B, inputs] -> [L, B, inputs], [L, B, outputs/tp]: see `parallel.enter_with`."""
+        x, y = super().enter(x)
+        return x, y + self.update(x)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, B, inputs] -> s B A x of this rank's outputs [L, B, outputs/tp]."""
         lora_A = self.lora_A if self.config.sequence_parallel else parallel.shared_by_tp(self.lora_A, self.config)
-        return super().forward(x) + F.linear(_narrow(self, x, lora_A), self.lora_B)
+        return F.linear(_narrow(self, x, lora_A), self.lora_B)
 
 
 class LoraRowLinear(parallel.RowLinear):

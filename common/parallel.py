@@ -65,6 +65,8 @@ def initialize(o: LayoutOptions) -> None:
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             _SAMPLE_GROUP = group
+    if o.fused_comm:
+        ops.check_fused_communication(mpu.get_tensor_model_parallel_group())
 
 
 def shutdown() -> None:
@@ -83,7 +85,7 @@ def sample_group() -> dist.ProcessGroup:
 def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, experts: int = 0) -> TransformerConfig:
     """Builds the config of megatron-core's layers and schedules. experts: experts per layer, 0 for a dense model."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
@@ -110,15 +112,17 @@ def megatron_config(o: LayoutOptions, *, hidden: int, heads: int, layers: int, e
         recompute_method="uniform" if o.recompute == "full" else None,
         recompute_num_layers=1 if o.recompute == "full" else None,
     )
+    config.fused_comm = o.fused_comm  # ours: megatron-core does not read it
+    return config
 
 
 # ------------------------------------------------------------------------------------------ tensor parallel linears
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """y = x W^T + b with the outputs split over tp. The input comes through `enter_tensor_parallel`, once for all
-    linears that share it. So the layer itself does not communicate: it is a plain linear, with the bias in the same
-    kernel (megatron-core's own forward adds it apart)."""
+    """y = x W^T + b with the outputs split over tp. The input comes through `enter_with` or `enter_tensor_parallel`, once
+    for all linears that share it. So the layer itself does not communicate: it is a plain linear, with the bias in the
+    same kernel (megatron-core's own forward adds it apart)."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, bias: bool = True):
         super().__init__(inputs, outputs, config=config, init_method=None, disable_grad_reduce=True, bias=bias)
@@ -127,6 +131,11 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[L, B, inputs] -> [L, B, outputs/tp]."""
         return ops.linear(x, self.weight, self.bias)
+
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what `enter_with` says under --fused-comm: [L(/tp), B, inputs] -> [L, B, inputs], [L, B, outputs/tp]."""
+        group = mpu.get_tensor_model_parallel_group()
+        return ops.gather_linear(x, self.weight, self.bias, group, self.config.sequence_parallel)
 
 
 class RowLinear(RowParallelLinear):
@@ -142,7 +151,11 @@ class RowLinear(RowParallelLinear):
         """[L, B, inputs/tp] -> [L(/tp), B, outputs]."""
         if self.config.tensor_model_parallel_size == 1:
             return ops.linear(x, self.weight, self.bias)
-        x = leave_tensor_parallel(ops.linear(x, self.weight), self.config)
+        if self.config.fused_comm:
+            group = mpu.get_tensor_model_parallel_group()
+            x = ops.linear_reduce(x, self.weight, group, self.config.sequence_parallel)
+        else:
+            x = leave_tensor_parallel(ops.linear(x, self.weight), self.config)
         return x if self.bias is None else x + self.bias
 
 
@@ -159,6 +172,23 @@ def enter_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.T
         gather = functools.partial(gather_from_sequence_parallel_region, tensor_parallel_output_grad=True)
         return recomputed(gather, x) if GATHER_AGAIN else gather(x)
     return copy_to_tensor_model_parallel_region(x)
+
+
+def enter_with(
+    linear: torch.nn.Module, x: torch.Tensor, config: TransformerConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Enters the tensor-parallel region and applies the first of the linears that read x there: [L(/tp), B, D] ->
+    (x as of `enter_tensor_parallel`, linear(x) [L, B, outputs/tp]).
+
+    With --fused-comm the first linear's matmul hides the all-gather of x, and in the backward the matmul of its weight
+    gradient, or of dx if no other linear reads x, hides the reduce-scatter (without sp: the all-reduce). The gathered x
+    serves all linears: each rank receives (n-1)/n L B D elements once, as without the option. Three linears with a
+    fused gather each would receive that three times, to hide what the first matmul already hides.
+    """
+    if config.tensor_model_parallel_size > 1 and config.fused_comm:
+        return linear.enter(x)
+    x = enter_tensor_parallel(x, config)
+    return x, linear(x)
 
 
 def leave_tensor_parallel(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:

@@ -16,7 +16,7 @@ from common.cli import TrainOptions, to_toml
 
 # Options that say how the work is laid out. Runs that differ in one of them are not measured as one.
 LAYOUT = ("layout", "tp", "sp", "pp", "vpp", "stages", "cp", "ulysses", "ep", "etp", "fsdp", "dp", "micro_batch",
-          "global_batch", "recompute", "compile", "offload_activations", "moments",
+          "global_batch", "recompute", "compile", "offload_activations", "fused_comm", "moments",
           "overlap_param_gather", "offload_optimizer", "master_remainders")  # fmt: skip
 
 

@@ -425,6 +425,61 @@ def grouped_matmul_add_(input, x, weight, group_list, *, transpose_x=True, trans
     return input
 
 
+# ------------------------------------------------------------------------------------------------ fused communication
+
+GROUPS: dict[str, object] = {}  # a communicator's name -> its group
+# What the documentation allows. A proof of equations on a tiny fp32 model widens it.
+FUSED = {"dtypes": FLOATS[:2], "widths": range(256, 65535), "worlds": (2, 4, 8, 16)}
+
+
+def communicator(group) -> str:
+    """Replaces `ops._communicator`, because gloo gives its groups no name of hccl's."""
+    GROUPS[group.group_name] = group
+    return group.group_name
+
+
+def _check_fused(op, a, b, world, options, widths):
+    check(a.dtype == b.dtype and a.dtype in FUSED["dtypes"], f"{op} takes fp16 or bf16, not {a.dtype} and {b.dtype}")
+    check(a.is_contiguous() and a.numel() > 0, f"the first argument of {op} may be neither transposed nor empty")
+    check(b.dim() == 2 and a.shape[-1] == b.shape[0], f"{op}: {tuple(a.shape)} times {tuple(b.shape)}")
+    check(a.shape[-1] in widths, f"{op}: {a.shape[-1]} summed products; expected {widths}")
+    check(world in FUSED["worlds"], f"{op} runs on {FUSED['worlds']} ranks, not {world}")
+    given = {k: v for k, v in options.items() if torch.is_tensor(v) or v}
+    check(not given, f"{op}: {', '.join(given)} is not stood in for")
+
+
+def mm_all_reduce_base(x1, x2, hcom, *, reduce_op="sum", **options):
+    group = GROUPS[hcom]
+    _check_fused("npu_mm_all_reduce_base", x1, x2, group.size(), options, range(1, UNBOUNDED))
+    check(reduce_op == "sum" and x1.dim() in (2, 3), f"reduce_op {reduce_op!r}, x1 {tuple(x1.shape)}")
+    total = x1.float() @ x2.float()
+    group.allreduce([total]).wait()
+    return total.to(x1.dtype)
+
+
+def mm_reduce_scatter_base(input, x2, hcom, world_size, *, reduce_op="sum", **options):
+    group = GROUPS[hcom]
+    _check_fused("npu_mm_reduce_scatter_base", input, x2, world_size, options, FUSED["widths"])
+    check(world_size == group.size() and reduce_op == "sum", f"world_size {world_size}, reduce_op {reduce_op!r}")
+    check(input.dim() == 2 and len(input) % world_size == 0, f"input {tuple(input.shape)} on {world_size} ranks")
+    total = input.float() @ x2.float()
+    group.allreduce([total]).wait()
+    return total.chunk(world_size)[group.rank()].to(input.dtype)
+
+
+def all_gather_base_mm(input, x2, hcom, world_size, *, gather_index=0, gather_output=True, **options):
+    group = GROUPS[hcom]
+    _check_fused("npu_all_gather_base_mm", input, x2, world_size, options, FUSED["widths"])
+    check(world_size == group.size() and input.dim() == 2, f"world_size {world_size}, input {tuple(input.shape)}")
+    check(gather_index == 0, "gather_index 1 is not supported")
+    gathered = torch.zeros(world_size, *input.shape)
+    gathered[group.rank()] = input.float()
+    group.allreduce([gathered]).wait()
+    gathered = gathered.flatten(0, 1)
+    product = (gathered @ x2.float()).to(input.dtype)
+    return product, gathered.to(input.dtype) if gather_output else input.new_empty(0)
+
+
 # ------------------------------------------------------------------------------------------------- loss and optimizer
 
 
@@ -490,6 +545,9 @@ KERNELS = {
     "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
     "npu_grouped_matmul": grouped_matmul,
     "npu_grouped_matmul_add_": grouped_matmul_add_,
+    "npu_mm_all_reduce_base": mm_all_reduce_base,
+    "npu_mm_reduce_scatter_base": mm_reduce_scatter_base,
+    "npu_all_gather_base_mm": all_gather_base_mm,
     "npu_cross_entropy_loss": cross_entropy_loss,
     "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
     "npu_apply_adam_w.out": apply_adam_w,

@@ -15,6 +15,7 @@ import npu_contract
 import pytest
 import torch
 from fake_ascend import ROOT
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.utils._pytree import tree_leaves, tree_map
 
 from common import ops_check
@@ -68,6 +69,8 @@ def attention_grad(layout: str) -> tuple:
 CAUSAL = {"atten_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1), "sparse_mode": 3}
 BLOCKS = (real(1, 4, 130, 128), real(1, 2, 260, 128), real(1, 2, 260, 128))
 BLOCK_MASK = torch.ones(1, 4, 2, 3, dtype=torch.int8)
+TWO = "a group of two"  # the name of a communicator that sends nothing: only shapes are looked at
+npu_contract.GROUPS[TWO] = FakeProcessGroup._create_internal(0, 2)
 LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
 # case -> (op, positional arguments, keyword arguments); almost all dimensions of a case are different
 CASES = {
@@ -124,6 +127,9 @@ CASES = {
         ([real(24, 5)], [real(5, 16)]),
         {"group_list": whole(2, 2, 5), "split_item": 3, "group_type": 2, "group_list_type": 0},
     ),
+    "npu_mm_all_reduce_base": ("npu_mm_all_reduce_base", (real(2, 5, 24), real(24, 16), TWO), {}),
+    "npu_mm_reduce_scatter_base": ("npu_mm_reduce_scatter_base", (real(6, 256), real(256, 16), TWO, 2), {}),
+    "npu_all_gather_base_mm": ("npu_all_gather_base_mm", (real(5, 256), real(256, 16), TWO, 2), {}),
     "npu_cross_entropy_loss": ("npu_cross_entropy_loss", (real(3, 24), whole(0, 7, 23)), {"reduction": "none"}),
     "npu_cross_entropy_loss mean": ("npu_cross_entropy_loss", (real(3, 24), whole(0, 7, 23)), {}),
     "npu_cross_entropy_loss_backward": (

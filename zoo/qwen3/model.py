@@ -92,8 +92,8 @@ class Qwen3Attention(nn.Module):
         """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, only
         for generation."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
-        x = parallel.enter_tensor_parallel(x, self.mc)  # [T, 1, D]
-        q = self.q_proj(x).unflatten(2, (-1, E))  # [T, 1, H, E]
+        x, q = parallel.enter_with(self.q_proj, x, self.mc)  # [T, 1, D], [T, 1, H*E]
+        q = q.unflatten(2, (-1, E))  # [T, 1, H, E]
         k = self.k_proj(x).unflatten(2, (-1, E))  # [T, 1, K, E]
         v = self.v_proj(x).unflatten(2, (-1, E))
         q = recomputed(ops.norm_rotary_half, q, parallel.shared_by_tp(self.q_norm.weight, self.mc), *rope, eps)
@@ -116,9 +116,8 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T(/tp), 1, D] -> [T(/tp), 1, D]."""
-        x = parallel.enter_tensor_parallel(x, self.mc)
-        inner = recomputed(ops.swiglu, self.gate_proj(x), self.up_proj(x))  # [T, 1, F]
-        return self.down_proj(inner)
+        x, gate = parallel.enter_with(self.gate_proj, x, self.mc)  # [T, 1, D], [T, 1, F]
+        return self.down_proj(recomputed(ops.swiglu, gate, self.up_proj(x)))
 
 
 @dataclass(frozen=True)

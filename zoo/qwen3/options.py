@@ -253,6 +253,12 @@ def _complete_layout(o, config: Qwen3Config, tokens: int | None = None):
     for flag, count, noun in (("tp", config.vocab_size, "tokens of the vocabulary"), columns):
         if count % getattr(o, flag):
             raise ValueError(f"{flag}={getattr(o, flag)} does not divide {count} {noun} (size {o.size}); fix: --{flag}")
+    if o.fused_comm:
+        rows = [
+            config.num_attention_heads * config.head_dim,
+            *([] if config.num_experts else [config.intermediate_size]),
+        ]
+        cli.check_fused_comm(o, [config.hidden_size, *(width // o.tp for width in rows)])
     return o
 
 

@@ -56,8 +56,8 @@ class WanSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """x [L(/tp), B, D], rope [L, 1, 1, E/2, 2] -> [L(/tp), B, D]."""
         E = self.config.head_dim
-        x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = recomputed(self.norm_and_rotate, self.q(x), self.norm_q, rope)  # [L, B, N, E]
+        x, q = parallel.enter_with(self.q, x, self.mc)  # [L, B, D], [L, B, D/tp]
+        q = recomputed(self.norm_and_rotate, q, self.norm_q, rope)  # [L, B, N, E]
         k = recomputed(self.norm_and_rotate, self.k(x), self.norm_k, rope)
         v = self.v(x).unflatten(2, (-1, E))
         x = self.attend(q, k, v)  # [L, B, N, E]
@@ -86,8 +86,8 @@ class WanCrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         """x [L(/tp), B, D], text [T, B, D], image [I, B, D] (both in the tensor-parallel region) -> [L(/tp), B, D]."""
         E = self.config.head_dim
-        x = parallel.enter_tensor_parallel(x, self.mc)  # [L, B, D]
-        q = recomputed(self.norm_q, self.q(x)).unflatten(2, (-1, E))  # [L, B, N, E]
+        _, q = parallel.enter_with(self.q, x, self.mc)  # [L, B, D/tp]
+        q = recomputed(self.norm_q, q).unflatten(2, (-1, E))  # [L, B, N, E]
         k = recomputed(self.norm_k, self.k(text)).unflatten(2, (-1, E))  # [T, B, N, E]
         v = self.v(text).unflatten(2, (-1, E))
         y = ops.attention(q, k, v)  # [L, B, N, E]
@@ -148,8 +148,9 @@ class WanBlock(nn.Module):
         y = recomputed(ops.layer_norm, x, self.norm3.weight, self.norm3.bias, eps)
         x = x + self.cross_attn(y, text, image)
 
-        y = parallel.enter_tensor_parallel(recomputed(ops.layer_norm_modulate, x, scale2, shift2, eps), self.mc)
-        y = self.ffn["2"](recomputed(ops.gelu_tanh, self.ffn["0"](y)))  # [L, B, F/tp] in between
+        y = recomputed(ops.layer_norm_modulate, x, scale2, shift2, eps)
+        _, y = parallel.enter_with(self.ffn["0"], y, self.mc)  # [L, B, F/tp]
+        y = self.ffn["2"](recomputed(ops.gelu_tanh, y))
         return ops.gate_residual(x, y, gate2)
 
 

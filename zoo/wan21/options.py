@@ -332,6 +332,8 @@ def _complete_layout(o, config: WanConfig, bucket: Bucket, flag: str):
         raise ValueError(
             f"{flag} {bucket} of {TASKS[config.task]}; expected at least 5 frames, the first is given; fix: --{flag}"
         )
+    if o.fused_comm:
+        cli.check_fused_comm(o, [config.dim, config.dim // o.tp, config.ffn_dim // o.tp])
     return o
 
 
