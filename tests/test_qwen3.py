@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common import release, weights
+from common.language import decode
 from common.language import generate as generation
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
@@ -280,7 +281,7 @@ def test_draws_follow_temperature_top_p_and_top_k():
     generator = torch.Generator().manual_seed(0)
 
     def shares(**values):
-        drawn = generation.choose(logits.expand(20000, 4), infer_options(**values), [generator] * 20000)
+        drawn = decode.choose(logits.expand(20000, 4), infer_options(**values), [generator] * 20000)
         return torch.bincount(drawn, minlength=4) / 20000
 
     p = logits.exp()[0]

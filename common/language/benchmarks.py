@@ -35,10 +35,10 @@ def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) 
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).to(device.current())
         options = InferOptions(prompt="", max_new_tokens=ANSWER, batch=batch)
-        lists, length = prompts.tolist(), {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
+        lists, decoders, length = prompts.tolist(), [], {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
 
-        def run_ours(lists=lists, options=options):
-            return generate_answers(model, lists, options, set())
+        def run_ours(lists=lists, options=options, decoders=decoders):
+            return generate_answers(model, lists, options, set(), decoders=decoders)
 
         @torch.no_grad()
         def run_peer(prompts=prompts, length=length):

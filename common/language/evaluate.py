@@ -45,9 +45,11 @@ NEUTRAL = {"num_beams": (1,), "repetition_penalty": (1, None), "num_return_seque
 # ------------------------------------------------------------------------------------------------- what every rank does
 
 
-def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: EvaluateOptions) -> list:
+def answer(
+    job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: EvaluateOptions, decoders: list | None = None
+) -> list:
     """Returns the results of a job, in its order; each data-parallel rank computes a share. job: (None, requests of
-    `score`) or (generation settings, prompts)."""
+    `score`) or (generation settings, prompts). decoders: of `generate`."""
     settings, requests = job
     mine = requests[mpu.get_data_parallel_rank() :: o.dp]
     if settings is None:
@@ -55,7 +57,7 @@ def answer(job: tuple[dict | None, list], model, tokenizer, ends: set[int], o: E
     else:
         options = dataclasses.replace(InferOptions(), batch=o.batch, seed=o.seed, **settings["draw"])
         stop = make_stop(tokenizer, settings["until"], o.thinking)
-        results = generate(model, mine, options, ends, stop=stop)
+        results = generate(model, mine, options, ends, stop=stop, decoders=decoders)
     if o.dp == 1:
         return results
     parts, merged = [None] * o.dp, [None] * len(requests)

@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 
 from common import checkpoint, ops
+from common.language import decode
 from common.language.chat import render
 from common.language.options import InferOptions
 from common.records import BadRow
@@ -34,49 +33,6 @@ from common.records import BadRow
 NOT_FINITE = (
     "the model's logits are not finite: damaged weights, or too large for this precision; fix: --weights or --precision"
 )
-
-
-class Cache:
-    """The keys and values of every layer so far, [S, B, K, E], for B sequences of the same length."""
-
-    def __init__(self, batch: int, length: int):
-        self.batch, self.length, self.kept, self.used = batch, length, {}, 0
-
-    def attend(self, layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k and v, and returns the attention of the n newest tokens to all tokens, [B*n, 1, H, E].
-        q [B*n, 1, H, E], k and v [B*n, 1, K, E] hold the sequences end to end."""
-        q, k, v = (t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(0, 1) for t in (q, k, v))  # [n, B, H, E]
-        if layer not in self.kept:
-            self.kept[layer] = tuple(t.new_empty(self.length, *t.shape[1:]) for t in (k, v))
-        (keys, values), end = self.kept[layer], self.used + len(k)
-        keys[self.used : end], values[self.used : end] = k, v
-        out = ops.attention(q, keys[:end], values[:end], causal=len(q) > 1)  # [n, B, H, E]; a single query sees all
-        return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
-
-
-def choose(logits: torch.Tensor, o: InferOptions, generators: list[torch.Generator | None]) -> torch.Tensor:
-    """Returns the next token [B] for logits fp32 [B, V], or -1 where logits are not finite.
-
-    At temperature 0 it is the likeliest token. Otherwise each row draws with its own generator, from the top_k
-    likeliest of the tokens that make up top_p of the probability. A row without a generator gets the likeliest; its
-    caller ignores it.
-    """
-    likeliest = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
-    if o.temperature == 0:
-        return likeliest
-    probabilities, tokens = (logits / o.temperature).softmax(-1).sort(-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= o.top_p, 0)
-    if o.top_k:
-        probabilities[:, o.top_k :] = 0
-    chosen = []
-    for i, generator in enumerate(generators):
-        if generator is None:
-            chosen.append(likeliest[i : i + 1])
-        else:
-            usable = probabilities[i].nan_to_num(nan=1.0)  # a row with NaN becomes -1 below
-            chosen.append(tokens[i, torch.multinomial(usable, 1, generator=generator)])
-    return torch.where(likeliest < 0, -1, torch.cat(chosen))
 
 
 def batch_prompts(lengths: list[int], o: InferOptions) -> Iterator[list[int]]:
@@ -100,6 +56,7 @@ def generate(
     ends: set[int],
     show: Callable[[int], None] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
+    decoders: list[decode.Decoder] | None = None,
 ) -> list[list[int]]:
     """Generates the answer to each prompt, as token ids. An answer ends before an end token, after o.max_new_tokens, or
     when stop(answer so far) is true.
@@ -107,6 +64,8 @@ def generate(
     show: called with each token of a single prompt as it comes. Greedy generation equals transformers'
     `generate(do_sample=False)`. The draws for a prompt depend on o.seed, its tokens and the number of equal prompts
     before it, not on the batch.
+
+    decoders: keeps CUDA graphs and their cache from one call to the next. A list, empty at first.
 
     Raises:
         ValueError: the model's logits are not finite.
@@ -117,35 +76,25 @@ def generate(
     for prompt in map(tuple, prompts):
         seeds.append(checkpoint.stable_seed(o.seed, seen[prompt], *prompt))
         seen[prompt] += 1
-    for rows in batch_prompts([len(p) for p in prompts], o):
-        shortest, longest = len(prompts[rows[0]]), len(prompts[rows[-1]])
-        cache = Cache(len(rows), longest + o.max_new_tokens)
+    batches, obstacle = list(batch_prompts([len(p) for p in prompts], o)), decode.graph_obstacle(model)
+    decode.announce(obstacle)
+    decoders = [] if decoders is None else decoders
+    for rows in batches:
+        batch = [prompts[i] for i in rows]
         generators = [torch.Generator(device).manual_seed(seeds[i]) for i in rows]
-        tokens = torch.tensor([prompts[i][:shortest] for i in rows], device=device)  # [B, n]
-        rest = [prompts[i][shortest:] + [-1] * (longest - len(prompts[i])) for i in rows]
-        rest = torch.tensor(rest, dtype=torch.int64, device=device)  # [B, longest - shortest], -1 after a prompt
+        if obstacle:
+            steps = decode.decode_eagerly(model, batch, o, generators)
+        else:
+            longest = max(len(prompts[other[-1]]) for other in batches if len(other) == len(rows))
+            steps = decode.fitting(decoders, model, len(rows), longest + o.max_new_tokens).decode(batch, o, generators)
         done = [False] * len(rows)
-        for step in range(longest - shortest + o.max_new_tokens):
-            n = tokens.shape[1]
-            positions = torch.arange(cache.used, cache.used + n, device=device).repeat(len(rows))
-            hidden = run_stages(model, tokens.flatten(), positions, cache)
-            cache.used += n
-            chosen = tokens.new_empty(len(rows))
-            if model.last:
-                logits = gather_logits(hidden.view(len(rows), n, -1)[:, -1], model)
-                # A row draws nothing while its prompt is read, so the draws of its answer are the same in any batch.
-                reads = [step < len(prompts[i]) - shortest for i in rows]
-                chosen = choose(logits, o, [None if r else g for r, g in zip(reads, generators, strict=True)])
-            if not (model.first and model.last):
-                last = mpu.get_pipeline_model_parallel_last_rank()
-                dist.broadcast(chosen, last, group=mpu.get_pipeline_model_parallel_group())
-            if step < longest - shortest:
-                chosen = torch.where((rest[:, step] < 0) | (chosen < 0), chosen, rest[:, step])
-            for place, token in enumerate(chosen.tolist()):  # waits for the device
+        looks_behind = decode.LOOKS_BEHIND and o.temperature == 0  # a draw waits for the device anyway
+        for length, tokens in enumerate(decode.read_tokens(steps, looks_behind), len(batch[0])):
+            for place, token in enumerate(tokens):
                 if token < 0:
                     raise ValueError(NOT_FINITE)
                 answer = answers[rows[place]]
-                if done[place] or step < len(prompts[rows[place]]) - shortest:
+                if done[place] or length < len(batch[place]):
                     continue
                 done[place] = token in ends
                 if not done[place]:
@@ -155,23 +104,7 @@ def generate(
                     done[place] = len(answer) == o.max_new_tokens or (stop is not None and stop(answer))
             if all(done):
                 break
-            tokens = chosen.unsqueeze(1)
     return answers
-
-
-def run_stages(model, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Runs this pipeline stage on the states of the previous one. Returns its states [T, 1, D], normalised if it is the
-    last; the others send them to the next stage."""
-    group = mpu.get_pipeline_model_parallel_group()
-    if not model.first:
-        states = torch.empty(len(tokens), 1, model.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
-        dist.recv(states, mpu.get_pipeline_model_parallel_prev_rank(), group=group)
-        model.set_input_tensor(states)
-    out = model(tokens, positions, [], cache=cache)
-    if model.last:
-        return out[0]
-    dist.send(out.contiguous(), mpu.get_pipeline_model_parallel_next_rank(), group=group)
-    return out
 
 
 @torch.no_grad()
@@ -198,7 +131,7 @@ def score(model, requests: list[tuple[list[int], list[list[int]]]], row_tokens: 
         log_probs, likeliest = [], []
         step = max(1, ops.CHUNK // model.vocab_size)
         for part in (slice(i, i + step) for i in range(0, len(places), step)):
-            logits, target = gather_logits(hidden[part], model), targets[part]  # [n, V], [n]
+            logits, target = decode.gather_logits(hidden[part], model), targets[part]  # [n, V], [n]
             log_probs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
             likeliest.append(logits.argmax(1) == target)
         sizes = [len(ending) for _, ending in endings]
@@ -223,17 +156,6 @@ def fill_rows(most: int, lengths: list[int]) -> Iterator[list[int]]:
         used += length
     if row:
         yield row
-
-
-def gather_logits(hidden: torch.Tensor, model) -> torch.Tensor:
-    """Returns logits fp32 [B, V] of states [B, D], with the vocabulary gathered over tensor parallel ranks."""
-    local = (hidden @ model.output_weight.t()).float()
-    tp = model.config.tensor_model_parallel_size
-    if tp == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(tp)]
-    dist.all_gather(parts, local, group=mpu.get_tensor_model_parallel_group())
-    return torch.cat(parts, -1)
 
 
 def render_questions(tokenizer, questions: list[tuple], thinking: bool) -> list[str]:

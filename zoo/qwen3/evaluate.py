@@ -26,12 +26,12 @@ def identity(o: EvaluateOptions) -> dict:
 def main(o: EvaluateOptions) -> None:
     config = model_config(o)
     model, tokenizer = load_model(o, config), AutoTokenizer.from_pretrained(o.tokenizer)
-    ends = end_tokens(tokenizer)
+    ends, decoders = end_tokens(tokenizer), []
     if dist.get_rank() == 0:
         run_identity = identity(o)
 
         def ask(job: tuple) -> list:
-            return answer(broadcast(job), model, tokenizer, ends, o)
+            return answer(broadcast(job), model, tokenizer, ends, o, decoders)
 
         lm = HarnessModel(o, config.positions, tokenizer, Answers(o.out / "answers.jsonl", run_identity), ask)
         results = run(o, lm)
@@ -39,5 +39,5 @@ def main(o: EvaluateOptions) -> None:
         report(o, results, run_identity)
     else:
         while (job := broadcast(None)) is not None:
-            answer(job, model, tokenizer, ends, o)
+            answer(job, model, tokenizer, ends, o, decoders)
     dist.barrier()
