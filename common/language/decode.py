@@ -103,8 +103,8 @@ def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch
 
 
 def reach_of(length: int, most: int) -> int:
-    """Returns how many places a step attends to whose sequences have this length: at most a quarter more, so that few
-    graphs serve many lengths. most: the cache's length."""
+    """Returns how many places a step attends to whose sequences have this length: at most a quarter more, or less than
+    SHORTEST more, so that few graphs serve many lengths. most: the cache's length."""
     step = max(SHORTEST, 2 ** (length.bit_length() - 3))
     return min(-(-length // step) * step, most)
 
