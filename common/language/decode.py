@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import cli, device, lora, ops
 from common.language.options import InferOptions
@@ -31,6 +32,7 @@ from common.language.options import InferOptions
 # Not yet chosen by a clock on a GPU.
 GRAPHS = True  # whether decode steps are captured on cuda
 FUSED = True  # attention of a captured step: torch's fused kernel with a mask, or two matmuls and a softmax
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN makes a plan per shape
 SHORTEST = 256  # the smallest reach
 LOOKS_BEHIND = device.KIND == "cuda"  # whether greedy steps are launched before the tokens of the last one are read
 
@@ -97,7 +99,8 @@ class StaticCache:
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns softmax(q k^T / sqrt(E) + mask) v: q [B, K, L, E], k and v [B, K, S, E], mask [S] in q's dtype."""
     if FUSED:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(*q.shape[:3], -1))
+        with sdpa_kernel(KERNELS):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(*q.shape[:3], -1))
     scores = (q @ k.mT).float() * q.shape[3] ** -0.5 + mask
     return scores.softmax(-1).to(v.dtype) @ v
 
