@@ -7,14 +7,14 @@ one after the other, without micro-batches: they are for models that fit no othe
 A model here is this pipeline stage's only chunk. It has the attributes
 
     first, last                 whether it is the first and the last stage
-    config                      megatron-core's: tensor_model_parallel_size, params_dtype
+    config                      megatron-core's: the parallel sizes, params_dtype, num_moe_experts
     hidden_size, vocab_size     D and V of the whole model
     output_weight               [V/tp, D], on the last stage
     set_input_tensor(states)    keeps the states that the previous stage sent
 
 and is called as model(tokens [T], positions [T], cu_seqlens, cache=None) with sequences end to end. The last stage
 returns a tuple that begins with the states after the last norm [T, 1, D]; the other stages return the states for the
-next one. With a cache, the attention layers call `cache.attend(self, q, k, v)`, and cu_seqlens is not read.
+next one. With a cache (decode.py), the attention layers call `cache.attend(self, q, k, v)`, and cu_seqlens is not read.
 """
 
 import json

@@ -89,7 +89,7 @@ class Qwen3Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], bounds: ops.Bounds | None, cache=None
     ) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: `generate.Cache`, only
+        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: a cache of `decode`, only
         for generation."""
         E, eps = self.config.head_dim, self.config.rms_norm_eps
         x, q = parallel.enter_with(self.q_proj, x, self.mc)  # [T, 1, D], [T, 1, H*E]
