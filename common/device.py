@@ -69,6 +69,12 @@ def memory_gib() -> float:
     return getattr(torch, KIND).max_memory_allocated() / 2**30
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out: the device's, or on cpu what torch's allocator asked for."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
+
+
 class _Stream:
     """Stands in for a CUDA stream or event. On cpu everything runs in order, so its methods do nothing."""
 

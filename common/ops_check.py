@@ -1,55 +1,72 @@
-"""Self-test and speed table of `common.ops` on the device it runs on: `python -m common.ops`.
+"""The cases of `common.ops` and their self-test. `python -m common.ops` runs it, with the speed table of ops_speed.py.
 
 A case is an op, inputs that exercise it (unequal dimensions, ragged blocks) and the same computation in plain torch.
 The self-test runs both forward and backward, the plain one in fp64. The tests run the same cases over the npu contract
 and in Triton's interpreter.
 """
 
-import sys
-import time
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from common import device, ops
+from common import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest entry; bf16 keeps 8 bits
 HALF = (torch.bfloat16,)
 SMALL = dict(L=37, S=41, B=2, H=4, K=2, E=16, D=48, F=40, N=29, G=5, TOP=3, V=101, BLOCK=16)
-MEDIUM = dict(L=1024, S=1024, B=1, H=8, K=4, E=64, D=512, F=1024, N=1024, G=8, TOP=2, V=8192, BLOCK=128)
-LARGE = dict(L=8192, S=8192, B=1, H=16, K=8, E=128, D=2048, F=6144, N=8192, G=64, TOP=8, V=151936, BLOCK=128)
 
 
 class Draw:
-    """Draws the random inputs of a case. Floats have the dtype under test; `wide` draws those that are always fp32."""
+    """Draws the random inputs of a case. Floats have the dtype under test; `wide` draws those that are always fp32.
 
-    def __init__(self, sizes: dict[str, int], dtype: torch.dtype, where: torch.device):
+    They are drawn on the host, the same on every device, or if `drawn_on` is given, on that device: at full size the
+    host would take longer than the measurement.
+    """
+
+    def __init__(
+        self, sizes: dict[str, int], dtype: torch.dtype, where: torch.device, drawn_on: torch.device | None = None
+    ):
         self.__dict__.update(sizes)
-        self.dtype, self.where, self.generator = dtype, where, torch.Generator().manual_seed(0)
+        self.dtype, self.where = dtype, where
+        self.generator = torch.Generator(drawn_on or torch.device("cpu")).manual_seed(0)
+        self.source = {"generator": self.generator, "device": self.generator.device}
 
     def floats(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=self.generator) / (shape[-1] ** 0.25)
+        drawn = torch.randn(shape, **self.source) / (shape[-1] ** 0.25)
         return drawn.to(self.where, dtype or self.dtype).requires_grad_()
+
+    def weight(self, *shape: int) -> torch.Tensor:
+        """Draws a weight with the fp32 buffer that megatron-core's DDP would give it, see `ops.linear`."""
+        weight = self.floats(*shape)
+        weight.main_grad = torch.zeros(shape, device=self.where)
+        weight.grad_added_to_main_grad = False
+        return weight
 
     def wide(self, *shape: int) -> torch.Tensor:
         return self.floats(*shape, dtype=torch.float32)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.where)
+        return torch.randint(high, shape, **self.source).to(self.where)
 
     def angles(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = 6 * torch.rand(shape, generator=self.generator)
+        angles = 6 * torch.rand(shape, **self.source)
         return angles.cos().to(self.where), angles.sin().to(self.where)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its inputs and its reference.
+    """An op, its inputs, its reference and its work.
 
     make(draw): returns the arguments by name. backends: device -> what the op runs on. dtypes: those that every device
-    takes. fixed: sizes that a device's constraints dictate. comparable: whether `plain` fits in memory at full size.
+    takes. fixed: sizes that a device's constraints dictate. compiles: whether the speed table has a time of `plain` under
+    torch.compile.
+
+    The work of forward and backward together is either of the following, and without both it is not stated.
+    traffic: bytes that memory must read or write, in bytes of the first input; vectors and angles are not counted.
+    flops(inputs): FLOPs of the matmuls; what is computed twice to save memory counts once.
     """
 
     make: Callable[[Draw], dict]
@@ -58,7 +75,9 @@ class Case:
     backends: dict[str, str]
     dtypes: tuple = (torch.float32, torch.bfloat16)
     fixed: dict = field(default_factory=dict)
-    comparable: bool = True
+    compiles: bool = True
+    traffic: float | None = None
+    flops: Callable[[dict], int] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- plain references
@@ -100,8 +119,9 @@ def plain_rotary_half(x, cos, sin):
 def plain_experts(tokens, experts, probs, weight):
     """Sums each token's expert outputs, weighted by probs: what permute, grouped matmul and unpermute do together."""
     out = tokens.new_zeros(len(tokens), weight.shape[2])
-    for k in range(experts.shape[1]):
-        out = out + probs[:, k, None] * torch.einsum("nd,ndf->nf", tokens, weight[experts[:, k]])
+    for g, matrix in enumerate(weight):
+        n, k = (experts == g).nonzero(as_tuple=True)
+        out = out.index_add(0, n, probs[n, k, None] * (tokens[n] @ matrix))
     return out
 
 
@@ -109,6 +129,11 @@ def experts(tokens, experts, probs, weight):
     rows, position = ops.token_permute(tokens, experts)
     counts = F.one_hot(experts.flatten(), len(weight)).sum(0)
     return ops.token_unpermute(ops.grouped_matmul(rows, weight, counts.cumsum(0)), position, probs)
+
+
+def plain_grouped_matmul(x, weight, ends):
+    bounds = itertools.pairwise([0, *ends.tolist()])
+    return torch.cat([x[start:end] @ matrix for (start, end), matrix in zip(bounds, weight, strict=True)])
 
 
 def plain_linear_cross_entropy(hidden, weight, labels, token_weight):
@@ -162,9 +187,71 @@ def unweighted(d: Draw) -> dict:
     return {name: t for name, t in labelled(d).items() if name != "token_weight"}
 
 
+def weighted_matmul(d: Draw) -> dict:
+    return dict(x=d.floats(d.N, d.D), weight=d.weight(d.F, d.D))
+
+
+def weighted_groups(d: Draw) -> dict:
+    """Groups of equal size but for the last, which is empty, and the one before it."""
+    ends = torch.arange(1, d.G + 1, device=d.where).mul_(d.N * d.TOP // d.G)
+    ends[-2:] = d.N * d.TOP
+    return dict(x=d.floats(d.N * d.TOP, d.D), weight=d.weight(d.G, d.D, d.F), ends=ends)
+
+
+def accumulating(op: Callable, switch: bool) -> Callable:
+    """Returns the op with its weight gradients added to main_grad inside the matmul, or if not `switch`, after it."""
+
+    def run(**inputs):
+        before = ops.ACCUMULATE, ops.ACCUMULATE_EXPERTS
+        ops.ACCUMULATE = ops.ACCUMULATE_EXPERTS = switch
+        try:
+            return op(**inputs)
+        finally:
+            ops.ACCUMULATE, ops.ACCUMULATE_EXPERTS = before
+
+    return run
+
+
+def visible_pairs(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=None, block=0) -> int:
+    """Counts the pairs of query and key, in all heads, that attention multiplies."""
+    L, S = len(q), len(k)
+    if blocks is not None:
+        rows, columns = (torch.full((-(-n // block),), block).to(q.device) for n in (L, S))
+        rows[-1] -= -L % block
+        columns[-1] -= -S % block
+        return int((blocks * rows[:, None] * columns).sum())
+    left, right = window or (-1, -1)
+    pairs, bounds = 0, cu_seqlens or [0, L]
+    for start, end in itertools.pairwise(bounds):
+        length, keys = end - start, S if cu_seqlens is None else end - start
+        last = torch.arange(length) + keys - length  # the key at the place of each query
+        first = (last - left).clamp(min=0) if left >= 0 else torch.zeros_like(last)
+        end_key = last if causal else last + right if right >= 0 else torch.full_like(last, keys - 1)
+        pairs += int((end_key.clamp(max=keys - 1) - first + 1).clamp(min=0).sum())
+    return pairs * q.shape[1] * q.shape[2]
+
+
+def attention_flops(inputs: dict) -> int:
+    """Two matmuls forward and five backward, as FlashAttention's authors count (arXiv:2307.08691)."""
+    return 7 * 2 * inputs["q"].shape[3] * visible_pairs(**inputs)
+
+
+def matmul_flops(x: str, weight: str, outputs: int) -> Callable[[dict], int]:
+    """Counts one matmul forward and two backward, of the input x and a weight whose dimension `outputs` is that of y."""
+    return lambda inputs: 3 * 2 * inputs[x].numel() * inputs[weight].shape[outputs]
+
+
+def expert_flops(inputs: dict) -> int:
+    return inputs["experts"].shape[1] * matmul_flops("tokens", "weight", 2)(inputs)
+
+
+# Compiled or not, plain attention writes all scores, so a time of each of these cases under torch.compile says nothing.
+ATTENTION = {"compiles": False, "flops": attention_flops}
+
+
 def attention_case(make: Callable, cuda: str) -> Case:
     backends = {"npu": "npu_fusion_attention", "cuda": cuda, "cpu": "torch SDPA"}
-    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends)
+    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends, **ATTENTION)
 
 
 def on(npu: str, cuda: str, cpu: str = "plain torch") -> dict[str, str]:
@@ -182,40 +269,42 @@ CASES = {
     "attention, causal window": attention_case(lambda d: qkv(d, window=(d.L // 4, -1), causal=True), VARLEN),
     "attention, packed": Case(
         packed, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention,
-        on("npu_fusion_attention", VARLEN, SDPA), fixed={"B": 1},
+        on("npu_fusion_attention", VARLEN, SDPA), fixed={"B": 1}, **ATTENTION,
     ),
     "attention, block-sparse": Case(
         block_sparse, lambda q, k, v, blocks, block: ops.block_sparse_attention(q, k, v, blocks, block), plain_attention,
         on("npu_block_sparse_attention", "kernels/block_sparse_attention.py", SDPA), HALF,
-        {"E": 128, "BLOCK": 128, "L": 400},
+        {"E": 128, "BLOCK": 128, "L": 400}, **ATTENTION,
     ),
     "rms_norm": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.D), weight=d.floats(d.D), eps=1e-6), ops.rms_norm, plain_rms_norm,
-        on("npu_rms_norm", "torch rms_norm"),
+        on("npu_rms_norm", "torch rms_norm"), traffic=5,  # x, y; x, dy, dx
     ),
     "add_rms_norm": Case(
         lambda d: dict(x=d.floats(d.L, d.D), residual=d.floats(d.L, d.D), weight=d.floats(d.D), eps=1e-6),
         ops.add_rms_norm, lambda x, residual, weight, eps: (plain_rms_norm(x + residual, weight, eps), x + residual),
-        on("npu_add_rms_norm", "kernels/rms_norm.py"),
+        on("npu_add_rms_norm", "kernels/rms_norm.py"), traffic=8,  # x, residual, both outputs; sum, both dy, dx
     ),
     "layer_norm": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.D), weight=d.floats(d.D), bias=d.floats(d.D), eps=1e-6), ops.layer_norm,
         lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-        on("torch layer_norm", "torch layer_norm", "torch layer_norm"),
+        on("torch layer_norm", "torch layer_norm", "torch layer_norm"), traffic=5,
     ),
     "layer_norm_modulate": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.D), scale=d.wide(d.B, d.D), shift=d.wide(d.B, d.D), eps=1e-6),
         ops.layer_norm_modulate,
         lambda x, scale, shift, eps: F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift,
-        on("torch layer_norm", "kernels/modulate.py", "torch layer_norm"),
+        on("torch layer_norm", "kernels/modulate.py", "torch layer_norm"), traffic=5,
     ),
     "gate_residual": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.D), y=d.floats(d.L, d.B, d.D), gate=d.wide(d.B, d.D)), ops.gate_residual,
         lambda x, y, gate: x + y * gate, on("torch addcmul", "kernels/modulate.py", "torch addcmul"),
+        traffic=6,  # x, y, out; dout (which is dx), y, dy
     ),
     "swiglu": Case(
         lambda d: dict(x=d.floats(d.L, d.B, 2 * d.F)), ops.swiglu,
         lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], on("npu_swiglu", "kernels/swiglu.py"),
+        traffic=4,  # x, half of x out; x, half of x in, dx
     ),
     "swiglu, two inputs": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F), up=d.floats(d.L, d.B, d.F)), ops.swiglu,
@@ -224,15 +313,15 @@ CASES = {
     "gelu_tanh": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F)), ops.gelu_tanh,
         lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
-        on("torch gelu", "torch gelu", "torch gelu"),
+        on("torch gelu", "torch gelu", "torch gelu"), traffic=5,
     ),
     "rotary_interleaved": Case(
         interleaved, lambda x, rope: ops.rotary_interleaved(x, rope), plain_rotary_interleaved,
-        on("npu_rotary_mul", "kernels/rotary.py"),
+        on("npu_rotary_mul", "kernels/rotary.py"), traffic=4,
     ),
     "rotary_half": Case(
         halves, lambda x, cos, sin: ops.rotary_half(x, cos, sin), plain_rotary_half,
-        on("npu_rotary_mul", "kernels/rotary.py"),
+        on("npu_rotary_mul", "kernels/rotary.py"), traffic=4,
     ),
     "norm_rotary_half": Case(
         normed_halves, lambda x, weight, cos, sin, eps: ops.norm_rotary_half(x, weight, cos, sin, eps),
@@ -247,15 +336,33 @@ CASES = {
         experts, plain_experts,
         on("npu_moe_token_permute, npu_grouped_matmul, npu_moe_token_unpermute",
            "kernels/moe_permute.py, torch grouped_mm (fp32: kernels/grouped_matmul.py)"),
-        comparable=False,
+        compiles=False, flops=expert_flops,
     ),
+    **{
+        f"grouped_matmul, gradient added {where}": Case(
+            weighted_groups, accumulating(ops.grouped_matmul, where == "inside"), plain_grouped_matmul,
+            on("npu_grouped_matmul" + ", npu_grouped_matmul_add_" * (where == "inside"),
+               "kernels/grouped_matmul.py" if where == "inside" else "torch grouped_mm (fp32: kernels/grouped_matmul.py)"),
+            compiles=False, flops=matmul_flops("x", "weight", 2),
+        )
+        for where in ("apart", "inside")
+    },
+    **{
+        f"linear, gradient added {where}": Case(
+            weighted_matmul, accumulating(ops.linear, where == "inside"), lambda x, weight: F.linear(x, weight),
+            on("torch linear" + ", npu_grouped_matmul_add_" * (where == "inside"),
+               "torch linear" + ", addmm into fp32" * (where == "inside"), "torch linear"),
+            compiles=False, flops=matmul_flops("x", "weight", 0),
+        )
+        for where in ("apart", "inside")
+    },
     "linear_cross_entropy": Case(
         labelled, ops.linear_cross_entropy, plain_linear_cross_entropy,
-        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"),
+        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
     ),
     "linear_log_probs": Case(
         unweighted, ops.linear_log_probs, plain_linear_log_probs,
-        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"),
+        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
     ),
 }  # fmt: skip
 
@@ -273,10 +380,18 @@ def outputs_and_gradients(function: Callable, inputs: dict) -> tuple[list, dict[
 
 
 def gradients(outputs: list, directions: list, inputs: dict) -> dict[str, torch.Tensor]:
+    """Returns the gradients by input name. That of a weight with a main_grad is there, as megatron-core's DDP adds it."""
     leaves = {n: t for n, t in inputs.items() if torch.is_tensor(t) and t.requires_grad}
     pairs = [pair for pair in zip(outputs, directions, strict=True) if pair[0].requires_grad]
     roots, directions = zip(*pairs, strict=True)
-    return dict(zip(leaves, torch.autograd.grad(roots, list(leaves.values()), directions), strict=True))
+    grads = dict(zip(leaves, torch.autograd.grad(roots, list(leaves.values()), directions), strict=True))
+    for name, leaf in leaves.items():
+        if hasattr(leaf, "main_grad"):
+            if not leaf.grad_added_to_main_grad:
+                leaf.main_grad.add_(grads[name])
+            leaf.grad_added_to_main_grad = False
+            grads[name] = leaf.main_grad
+    return grads
 
 
 def errors(case: Case, dtype: torch.dtype, where: torch.device, sizes: dict[str, int] = SMALL) -> dict[str, float]:
@@ -300,42 +415,15 @@ def exactly(t: torch.Tensor) -> torch.Tensor:
     return t.detach().cpu().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t.cpu()
 
 
-def milliseconds(function: Callable, inputs: dict, repeats: int) -> float:
-    """Returns the median time of forward and backward, without the first 3 runs."""
-    times, directions = [], None
-    for _ in range(repeats + 3):
-        device.synchronize()
-        start = time.perf_counter()
-        outputs = function(**inputs)
-        outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
-        directions = directions or [torch.ones_like(out) for out in outputs]
-        gradients(outputs, directions, inputs)
-        device.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[3:])[repeats // 2] * 1e3
-
-
-def main() -> None:
-    where, sizes = device.current(), MEDIUM if device.KIND == "cpu" else LARGE
-    speed_dtype = torch.float32 if device.KIND == "cpu" else torch.bfloat16
-    print(f"{device.name()}, torch {torch.__version__}, backend {ops.BACKEND}")
-    print(f"error: largest, of the largest entry, forward and gradients, against fp64. speed: {speed_dtype}, {sizes}\n")
-    print(f"{'op':<36} {'runs on':<44} {'error fp32':>10} {'error bf16':>10} {'ms':>9} {'plain ms':>9}")
-    failed = []
-    for name, case in CASES.items():
-        cells = []
-        for dtype in (torch.float32, torch.bfloat16):
-            if dtype not in case.dtypes and ops.BACKEND != "cpu":
-                cells.append("-")
-                continue
-            worst = max(errors(case, dtype, where).values())
-            cells.append(f"{worst:.1e}")
-            if not worst <= TOLERANCE[dtype]:
-                failed.append(f"{name} {dtype}: {worst:.1e}, tolerance {TOLERANCE[dtype]}")
-        inputs = case.make(Draw(sizes | case.fixed | {"L": sizes["L"]}, speed_dtype, where))
-        cells.append(f"{milliseconds(case.op, inputs, 5):.2f}")
-        cells.append(f"{milliseconds(case.plain, inputs, 5):.2f}" if case.comparable else "-")
-        print(f"{name:<36} {case.backends[ops.BACKEND]:<44} {cells[0]:>10} {cells[1]:>10} {cells[2]:>9} {cells[3]:>9}")
-    print("\nms: forward and backward; plain: the same in plain torch, not fused")
-    if failed:
-        sys.exit("\nfailed: " + "; ".join(failed))
+def self_test(case: Case, where: torch.device) -> tuple[list[str], list[str]]:
+    """Returns the largest error in fp32 and in bf16 as text ("-": not a dtype of this device), and what failed."""
+    cells, failed = [], []
+    for dtype, tolerance in TOLERANCE.items():
+        if dtype not in case.dtypes and ops.BACKEND != "cpu":
+            cells.append("-")
+            continue
+        worst = max(errors(case, dtype, where).values())
+        cells.append(f"{worst:.1e}")
+        if not worst <= tolerance:
+            failed.append(f"{dtype}: {worst:.1e}, tolerance {tolerance}")
+    return cells, failed

@@ -1,3 +1,3 @@
-from common import ops_check
+from common import ops_speed
 
-ops_check.main()
+ops_speed.main()
