@@ -5,7 +5,8 @@ A recipe's perf.py chooses the benchmarks and provides the model, the micro-batc
 seconds, memory and ratios, and refuses rows that must not be recorded.
 
 Each contender of a step runs in its own process, so that its memory is measured alone. Such a process imports this
-module before anything else.
+module before anything else. On a CPU the contenders take turns, because its speed changes over time. On one accelerator
+they run one after another, because two published sizes do not fit in its memory at once.
 """
 
 import dataclasses
@@ -14,13 +15,15 @@ import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +38,8 @@ from common import checkpoint, jsonl, parallel, perf, release, runlog, train
 CLIP = 1.0
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3}  # relative; bf16: the peer keeps fp32 weights, we round them
 OURS, COMPILED = "this zoo", "torch.compile"
+# What a benchmark's timed steps may take in all. They are at least FEWEST each, and at most --repeats.
+SECONDS, FEWEST = 60.0 if device.KIND == "cpu" else 30.0, 3
 
 
 def rounded(values: dict) -> dict:
@@ -49,6 +54,25 @@ def timed(step: Callable) -> tuple[float, Any]:
     result = step()
     device.synchronize()
     return time.perf_counter() - start, result
+
+
+def warmup(seconds: list[float], budget: float = SECONDS) -> int:
+    """Return how many first steps do not count: perf.WARMUP, or one fewer where a step takes over a tenth of the budget.
+    The first step, which builds and compiles, decides nothing."""
+    return perf.WARMUP - (len(seconds) > 1 and seconds[1] > budget / 10)
+
+
+def goes_on(seconds: list[float], repeats: int, budget: float = SECONDS) -> bool:
+    """Tell whether another step is to be timed, after steps that took these seconds."""
+    timed = seconds[warmup(seconds, budget) :]
+    return len(timed) < min(FEWEST, repeats) or (len(timed) < repeats and sum(timed) < budget)
+
+
+def agreed(seconds: float) -> float:
+    """Return rank 0's seconds on all ranks, so that all of them count the same steps."""
+    shared = torch.tensor(seconds, device=device.current())
+    dist.broadcast(shared, 0)
+    return shared.item()
 
 
 def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
@@ -70,10 +94,16 @@ def facts(o: train.TrainOptions, *, model: str, size: str, shape: str) -> dict:
     }
 
 
-def report(rows: list[dict], out: Path, record: Path, append: bool) -> None:
-    """Print every row and, below a row of our step, the published rows of the same workload. Add the rows that are not
-    refused to `out`/rows.jsonl, which `python -m common.perf --add` takes on another machine. With append, also add
-    them to the record (a recipe's perf.jsonl)."""
+def report(rows: Iterable[dict], out: Path, record: Path, append: bool) -> None:
+    """Print every row as it comes and, below a row of our step, the published rows of the same workload. Add the rows
+    that are not refused to `out`/rows.jsonl at once, so that a run that is cut off loses none; `python -m common.perf
+    --add` takes them on another machine. With append, also add them to the record (a recipe's perf.jsonl). All ranks
+    call it, because making the rows is collective; only rank 0 reports them."""
+    if dist.is_initialized() and dist.get_rank():
+        for _ in rows:
+            pass
+        return
+    out.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if "refused" in row:
             print(f"{row['task']:<34} refused, not recorded: {row['system']}: {row['refused']}", flush=True)
@@ -81,13 +111,11 @@ def report(rows: list[dict], out: Path, record: Path, append: bool) -> None:
         print(f"{row['task']:<34} {row['value']:>10.4g} {row['unit']:<28} {row['system']} {row['raw']}", flush=True)
         if row["task"] == "pretrain step" and row["system"].startswith(OURS):
             print("\n".join("  " + line for line in perf.compare(row, record)), flush=True)
-    measured = [row for row in rows if "refused" not in row]
-    out.mkdir(parents=True, exist_ok=True)
-    jsonl.append(out / "rows.jsonl", [{"recipe": record.parent.name} | row for row in measured])
+        jsonl.append(out / "rows.jsonl", [{"recipe": record.parent.name} | row])
+        if append:
+            perf.append(record, row)
     print(f"rows        {out / 'rows.jsonl'}")
     if append:
-        for row in measured:
-            perf.append(record, row)
         print(f"recorded in {record}; render the tables with: python -m common.perf")
 
 
@@ -116,10 +144,11 @@ def own_step(
     """Return our training step, a function of its micro-batches. It does what `train.train` does between preparing them
     and logging, and returns this rank's losses, still on the device.
 
-    draw: fills one parameter, as `checkpoint.initialize` calls it. block, forward_step, sequence_length: as
-    `parallel.wrap` and `train.forward` take them.
+    draw: fills one parameter, as `checkpoint.initialize` calls it; the peer's are drawn on the same device, as a host
+    would take minutes for a published size. block, forward_step, sequence_length: as `parallel.wrap` and `train.forward`
+    take them.
     """
-    checkpoint.initialize(chunks, o.seed, draw)
+    checkpoint.initialize(chunks, o.seed, draw, drawn_on=device.current())
     wrapped = parallel.wrap(chunks, o, block)
     optimizer = train.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -166,9 +195,8 @@ def peer_step(
 
 def own_step_alone(o: train.TrainOptions, config, ours: Callable, batches_of: Callable) -> Callable[[], torch.Tensor]:
     """Build our step in a process that is not a rank of this job. It takes no arguments, like a peer's step."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(device.BACKEND, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        parallel.initialize(o)
+    dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    parallel.initialize(o)
     step, batches = ours(o, config), batches_of(o, config)
     return lambda: torch.stack([r["loss"] for r in step(batches)]).sum() / o.micro_batches
 
@@ -181,13 +209,14 @@ def serve(pipe, build: Callable, compiled: bool) -> None:
             if step is None:
                 step = build()
             seconds, loss = timed(step)
-        except torch.OutOfMemoryError as error:
-            pipe.send(f"does not fit: {error}".splitlines()[0])
-            return
         except Exception as error:  # torch.compile fails at its first call, with errors that depend on the machine
-            if not compiled:
-                raise
-            pipe.send(f"torch.compile does not work here: {type(error).__name__}: {error}".splitlines()[0])
+            what = f"{COMPILED} does not work here" if compiled else "fails"
+            reason = f"{what}: {type(error).__name__}: {error}"
+            if device.is_out_of_memory(error):
+                reason = f"does not fit: {error}"
+            elif not compiled:
+                traceback.print_exc()
+            pipe.send(reason.splitlines()[0])
             return
         pipe.send((seconds, float(loss)))
     pipe.send(device.memory_gib() - before)
@@ -200,28 +229,60 @@ class Contender:
         """build: returns the step; it is called in the other process, so it must be a module's function or a partial of
         one. mine: the step is ours, not a peer's."""
         self.name, self.mine, self.compiled = name + f" + {COMPILED}" * compiled, mine, compiled
-        self.seconds, self.losses, self.memory, self.failure = [], [], None, None
+        self.seconds, self.losses, self.memory, self.failure, self.warmup = [], [], None, None, perf.WARMUP
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=serve, args=(other_end, build, compiled), daemon=True)
         self.process.start()
         other_end.close()  # then `recv` fails here, and does not wait, when the process dies
 
+    def ask(self, request: bool):
+        """Return the process's answer. None: it has ended without one, and `failure` says how."""
+        try:
+            self.pipe.send(request)
+            return self.pipe.recv()
+        except (EOFError, OSError):  # OSError: a broken pipe
+            self.process.join()
+            code = self.process.exitcode
+            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            self.failure = f"its process {ended}" + "; memory may have run out" * (code == -signal.SIGKILL)
+
     def step(self) -> None:
         if self.failure is None:
-            self.pipe.send(True)
-            answer = self.pipe.recv()
+            answer = self.ask(True)
             if isinstance(answer, str):
                 self.failure = answer
-            else:
+            elif answer is not None:
                 self.seconds.append(answer[0])
                 self.losses.append(answer[1])
 
+    def run(self, repeats: int, budget: float) -> None:
+        """Run all steps, then end the process."""
+        while self.failure is None and goes_on(self.seconds, repeats, budget):
+            self.step()
+        self.warmup = warmup(self.seconds, budget)
+        self.finish()
+
     def finish(self) -> None:
         if self.failure is None:
-            self.pipe.send(False)
-            self.memory = self.pipe.recv()
+            self.memory = self.ask(False)
         self.process.join()
+
+
+@dataclass
+class Own:
+    """Our step in the ranks of this job, with the attributes of a contender that the rows need."""
+
+    seconds: list[float]
+    losses: list[float]
+    memory: float | None = None
+    failure: str | None = None
+    warmup: int = perf.WARMUP
+
+
+def takes_turns(o: train.TrainOptions) -> bool:
+    """Tell whether the contenders of a step run by turns. Else they run one after another, ours first."""
+    return device.KIND == "cpu" or o.world > 1
 
 
 def step(
@@ -233,40 +294,67 @@ def step(
     batches_of: Callable,
     peer: Callable,
     compiled: bool,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Measure a training step of this model, of the peer's model and, with `compiled`, of both under torch.compile.
-    Return the rows. All steps run in turn on the same device. With several ranks, ours runs under torch.compile only if
-    the whole job has --compile.
+    Yield the rows as soon as nothing can refuse them. All steps run on the same device. With several ranks, ours runs
+    under torch.compile only if the whole job has --compile.
 
     ours(o, config): our step, from `own_step`. batches_of(o, config): this rank's micro-batches of a step.
     peer(o, config, compiled): the peer's step, from `peer_step`. Another process imports all three by their names.
     """
-    before = device.memory_gib()
-    own, batches = ours(o, config), batches_of(o, config)
     is_main, contenders = dist.get_rank() == 0, []
-    if is_main and compiled and o.world == 1 and not o.compile:
-        build = functools.partial(own_step_alone, dataclasses.replace(o, compile=True), config, ours, batches_of)
-        contenders.append(Contender(OURS, build, mine=True, compiled=True))
-    for peer_compiled in (False, True)[: 1 + compiled] if is_main else ():
-        build = functools.partial(peer, o, config, peer_compiled)
-        contenders.append(Contender(f"{workload.library} {version(workload.library)}", build, compiled=peer_compiled))
-    seconds, losses = [], []
-    for _ in range(perf.WARMUP + o.repeats):
+
+    def add_ours(compiled: bool) -> Contender:
+        alone = dataclasses.replace(o, compile=compiled or o.compile)
+        return Contender(OURS, functools.partial(own_step_alone, alone, config, ours, batches_of), mine=True,
+                         compiled=compiled)  # fmt: skip
+
+    if is_main:
+        name = f"{workload.library} {version(workload.library)}"
+        build = functools.partial(peer, o, config)
+        contenders.append(Contender(name, functools.partial(build, False)))
+        if compiled and o.world == 1 and not o.compile:
+            contenders.append(add_ours(compiled=True))
+        if compiled:
+            contenders.append(Contender(name, functools.partial(build, True), compiled=True))
+    if takes_turns(o):
+        own = run_turns(o, lambda: (ours(o, config), batches_of(o, config)), contenders)
+        yield from step_rows(o, workload, own, contenders) if is_main else ()
+        return
+    own, done = add_ours(compiled=False), 0
+    budget = SECONDS / (1 + len(contenders))
+    own.run(o.repeats, budget)
+    for i, contender in enumerate(contenders):
+        contender.run(o.repeats, budget)
+        rows = step_rows(o, workload, own, contenders[: i + 1])
+        yield from rows[done:]
+        done = len(rows)
+
+
+def run_turns(o: train.TrainOptions, build: Callable[[], tuple], contenders: list[Contender]) -> Own:
+    """Run our step, which `build` returns with its micro-batches, on all ranks, and those of the contenders, of which
+    only rank 0 has any, by turns."""
+    before, result, turns = device.memory_gib(), Own([], []), []
+    own, batches = build()
+    while goes_on(turns, o.repeats):
         dist.barrier()
+        start = time.perf_counter()
         elapsed, results = timed(functools.partial(own, batches))
-        seconds.append(elapsed)
-        losses.append(train.global_loss(o, results, False)[0])
+        result.seconds.append(elapsed)
+        result.losses.append(train.global_loss(o, results, False)[0])
         for contender in contenders:
             contender.step()
         dist.barrier()  # our ranks wait while the contenders compute
-    memory = device.memory_gib() - before
+        turns.append(agreed(time.perf_counter() - start))
+    result.memory, result.warmup = device.memory_gib() - before, warmup(turns)
     for contender in contenders:
+        contender.warmup = result.warmup
         contender.finish()
-    return step_rows(o, workload, seconds, losses, memory, contenders) if is_main else []
+    return result
 
 
 def step_rows(
-    o: train.TrainOptions, workload: Workload, seconds: list, losses: list, memory: float, contenders: list[Contender]
+    o: train.TrainOptions, workload: Workload, own: Own | Contender, contenders: list[Contender]
 ) -> list[dict]:
     """Return the rows of one `step`. A row that must not be recorded has the reason under `refused`. A plain peer is
     compared with our plain step and a compiled one with our compiled step; if ours ran in one way only, with that."""
@@ -274,16 +362,22 @@ def step_rows(
     versions = {"torch": torch.__version__, workload.library: version(workload.library)}
     peak = perf.peak_tflops(device.name(), o.precision)
 
-    def measured(seconds: list, memory: float, samples: float, devices: int, raw: dict) -> dict:
-        stats = perf.spread(seconds[perf.WARMUP :])
+    def measured(ran: Own | Contender, samples: float, devices: int, raw: dict) -> dict:
+        stats = perf.spread(ran.seconds[ran.warmup :])
         tflops = 3 * workload.flops * samples / stats["median"] / devices / 1e12
-        raw = {"step s": rounded(stats), "TFLOP/s/device": float(f"{tflops:.4g}"), "memory GiB": round(memory, 3)} | raw
+        raw = {"memory GiB": round(ran.memory, 3)} | raw
+        raw = {"step s": rounded(stats), "TFLOP/s/device": float(f"{tflops:.4g}")} | raw
         value = round(samples * workload.units / stats["median"], workload.digits)
         mfu = round(tflops / peak, 4) if peak else None
         return {"task": task, "unit": unit, "value": value, "mfu": mfu, "raw": raw | versions}
 
-    own_row = measured(seconds, memory, o.global_batch, o.world, {"first loss": losses[0]})
-    rows, own_runs = [own_row], {o.compile: (seconds, memory, o.world)}  # own_runs: by whether it was compiled
+    if own.failure:
+        own_row, own_runs = {"task": task, "unit": unit, "refused": own.failure}, {}
+    else:
+        own_row = measured(own, o.global_batch, o.world, {"first loss": own.losses[0]})
+        own_runs = {o.compile: (own, o.world)}  # by whether it was compiled
+    rows = [own_row]
+    first_loss = next((ran.losses[0] for ran in (own, *contenders) if not ran.failure), None)
     for contender in contenders:
         labels = {"task": task, "unit": unit, "system": contender.name}
         labels |= {} if contender.mine else {"devices": 1, "layout": None}
@@ -292,28 +386,36 @@ def step_rows(
         if contender.failure:
             rows.append(labels | {"refused": contender.failure})
             continue
-        gap = abs(contender.losses[0] - losses[0]) / abs(losses[0])
+        gap = abs(contender.losses[0] - first_loss) / abs(first_loss)
         if not gap <= LOSS_BOUND[o.precision]:
             reason = (
-                f"its first loss is {contender.losses[0]:.8g}, ours {losses[0]:.8g}: {gap:.1e} apart, expected at most "
-                f"{LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the same step"
+                f"its first loss is {contender.losses[0]:.8g}, {'the first' if own.failure else 'ours'} {first_loss:.8g}: "
+                f"{gap:.1e} apart, expected at most {LOSS_BOUND[o.precision]:.0e} in {o.precision}; these are not the "
+                "same step"
             )
             rows += [labels | {"refused": reason}, ratio | {"system": OURS, "refused": reason}]
-            if not contender.compiled:
+            if not contender.compiled and not own.failure:
                 own_row["refused"] = reason.replace("its first loss", f"the first loss of {contender.name}")
             continue
         raw = {"first step s": float(f"{contender.seconds[0]:.4g}"), "loss apart": float(f"{gap:.1e}")}
-        rows.append(measured(contender.seconds, contender.memory, o.global_batch / o.dp, 1, raw) | labels)
+        rows.append(measured(contender, o.global_batch / o.dp, 1, raw) | labels)
         if contender.mine:
-            own_runs[True] = (contender.seconds, contender.memory, 1)
-            continue
-        compiled = contender.compiled if contender.compiled in own_runs else o.compile
-        ours_seconds, ours_memory, devices = own_runs[compiled]
-        pairs = zip(contender.seconds[perf.WARMUP :], ours_seconds[perf.WARMUP :], strict=True)
-        value = round(statistics.median(peer_s / own_s for peer_s, own_s in pairs) * o.dp / devices, 3)  # of each turn
-        raw = {"memory ratio": round(ours_memory / contender.memory, 3)}
-        rows.append(ratio | {"system": OURS + f" + {COMPILED}" * compiled, "value": value, "raw": raw})
+            own_runs[True] = (contender, 1)
+        elif own_runs:
+            compiled = contender.compiled if contender.compiled in own_runs else next(iter(own_runs))
+            mine, devices = own_runs[compiled]
+            value = round(_times_faster(mine, contender, takes_turns(o)) * o.dp / devices, 3)
+            raw = {"memory ratio": round(mine.memory / contender.memory, 3)}
+            rows.append(ratio | {"system": OURS + f" + {COMPILED}" * compiled, "value": value, "raw": raw})
     return rows
+
+
+def _times_faster(mine: Own | Contender, theirs: Contender, by_turns: bool) -> float:
+    """Return the median of the turns' ratios, or if the two did not run by turns, the ratio of the medians."""
+    seconds, peer_seconds = (ran.seconds[ran.warmup :] for ran in (mine, theirs))
+    if by_turns:
+        return statistics.median(b / a for a, b in zip(seconds, peer_seconds, strict=True))
+    return statistics.median(peer_seconds) / statistics.median(seconds)
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -412,12 +514,15 @@ def copy_files(files: list[Path], target: Path) -> None:
 
 
 def race(works: dict[str, Callable[[], None]], files: list[Path], made: Path | None = None) -> tuple[dict, dict]:
-    """Run each of the works (name -> function) five times, in turn, on the files, which are read from disk each time.
-    Return two dicts by name: GB of the files per second, and bytes of memory beyond what the process held before. The
-    folder `made` is removed after each run."""
+    """Run each of the works (name -> function) in turn on the files, which are read from disk each time: five times, or
+    on a slow disk as often as the time budget allows. Return two dicts by name: GB of the files per second, and bytes of
+    memory beyond what the process held before. The folder `made` is removed after each run."""
     total = sum(file.stat().st_size for file in files)
     rates, extras = ({name: [] for name in works} for _ in range(2))
-    for _ in range(5):  # in turn, because a disk's rate changes over time
+    start_all = time.perf_counter()
+    for turn in range(5):  # in turn, because a disk's rate changes over time
+        if turn >= FEWEST and time.perf_counter() - start_all > SECONDS:
+            break
         for name, work in works.items():
             forget(files)
             before, start = PeakMemory.now(), time.perf_counter()

@@ -432,20 +432,28 @@ def load_released(chunks, entries: dict[str, weights.Entry], rename) -> None:
             parameter.copy_(reader.read(entry, *next(iter(cuts(parameter)), (None, 0, 1))))
 
 
-def initialize(chunks, seed: int, draw, chosen: Callable[[str], bool] = bool) -> None:
+def initialize(
+    chunks, seed: int, draw, chosen: Callable[[str], bool] = bool, drawn_on: torch.device | None = None
+) -> None:
     """Fill parameters from scratch, with the same values in every layout. Each parameter (with a `chosen` name) is
-    drawn whole from a generator seeded by (seed, name), then sliced. draw(name, whole tensor, generator) fills one."""
+    drawn whole, see `drawn`, then sliced. On the host, the default, the values are also the same on every device."""
     with torch.no_grad():
         for name, parameter in ((n, p) for n, p in parameters(chunks) if chosen(n)):
             shape, splits = list(parameter.shape), cuts(parameter)
             for dim, _, parts in splits:
                 shape[dim] *= parts
-            generator = torch.Generator().manual_seed(stable_seed(seed, name))
-            whole = torch.empty(shape)
-            draw(name, whole, generator)
+            whole = drawn(name, shape, seed, draw, drawn_on)
             for dim, part, parts in splits:
                 whole = whole.chunk(parts, dim)[part]
             parameter.copy_(whole)
+
+
+def drawn(name: str, shape: Iterable[int], seed: int, draw, drawn_on: torch.device | None = None) -> torch.Tensor:
+    """Return the initial values of a whole parameter, fp32 [*shape] on the device `drawn_on` or on the host.
+    draw(name, whole tensor, generator) fills them, with a generator of that device, seeded by (seed, name)."""
+    whole = torch.empty(tuple(shape), device=drawn_on or torch.device("cpu"))
+    draw(name, whole, torch.Generator(whole.device).manual_seed(stable_seed(seed, name)))
+    return whole
 
 
 def stable_seed(*parts) -> int:

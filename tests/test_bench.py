@@ -2,11 +2,15 @@
 rates of file reading."""
 
 import functools
+import multiprocessing
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import wan_case
 
 from common import bench, perf
 
@@ -63,13 +67,21 @@ def test_contender_without_room_says_so_and_the_others_go_on():
     assert at_second_step.failure == "does not fit: 9 GiB" and at_second_step.losses == [2.0]
 
 
-def test_compiler_that_fails_is_said_in_words_and_an_error_of_the_plain_peer_is_none():
+def test_failure_of_the_compiler_and_of_the_plain_peer_are_said_apart():
     failing = functools.partial(fails_at_its_second_step, RuntimeError("no C++ compiler\nand more"))
     result = asked(failing, compiled=True)
     assert result.name == "name + torch.compile"
     assert result.failure == "torch.compile does not work here: RuntimeError: no C++ compiler"
-    with pytest.raises(EOFError):
-        asked(failing)
+    assert asked(failing).failure == "fails: RuntimeError: no C++ compiler"
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_contender_whose_process_is_killed_says_so_and_the_others_go_on():
+    result = asked(killed)
+    assert result.failure == "its process was killed by SIGKILL; memory may have run out" and result.memory is None
 
 
 # ------------------------------------------------------------------------------------------------------- rows of a step
@@ -81,13 +93,14 @@ FACTS |= {"hardware": "a CPU", "commit": "0123456789ab"}
 def contender(compiled=False, losses=(2.0,), failure=None, mine=False, seconds=(0.4,)) -> SimpleNamespace:
     name = (bench.OURS if mine else f"{LIBRARY} 0") + f" + {bench.COMPILED}" * compiled
     return SimpleNamespace(name=name, mine=mine, compiled=compiled, seconds=[9.0, 9.0, 9.0, *seconds],
-                           losses=list(losses), memory=1.0, failure=failure)  # fmt: skip
+                           losses=list(losses), memory=1.0, failure=failure, warmup=3)  # fmt: skip
 
 
-def rows_of(*contenders, seconds=(0.2,), **options) -> list[dict]:
+def rows_of(*contenders, seconds=(0.2,), own_failure=None, **options) -> list[dict]:
     o = SimpleNamespace(**{"precision": "fp32", "compile": False, "global_batch": 4, "world": 1, "dp": 1} | options)
     workload = bench.Workload(library=LIBRARY, unit="SPS", units=1, digits=3, flops=10**9)
-    return bench.step_rows(o, workload, [9.0, 9.0, 9.0, *seconds], [2.0], 0.5, list(contenders))
+    own = bench.Own([9.0, 9.0, 9.0, *seconds], [2.0], 0.5, own_failure)
+    return bench.step_rows(o, workload, own, list(contenders))
 
 
 def test_step_rows_are_ours_every_peer_and_the_ratios():
@@ -128,6 +141,70 @@ def test_contender_with_another_loss_is_refused_and_so_are_we_beside_it():
 
 def test_loss_that_is_not_a_number_is_refused():
     assert all("refused" in row for row in rows_of(contender(losses=[float("nan")])))
+
+
+def test_peers_are_measured_where_our_step_does_not_fit():
+    mine = contender(mine=True, compiled=True, seconds=(0.1,))
+    rows = rows_of(contender(), mine, contender(compiled=True), own_failure="does not fit: 9 GiB")
+    assert rows[0] == {"task": "pretrain step", "unit": "SPS", "refused": "does not fit: 9 GiB"}
+    assert [r["value"] for r in rows[1:]] == [10.0, 40.0, 10.0, 4.0]  # no ratio for the plain peer
+    apart = rows_of(contender(), contender(compiled=True, losses=[3.0]), own_failure="does not fit: 9 GiB")
+    assert apart[0]["refused"] == "does not fit: 9 GiB" and "refused" not in apart[1] and "refused" in apart[2]
+
+
+@pytest.mark.parametrize(("step", "repeats", "steps"), [(0.1, 20, 23), (2.0, 20, 7), (9.0, 20, 5), (9.0, 2, 4)])
+def test_steps_are_at_least_three_at_most_the_repeats_and_else_fit_the_budget(step, repeats, steps):
+    """2 s and 9 s are over a tenth of a budget of 10 s: two steps of warm-up, not three."""
+    seconds = []
+    while bench.goes_on(seconds, repeats, budget=10.0):
+        seconds.append(step if seconds else 99.0)
+    assert len(seconds) == steps and bench.warmup(seconds, 10.0) == (3 if step == 0.1 else 2)
+
+
+def toy_ours(o, config):
+    if config == "large":
+        without_room()
+    return lambda batches: [{"loss": torch.tensor(2.0)} for _ in batches]
+
+
+def toy_batches(o, config):
+    return [{}] * o.micro_batches
+
+
+def toy_peer(o, config, compiled):
+    return killed() if compiled else step_of(2.0)
+
+
+@pytest.mark.parametrize("config", ["small", "large"])
+def test_contenders_that_run_one_after_another_give_their_rows_as_they_come(config, monkeypatch):
+    """The last one is killed, and at another size ours has no room."""
+    o = wan_case.options()
+    object.__setattr__(o, "repeats", 1)
+    monkeypatch.setattr(bench, "takes_turns", lambda o: False)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    workload = bench.Workload(library=LIBRARY, unit="SPS", units=1, digits=3, flops=10**9)
+    rows = bench.step(o, config, workload, ours=toy_ours, batches_of=toy_batches, peer=toy_peer, compiled=True)
+    mine, peer = next(rows), next(rows)
+    assert len(multiprocessing.active_children()) == 2  # the compiled ones have not run yet
+    assert ("refused" in mine) == (config == "large") and peer["value"] > 0
+    rest = list(rows)
+    if config == "large":
+        assert [r["refused"][:12] for r in (mine, *rest)] == ["does not fit", "does not fit", "its process "]
+    else:
+        ratio, compiled, last = rest
+        assert ratio["value"] > 0 and compiled["system"] == f"{bench.OURS} + {bench.COMPILED}" and compiled["value"] > 0
+        assert last["refused"] == "its process was killed by SIGKILL; memory may have run out"
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    def cut_off():
+        yield FACTS | rows_of()[0]
+        raise KeyboardInterrupt
+
+    (tmp_path / "perf.jsonl").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        bench.report(cut_off(), tmp_path, tmp_path / "perf.jsonl", append=True)
+    assert len(perf.read(tmp_path / "rows.jsonl")) == len(perf.read(tmp_path / "perf.jsonl")) == 1
 
 
 def test_refused_rows_are_printed_and_not_recorded(tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,14 +24,13 @@ PROMPT, ANSWER = 128, 64  # tokens
 TEXT = 30_000_000  # characters to tokenize
 
 
-def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) -> list[dict]:
-    """Measures greedy generation with a key-value cache, for one prompt and for eight; returns the result rows. `model`
-    and `peer`, transformers' model with the same weights, run in turns. In fp32, a batch whose answers differ becomes a
-    refused row.
+def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) -> Iterator[dict]:
+    """Measures greedy generation with a key-value cache, for one prompt and for eight; yields the result rows. `model`
+    and `peer`, transformers' model with the same weights, run in turns, at least three timed ones for each batch and
+    more while they fit in half of the time budget. In fp32, a batch whose answers differ becomes a refused row.
 
     o: the options of perf.sh. vocabulary: the prompts' tokens are drawn below this id.
     """
-    rows = []
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).to(device.current())
@@ -44,8 +44,9 @@ def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) 
         def run_peer(prompts=prompts, length=length):
             return peer.generate(prompts, **length, do_sample=False, eos_token_id=None, pad_token_id=0)[:, PROMPT:]
 
-        seconds, peer_seconds = [], []
-        for _ in range(1 + max(3, o.repeats // 4)):
+        spent = seconds, peer_seconds = [], []
+        most = max(bench.FEWEST, o.repeats // 4)
+        while len(seconds) <= most and (len(seconds) <= bench.FEWEST or sum(map(sum, spent)) < bench.SECONDS / 2):
             elapsed, answers = timed(run_ours)
             peer_elapsed, peer_answers = timed(run_peer)
             seconds.append(elapsed)
@@ -54,7 +55,7 @@ def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) 
         same = sum(a == b for a, b in zip(answers, peer_answers.tolist(), strict=True))
         if same < batch and o.precision == "fp32":
             why = f"{batch - same} of {batch} answers are not transformers'"
-            rows.append({"task": task, "refused": why, "system": OURS})
+            yield {"task": task, "refused": why, "system": OURS}
             continue
         rates, peer_rates = ([batch * ANSWER / s for s in elapsed[1:]] for elapsed in (seconds, peer_seconds))
         ratio = bench.median_ratio(rates, peer_rates)
@@ -65,12 +66,9 @@ def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) 
             "raw": {"rate": rounded(perf.spread(peer_rates))},
         }
         row = {"task": task, "unit": "tokens/s", "devices": 1} | shape
-        rows += [
-            row | {"value": round(statistics.median(rates), 1), "raw": raw},
-            row | {"value": round(statistics.median(peer_rates), 1)} | peer_row,
-            shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}},
-        ]
-    return rows
+        yield row | {"value": round(statistics.median(rates), 1), "raw": raw}
+        yield row | {"value": round(statistics.median(peer_rates), 1)} | peer_row
+        yield shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}}
 
 
 def tokenize(o, text: Path, vocabulary: int, demo: Demo) -> list[dict]:

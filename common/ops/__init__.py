@@ -1,6 +1,6 @@
 """The fused ops: one plain function each, dispatched explicitly to npu (torch_npu), cuda or the reference.
 
-    python -m common.ops          self-test and speed table of every op on this device, with the backend of each
+    python -m common.ops          self-test and speed table of every op on this device, see common/ops_speed.py
 
 npu calls `torch.ops.npu.<op>` with the published argument names of torch_npu 2.13, so it also runs over the contract
 that the tests register on CPU. That is a contract check, not a run on Ascend.

@@ -7,9 +7,10 @@
 
 step        a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of
             transformers' model with torch's fused AdamW. Both run plain and under torch.compile (--no-compiled leaves
-            that out), by turns, on the same device, batch, weights and dtype. Each row has its peak memory, which under
-            torch.compile includes compiling. A contender with another first loss is refused. --layers and --vocabulary
-            cut a size down; the row says so
+            that out) on the same device, batch, weights and dtype: by turns on a CPU or on several ranks, one after
+            another on one accelerator. Each row has its peak memory, which under torch.compile includes compiling. A
+            contender that has another first loss, or does not fit, is refused. --layers and --vocabulary cut a size
+            down; the row says so
 sft         that step on packed conversations, against pretraining's on documents in rows of the same length: tokens
             per second, without padding
 generate    greedy generation with a cache, against transformers' generate, for one prompt and for eight
@@ -17,13 +18,14 @@ preprocess  text to an indexed data set, against the tokenizer library's encode_
 load        a released folder of constant weights, loaded from disk into a model and converted to another folder: rates
             against reading and copying the same files, and memory beyond the model
 
-Each number is the median of its repeats, with the 10th and the 90th percentile.
+Each number is the median of its repeats, with the 10th and the 90th percentile. Repeats end early where they would take
+longer than the time budget of common/bench.py.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -42,14 +44,16 @@ from .train import Batches, forward_step, weighted
 
 
 def main(o: PerfOptions) -> None:
-    rows = []
+    bench.report(rows(o), o.out, HERE / "perf.jsonl", o.record)
+
+
+def rows(o: PerfOptions) -> Iterator[dict]:
+    """Yields the rows of the chosen benchmarks as they come."""
     for benchmark in (step, sft, generate, tokenize, load):
         name = "preprocess" if benchmark is tokenize else benchmark.__name__
         if o.only in (name, "all") and (name in ("step", "sft") or dist.get_rank() == 0):
-            rows += [facts(o) | row for row in benchmark(o)]
+            yield from (facts(o) | row for row in benchmark(o))
         dist.barrier()
-    if dist.get_rank() == 0:
-        bench.report(rows, o.out, HERE / "perf.jsonl", o.record)
 
 
 def facts(o: PerfOptions) -> dict:
@@ -85,15 +89,14 @@ def ours(o: PerfOptions, config: Qwen3Config) -> Callable[[list[dict]], list[dic
 
 
 def build_peer_model(o: PerfOptions, config: Qwen3Config, dtype: torch.dtype) -> torch.nn.Module:
-    """Builds transformers' model with the weights that `checkpoint.initialize` draws for ours."""
+    """Builds transformers' model with the weights that are drawn for ours, too."""
     cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
     with device.current():
         model = transformers.AutoModelForCausalLM.from_config(cls(**values), dtype=dtype)
     parameters = dict(model.named_parameters())
     for name, shape in convert.shapes(config).items():
-        whole = torch.empty(shape)
-        draw(config, name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
+        whole = checkpoint.drawn(name, shape, o.seed, functools.partial(draw, config), device.current())
         key = convert.released(name)
         if key.endswith("mlp.gate_up"):  # transformers stacks experts as [G, 2F, D] and [G, D, F]
             key, whole = key.replace("mlp.gate_up", "mlp.experts.gate_up_proj"), whole.permute(0, 2, 3, 1).flatten(1, 2)
@@ -124,7 +127,7 @@ def workload(o: PerfOptions, config: Qwen3Config) -> bench.Workload:
     return bench.Workload(library="transformers", unit="tokens/s", units=o.seq_len, digits=1, flops=flops)
 
 
-def step(o: PerfOptions) -> list[dict]:
+def step(o: PerfOptions) -> Iterator[dict]:
     config = model_config(o)
     described = workload(o, config)
     return bench.step(o, config, described, ours=ours, batches_of=batches_of, peer=peer, compiled=o.compiled)
@@ -147,14 +150,17 @@ def sft(o: PerfOptions) -> list[dict]:
         steps = list(itertools.islice(batches(0), 8))
         prepared[job] = [batches.prepare(loaded) for loaded in steps]
         fill[job] = getattr(batches.rows, "fill", 1.0)
-    seconds = {job: [] for job in prepared}
-    for i in range(perf.WARMUP + o.repeats):
+    seconds, turns = {job: [] for job in prepared}, []
+    while bench.goes_on(turns, o.repeats):
+        i = len(turns)
         for job, values in prepared.items():  # the two jobs take turns
             seconds[job].append(timed(functools.partial(train_step, values[i % len(values)]))[0])
+        turns.append(bench.agreed(sum(times[-1] for times in seconds.values())))
+    warmup = bench.warmup(turns)
     if dist.get_rank():
         return []
     tokens = {job: o.global_batch * o.seq_len * share for job, share in fill.items()}
-    rates = {job: [tokens[job] / s for s in times[perf.WARMUP :]] for job, times in seconds.items()}
+    rates = {job: [tokens[job] / s for s in times[warmup:]] for job, times in seconds.items()}
     ratio = bench.median_ratio(rates["sft"], rates["pretrain"])
     raw = {f"{job} tokens/s": rounded(perf.spread(values)) for job, values in rates.items()}
     raw["tokens that are no padding"] = round(fill["sft"], 4)
@@ -164,13 +170,14 @@ def sft(o: PerfOptions) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ generate, preprocess
 
 
-def generate(o: PerfOptions) -> list[dict]:
+def generate(o: PerfOptions) -> Iterator[dict]:
     if o.world > 1:
-        return [{"task": "generate", "system": OURS, "refused": "measured in one process; fix: NPROC=1"}]
+        yield {"task": "generate", "system": OURS, "refused": "measured in one process; fix: NPROC=1"}
+        return
     config, dtype = model_config(o), {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     chunks = build(o, config)
-    checkpoint.initialize(chunks, o.seed, functools.partial(draw, config))
-    return benchmarks.generate(o, chunks[0].eval(), build_peer_model(o, config, dtype).eval(), config.vocab_size)
+    checkpoint.initialize(chunks, o.seed, functools.partial(draw, config), drawn_on=device.current())
+    yield from benchmarks.generate(o, chunks[0].eval(), build_peer_model(o, config, dtype).eval(), config.vocab_size)
 
 
 def tokenize(o: PerfOptions) -> list[dict]:

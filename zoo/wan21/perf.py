@@ -6,10 +6,11 @@
 
 step   a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of diffusers'
        WanTransformer3DModel with torch's fused AdamW. Both run plain and under torch.compile (--no-compiled-peer leaves
-       that out; on several ranks only --compile compiles ours), by turns, on the same device, batch, weights and dtype.
-       Each row has its peak memory, which under torch.compile includes compiling. A contender that has another first
-       loss, or does not fit, is refused. Rows published for the same workload are printed beside it: --size 1.3B and
-       --size 14B run MindSpeed-MM's workloads, on any number of devices
+       that out; on several ranks only --compile compiles ours) on the same device, batch, weights and dtype: by turns
+       on a CPU or on several ranks, one after another on one accelerator. Each row has its peak memory, which under
+       torch.compile includes compiling. A contender that has another first loss, or does not fit, is refused. Rows
+       published for the same workload are printed beside it: --size 1.3B and --size 14B run MindSpeed-MM's workloads,
+       on any number of devices
 run    the launcher as a user starts it: seconds to the first step and for --help; the share of a step spent waiting for
        videos that are really decoded; with cached latents, the share outside data, forward, backward and optimizer
 generation
@@ -18,14 +19,15 @@ load   a released folder of constant 1.3B weights, loaded from disk into a model
        against reading and copying the same files, and memory beyond the model
 decode frames per second of PyAV, and of decord if it is installed, at random places of a video
 
-Each number is the median of its repeats, with the 10th and the 90th percentile.
+Each number is the median of its repeats, with the 10th and the 90th percentile. Repeats end early where they would take
+longer than the time budget of common/bench.py.
 """
 
 import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +52,11 @@ from .train import FlowMatching, forward_step
 
 
 def main(o: PerfOptions) -> None:
-    rows = []
+    bench.report(rows(o), o.out, HERE / "perf.jsonl", o.record)
+
+
+def rows(o: PerfOptions) -> Iterator[dict]:
+    """Yields the rows of the chosen benchmarks as they come."""
     for name, benchmark in (
         ("step", step),
         ("generation", generation),
@@ -59,10 +65,8 @@ def main(o: PerfOptions) -> None:
         ("decode", decode),
     ):
         if o.only in (name, "all") and (name in ("step", "generation") or dist.get_rank() == 0):
-            rows += [facts(o) | row for row in benchmark(o)]
+            yield from (facts(o) | row for row in benchmark(o))
         dist.barrier()
-    if dist.get_rank() == 0:
-        bench.report(rows, o.out, HERE / "perf.jsonl", o.record)
 
 
 def facts(o: PerfOptions) -> dict:
@@ -114,11 +118,11 @@ def peer(o: PerfOptions, config: WanConfig, compiled: bool) -> Callable[[], torc
     values["patch_size"] = tuple(values["patch_size"])
     with device.current():
         model = diffusers.WanTransformer3DModel(**values)
-    weights = {}
+    parameters = dict(model.named_parameters())
     for name, shape in convert.shapes(config).items():
-        whole = weights[convert.to_diffusers(name)] = torch.empty(shape)
-        draw_all(name, whole, torch.Generator().manual_seed(checkpoint.stable_seed(o.seed, name)))
-    model.load_state_dict(weights)
+        whole = checkpoint.drawn(name, shape, o.seed, draw_all, device.current())
+        parameters.pop(convert.to_diffusers(name)).data.copy_(whole)
+    assert not parameters, f"not drawn: {', '.join(parameters)}"
     if o.recompute == "full":
         model.enable_gradient_checkpointing()
     batch = batch_of(o, config)
@@ -137,7 +141,7 @@ def workload(o: PerfOptions, config: WanConfig) -> bench.Workload:
     return bench.Workload(library="diffusers", unit="SPS", units=1, digits=3, flops=flops)
 
 
-def step(o: PerfOptions) -> list[dict]:
+def step(o: PerfOptions) -> Iterator[dict]:
     config = model_config(o)
     if config.image_dim is not None:  # diffusers always takes the last 512 rows of the context as text
         config = dataclasses.replace(config, text_len=512)
@@ -148,18 +152,21 @@ def step(o: PerfOptions) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- run
 
 
+STEPS = "30" if device.KIND == "cpu" else "12"  # of a run; those after the fifth count
+
+
 def run(o: PerfOptions) -> list[dict]:
-    launcher, firsts, rows = HERE / "pretrain_t2v.sh", [], []
+    launcher, firsts, runs = HERE / "pretrain_t2v.sh", [], []
     helps = bench.time_help(launcher)
     with tempfile.TemporaryDirectory() as folder:
         # Run 0 makes the demo data and fills the disk cache. Run 1 decodes. Run 2 reads the latents that run 1 cached.
         for i in range(3):
-            options = ["--size", o.size, "--layout", o.layout, "--steps", "30" if i else "1", "--save-every", "0"]
+            options = ["--size", o.size, "--layout", o.layout, "--steps", STEPS if i else "1", "--save-every", "0"]
             options += ["--sample-steps", "1", "--cache", str(Path(folder) / ("cache" if i else "none"))]
             first, steady = bench.run_launcher(launcher, Path(folder) / f"run{i}", *options)
             firsts.append(first)
-            rows.append(steady)
-    _, decoded, cached = rows
+            runs.append(steady)
+    _, decoded, cached = runs
     waits = [r["data_wait_ms"] / r["step_time_ms"] for r in decoded]
     encoding = [r["prepare_ms"] / r["step_time_ms"] for r in decoded]
     # prepare: reading the cached latents, drawing noise and timesteps

@@ -17,13 +17,14 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from common import device, parallel, perf
+from common import bench, device, parallel, perf
 from common.bench import rounded
 from common.diffusion import scores
 from common.diffusion.requests import Request
@@ -129,11 +130,11 @@ def mid(config: WanConfig) -> WanConfig:
     return dataclasses.replace(config, dim=512, ffn_dim=2048, num_heads=8, num_layers=8)
 
 
-def generation(o: PerfOptions) -> list[dict]:
-    """Measures every setup for this number of processes. Returns the record's rows on rank 0."""
+def generation(o: PerfOptions) -> Iterator[dict]:
+    """Measures every setup for this number of processes. Yields the record's rows on rank 0."""
     if model_config(o).given_frames:
         print("generation: measured for text-to-video only")
-        return []
+        return
     weights = [] if o.weights == DEMO_WEIGHTS else ["--weights", str(o.weights)]
     setups = [s for s in SETUPS if s.processes == o.world and (s.model == "demo" or not weights)]
     if not setups and dist.get_rank() == 0:
@@ -142,12 +143,14 @@ def generation(o: PerfOptions) -> list[dict]:
     if setups and dist.get_rank() == 0:
         print(LINE.format("model", "setup", "s", "speed-up", "PSNR dB", "SSIM", "baseline"), flush=True)
     leave_groups()  # each setup has its own layout
-    rows = [row for s in setups for row in compare(o, s, weights)]
+    for s in setups:
+        yield from compare(o, s, weights, bench.SECONDS / len(setups))
     parallel.initialize(o)
-    return rows
 
 
-def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
+def compare(o: PerfOptions, s: Setup, own: list[str], budget: float) -> list[dict]:
+    """Measures a setup and its baseline. On one accelerator, videos after the third are made while their seconds are
+    within the budget. On a CPU all are made, because the recorded quality is that of the worst one."""
     seconds: dict[str, list] = {"baseline": [], "setup": []}
     videos: dict[str, list] = {"baseline": [], "setup": []}
     turns = [("baseline", s.baseline), ("setup", s.options)]
@@ -156,6 +159,9 @@ def compare(o: PerfOptions, s: Setup, own: list[str]) -> list[dict]:
         makers = {side: load(options, s, own) for side, options in turn}
         threads = torch.get_num_threads()
         for i in range(-1, s.videos):  # video -1 warms up
+            spent = sum(map(sum, seconds.values()))
+            if device.KIND != "cpu" and s.processes == 1 and i >= bench.FEWEST and spent > budget:
+                break
             for side, maker in makers.items():
                 on_one_process = s.processes > 1 and side == "baseline"  # only rank 0 makes it, with all cores
                 torch.set_num_threads(os.cpu_count() if on_one_process else threads)
