@@ -55,7 +55,7 @@ def measure_machine(dtype: torch.dtype, where: torch.device) -> Machine:
     multiplied = 2 * n**3 / milliseconds(lambda: torch.mm(a, a, out=out)) * 1e3
 
     def occupy() -> None:
-        for _ in range(16 * accelerated):
+        for _ in range(32 * accelerated):
             torch.mm(a, a, out=out)
 
     return Machine(copied, multiplied, occupy)
