@@ -17,14 +17,22 @@ from multiprocessing.connection import wait
 import torch.distributed as dist
 
 TIMEOUT = 240  # seconds a call may take
-IMPORTS = [  # before the fork; the device adapter before anything imports megatron
-    "common.device", "common.train", "common.release", "common.perf", "pytest", "matplotlib.pyplot", "torch._dynamo",
-    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers.models.umt5.modeling_umt5",
-    "diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers.models.transformers.transformer_wan",
+IMPORTS = [  # before the fork; the device adapter before anything imports megatron; no recipe, as a test may change one
+    "common.device", "common.train", "common.release", "common.perf", "common.lora", "common.worker", "pytest",
+    "common.diffusion.caches", "common.diffusion.features", "common.diffusion.options", "common.diffusion.preference",
+    "common.diffusion.sampling", "common.diffusion.vae_parallel", "common.diffusion.videos", "common.language.chat",
+    "common.language.generate", "common.language.megatron_import", "common.language.preference",
+    "common.language.preprocess", "common.language.text", "cv2", "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "diffusers.models.transformers.transformer_wan", "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    "diffusers.schedulers.scheduling_unipc_multistep", "ftfy", "matplotlib.pyplot", "megatron.core.models.backends",
+    "megatron.core.transformer.multi_token_prediction", "torch._dynamo", "torch.utils.serialization",
+    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
+    "transformers.models.clip.image_processing_pil_clip", "transformers.models.clip.modeling_clip",
+    "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.models.umt5.modeling_umt5",
 ]  # fmt: skip
-_context = get_context("forkserver")
-_context.set_forkserver_preload(IMPORTS)
+forkserver = get_context("forkserver")
+forkserver.set_forkserver_preload(IMPORTS)
 
 
 def _run(pipe, env: dict[str, str], function, args) -> None:
@@ -52,10 +60,10 @@ def run_ranks(world: int, function, *args) -> list:
     processes, pending = [], {}
     try:
         for rank in range(world):
-            ours, theirs = _context.Pipe()
+            ours, theirs = forkserver.Pipe()
             of_rank = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # No daemon: dist_checkpointing starts writers.
-            processes.append(_context.Process(target=_run, args=(theirs, of_rank, function, args)))
+            processes.append(forkserver.Process(target=_run, args=(theirs, of_rank, function, args)))
             processes[-1].start()
             theirs.close()
             pending[ours] = rank
