@@ -86,7 +86,7 @@ def main() -> None:
     clips = case.import_module(f"zoo.{case.case.RECIPE}.demo.make_data").make(folder / "clips" / "demo", 12, 0)
     clips, unbroken = clips / "train.jsonl", folder / "whole"
     began = time.monotonic()
-    case.launch(clips, unbroken)
+    assert start(case.command(clips, unbroken), f"{folder}").wait() == 0
     longest = time.monotonic() - began
     for number in range(args.rounds):
         out, mark, kills = folder / f"run{number}", f"{folder}/{number}", []
@@ -103,7 +103,7 @@ def main() -> None:
             seconds = wait_until(lambda mark=mark: not running(mark), 60)
             kills.append(f"{victim} {when if when == 'saving' else f'{when:.1f} s'} (gone in {seconds:.1f} s)")
         print(f"run {number}: {', '.join(kills)}", flush=True)
-        case.launch(clips, out)
+        assert start(case.command(clips, out), mark).wait() == 0
         want, got = (case.tensors(run / "checkpoints" / f"step-{case.STEPS:06d}") for run in (unbroken, out))
         assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 

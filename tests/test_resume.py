@@ -50,18 +50,9 @@ def command(clips: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "common.cli", f"zoo.{case.RECIPE}", "train", *settings(clips, out, *options)]
 
 
-def launch(clips: Path, out: Path, *options: str, **kwargs) -> str:
-    """Starts a run through its launcher and returns what it prints. The run must succeed."""
-    env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1"}
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(name, None)
-    done = subprocess.run(command(clips, out, *options), env=env, capture_output=True, text=True, timeout=240, **kwargs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def ended(argv: list[str]) -> int:
-    """Trains in this process and returns the exit code."""
+def ended(argv: list[str], largest_file: int) -> int:
+    """Trains in this process, which may write files up to `largest_file` bytes, and returns the exit code."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     try:
         case.job("train", *argv)
     except SystemExit as end:
@@ -69,9 +60,10 @@ def ended(argv: list[str]) -> int:
     return 0
 
 
-def run(clips: Path, out: Path, *options: str, ranks: int = 1, code: int = 0) -> str:
-    """Trains on `ranks` ranks, which must end with this exit code, and returns the log."""
-    assert run_ranks(ranks, ended, settings(clips, out, *options)) == [code] * ranks
+def run(clips: Path, out: Path, *options: str, ranks: int = 1, code: int = 0, largest_file: int = -1) -> str:
+    """Trains on `ranks` ranks, which must end with this exit code, and returns the log. largest_file: a limit in bytes,
+    by default none."""
+    assert run_ranks(ranks, ended, settings(clips, out, *options), largest_file) == [code] * ranks
     return (out / "log.txt").read_text()
 
 
@@ -95,7 +87,7 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def unbroken(clips, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    launch(clips, out)
+    run(clips, out)
     return out
 
 
@@ -213,13 +205,8 @@ def test_all_checkpoints_torn_is_an_error_not_a_fresh_start(unbroken, tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_alive(clips, unbroken, tmp_path):
     out = copy_of(unbroken, tmp_path, last=2)
-    limit = 2 * 2**20  # maximum bytes of a file; a shard of this model is larger
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    output = launch(clips, out, preexec_fn=small_disk)
-    assert f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in output
+    log = run(clips, out, largest_file=2 * 2**20)  # a shard of this model is larger
+    assert f"the weights of step {STEPS} are not on disk, their checkpoint could not be written; there is" in log
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-000002"]
     assert checkpoint.find(out / "checkpoints", "auto").name == "step-000002"
     assert losses(out) == losses(unbroken)
