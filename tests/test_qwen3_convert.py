@@ -7,29 +7,26 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
-import sys
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import qwen_case as case
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common import release
+from common import release, worker
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
-ROOT = case.jobs.HERE.parents[1]
 PADDING = 8  # rows by which Megatron-LM pads the vocabulary
 
 
-def launch(*options) -> subprocess.CompletedProcess:
-    env = {**os.environ, "ZOO_PYTHON": sys.executable, "ZOO_DEVICE": "cpu", "NPROC": "1"}
-    command = ["bash", f"zoo/{case.RECIPE}/convert.sh", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+def job(*argv) -> None:
+    """Converts in this process, as the launcher does."""
+    worker.run(f"zoo.{case.RECIPE}", "convert", case.jobs.parse("convert", [*map(str, argv)]))
 
 
 # ---------------------------------------------------------------------------------------- Megatron-LM, written by hand
@@ -324,7 +321,7 @@ def test_tied_embeddings_that_differ_are_refused(tmp_path):
 
 
 @pytest.mark.L4
-def test_launcher_imports_a_megatron_checkpoint(tmp_path):
+def test_the_job_imports_a_megatron_checkpoint(tmp_path):
     config = case.config.SIZES["tiny"]
     state = case.random_state(config)
     folder = write(tmp_path / "megatron", config, state, tp=2, pp=2)
@@ -332,8 +329,7 @@ def test_launcher_imports_a_megatron_checkpoint(tmp_path):
         case.jobs.parse("convert", ["--weights", str(folder), "--to", "released", "--out", str(tmp_path / "a")])
     with pytest.raises(ValueError, match="fix: convert.sh"):
         case.jobs.parse("infer", ["--weights", str(folder), "--size", "tiny"])
-    done = launch("--weights", folder, "--size", "tiny", "--to", "released", "--out", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
+    run_ranks(1, job, "--weights", folder, "--size", "tiny", "--to", "released", "--out", tmp_path / "a")
     released = load_file(tmp_path / "a" / "model.safetensors")
     assert {case.convert.released(name) for name in state} == released.keys()
     assert all(torch.equal(released[case.convert.released(name)], tensor) for name, tensor in state.items())

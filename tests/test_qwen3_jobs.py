@@ -1,6 +1,8 @@
 """The jobs of Qwen3 as a user starts them: bad input, resume, and what a run leaves behind."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,8 @@ import sys
 import pytest
 import qwen_case as case
 from ranks import run_ranks
+
+from common import worker
 
 pytestmark = pytest.mark.L4
 
@@ -106,25 +110,30 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(job, tmp_path):
     assert "perplexity" in result["lines"][0] and (tmp_path / "whole" / "loss.png").is_file()
 
 
+def printed(*argv) -> str:
+    """Generates in this process and returns what the job prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        worker.run(f"zoo.{case.RECIPE}", "infer", case.jobs.parse("infer", [*map(str, argv)]))
+    return text.getvalue()
+
+
 def test_an_exported_run_is_what_transformers_loads(tmp_path):
     """YaRN has lengthened its positions, and its config says so."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = ["--steps", "2", "--size", "tiny-moe", "--yarn", "2", "--out", tmp_path / "run"]
+    short = ["--no-chat", "--max-new-tokens", "8"]
     run_ranks(1, case.job, *settings, "--export", tmp_path / "mine")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32)
     assert model.num_parameters() == case.config.SIZES["tiny-moe"].parameters
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
     assert model.config.rope_parameters.items() >= scaling.items()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
-    generated = launch(
-        "generate", "--weights", tmp_path / "mine", "--prompt", "Return the", "--no-chat", "--max-new-tokens", "8"
-    )
-    assert generated.returncode == 0, generated.stderr
+    (generated,) = run_ranks(1, printed, "--weights", tmp_path / "mine", "--prompt", "Return the", *short)
     ids = tokenizer("Return the", return_tensors="pt").input_ids
     want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
-    assert generated.stdout.strip() == tokenizer.decode(want).strip()
+    assert generated.strip() == tokenizer.decode(want).strip()
 
 
 def test_preprocessing_without_options_makes_the_demos_text_first(monkeypatch):
