@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wan_case
+from ranks import forkserver
 
 from common import bench, perf
 
@@ -46,6 +47,12 @@ def order_of_imports():
     return step_of(float(names.index("common.device") < names.index("megatron")))
 
 
+@pytest.fixture
+def imported(monkeypatch):
+    """Forks contenders from a process that has imported everything, instead of starting new ones."""
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: forkserver)
+
+
 def asked(*args, steps: int = 3, **kwargs) -> bench.Contender:
     contender = bench.Contender("name", *args, **kwargs)
     for _ in range(steps):
@@ -60,14 +67,14 @@ def test_contender_imports_the_device_before_megatron_and_tells_seconds_losses_a
     assert result.failure is None and result.memory >= 0 and result.process.exitcode == 0
 
 
-def test_contender_without_room_says_so_and_the_others_go_on():
+def test_contender_without_room_says_so_and_the_others_go_on(imported):
     at_start = asked(without_room)
     assert at_start.failure == "does not fit: tried to allocate 9 GiB" and at_start.memory is None
     at_second_step = asked(functools.partial(fails_at_its_second_step, torch.OutOfMemoryError("9 GiB")), compiled=True)
     assert at_second_step.failure == "does not fit: 9 GiB" and at_second_step.losses == [2.0]
 
 
-def test_failure_of_the_compiler_and_of_the_plain_peer_are_said_apart():
+def test_failure_of_the_compiler_and_of_the_plain_peer_are_said_apart(imported):
     failing = functools.partial(fails_at_its_second_step, RuntimeError("no C++ compiler\nand more"))
     result = asked(failing, compiled=True)
     assert result.name == "name + torch.compile"

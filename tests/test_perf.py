@@ -267,6 +267,7 @@ def test_a_commit_is_dirty_by_what_runs_and_not_by_its_record(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------- the step benchmark
 
 recipe = importlib.import_module(f"zoo.{case.RECIPE}.perf")
+build_peer = recipe.peer
 TINY = ["--only", "step", "--buckets", "5x32x32", "--micro-batch", "2", "--global-batch", "2"]
 
 
@@ -286,7 +287,7 @@ def peer(o, config, compiled: bool):
     if compiled:
         without_room()
     take([9.0, 9.0, 9.0, 4.0, 2.0, 3.0])
-    return recipe.peer(o, config, False)
+    return build_peer(o, config, False)
 
 
 def step_rows(out: Path) -> list[dict]:
@@ -294,8 +295,13 @@ def step_rows(out: Path) -> list[dict]:
     parallel.initialize(o)
     timed = bench.timed
     take([9.0, 9.0, 9.0, 1.0, 2.0, 3.0])
+    fork = bench.multiprocessing.get_context("fork")  # contenders need not import everything again
     try:
-        with mock.patch.object(recipe, "peer", peer), mock.patch.object(bench, "own_step_alone", without_room):
+        with (
+            mock.patch.object(bench.multiprocessing, "get_context", lambda method: fork),
+            mock.patch.object(recipe, "peer", peer),
+            mock.patch.object(bench, "own_step_alone", without_room),
+        ):
             return recipe.step(o)
     finally:
         bench.timed = timed
