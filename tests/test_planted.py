@@ -1,7 +1,9 @@
-"""Tests that the proofs of tests/test_models.py find bugs. Each bug is planted alone in a copied recipe, whose
-`case.py` the proofs use. The proofs must fail, and first those of the level that names the cause."""
+"""Tests that a copied recipe keeps the contract, and that the proofs of tests/test_models.py find bugs in it. Each bug
+is planted alone in the copy, whose `case.py` the proofs use. The proofs must fail, and first those of the level that
+names the cause."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -38,12 +40,12 @@ LEVEL = {"published": "L1", "oracles": "L2", "release": "L2", "layout": "L3"}  #
 
 
 @pytest.fixture(scope="module", params=QUICK)
-def results(request, tmp_path_factory) -> dict[str, tuple[str | None, str]]:
+def results(request, tmp_path_factory) -> dict[str, tuple]:
     """Returns, for each bug of a recipe and for the copy without one (""): the level of the first proof that fails (None:
-    none does), and what pytest printed. All are planted in one copy and proved by one process, which imports torch
-    once."""
+    none does), and what pytest printed. "conformance": pytest's exit code and what it printed. All of this is done in
+    one copy by one process, which imports torch once."""
     recipe, root = request.param, copy_of_the_repository(tmp_path_factory.mktemp("repository"))
-    done = new(root, NAME, "--from", recipe)
+    done = new(root, NAME, "--from", recipe, interpreter=sys.executable)
     assert done.returncode == 0, done.stderr
     done = python(
         root, "-c", f"import sys; sys.path.insert(0, 'tests'); import test_planted as t; t.prove_all({recipe!r})"
@@ -53,8 +55,11 @@ def results(request, tmp_path_factory) -> dict[str, tuple[str | None, str]]:
 
 
 def prove_all(recipe: str) -> None:
-    """Runs in the copied repository."""
-    results = {"": prove(recipe, "L1 or L2 or L3")}
+    """Runs in the copied repository. Raises ImportError if a module of the copy does not import."""
+    results: dict = {"conformance": conformance(), "": prove(recipe, "L1 or L2 or L3")}
+    for path in (ROOT / "zoo" / NAME).rglob("*.py"):
+        if not path.with_name(f"requirements-{path.stem}.txt").exists():  # it needs more packages
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for bug, (bug_of, file, old, new_text, levels, _) in BUGS.items():
         if bug_of == recipe:
             path = ROOT / "zoo" / NAME / file
@@ -67,17 +72,35 @@ def prove_all(recipe: str) -> None:
     (ROOT / "results.json").write_text(json.dumps(results))
 
 
+def run_pytest(file: str, *options: str) -> tuple[int, str]:
+    """Returns pytest's exit code and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = pytest.main([str(ROOT / "tests" / file), *options, "-p", "no:cacheprovider", "--durations=0"])
+    return int(code), printed.getvalue()
+
+
+def conformance() -> tuple[int, str]:
+    """Runs the conformance suite over the copy and what stands once. What is said of the other recipes and of a module of
+    `common` or `kernels` alone is proved in this repository."""
+    others = {path.parent.name for path in ROOT.glob("zoo/*/config.py")} - {NAME} | {"[common", "[kernels", "[tests"}
+    return run_pytest("test_conformance.py", "-k", f"{NAME} or not ({' or '.join(sorted(others))})")
+
+
 def prove(recipe: str, levels: str) -> tuple[str | None, str]:
     """Runs the proofs of the copy's model as it now stands in its files. They stand in the order of the levels."""
     for module in [m for m in sys.modules if m.split(".")[0] in ("zoo", "test_models")]:
         del sys.modules[module]
     only = QUICK[recipe] + (" and not (pp2 or cp2 or fsdp2 or dp2)" if "L3" in levels else "")
-    options = ["-x", "-m", levels, "-k", only, "-p", "no:cacheprovider", "--durations=0"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = pytest.main([str(ROOT / "tests" / "test_models.py"), *options])
-    name = re.search(r"^FAILED \S+::test_(\w+)", printed.getvalue(), re.M)
+    code, printed = run_pytest("test_models.py", "-x", "-m", levels, "-k", only)
+    name = re.search(r"^FAILED \S+::test_(\w+)", printed, re.M)
     level = next((level for word, level in LEVEL.items() if name and word in name[1]), None)
-    return level if code else None, printed.getvalue()
+    return level if code else None, printed
+
+
+def test_a_new_recipe_passes_the_conformance_suite(results):
+    code, printed = results["conformance"]
+    assert code == 0, printed[-3000:]
+    assert f"bash zoo/{NAME}/" in printed  # a launcher of the new folder ran
 
 
 @pytest.mark.parametrize("bug", ["", *BUGS])
