@@ -1,6 +1,7 @@
 """Every op of `common.ops` equals plain torch in fp64, on the reference branch and on the npu branch over the published
 contract (`npu_contract.py`: not a run on Ascend). The contract refuses wrong calls."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import npu_contract
@@ -62,7 +63,10 @@ def test_cuda_branch_hands_its_kernel_what_it_wants(name, monkeypatch):
     """Triton's interpreter runs on the host: this proves the call and its gradients, nothing about a GPU."""
     pytest.importorskip("triton")
     monkeypatch.setattr(ops, "BACKEND", "cuda")
-    worst = ops_check.errors(CASES[name], torch.float32, CPU)
+    case = CASES[name]
+    if "sparse" in name:  # as many blocks, of a sixteenth of the scores: 1 s in the interpreter, not 30
+        case = dataclasses.replace(case, fixed={"E": 32, "BLOCK": 32, "L": 100})
+    worst = ops_check.errors(case, torch.float32, CPU)
     assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
 
 
