@@ -234,7 +234,7 @@ def test_a_run_on_cuda_says_what_attention_runs_on_and_why(monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "cuda")
     monkeypatch.setattr(ops, "attention_kernel", lambda: "cuDNN")
     monkeypatch.setattr(flash4, "refusal", lambda: "flash-attn-4 is not installed")
-    packed = "cuDNN, on FlashAttention-2 where sequences of other lengths share a row"
+    packed = "cuDNN, on FlashAttention-2 in a ring and where sequences of unlike lengths share a row"
     assert ops.describe_attention() == f"{packed}: flash-attn-4 is not installed"
     monkeypatch.setenv("ZOO_ATTENTION", "cudnn")
     assert ops.describe_attention() == f"{packed}, as ZOO_ATTENTION says"

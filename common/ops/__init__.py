@@ -97,7 +97,9 @@ def describe_attention() -> str:
         why = f": {flash4.refusal()}"
     else:
         why = ""
-    packed = ", on FlashAttention-2 where sequences of other lengths share a row" if kernel == "cuDNN" else ""
+    packed = (
+        ", on FlashAttention-2 in a ring and where sequences of unlike lengths share a row" if kernel == "cuDNN" else ""
+    )
     return kernel + packed + why
 
 
