@@ -308,7 +308,7 @@ CASES = {
     ),
     "swiglu, two inputs": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F), up=d.floats(d.L, d.B, d.F)), ops.swiglu,
-        lambda x, up: F.silu(x) * up, on("npu_swiglu", "kernels/swiglu.py"),
+        lambda x, up: F.silu(x) * up, on("npu_swiglu", "kernels/swiglu.py"), traffic=8,  # 2 in, 1 out; 3 in, 2 out
     ),
     "gelu_tanh": Case(
         lambda d: dict(x=d.floats(d.L, d.B, d.F)), ops.gelu_tanh,
@@ -326,7 +326,7 @@ CASES = {
     "norm_rotary_half": Case(
         normed_halves, lambda x, weight, cos, sin, eps: ops.norm_rotary_half(x, weight, cos, sin, eps),
         lambda x, weight, cos, sin, eps: plain_rotary_half(plain_rms_norm(x, weight, eps), cos, sin),
-        on("npu_rms_norm, npu_rotary_mul", "kernels/norm_rotary.py"),
+        on("npu_rms_norm, npu_rotary_mul", "kernels/norm_rotary.py"), traffic=5,  # x, y; x, dy, dx
     ),
     "permute, grouped matmul, unpermute": Case(
         lambda d: dict(
