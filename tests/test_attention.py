@@ -183,8 +183,8 @@ def grouped_matmul(x, weight, ends):
 
 PLAIN = {  # what torch.compile traces into on a GPU; Triton's interpreter cannot be traced
     "rms_norm.add_rms_norm": CASES["add_rms_norm"].plain,
-    "rotary.rotary_half": CASES["rotary_half"].plain,
-    "swiglu.swiglu": CASES["swiglu"].plain,
+    "norm_rotary.norm_rotary_half": CASES["norm_rotary_half"].plain,
+    "swiglu.swiglu": lambda x, up=None: CASES["swiglu"].plain(x if up is None else torch.cat((x, up), -1)),
     "moe_permute.permute": permute,
     "moe_permute.unpermute": unpermute,
     "grouped_matmul.grouped_matmul": grouped_matmul,
