@@ -9,16 +9,19 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import fake_ascend
 import npu_contract
 import pytest
 import torch
 from fake_ascend import ROOT
+from ranks import run_ranks
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.utils._pytree import tree_leaves, tree_map
 
 from common import ops_check
+from zoo.wan21.demo import make_data
 
 pytestmark = pytest.mark.L3
 
@@ -220,8 +223,8 @@ def on_npu() -> dict[str, str]:
     return environment(device=True)
 
 
-def ask_device() -> None:
-    """Prints the largest error of every op and its gradients, which torch_npu's own autograd formulas compute. Runs in
+def errors_on_device() -> dict:
+    """Returns the largest error of every op and its gradients, which torch_npu's own autograd formulas compute. Runs in
     a process whose npu device computes."""
     from common import ops_check
 
@@ -232,18 +235,13 @@ def ask_device() -> None:
                 largest_errors[f"{name} {dtype}"] = max(ops_check.errors(case, dtype, torch.device("npu")).values())
             except Exception as error:
                 largest_errors[f"{name} {dtype}"] = repr(error)
-    print("\n" + json.dumps(largest_errors))
-
-
-@pytest.fixture(scope="module")
-def device_errors(on_npu) -> dict:
-    return answer("ask_device", on_npu)
+    return largest_errors
 
 
 @pytest.mark.parametrize("name", ops_check.CASES)
-def test_op_and_its_gradients_through_the_librarys_autograd_equal_fp64(name, device_errors):
+def test_op_and_its_gradients_through_the_librarys_autograd_equal_fp64(name, one_device):
     for dtype in ops_check.CASES[name].dtypes:
-        error = device_errors[f"{name} {dtype}"]
+        error = one_device["errors"][f"{name} {dtype}"]
         assert not isinstance(error, str), error
         assert error <= ops_check.TOLERANCE[dtype], dtype
 
@@ -262,33 +260,62 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-def pretrain(device: str, processes: int, names: list[str], folder, env: dict[str, str]) -> dict[str, list[dict]]:
-    """Trains two steps on the demo clips under each layout, with encoders, a checkpoint and one sample. Returns the
-    record of each run. Starts processes as the launcher does, but once for all layouts."""
+def arguments(clips, folder, name: str) -> list[str]:
+    """Returns the options of two steps on the clips under a layout, with encoders, a checkpoint and one sample. The run
+    folder has the layout's name."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a handwritten three moves up\n")
-    shared = "--size tiny --precision fp32 --steps 2 --micro-batch 4 --global-batch 8 --save-every 0 --sample-steps 1"
-    shared += f" --sample-prompts {prompts} --cache {folder}/latents"
-    runs = [f"{shared} --out {folder}/{i} {RUNS[name][1]}".split() for i, name in enumerate(names)]
-    # Each layout has its own store: in a shared one, a group would find keys of the previous layout's groups.
-    ports = free_ports(len(runs))
-    (folder / "runs.py").write_text(
-        "import os\nfrom common import worker\nfrom zoo.wan21 import options\n"
-        "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'\n"
-        f"for port, argv in {list(zip(ports, runs, strict=True))}:\n"
-        "    os.environ['MASTER_PORT'] = str(port)\n"
-        "    worker.run('zoo.wan21', 'train', options.parse('train', argv))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = env | {"ZOO_DEVICE": device, "OMP_NUM_THREADS": "1"}
-    command += [str(folder / "runs.py")]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for i in range(len(names)):
-        out = folder / str(i)
-        assert (out / "checkpoints" / "latest").exists() and list((out / "samples").iterdir()), done.stdout
-    texts = [(folder / str(i) / "metrics.jsonl").read_text().splitlines() for i in range(len(names))]
-    return {name: [json.loads(line) for line in lines] for name, lines in zip(names, texts, strict=True)}
+    shared = f"--size tiny --from-scratch --data {clips} --cache {folder}/latents --precision fp32 --save-every 0"
+    shared += f" --steps 2 --micro-batch 2 --global-batch 4 --workers 1 --sample-steps 1 --sample-prompts {prompts}"
+    return [*f"{shared} {RUNS[name][1]}".split(), "--out", str(folder / name)]
+
+
+def on_devices(processes: int, program: str, argument, env: dict[str, str]) -> None:
+    """Calls a function of this file with an argument in `processes` processes whose npu device computes."""
+    call = f"import torch, test_npu_library; test_npu_library.{program}({argument!r})"
+    env = env | {"ZOO_DEVICE": "npu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", call], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    try:
+        for rank, process in enumerate(ranks):
+            printed, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, f"rank {rank}: {printed}"
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def pretrain(argv: list[str]) -> None:
+    """Runs the training job in this process."""
+    from common import worker
+    from zoo.wan21 import options
+
+    worker.run("zoo.wan21", "train", options.parse("train", argv))
+
+
+def pretrain_all(runs: list[tuple[int, list[str]]]) -> None:
+    """Runs the training job in this process for every (port of rank 0's store, options). Each run has its own store: in
+    a shared one, a group would find keys of the previous layout's groups."""
+    for port, argv in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        pretrain(argv)
+
+
+def check_ops_and_pretrain(asked: tuple[str, list[tuple[int, list[str]]]]) -> None:
+    """Writes what `errors_on_device` returns to a file, then calls `pretrain_all`. asked: the file, and the runs."""
+    file, runs = asked
+    Path(file).write_text(json.dumps(errors_on_device()))
+    pretrain_all(runs)
+
+
+def record_of(out) -> list[dict]:
+    assert (out / "checkpoints" / "latest").exists() and list((out / "samples").iterdir())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(record: list[dict]) -> list[float]:
@@ -296,17 +323,35 @@ def losses(record: list[dict]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory) -> list[dict]:
-    return pretrain("cpu", 1, ["one process"], tmp_path_factory.mktemp("cpu"), dict(os.environ))["one process"]
+def clips(tmp_path_factory) -> Path:
+    """Makes a list of 8 demo clips."""
+    return make_data.make(tmp_path_factory.mktemp("clips") / "demo", train=8, test=0) / "train.jsonl"
 
 
 @pytest.fixture(scope="module")
-def records(on_npu, tmp_path_factory) -> dict[str, list[dict]]:
-    runs = {}
-    for processes in (1, 2):
-        names = [name for name, (count, _) in RUNS.items() if count == processes]
-        runs |= pretrain("npu", processes, names, tmp_path_factory.mktemp("npu"), on_npu)
-    return runs
+def on_cpu(clips, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("cpu")
+    run_ranks(1, pretrain, arguments(clips, folder, "one process"))
+    return record_of(folder / "one process")
+
+
+@pytest.fixture(scope="module")
+def one_device(on_npu, clips, tmp_path_factory) -> dict:
+    """Returns the errors of the ops, and the record of the run on one device. One process does both, because it takes
+    long to import everything on this device."""
+    folder = tmp_path_factory.mktemp("npu")
+    runs = [(free_ports(1)[0], arguments(clips, folder, "one process"))]
+    on_devices(1, "check_ops_and_pretrain", (str(folder / "errors.json"), runs), on_npu)
+    errors = json.loads((folder / "errors.json").read_text())
+    return {"errors": errors, "one process": record_of(folder / "one process")}
+
+
+@pytest.fixture(scope="module")
+def records(one_device, on_npu, clips, tmp_path_factory) -> dict[str, list[dict]]:
+    folder, names = tmp_path_factory.mktemp("npu"), [name for name, (count, _) in RUNS.items() if count == 2]
+    runs = [(port, arguments(clips, folder, name)) for port, name in zip(free_ports(len(names)), names, strict=True)]
+    on_devices(2, "pretrain_all", runs, on_npu)
+    return one_device | {name: record_of(folder / name) for name in names}
 
 
 @pytest.mark.parametrize("name", RUNS)
