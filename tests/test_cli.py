@@ -520,8 +520,12 @@ def test_copied_recipe_works_at_once_and_exit_codes_reach_the_shell(recipe_copy,
     done = shell("bash", launcher, *argv, check=7)
     typed_command = f"bash zoo/{recipe_copy.name}/{launcher.name} --data {data}"
     assert done.stdout.startswith(typed_command)
-    assert shell("bash", launcher, *argv, check=7, NPROC="2").stdout.startswith(f"NPROC=2 {typed_command}")
     assert "exit code 7" in done.stderr
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "$ZOO_COMMAND"\n')
+    interpreter.chmod(0o755)
+    told = shell("bash", launcher, *argv, NPROC="2", ZOO_PYTHON=str(interpreter)).stdout
+    assert told.startswith(f"NPROC=2 {typed_command}")
 
 
 @pytest.mark.parametrize(
