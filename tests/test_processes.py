@@ -77,10 +77,9 @@ READY = {"importing": ["import-0", "import-1"], "training": ["writer-0", "pool-0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(
-    ("mode", "victim"), [("importing", "launcher"), ("training", "launcher"), ("training", "worker")]
-)
+@pytest.mark.parametrize(("mode", "victim"), [("importing", "launcher"), ("training", "worker")])
 def test_two_seconds_after_a_kill_no_process_of_the_run_is_left(mode, victim, tmp_path):
+    """If the victim is a worker, the launcher is killed after it. test_resume.py kills the launcher of a whole run."""
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "options.py").write_text(BUSY)
     (tmp_path / "busy" / "job.py").write_text(JOB)
