@@ -49,7 +49,7 @@ LAYOUTS = {  # processes, options, architectures
     "ep2": (2, {"ep": 2}, ["experts"]),
     "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, ["experts"]),
 }
-QUICK: list[str] = []  # options that shorten the work after training
+QUICK: list[str] = []  # options that shorten the steps and the work after training
 REFUSED = {"experts of a dense model": (2, {"ep": 2}, "has no experts")}
 
 

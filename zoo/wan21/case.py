@@ -41,7 +41,7 @@ LAYOUTS = {  # processes, options, architectures
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["t2v", "i2v"]),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}, ["t2v"]),
 }
-QUICK = ["--sample-steps", "1"]  # options that shorten the work after training
+QUICK = ["--sample-steps", "1", "--global-batch", "4"]  # options that shorten the steps and the work after training
 REFUSED = {"more heads than there are": (8, {"tp": 8}, "does not divide 4 attention heads")}
 
 
