@@ -1,14 +1,16 @@
-"""The benchmarks of zoo/qwen3 as a user starts them, at sizes that take seconds. Their figures depend on the machine,
+"""The benchmarks of zoo/qwen3 with the options of a user, at sizes that take seconds. Their figures depend on the machine,
 so the test asserts only that the rows are complete and that both sides computed the same."""
 
-import os
-import subprocess
-import sys
+import contextlib
+import io
+import multiprocessing
+from unittest import mock
 
 import pytest
 import qwen_case as case
+from ranks import run_ranks
 
-from common import perf
+from common import perf, worker
 
 pytestmark = pytest.mark.L4
 
@@ -24,16 +26,23 @@ BENCHMARKS = {
 }
 
 
+def printed(argv: list[str]) -> str:
+    """Runs the benchmarks in this process and returns what they print. Contenders are forked, so they need not import
+    everything again; test_perf.py starts them as a user's benchmark does."""
+    fork = multiprocessing.get_context("fork")
+    with (
+        mock.patch.object(multiprocessing, "get_context", lambda method: fork),
+        contextlib.redirect_stdout(io.StringIO()) as text,
+    ):
+        worker.run(f"zoo.{case.RECIPE}", "perf", case.jobs.parse("perf", argv))
+    return text.getvalue()
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_measures_both_sides_and_records_only_if_told(name, tmp_path):
     options, named = BENCHMARKS[name]
     record = perf.ROOT / "zoo" / case.RECIPE / "perf.jsonl"
     before = record.read_bytes()
-    env = os.environ | {"ZOO_PYTHON": sys.executable, "ZOO_DEVICE": "cpu", "NPROC": "1", "OMP_NUM_THREADS": "1"}
-    command = ["bash", f"zoo/{case.RECIPE}/perf.sh", "--only", name, *SMALL, *options]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")], cwd=perf.ROOT, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "refused" not in done.stdout and all(text in done.stdout for text in named), done.stdout
+    (text,) = run_ranks(1, printed, ["--only", name, *SMALL, *options, "--out", str(tmp_path / "run")])
+    assert "refused" not in text and all(part in text for part in named), text
     assert record.read_bytes() == before
