@@ -25,7 +25,7 @@ BUGS = {  # recipe, file, text to replace (a pattern in model.py), replacement, 
         "qwen3", "model.py", r"(k = self\.)k_proj(.*\n.*v = self\.)v_proj", r"\1v_proj\2k_proj", "L1 or L2", "L2",
     ),
     "a norm left out": (
-        "qwen3", "model.py", r"self\.self_attn\(self\.input_layernorm\(x\), ", "self.self_attn(x, ", "L1 or L2", "L2",
+        "qwen3", "model.py", r"recomputed\(self\.input_layernorm, x\), ", "x, ", "L1 or L2", "L2",
     ),
     "another rotary pairing": (
         "qwen3", "model.py", r"torch\.cat\(\(angles, angles\), -1\)", "angles.repeat_interleave(2, -1)", "L1 or L2", "L2",
