@@ -127,9 +127,9 @@ NAMES = ("npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_all_gather
 # has 2 row linears and 2 regions whose input several linears read; experts have neither. A Wan block has 3 of each. In
 # 2 of its regions one linear alone reads the input, so its backward is fused, too; an adapter is another reader.
 MODELS = {
-    "dense": ("dense", SP, (0, 2, 2 + 2)),
+    "dense recompute selective": ("dense", SP | {"recompute": "selective"}, (0, 2, 2 + 2)),
     "dense without sp": ("dense", SP | {"sp": False}, (2, 0, 0)),
-    "moe ep2 recompute selective": ("moe", SP | {"etp": 1, "ep": 2, "recompute": "selective"}, (0, 1, 1 + 1 + 1)),
+    "moe ep2 recompute full": ("moe", SP | {"etp": 1, "ep": 2, "recompute": "full"}, (0, 1 + 1, 1 + 1 + 1)),
     "wan": ("wan", SP, (0, 3 + 2, 3 + 3)),
     "wan adapters": ("wan adapters", SP, (0, 3, 3 + 3)),
 }
