@@ -212,7 +212,7 @@ def accumulating(op: Callable, switch: bool) -> Callable:
     return run
 
 
-def visible_pairs(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=None, block=0) -> int:
+def visible_pairs(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0) -> int:
     """Counts the pairs of query and key, in all heads, that attention multiplies."""
     L, S = len(q), len(k)
     if blocks is not None:
@@ -221,9 +221,9 @@ def visible_pairs(q, k, v, causal=False, window=None, cu_seqlens=None, blocks=No
         columns[-1] -= -S % block
         return int((blocks * rows[:, None] * columns).sum())
     left, right = window or (-1, -1)
-    pairs, bounds = 0, cu_seqlens or [0, L]
-    for start, end in itertools.pairwise(bounds):
-        length, keys = end - start, S if cu_seqlens is None else end - start
+    pairs = 0
+    for start, end in itertools.pairwise([0, L] if bounds is None else bounds.on_host):
+        length, keys = end - start, S if bounds is None else end - start
         last = torch.arange(length) + keys - length  # the key at the place of each query
         first = (last - left).clamp(min=0) if left >= 0 else torch.zeros_like(last)
         end_key = last if causal else last + right if right >= 0 else torch.full_like(last, keys - 1)
@@ -358,11 +358,11 @@ CASES = {
     },
     "linear_cross_entropy": Case(
         labelled, ops.linear_cross_entropy, plain_linear_cross_entropy,
-        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
+        on("npu_cross_entropy_loss, npu_grouped_matmul_add_", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
     ),
     "linear_log_probs": Case(
         unweighted, ops.linear_log_probs, plain_linear_log_probs,
-        on("npu_cross_entropy_loss", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
+        on("npu_cross_entropy_loss, npu_grouped_matmul_add_", "kernels/linear_cross_entropy.py"), flops=matmul_flops("hidden", "weight", 0),
     ),
 }  # fmt: skip
 

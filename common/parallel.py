@@ -339,7 +339,8 @@ def with_recomputation(block: torch.nn.Module, kind: str, offload: bool = False)
     names (`recomputed`: norms, activations, rotary embedding), in a compiled block those that the compiler finds
     (`wrap`); full keeps only the block's input; none recomputes nothing. offload: kept tensors stay on the host until
     the backward."""
-    if kind == "selective" and (block._compiled_call_impl is not None or not torch.is_grad_enabled()):
+    is_compiled = hasattr(block.forward, "_torchdynamo_orig_callable")  # by `wrap`
+    if kind == "selective" and (is_compiled or not torch.is_grad_enabled()):
         kind = "none"
     if kind == "selective":
 

@@ -101,7 +101,7 @@ def test_only_selects_rows_and_refuses_a_name_that_is_none(monkeypatch, capsys):
     monkeypatch.setattr(ops_speed, "print_row", lambda name, *rest: names.append(name) or [])
     monkeypatch.setattr("sys.argv", ["ops", "--only", "rotary"])
     ops_speed.main()
-    assert names == ["rotary_interleaved", "rotary_half"]
+    assert names == ["rotary_interleaved", "rotary_half", "norm_rotary_half"]
     monkeypatch.setattr("sys.argv", ["ops", "--only", "rotery"])
     with pytest.raises(SystemExit) as end:
         ops_speed.main()

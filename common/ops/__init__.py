@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 from torch.optim.adamw import adamw
 
 from common import device
@@ -230,8 +229,11 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
     return _MASKS[where]
 
 
-# torch 2.13 needs an argument for shared key heads; 2.11 takes such heads without it.
-_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+if BACKEND == "cuda":  # not on npu: importing it makes torch.compile read its rules anew, which torch_npu has doubled
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.13 needs an argument for shared key heads; 2.11 takes such heads without it.
+    _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _attention_varlen(q, k, v, window, bounds_q: Bounds, bounds_k: Bounds):
