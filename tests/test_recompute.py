@@ -95,9 +95,9 @@ def forward(recipe: str, which: str, values: dict, counting) -> dict:
     """Computes a micro-batch. Returns its loss, its gradients, and the bytes that `counting` finds kept for the
     backward."""
     o, (model,) = filled(recipe, case(recipe).CONFIGS[which], micro_batch=2, global_batch=2, **values)
-    original = torch.nn.Module.compile
-    with mock.patch.object(torch.nn.Module, "compile", lambda block: original(block, backend="aot_eager")):
-        (wrapped,) = parallel.wrap([model], o, case(recipe).BLOCK)  # aot_eager divides the graph and generates no code
+    divide_graph_only = functools.partial(torch.compile, backend="aot_eager")  # it generates no code
+    with mock.patch.object(torch, "compile", divide_graph_only):
+        (wrapped,) = parallel.wrap([model], o, case(recipe).BLOCK)
     samples = [case(recipe).sample(case(recipe).CONFIGS[which], place, 0) for place in range(2)]
     batch = case(recipe).prepare(o, [case(recipe).collate(samples)])
     with counting() as kept:
