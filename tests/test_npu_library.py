@@ -272,7 +272,8 @@ def arguments(clips, folder, name: str) -> list[str]:
 
 def on_devices(processes: int, program: str, argument, env: dict[str, str]) -> None:
     """Calls a function of this file with an argument in `processes` processes whose npu device computes."""
-    call = f"import torch, test_npu_library; test_npu_library.{program}({argument!r})"
+    # The device comes before megatron, which this file imports through common.ops.
+    call = f"import torch, common.device, test_npu_library; test_npu_library.{program}({argument!r})"
     env = env | {"ZOO_DEVICE": "npu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     ranks = [
         subprocess.Popen(
