@@ -104,8 +104,8 @@ def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version
     case = CASES["attention, packed"]
     inputs = case.make(Draw(SMALL | case.fixed, torch.float32, CPU))
     want = case.op(**inputs)
-    monkeypatch.setattr(ops, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version], raising=False)
-    monkeypatch.setattr(ops, "_VARLEN_TAKES_GQA", torch_version == "2.13", raising=False)
+    monkeypatch.setattr(ops, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version])
+    monkeypatch.setattr(ops, "_VARLEN_TAKES_GQA", torch_version == "2.13")
     q, k, v = (inputs[x].squeeze(1) for x in "qkv")
     got = ops._attention_varlen(q, k, v, (-1, 0), inputs["bounds"], inputs["bounds"])
     torch.testing.assert_close(got.unsqueeze(1), want)

@@ -21,14 +21,15 @@ import math
 import os
 from typing import NamedTuple
 
+from common import device  # isort: skip  (before megatron)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.optim.adamw import adamw
 
-from common import device
 from common.ops import flash4
 
 BACKEND = device.KIND  # tests set it to "npu" to run over the op contract
@@ -229,11 +230,8 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
     return _MASKS[where]
 
 
-if BACKEND == "cuda":  # not on npu: importing it makes torch.compile read its rules anew, which torch_npu has doubled
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.13 needs an argument for shared key heads; 2.11 takes such heads without it.
-    _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# torch 2.13 needs an argument for shared key heads; 2.11 takes such heads without it.
+_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _attention_varlen(q, k, v, window, bounds_q: Bounds, bounds_k: Bounds):
