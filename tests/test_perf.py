@@ -302,7 +302,7 @@ def step_rows(out: Path) -> list[dict]:
             mock.patch.object(recipe, "peer", peer),
             mock.patch.object(bench, "own_step_alone", without_room),
         ):
-            return recipe.step(o)
+            return [*recipe.step(o)]
     finally:
         bench.timed = timed
 
