@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from common import device, ops
 from common.cli import LayoutOptions
 from common.offload import OffloadActivations
+from common.ops import fused_comm
 from common.recompute import Recomputation, recomputed
 from common.ring import RingAttention, unzigzag, zigzag
 
@@ -66,7 +67,7 @@ def initialize(o: LayoutOptions) -> None:
         if dist.get_rank() in ranks:
             _SAMPLE_GROUP = group
     if o.fused_comm:
-        ops.check_fused_communication(mpu.get_tensor_model_parallel_group())
+        fused_comm.check_fused_communication(mpu.get_tensor_model_parallel_group())
 
 
 def shutdown() -> None:
@@ -135,7 +136,7 @@ class ColumnLinear(ColumnParallelLinear):
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Does what `enter_with` says under --fused-comm: [L(/tp), B, inputs] -> [L, B, inputs], [L, B, outputs/tp]."""
         group = mpu.get_tensor_model_parallel_group()
-        return ops.gather_linear(x, self.weight, self.bias, group, self.config.sequence_parallel)
+        return fused_comm.gather_linear(x, self.weight, self.bias, group, self.config.sequence_parallel)
 
 
 class RowLinear(RowParallelLinear):
@@ -153,7 +154,7 @@ class RowLinear(RowParallelLinear):
             return ops.linear(x, self.weight, self.bias)
         if self.config.fused_comm:
             group = mpu.get_tensor_model_parallel_group()
-            x = ops.linear_reduce(x, self.weight, group, self.config.sequence_parallel)
+            x = fused_comm.linear_reduce(x, self.weight, group, self.config.sequence_parallel)
         else:
             x = leave_tensor_parallel(ops.linear(x, self.weight), self.config)
         return x if self.bias is None else x + self.bias

@@ -433,7 +433,7 @@ FUSED = {"dtypes": FLOATS[:2], "widths": range(256, 65535), "worlds": (2, 4, 8, 
 
 
 def communicator(group) -> str:
-    """Replaces `ops._communicator`, because gloo gives its groups no name of hccl's."""
+    """Replaces `fused_comm._communicator`, because gloo gives its groups no name of hccl's."""
     GROUPS[group.group_name] = group
     return group.group_name
 

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from test_wan21_lora import adapt
 
 from common import ops, parallel
+from common.ops import fused_comm
 
 BF16 = torch.bfloat16
 ROWS, BATCH, IN, OUT = 6, 2, 512, 520  # tokens of one rank, samples, inputs and outputs of the whole linear
@@ -29,7 +30,7 @@ def torch_kernels() -> None:
 def use(backend: str) -> None:
     """Lets this process run the fused ops of a backend, which is not that of its tensors."""
     npu_contract.install()
-    ops._communicator = npu_contract.communicator
+    fused_comm._communicator = npu_contract.communicator
     ops.BACKEND = backend
     if backend == "cuda":
         torch_kernels()
@@ -76,7 +77,7 @@ def differences(backend: str, scatter: bool, accumulate: bool) -> dict[str, floa
     y = x @ w.t()
     y.backward(drawn(*y.shape))
     x_mine, w_mine = mine(x, 2), weight_of(w, 1)
-    y_mine = ops.linear_reduce(x_mine, w_mine, group, scatter)
+    y_mine = fused_comm.linear_reduce(x_mine, w_mine, group, scatter)
     y_mine.backward(mine(drawn(*y.shape), tokens))
     look("reduce: y", y_mine, y, tokens)
     look("reduce: dx", x_mine.grad, x.grad, 2)
@@ -89,7 +90,7 @@ def differences(backend: str, scatter: bool, accumulate: bool) -> dict[str, floa
         z = x @ other.t() * others
         torch.autograd.backward([y, z], [drawn(*y.shape), drawn(*z.shape)])
         x_mine, w_mine, b_mine = mine(x, tokens), weight_of(w, 0), mine(b, 0)
-        whole, y_mine = ops.gather_linear(x_mine, w_mine, b_mine, group, scatter)
+        whole, y_mine = fused_comm.gather_linear(x_mine, w_mine, b_mine, group, scatter)
         roots, directions = [y_mine], [mine(drawn(*y.shape), 2)]
         if others:
             roots.append(whole @ mine(other, 0).t())
@@ -221,4 +222,4 @@ def test_a_library_without_the_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
     monkeypatch.setattr(torch.ops, "npu", object(), raising=False)
     with pytest.raises(ValueError, match="has no npu_mm_all_reduce_base.*fix: --no-fused-comm"):
-        ops.check_fused_communication(None)
+        fused_comm.check_fused_communication(None)

@@ -25,8 +25,8 @@ CASES += [("moe", name) for name in ("one", "dp2", "tp2 sp etp1 ep2")] + [("dens
 
 def accumulated(which: str, layout: dict) -> tuple[dict, int]:
     """Returns what `run_layout` does with accumulation on, and how many products were added in a buffer."""
-    calls, add = [], ops._add_products_
-    ops._add_products_ = lambda *args: (calls.append(1), add(*args))
+    calls, add = [], ops.add_products_
+    ops.add_products_ = lambda *args: (calls.append(1), add(*args))
     ops.ACCUMULATE = ops.ACCUMULATE_EXPERTS = True
     ops.CHUNK = 96 * 5  # the loss sums several chunks, too
     return run_layout(which, layout, True, "cpu", 0, 2), len(calls)
@@ -109,7 +109,7 @@ def test_npu_does_not_accumulate_in_fp32(monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "npu")
     monkeypatch.setattr(ops, "ACCUMULATE", True)
     x, weight = torch.zeros(1, 2, dtype=BF16), weight_with_buffer(5, 2, dtype=BF16)
-    assert ops._accumulates(x, weight) and not ops._accumulates(x.float(), weight)
+    assert ops.can_accumulate(x, weight) and not ops.can_accumulate(x.float(), weight)
 
 
 def add_in_fp32(total, a, b, *, out_dtype, out):

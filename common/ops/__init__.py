@@ -14,7 +14,6 @@ whatever the input dtype; results come back in the input's dtype.
 """
 
 import functools
-import importlib.util
 import inspect
 import itertools
 import math
@@ -97,10 +96,11 @@ def describe_attention() -> str:
         why = f": {flash4.refusal()}"
     else:
         why = ""
-    packed = (
-        ", on FlashAttention-2 in a ring and where sequences of unlike lengths share a row" if kernel == "cuDNN" else ""
-    )
-    return kernel + packed + why
+    rest = {
+        "cuDNN": ", on FlashAttention-2 in a ring and where sequences of unlike lengths share a row",
+        "FlashAttention-4": ", on torch's own kernels for head dims above 128 or no multiple of 8",
+    }.get(kernel, "")
+    return kernel + rest + why
 
 
 ATTENTION_NAMES = {"flash4": "FlashAttention-4", "cudnn": "cuDNN", "flash2": "FlashAttention-2"}
@@ -653,7 +653,7 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     empty -> [N, F]. On npu and cuda the ends stay on the device. Give the parameter itself, not a view of it: its
     gradient may then be accumulated as in `linear`.
     """
-    if _accumulates(x, weight) and (BACKEND != "cuda" or ACCUMULATE_EXPERTS):
+    if can_accumulate(x, weight) and (BACKEND != "cuda" or ACCUMULATE_EXPERTS):
         return _GroupedMatmulAccumulate.apply(x, weight, ends)
     return _grouped_matmul(x, weight.flatten(2), ends)
 
@@ -685,8 +685,8 @@ class _GroupedMatmulAccumulate(torch.autograd.Function):
     def backward(ctx, dy):
         (x, ends), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
         dx = _grouped_matmul(dy, weight.flatten(2).transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-        _add_products_(weight.main_grad.flatten(2), x, dy, ends)
-        return dx, _mark_accumulated(weight), None
+        add_products_(weight.main_grad.flatten(2), x, dy, ends)
+        return dx, mark_accumulated(weight), None
 
 
 class _GroupedMatmulNpu(torch.autograd.Function):
@@ -727,10 +727,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     the matmul. Otherwise a gradient is written in the weight's dtype, rounded, read again and added. This is Megatron-LM's
     gradient accumulation fusion, with its protocol: `grad_added_to_main_grad` tells DDP that it is done.
     """
-    return _Linear.apply(x, weight, bias) if _accumulates(x, weight) else F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if can_accumulate(x, weight) else F.linear(x, weight, bias)
 
 
-def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def can_accumulate(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Returns whether the backward may write to `main_grad`. FSDP2 and frozen weights have none. A compiled graph does
     not see the buffer. npu's kernel takes fp16 and bf16 only."""
     refused = BACKEND == "npu" and x.dtype == torch.float32
@@ -754,8 +754,8 @@ class _Linear(torch.autograd.Function):
         (x,), weight = ctx.saved_tensors, ctx.weight
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dy = dy.flatten(0, -2)
-        _add_products_(weight.main_grad.unsqueeze(0), dy, x.flatten(0, -2), None)
-        return dx, _mark_accumulated(weight), dy.sum(0) if ctx.needs_input_grad[2] else None
+        add_products_(weight.main_grad.unsqueeze(0), dy, x.flatten(0, -2), None)
+        return dx, mark_accumulated(weight), dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor, tied: bool = False) -> torch.Tensor:
@@ -779,10 +779,10 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         (tokens,), weight = ctx.saved_tensors, ctx.weight
         weight.main_grad.index_add_(0, tokens.flatten(), dy.flatten(0, -2).float())
-        return None, _mark_accumulated(weight)
+        return None, mark_accumulated(weight)
 
 
-def _add_products_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> None:
+def add_products_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> None:
     """Adds a[rows of g]^T b[rows of g] to total[g], fp32 [G, M, N]: a [T, M], b [T, N]. ends: see `grouped_matmul`; None
     is one group."""
     if BACKEND == "npu" and a.dtype != torch.float32:
@@ -810,146 +810,11 @@ def _one_group(rows: int, where: torch.device) -> torch.Tensor:
     return torch.full((1,), rows, dtype=torch.int64, device=where)
 
 
-def _mark_accumulated(weight: torch.Tensor) -> torch.Tensor:
+def mark_accumulated(weight: torch.Tensor) -> torch.Tensor:
     """Tells megatron-core's DDP that the gradient is in its buffer. Returns a gradient that nobody reads: without one,
     autograd might not call DDP's hook on the thread of the backward."""
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
-
-
-def _weight_gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Returns dy^T x for a weight, or adds it to the weight's buffer as `linear` does. dy [T, outputs], x [T, inputs]."""
-    if not _accumulates(x, weight):
-        return dy.t() @ x
-    _add_products_(weight.main_grad.unsqueeze(0), dy, x, None)
-    return _mark_accumulated(weight)
-
-
-# ------------------------------------------------------------------------------------------------- fused communication
-
-
-def linear_reduce(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, scatter: bool) -> torch.Tensor:
-    """Returns the sum over a group of n ranks of x weight^T. One kernel multiplies and, meanwhile, sends the rows that
-    are done.
-
-    x [L, B, inputs/n], weight [outputs, inputs/n] -> [L, B, outputs], or with scatter this rank's tokens of it,
-    [L/n, B, outputs]. Backward: dx = dy weight, dweight = dy^T x. With scatter, the kernel that computes dx also gathers
-    dy, and dweight is computed from the gathered dy, which then is freed. cuda has only the kernels of scatter.
-    """
-    return _LinearReduce.apply(x, weight, group, scatter)
-
-
-class _LinearReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, group, scatter):
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.group, ctx.scatter = weight, group, scatter  # the weight is not saved: see `_Linear`
-        y = _matmul_reduce(x.flatten(0, -2).contiguous(), weight.t(), group, scatter)
-        return y.view(-1, *x.shape[1:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), weight, dy = ctx.saved_tensors, ctx.weight, dy.flatten(0, -2).contiguous()
-        dx, dy = _gather_matmul(dy, weight, ctx.group) if ctx.scatter else (dy @ weight, dy)
-        dweight = _weight_gradient(weight, dy, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx.view_as(x), dweight, None, None
-
-
-def gather_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: dist.ProcessGroup, scattered: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x of all tokens of a group of n ranks, and its product with weight^T, plus bias: the first of the linears
-    that share this input. One kernel gathers the tokens and, meanwhile, multiplies those that are here.
-
-    x [L/n, B, inputs], weight [outputs/n, inputs] -> [L, B, inputs], [L, B, outputs/n]. If x is not scattered it is
-    [L, B, inputs] on every rank, and only the backward communicates.
-
-    Backward: dx is the sum over the group of dothers + dy weight, where dothers is what the other linears return, and is
-    scattered if x is. Without other linears, one kernel multiplies and sends. With them, the collective runs while the
-    weight's gradient is computed. The gathered x is kept for the backward, as all linears of the input keep it.
-    """
-    return _GatherLinear.apply(x, weight, bias, group, scattered)
-
-
-class _GatherLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, group, scattered):
-        ctx.set_materialize_grads(False)  # None says that no other linear reads the gathered x
-        ctx.weight, ctx.group, ctx.scattered = weight, group, scattered
-        if scattered:
-            y, rows = _gather_matmul(x.flatten(0, -2).contiguous(), weight.t(), group)
-            x = rows.view(-1, *x.shape[1:])
-            y = y if bias is None else y + bias  # the npu kernel takes no bias
-        else:
-            y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x)
-        return x, y.view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx, dothers, dy):
-        (x,), weight, group = ctx.saved_tensors, ctx.weight, ctx.group
-        shape, dy = (-1, *x.shape[1:]), dy.flatten(0, -2).contiguous()
-        dx, sending, wanted = None, None, ctx.needs_input_grad
-        if wanted[0] and dothers is None:
-            dx = _matmul_reduce(dy, weight, group, ctx.scattered)
-        elif wanted[0]:
-            total = torch.addmm(dothers.flatten(0, -2), dy, weight)
-            if ctx.scattered:
-                dx = total.new_empty(len(total) // group.size(), total.shape[1])
-                sending = dist.reduce_scatter_tensor(dx, total, group=group, async_op=True)
-            else:
-                dx, sending = total, dist.all_reduce(total, group=group, async_op=True)
-        dweight = _weight_gradient(weight, dy, x.flatten(0, -2)) if wanted[1] else None
-        dbias = dy.sum(0) if wanted[2] else None
-        if sending is not None:
-            sending.wait()
-        return None if dx is None else dx.view(shape), dweight, dbias, None, None
-
-
-def _matmul_reduce(a: torch.Tensor, b: torch.Tensor, group: dist.ProcessGroup, scatter: bool) -> torch.Tensor:
-    """Returns the sum over the group of a b, or this rank's rows of it: a [T, K], b [K, N] -> [T, N] or [T/n, N]."""
-    if BACKEND != "npu":
-        assert scatter, "torch fuses no all-reduce"
-        return torch.ops.symm_mem.fused_matmul_reduce_scatter(a, b, "sum", 0, group.group_name)
-    if scatter:
-        return torch.ops.npu.npu_mm_reduce_scatter_base(a, b, _communicator(group), group.size())
-    return torch.ops.npu.npu_mm_all_reduce_base(a, b, _communicator(group))
-
-
-def _gather_matmul(a: torch.Tensor, b: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gathers the rows of a: a [T/n, K], b [K, N] -> (gathered a times b [T, N], gathered a [T, K])."""
-    if BACKEND == "npu":
-        return torch.ops.npu.npu_all_gather_base_mm(a, b, _communicator(group), group.size())
-    gathered, (product,) = torch.ops.symm_mem.fused_all_gather_matmul(a, [b], 0, group.group_name)
-    return product, gathered
-
-
-def _communicator(group: dist.ProcessGroup) -> str:
-    """Returns the name under which npu's kernels find the group's communicator."""
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())
-
-
-def check_fused_communication(group: dist.ProcessGroup) -> None:
-    """Checks that the kernels of `linear_reduce` and `gather_linear` exist, and on cuda that the group's devices reach
-    each other's memory. ValueError: one of the two is not so."""
-    namespace, names = "symm_mem", ("fused_matmul_reduce_scatter", "fused_all_gather_matmul")
-    if BACKEND == "npu":
-        namespace = "npu"
-        names = ("npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_all_gather_base_mm")
-    elif importlib.util.find_spec("torch.distributed._symmetric_memory"):
-        importlib.import_module("torch.distributed._symmetric_memory")  # registers the ops
-    missing = [name for name in names if not hasattr(getattr(torch.ops, namespace), name)]
-    if missing:
-        raise ValueError(f"fused_comm: torch {torch.__version__} has no {', '.join(missing)}; fix: --no-fused-comm")
-    if BACKEND != "cuda":
-        return
-    here = int(os.environ["LOCAL_RANK"])
-    devices = [here + rank - dist.get_rank() for rank in dist.get_process_group_ranks(group)]  # all on this node
-    unreachable = [i for i in devices if i != here and not torch.cuda.can_device_access_peer(here, i)]
-    if unreachable:
-        raise ValueError(
-            f"fused_comm: GPU {here} cannot reach the memory of GPU {unreachable[0]}; fix: --no-fused-comm"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------- loss
@@ -975,7 +840,7 @@ def linear_cross_entropy(
     hidden, so hidden must come through `parallel.enter_tensor_parallel`. The weight's gradient is accumulated as in
     `linear`, unless the weight is `tied` to the embedding, which has another gradient for it.
     """
-    accumulates = not tied and _accumulates(hidden, weight)
+    accumulates = not tied and can_accumulate(hidden, weight)
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weight, tp_size, accumulates)
 
 
@@ -997,7 +862,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if training:
                 torch.mm(gradient, weight, out=dhidden[part])
             if learning and added:
-                _add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
+                add_products_(dweight.unsqueeze(0), gradient, hidden[part], None)
             elif learning:
                 product = gradient.t() @ hidden[part]
                 dweight = product.float() if dweight is None else dweight.add_(product)
@@ -1015,7 +880,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors  # scaled in place, because torch refuses a second backward
         if ctx.weight is not None:
             ctx.weight.main_grad.addcmul_(dweight, dloss.float())
-            dweight = _mark_accumulated(ctx.weight)
+            dweight = mark_accumulated(ctx.weight)
         elif dweight is not None:
             dweight = dweight.mul_(dloss)
         return dhidden.mul_(dloss), dweight, None, None, None, None

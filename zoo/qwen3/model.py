@@ -343,11 +343,10 @@ class Qwen3(MegatronModule):
         last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers [layers, T, G], or None. Other stages
         return hidden states in the shape that the schedule sends, [T(/tp)/rows, rows, D].
         """
-        D = self.qwen.hidden_size
+        D, tied = self.qwen.hidden_size, self.qwen.tie_word_embeddings
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
         if self.first:
-            weight_of_tokens, tied = self.embed_tokens.weight, self.qwen.tie_word_embeddings
-            x = parallel.vocab_parallel_embedding(tokens, weight_of_tokens, self.config, tied).unsqueeze(1)
+            x = parallel.vocab_parallel_embedding(tokens, self.embed_tokens.weight, self.config, tied).unsqueeze(1)
         else:
             x = self._input.reshape(-1, 1, D)
         cos, sin = rotary_table(positions, self.qwen)
@@ -367,7 +366,6 @@ class Qwen3(MegatronModule):
         if weight is None:
             return ops.linear_log_probs(x, self.output_weight, labels, tp), routing
         weight = parallel.context_tokens(weight, causal=True)
-        tied = self.qwen.tie_word_embeddings
         return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp, tied)[0], routing
 
 
