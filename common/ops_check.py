@@ -132,8 +132,8 @@ def experts(tokens, experts, probs, weight):
 
 
 def plain_grouped_matmul(x, weight, ends):
-    bounds = itertools.pairwise([0, *ends.tolist()])
-    return torch.cat([x[start:end] @ matrix for (start, end), matrix in zip(bounds, weight, strict=True)])
+    groups = itertools.pairwise([0, *ends.tolist()])
+    return torch.cat([x[start:end] @ matrix for (start, end), matrix in zip(groups, weight, strict=True)])
 
 
 def plain_linear_cross_entropy(hidden, weight, labels, token_weight):
