@@ -42,12 +42,22 @@ READ_AHEAD = 8  # how many tensors before its copy a tensor is requested from th
 
 
 def parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (global name, parameter) of this rank's model chunks. Names have no prefixes of wrappers. Waits first for
-    parameters that are still being gathered."""
+    """Yield (global name, parameter) of this rank's model chunks, then their `buffers`. Names have no prefixes of
+    wrappers. Waits first for parameters that are still being gathered."""
     parallel.finish_gathers(chunks)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield name.removeprefix("module."), parameter
+    yield from buffers(chunks)
+
+
+def buffers(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (global name, tensor) of the persistent buffers: weights of the release that no gradient moves, such as the
+    biases of routers. Every tensor-parallel rank holds them whole."""
+    for name, module in ((n, m) for chunk in chunks for n, m in chunk.named_modules()):
+        for key, tensor in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}".removeprefix("module."), tensor
 
 
 def trained(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -95,7 +105,7 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
 
 
 def _model_state(chunks, ema: dict[str, torch.Tensor] | None) -> dict:
-    owners = dict(trained(chunks))
+    owners = dict(trained(chunks)) | dict(buffers(chunks))
     state = {name: sharded(name, p, p.data if isinstance(p, DTensor) else p) for name, p in owners.items()}
     state = {name: s for name, s in state.items() if s.data.numel()}
     if ema is not None:

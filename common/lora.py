@@ -87,6 +87,14 @@ def unpacked(module: LoraQuantized) -> torch.Tensor:
     return dequantize_4bit(*module.nf4).view(len(module.lora_B), -1)
 
 
+def effective_weight(linear: nn.Module) -> torch.Tensor:
+    """Return the weight [out, in] that a linear multiplies by, its adapter included, for code that multiplies itself."""
+    weight = unpacked(linear) if isinstance(linear, LoraQuantized) else linear.weight
+    if not hasattr(linear, "lora"):
+        return weight
+    return weight + (linear.lora_B @ linear.lora_A) * linear.lora.scale
+
+
 class _FrozenLinear(torch.autograd.Function):
     """Computes x W^T + b. W is unpacked once in the forward and once in the backward, and never kept."""
 

@@ -30,7 +30,7 @@ class Table:
     rename: our name -> key, for a tensor that the release stores as it is
     pieces: our name -> {key: index}, for a tensor that is stacked here: tensor[index] is the transpose of the key's
     copies: key -> the key whose tensor it must equal, for tensors that some releases store twice
-    ignored: suffixes of keys that some releases hold and no version of the model reads
+    ignored: prefixes or suffixes of keys that some releases hold and no version of the model reads
     stem: prefix of the names of the release's files
     """
 
@@ -57,7 +57,8 @@ class Table:
         """
         entries = weights.index(folder)
         if self.ignored:
-            entries = {key: entry for key, entry in entries.items() if not key.endswith(self.ignored)}
+            left_out = [key for key in entries if key.startswith(self.ignored) or key.endswith(self.ignored)]
+            entries = {key: entry for key, entry in entries.items() if key not in set(left_out)}
         expected = self.released_shapes()
         expected |= {copy: expected[key] for copy, key in self.copies.items() if copy in entries}
         weights.check(entries, expected, folder)

@@ -111,12 +111,13 @@ def test_published_size_has_the_parameters_keys_and_shapes_of_its_release(recipe
     config = part(recipe, "config").SIZES[size]
     o = case(recipe).options(next(iter(case(recipe).CONFIGS.values())))
     (model,) = part(recipe, "model").build(o, config, torch.device("meta"))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in checkpoint.parameters([model])}
     count, tensors = case(recipe).PUBLISHED[size]
     assert sum(map(math.prod, shapes.values())) == count == config.parameters
     with torch.device("meta"):
-        oracle = {name: tuple(p.shape) for name, p in case(recipe).oracle(config).named_parameters()}
-    assert sum(map(math.prod, oracle.values())) == count
+        oracle = case(recipe).oracle(config)
+    theirs = dict(oracle.named_parameters()) | dict(checkpoint.buffers([oracle]))
+    assert sum(math.prod(p.shape) for p in theirs.values()) == count
     for name, table in case(recipe).tables(config).items():
         assert table.shapes == shapes, name
         released = table.released_shapes()

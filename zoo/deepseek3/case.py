@@ -7,6 +7,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.modeling_layers import MtpModel
 
 from common import cli
 from common.release import Table
@@ -20,46 +21,49 @@ from .options import TrainOptions
 # All dimensions are different, so that a test notices two that are swapped.
 _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
-    rope_factor=1.0, original_max_position_embeddings=64, initializer_range=0.02,
+    kv_lora_rank=14, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, first_k_dense_replace=1,
+    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, routed_scaling_factor=2.5, rms_norm_eps=1e-6,
+    rope_theta=1e4, max_position_embeddings=64, original_max_position_embeddings=16, initializer_range=0.02,
 )  # fmt: skip
-_DENSE = dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
-_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
 CONFIGS = {
-    "dense": Deepseek3Config(**_SHAPE, **_DENSE, tie_word_embeddings=False),
-    "tied": Deepseek3Config(**_SHAPE, **_DENSE, tie_word_embeddings=True),
-    "experts": Deepseek3Config(**_SHAPE, **_EXPERTS, tie_word_embeddings=False),
-}
-PUBLISHED = {  # parameters, tensors on disk
-    "0.6B": (596_049_920, 310), "1.7B": (1_720_574_976, 310), "4B": (4_022_468_096, 398), "8B": (8_190_735_360, 399),
-    "14B": (14_768_307_200, 443), "32B": (32_762_123_264, 707), "30B-A3B": (30_532_122_624, 18_867),
-    "235B-A22B": (235_093_634_560, 36_945),
+    "grouped": Deepseek3Config(
+        **_SHAPE, q_lora_rank=18, n_shared_experts=1, n_group=4, topk_group=2, num_nextn_predict_layers=1,
+        rope_factor=4.0, rope_mscale=1.0,
+    ),
+    "plain": Deepseek3Config(
+        **_SHAPE, q_lora_rank=0, n_shared_experts=2, n_group=1, topk_group=1, num_nextn_predict_layers=0,
+        rope_factor=1.0, rope_mscale=0.0,
+    ),
 }  # fmt: skip
+PUBLISHED = {"671B": (682_636_487_424, 46_181)}  # parameters, tensors on disk in bf16
 BLOCK = Deepseek3Block
 LENGTH, GLOBAL_BATCH = 16, 4
 LAYOUTS = {  # processes, options, architectures
-    "dp2": (2, {}, ["dense", "experts"]),
-    "fsdp2": (2, {"fsdp": True}, ["tied", "experts"]),
-    "tp2": (2, {"tp": 2}, ["dense", "experts"]),
-    "tp2 sp": (2, {"tp": 2, "sp": True}, ["tied", "experts"]),
-    "cp2 ulysses": (2, {"cp": 2}, ["dense"]),
-    "cp2 ring": (2, {"cp": 2, "ulysses": 1}, ["dense"]),
-    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["tied", "experts"]),
-    "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}, ["tied"]),
-    "ep2": (2, {"ep": 2}, ["experts"]),
-    "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, ["experts"]),
+    "dp2": (2, {}, ["grouped"]),
+    "fsdp2": (2, {"fsdp": True}, ["grouped"]),
+    "tp2": (2, {"tp": 2}, ["grouped", "plain"]),
+    "tp2 sp": (2, {"tp": 2, "sp": True}, ["grouped", "plain"]),
+    "cp2 ulysses": (2, {"cp": 2}, ["grouped"]),
+    "cp2 ring": (2, {"cp": 2, "ulysses": 1}, ["grouped"]),
+    "pp2": (2, {"pp": 2, "stages": "3,1"}, ["grouped"]),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["plain"]),
+    "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}, ["grouped"]),
+    "ep2": (2, {"ep": 2}, ["grouped"]),
+    "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, ["grouped"]),
 }
 QUICK: list[str] = []  # options that shorten the steps and the work after training
-REFUSED = {"experts of a dense model": (2, {"ep": 2}, "has no experts")}
+REFUSED = {"experts that do not split": (3, {"ep": 3}, "ep=3")}
+MTP_WEIGHT = 0.3
 
 
 def options(config: Deepseek3Config, **values) -> TrainOptions:
     """Returns checked options of a training run with four rows per step."""
     defaults = {"size": "tiny", "layout": "tiny", "precision": "fp32", "micro_batch": 1, "global_batch": GLOBAL_BATCH,
-             "seq_len": LENGTH, "steps": 20, "lr": 1e-3, "lr_schedule": "constant"}  # fmt: skip
+             "seq_len": LENGTH, "steps": 20, "lr": 1e-3, "lr_schedule": "constant", "mtp_weight": MTP_WEIGHT,
+             "mtp": bool(config.num_nextn_predict_layers)}  # fmt: skip
     o = TrainOptions(**{f.name: f.default for f in dataclasses.fields(TrainOptions)} | defaults | values)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    return cli.check_layout(o, heads=heads, layers=layers, tokens=LENGTH, experts=config.num_experts)
+    return cli.check_layout(o, heads=heads, layers=layers, tokens=LENGTH, experts=config.n_routed_experts)
 
 
 def sequence_length(o: TrainOptions, config: Deepseek3Config) -> int:
@@ -93,25 +97,41 @@ def collate(samples: list[dict]) -> dict:
 
 def prepare(o: TrainOptions, micro_batches: list[dict]) -> list[dict]:
     """Prepares a step's micro-batches as training does before it runs them."""
-    return weighted(micro_batches, o.dp)
+    return weighted(micro_batches, o.dp, o.mtp_weight if o.mtp else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- oracle
 
 
+class Oracle(torch.nn.Module):
+    """transformers' model and, if the architecture has it, its multi-token prediction module."""
+
+    def __init__(self, config: Deepseek3Config):
+        super().__init__()
+        values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
+        theirs = transformers.DeepseekV3Config(**values)
+        self.main = transformers.AutoModelForCausalLM.from_config(
+            theirs, attn_implementation="eager", dtype=torch.float32
+        )
+        if config.num_nextn_predict_layers:
+            self.mtp = MtpModel(self.main, 1)
+
+
 def oracle(config: Deepseek3Config) -> torch.nn.Module:
     """Builds transformers' model, in fp32."""
-    cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
-    values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
-    return transformers.AutoModelForCausalLM.from_config(
-        cls(**values), attn_implementation="eager", dtype=torch.float32
-    )
+    return Oracle(config)
 
 
 def to_oracle(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Converts a name and its tensor (a weight or its gradient) to the oracle's, whose stacked experts have another
     order of axes."""
-    key = convert.released(name)
+    key, module = convert.released(name), f"model.layers.{_SHAPE['num_hidden_layers']}."
+    if key.startswith(module):
+        part = key.removeprefix(module).replace("shared_head.norm", "post_norm")
+        is_block = not part.startswith(("enorm", "hnorm", "eh_proj", "post_norm"))
+        key = f"mtp.layers.0.{'mtp_block.' * is_block}{part}"
+    else:
+        key = f"main.{key}"
     if name.endswith("mlp.gate_up"):  # [G, D, 2, F] -> [G, 2F, D]
         return key.replace("gate_up", "experts.gate_up_proj"), tensor.permute(0, 2, 3, 1).flatten(1, 2)
     if name.endswith("mlp.down"):  # [G, F, D] -> [G, D, F]
@@ -121,9 +141,19 @@ def to_oracle(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 def oracle_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
     """Computes the oracle's loss on the samples of a step. It reads every document by itself."""
-    losses = []
+    main, ahead = [], []
+
+    def add(losses: list, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        losses.append(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels >= 0])
+
     for s in samples:
         for start, end in zip(s["bounds"], s["bounds"][1:], strict=False):
-            logits, labels = model(input_ids=s["tokens"][None, start:end]).logits[0], s["labels"][start:end]
-            losses.append(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels >= 0])
-    return torch.cat(losses).mean()
+            tokens, labels = s["tokens"][None, start:end], s["labels"][start:end]
+            states = model.main.model(input_ids=tokens).last_hidden_state
+            add(main, model.main.lm_head(states)[0], labels)
+            if hasattr(model, "mtp"):
+                positions = torch.arange(end - start - 1)[None]
+                states = model.mtp.forward_layer(0, states[:, :-1], positions, None, input_ids=tokens[:, 1:])
+                add(ahead, model.main.lm_head(states)[0], labels[1:])
+    loss = torch.cat(main).mean()
+    return loss + MTP_WEIGHT * torch.cat(ahead).mean() if ahead else loss

@@ -1,17 +1,16 @@
-"""Name map between the released Qwen3 layout and ours, and conversion to and from sharded checkpoints.
+"""Name map between the released DeepSeek-V3 layout and ours, and conversion to and from sharded checkpoints.
 
 Our names are the released ones without the prefix `model.`. Only the experts' tensors differ, which are stacked here:
 
     layers.N.mlp.gate_up [G, D, 2, F]   mlp.experts.g.gate_proj.weight^T and mlp.experts.g.up_proj.weight^T, [F, D] each
     layers.N.mlp.down    [G, F, D]      mlp.experts.g.down_proj.weight^T, [D, F]
 
-So every conversion is bit-exact, dtypes included. The released 0.6B and 1.7B store their tied embedding twice. Loading
-checks that both copies are equal; writing stores one.
+So every conversion is bit-exact, dtypes included. The release stores embedding and vocabulary projection a second time,
+in layer 61, the multi-token prediction module. Loading checks that the copies are equal.
 
-    bash zoo/deepseek3/convert.sh --weights Qwen3-8B --to sharded --out Qwen3-8B-sharded
-    bash zoo/deepseek3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-8B
-    bash zoo/deepseek3/convert.sh --weights megatron-run --size 8B --to released --out my-8B      (megatron_import.py)
-    bash zoo/deepseek3/convert.sh --weights Qwen3-8B --adapter my-lora --to released --out my-8B
+    bash zoo/deepseek3/convert.sh --weights DeepSeek-V3 --to sharded --out DeepSeek-V3-sharded
+    bash zoo/deepseek3/convert.sh --weights runs/my-run/checkpoints/step-005000 --to released --out my-V3
+    bash zoo/deepseek3/convert.sh --weights DeepSeek-V3 --adapter my-lora --to released --out my-V3
 """
 
 import dataclasses
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import adapters, release
-from common.language.megatron_import import is_checkpoint
 from common.release import Source, Table
 
-from . import megatron_import
-from .config import Deepseek3Config, model_config, shapes
+from .config import Deepseek3Config, model_config, shapes, stored_config
 
 if TYPE_CHECKING:
     from .options import ConvertOptions
@@ -41,8 +38,8 @@ def released(name: str) -> str:
 def expert_pieces(config: Deepseek3Config) -> dict[str, dict[str, tuple]]:
     """Maps each of our stacked tensors to the released keys in it, each with the index where its transpose lies."""
     pieces, whole = {}, slice(None)
-    for i in range(config.num_hidden_layers if config.num_experts else 0):
-        keys = [f"model.layers.{i}.mlp.experts.{g}" for g in range(config.num_experts)]
+    for i in config.expert_layers:
+        keys = [f"model.layers.{i}.mlp.experts.{g}" for g in range(config.n_routed_experts)]
         parts = [(g, key, p, part) for g, key in enumerate(keys) for p, part in enumerate(("gate", "up"))]
         pieces[f"layers.{i}.mlp.gate_up"] = {f"{key}.{part}_proj.weight": (g, whole, p) for g, key, p, part in parts}
         pieces[f"layers.{i}.mlp.down"] = {f"{key}.down_proj.weight": (g,) for g, key in enumerate(keys)}
@@ -50,19 +47,21 @@ def expert_pieces(config: Deepseek3Config) -> dict[str, dict[str, tuple]]:
 
 
 def table(config: Deepseek3Config) -> Table:
+    """Returns the table of the release. Without the multi-token prediction module, its tensors are ignored."""
+    module = f"model.layers.{config.num_hidden_layers}."
+    shared = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
     return Table(
         shapes=shapes(config),
         rename=released,
         pieces=expert_pieces(config),
-        copies={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
+        copies={module + name: key for name, key in shared.items()} if config.num_nextn_predict_layers else {},
+        ignored=() if config.num_nextn_predict_layers else (module,),
         stem="model",
     )
 
 
 def open_source(folder: Path, config: Deepseek3Config) -> Source:
-    """Opens the parameters of a folder: a sharded checkpoint, a released folder, or a checkpoint of Megatron-LM."""
-    if is_checkpoint(folder):
-        return megatron_import.open_source(folder, config)
+    """Opens the parameters of a folder: a sharded checkpoint or a released folder."""
     return release.open_source(folder, table(config))
 
 

@@ -64,16 +64,34 @@ def rows_of(path, o: TrainOptions, shuffle: bool = True):
     return PackedRows(prepare())  # rank 0 has packed them; this returns their folder
 
 
-def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]:
-    """Adds `aux` and `weight` to each micro-batch: the weight of its tokens fp32 [T], or of its pairs [P]. A weight is
+def weighted(micro_batches: list[dict], dp: int, mtp: float = 0.0) -> list[dict]:
+    """Adds `weight` to each micro-batch: the weight of its tokens fp32 [T], or of its pairs [P]. A weight is
     micro-batches * dp / (labelled tokens, or pairs, of the whole global batch). The count stays on the device, so that
-    the host does not wait for it."""
+    the host does not wait for it. With mtp, the weight of the multi-token prediction loss, also adds what that loss
+    needs, `following`: next tokens, labels of the tokens after them, and their weights, [T] each."""
     counted = [torch.ones_like(b["pairs"]) if "pairs" in b else b["labels"] >= 0 for b in micro_batches]
+    micro_batches = [b | {"weight": w} for b, w in zip(micro_batches, _weights(counted, dp), strict=True)]
+    if not mtp:
+        return [b | {"following": None} for b in micro_batches]
+    shifted = [_shifted(b) for b in micro_batches]
+    weights = _weights([labels >= 0 for _, labels in shifted], dp)
+    pairs = zip(micro_batches, shifted, weights, strict=True)
+    return [b | {"following": (tokens, labels, mtp * w)} for b, (tokens, labels), w in pairs]
+
+
+def _weights(counted: list[torch.Tensor], dp: int) -> list[torch.Tensor]:
+    """Returns fp32 weights for the counted of every micro-batch, whose mean over micro-batches and ranks sums to 1."""
     count = torch.stack([w.sum() for w in counted]).sum(0, keepdim=True).float().clamp(min=1)
     if dp > 1:
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
-    scale = len(micro_batches) * dp / count
-    return [b | {"weight": w * scale, "aux": aux} for b, w in zip(micro_batches, counted, strict=True)]
+    return [w * (len(counted) * dp / count) for w in counted]
+
+
+def _shifted(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the next token of each token and that one's label, [T] each; no label at the end of a document."""
+    tokens, labels, positions = (batch[key] for key in ("tokens", "labels", "positions"))
+    same_document = positions.roll(-1) == positions + 1
+    return tokens.roll(-1), torch.where(same_document, labels.roll(-1), -100)
 
 
 class Batches:
@@ -92,8 +110,8 @@ class Batches:
         """Returns the micro-batches of a loaded step, weighted and on the device."""
         if self.o.adapts:
             lora.seed_dropout(self.o.seed, loaded.step)
-        aux = self.o.aux if self.o.aux_over == "model" else 0.0  # "layer": the layers add it themselves
-        return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, aux)
+        mtp = self.o.mtp_weight if self.o.mtp else 0.0
+        return weighted([self.on_device(b) for b in loaded.micro_batches], self.o.dp, mtp)
 
     def on_device(self, batch: dict) -> dict:
         moved = {k: v.to(device.current(), non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}

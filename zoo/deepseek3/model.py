@@ -1,32 +1,38 @@
-"""Qwen3, dense and mixture of experts, on megatron-core.
+"""DeepSeek-V3: latent attention, experts balanced by a bias, multi-token prediction, on megatron-core.
 
-Paper: Qwen3 Technical Report, arXiv:2505.09388. Reference implementation: transformers 5.23 `models/qwen3/
-modeling_qwen3.py` and `models/qwen3_moe/modeling_qwen3_moe.py` (Apache-2.0). Parameter names are those of the released
-checkpoints; the exceptions are the experts, which are stacked here (convert.py).
+Paper: DeepSeek-V3 Technical Report, arXiv:2412.19437, sections 2.1 (attention, experts) and 2.2 (multi-token prediction).
+Reference implementations: transformers 5.23 `models/deepseek_v3/modeling_deepseek_v3.py` (Apache-2.0) and the authors'
+`inference/model.py`. Parameter names are those of the released checkpoints; the exceptions are the experts, which are
+stacked here (convert.py).
 
 What is unusual:
-- Queries and keys are RMS-normalised per head before the rotary embedding; no linear has a bias.
-- heads * head_dim is not the hidden width for most sizes: q and o are not square.
-- The rotary embedding pairs entry i with i + E/2 (rotate-half); YaRN (arXiv:2309.00071) extends it beyond the
-  pretrained length. Positions restart at every document of a packed row.
-- Mixture of experts: softmax over all experts in fp32, the top k renormalised to sum 1, every layer sparse, no token
-  dropped and no shared expert; auxiliary load-balancing loss over all layers together (or of each layer), z-loss.
+- Attention (MLA): keys and values are computed from a latent of kv_lora_rank numbers per token, queries from one of
+  q_lora_rank. The rotary embedding is on qk_rope_head_dim separate entries of every query and on one key that all heads
+  share; it pairs entries 2i and 2i + 1. Queries and keys are wider than values.
+- Generation keeps the latent and the shared key of a token, and no keys and values. The projection from the latent to
+  the keys is applied to the queries instead, and that to the values to attention's output ("absorbed").
+- YaRN (arXiv:2309.00071) extends the rotary embedding; it scales the softmax, not cos and sin.
+- Experts: the first layers are dense. A router scores every expert by a sigmoid in fp32. A bias is added to choose the
+  experts, not to weigh them: first the groups with the best sums of their two best experts, then the best experts in
+  these groups. The weights are normalised and scaled. One shared expert sees every token. The bias rises for experts with
+  little load and falls for the others after each step (`balance_experts`); it has no gradient.
+- Multi-token prediction (MTP): one more layer, named after the last, reads the final state of a token and the embedding of
+  the next one, and predicts the one after that. It shares the embedding and the vocabulary projection.
 
 A micro-batch is one row of tokens. Its sequences stand end to end, and attention does not cross their bounds.
 
 Parallelism (tokens are the first dimension of every activation):
-- Tensor parallelism splits heads, FFN columns (also of every expert) and the vocabulary. Under sequence parallelism,
-  activations between these regions hold T/tp tokens.
+- Tensor parallelism splits heads, FFN columns (also of every expert) and the vocabulary. Every rank holds the projections
+  to the latents whole. Under sequence parallelism, activations between these regions hold T/tp tokens, and only latents
+  are gathered for attention.
 - Context parallelism splits the tokens for the whole network, in zig-zag order. Only attention communicates.
 - Expert parallelism spreads the experts over ranks that hold different tokens. Tokens are sent to the experts and back.
-- A parameter that every rank holds whole, but applies to its own heads or columns only (q_norm, k_norm, the router, key
-  and value heads if they are fewer than the ranks), goes through `copy_to_tensor_model_parallel_region`, whose backward
-  sums its gradient over the ranks.
-- A pipeline stage sends only hidden states to the next one. The first and the last stage hold the tied embedding and
-  sum its gradient.
+- A pipeline stage sends only hidden states to the next one. The last stage holds the MTP module and a copy of the
+  embedding, whose gradient it sums with the first stage's.
 
-Shape legend: T tokens of this rank, D hidden, H query heads and K key heads of this rank, E head dim, F FFN columns of
-this rank, G experts, V vocabulary.
+Shape legend: T tokens of this rank, D hidden, H heads of this rank, E width of queries and keys (N without and P with the
+rotary embedding), V width of values, Q and R widths of the latents of queries and of keys and values, F FFN columns of
+this rank, G experts.
 """
 
 import math
@@ -41,10 +47,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
-from common import device, ops, parallel
+from common import device, lora, ops, parallel
 from common.recompute import recomputed
 
 from .config import Deepseek3Config
+
+LATENT_EPS = 1e-6  # of the latents' norms, whatever the config says of the others
+ABSORBS = True  # whether generation keeps latents; keys and values otherwise, to compare
 
 
 class Deepseek3RMSNorm(nn.Module):
@@ -56,60 +65,71 @@ class Deepseek3RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class Deepseek3SharedHeads(nn.Linear):
-    """Projects keys or values with fewer heads than tensor-parallel ranks. Every rank holds the weights of all heads
-    and computes the one head that its query heads attend to (query head h of H attends to head h*K//H)."""
-
-    def __init__(self, config: Deepseek3Config, mc: TransformerConfig):
-        K, E = config.num_key_value_heads, config.head_dim
-        super().__init__(config.hidden_size, K * E, bias=False, dtype=mc.params_dtype)
-        head = parallel.mpu.get_tensor_model_parallel_rank() * K // mc.tensor_model_parallel_size
-        self.mc, self.rows = mc, slice(head * E, (head + 1) * E)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, 1, D] -> [T, 1, E]."""
-        return F.linear(x, parallel.shared_by_tp(self.weight, self.mc)[self.rows])
-
-
 class Deepseek3Attention(nn.Module):
     def __init__(self, config: Deepseek3Config, mc: TransformerConfig):
         super().__init__()
         self.config, self.mc = config, mc
-        D, E = config.hidden_size, config.head_dim
-        self.q_proj = parallel.ColumnLinear(D, config.num_attention_heads * E, mc, bias=False)
-        if config.num_key_value_heads % mc.tensor_model_parallel_size:
-            self.k_proj, self.v_proj = Deepseek3SharedHeads(config, mc), Deepseek3SharedHeads(config, mc)
+        D, Q, R, dtype = config.hidden_size, config.q_lora_rank, config.kv_lora_rank, mc.params_dtype
+        heads, keys_and_values = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
+        if Q:
+            self.q_a_proj = nn.Linear(D, Q, bias=False, dtype=dtype)
+            self.q_a_layernorm = Deepseek3RMSNorm(Q, LATENT_EPS, dtype)
+            self.q_b_proj = parallel.ColumnLinear(Q, heads * config.head_dim, mc, bias=False)
+            parallel.mark_replicated([self.q_a_proj.weight, self.q_a_layernorm.weight], mc)
         else:
-            self.k_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
-            self.v_proj = parallel.ColumnLinear(D, config.num_key_value_heads * E, mc, bias=False)
-        self.o_proj = parallel.RowLinear(config.num_attention_heads * E, D, mc, bias=False)
-        self.q_norm = Deepseek3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
-        self.k_norm = Deepseek3RMSNorm(E, config.rms_norm_eps, mc.params_dtype)
+            self.q_proj = parallel.ColumnLinear(D, heads * config.head_dim, mc, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, R + config.qk_rope_head_dim, bias=False, dtype=dtype)
+        self.kv_a_layernorm = Deepseek3RMSNorm(R, LATENT_EPS, dtype)
+        self.kv_b_proj = parallel.ColumnLinear(R, heads * keys_and_values, mc, bias=False)
+        self.o_proj = parallel.RowLinear(heads * config.v_head_dim, D, mc, bias=False)
+        parallel.mark_replicated([self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight], mc)
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], bounds: ops.Bounds | None, cache=None
-    ) -> torch.Tensor:
-        """x [T(/tp), 1, D], rope cos and sin [T, 1, 1, E] -> [T(/tp), 1, D]. cache: a cache of `decode`, only
-        for generation."""
-        E, eps = self.config.head_dim, self.config.rms_norm_eps
-        x, q = parallel.enter_with(self.q_proj, x, self.mc)  # [T, 1, D], [T, 1, H*E]
-        q = q.unflatten(2, (-1, E))  # [T, 1, H, E]
-        k = self.k_proj(x).unflatten(2, (-1, E))  # [T, 1, K, E]
-        v = self.v_proj(x).unflatten(2, (-1, E))
-        q = recomputed(ops.norm_rotary_half, q, parallel.shared_by_tp(self.q_norm.weight, self.mc), *rope, eps)
-        k = recomputed(ops.norm_rotary_half, k, parallel.shared_by_tp(self.k_norm.weight, self.mc), *rope, eps)
-        if cache is not None:
-            out = cache.attend(self, q, k, v)
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, bounds: ops.Bounds | None, cache=None) -> torch.Tensor:
+        """x [T(/tp), 1, D], rope [T, 1, 1, P/2, 2] -> [T(/tp), 1, D]. cache: a cache of `decode`, only for
+        generation."""
+        c = self.config
+        N, P, R = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split((R, P), -1)
+        latents = (recomputed(self.kv_a_layernorm, latent), shared_key)
+        if c.q_lora_rank:
+            latents = (*latents, recomputed(self.q_a_layernorm, self.q_a_proj(x)))
+            entered = parallel.enter_tensor_parallel(torch.cat(latents, -1), self.mc)
+            latent, shared_key, query_latent = entered.split((R, P, c.q_lora_rank), -1)  # [T, 1, R], [.., P], [.., Q]
+            q = self.q_b_proj(query_latent)
         else:
-            out = parallel.context_parallel_attention(q, k, v, causal=True, bounds=bounds)  # [T, 1, H, E]
-        return self.o_proj(out.flatten(2))
+            latent, shared_key = parallel.enter_tensor_parallel(torch.cat(latents, -1), self.mc).split((R, P), -1)
+            q = self.q_proj(parallel.enter_tensor_parallel(x, self.mc))
+        q, q_rotary = q.unflatten(2, (-1, N + P)).split((N, P), -1)  # [T, 1, H, N], [T, 1, H, P]
+        q_rotary = recomputed(ops.rotary_interleaved, q_rotary, rope)
+        shared_key = recomputed(ops.rotary_interleaved, shared_key.unsqueeze(2), rope)  # [T, 1, 1, P]
+        if cache is not None and ABSORBS:
+            return self.o_proj(self.attend_absorbed(q, q_rotary, latent, shared_key, cache).flatten(2))
+        k, v = self.kv_b_proj(latent).unflatten(2, (-1, N + c.v_head_dim)).split((N, c.v_head_dim), -1)
+        q = torch.cat((q, q_rotary), -1)  # [T, 1, H, E]
+        k = torch.cat((k, shared_key.expand(-1, -1, k.shape[2], -1)), -1)
+        if cache is not None:
+            out = cache.attend(self, q, k, v, c.softmax_scale)
+        else:
+            out = parallel.context_parallel_attention(q, k, v, causal=True, bounds=bounds, scale=c.softmax_scale)
+        return self.o_proj(out.flatten(2))  # from [T, 1, H, V]
+
+    def attend_absorbed(self, q, q_rotary, latent, shared_key, cache) -> torch.Tensor:
+        """Attends to cached latents, which are the keys and the values of one head that all queries share: q [T, 1, H,
+        N], q_rotary [T, 1, H, P], latent [T, 1, R], shared_key [T, 1, 1, P] -> [T, 1, H, V]."""
+        c = self.config
+        weight = lora.effective_weight(self.kv_b_proj).unflatten(0, (q.shape[2], -1))  # [H, N + V, R]
+        to_keys, to_values = weight.split((c.qk_nope_head_dim, c.v_head_dim), 1)
+        q = torch.einsum("tbhn,hnr->tbhr", q, to_keys)
+        queries = torch.cat((q, q_rotary), -1)  # [T, 1, H, R + P]
+        keys = torch.cat((latent.unsqueeze(2), shared_key), -1)  # [T, 1, 1, R + P]
+        out = cache.attend(self, queries, keys, c.kv_lora_rank, c.softmax_scale)  # [T, 1, H, R]
+        return torch.einsum("tbhr,hvr->tbhv", out, to_values)
 
 
 class Deepseek3MLP(nn.Module):
-    def __init__(self, config: Deepseek3Config, mc: TransformerConfig):
+    def __init__(self, D: int, width: int, mc: TransformerConfig):
         super().__init__()
         self.mc = mc
-        D, width = config.hidden_size, config.intermediate_size
         self.gate_proj = parallel.ColumnLinear(D, width, mc, bias=False)
         self.up_proj = parallel.ColumnLinear(D, width, mc, bias=False)
         self.down_proj = parallel.RowLinear(width, D, mc, bias=False)
@@ -122,25 +142,43 @@ class Deepseek3MLP(nn.Module):
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How tokens reach their experts under expert parallelism, and what a layer's router adds to the loss: `balance`
-    times its own load-balancing loss and `z` times its z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE,
-    arXiv:2202.08906, equation 5). A layer may lie on a pipeline stage that does not compute the loss, so
-    megatron-core's `MoEAuxLossAutoScaler` adds the gradients of these two losses during the layer's backward."""
+    """How tokens reach their experts under expert parallelism, and the weight of the sequence-wise balance loss of every
+    layer (arXiv:2412.19437, equations 17 to 20). A layer may lie on a pipeline stage that does not compute the loss, so
+    megatron-core's `MoEAuxLossAutoScaler` adds the gradient of this one during the layer's backward."""
 
     dispatch: str  # alltoall or allgather
     balance: float
-    z: float
 
-    def add_losses(self, chosen, logits, probs, counts, mc: TransformerConfig) -> torch.Tensor:
-        """Returns chosen [T, k] with the losses' gradient attached. logits and probs [T, G]; counts [G]: choices of
-        each expert."""
-        if not (self.balance or self.z):
-            return chosen
-        share = _over_ranks(counts / len(logits))
-        value = self.balance * probs.shape[1] * (share * probs.mean(0)).sum()
-        value = value + self.z * logits.logsumexp(-1).square().mean()
-        # Gradients are summed over the tp*cp ranks of a row: each holds a part of its tokens, or all hold the same.
-        return MoEAuxLossAutoScaler.apply(chosen, value / (mc.tensor_model_parallel_size * mc.context_parallel_size))
+    def add_loss(self, weights, scores, experts, rows: tuple[torch.Tensor, int, int], copies: int) -> torch.Tensor:
+        """Returns weights [T, k] with the gradient of the balance loss attached: the mean over rows of balance * sum over
+        experts of (share of the row's choices times G) * (mean over its tokens of the normalised score).
+
+        scores [T, G], experts [T, k]. rows: the row of each token int64 [T], the number of rows in the micro-batch and of
+        tokens in a row. copies: how many tensor-parallel ranks hold the same tokens."""
+        row, number, length = rows
+        chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
+        normalised = scores / scores.sum(-1, keepdim=True)
+        choices, probabilities = (
+            scores.new_zeros(number, scores.shape[1]).index_add(0, row, t) for t in (chosen, normalised)
+        )
+        group = parallel.mpu.get_tensor_and_context_parallel_group()  # the ranks that hold the tokens of these rows
+        if group.size() > 1:
+            dist.all_reduce(choices, group=group)
+        shares = choices * scores.shape[1] / (experts.shape[1] * length * copies)  # [rows, G]
+        # Each rank adds the part of the loss that its own tokens have in the means.
+        return MoEAuxLossAutoScaler.apply(
+            weights, self.balance / (number * length * copies) * (shares * probabilities).sum()
+        )
+
+
+def choose_experts(scores: torch.Tensor, bias: torch.Tensor, config: Deepseek3Config) -> torch.Tensor:
+    """Returns the experts int64 [T, k] of every token, for scores [T, G] and bias [G] in fp32: the k with the largest
+    biased score in the topk_group groups whose two best biased scores have the largest sums."""
+    biased = (scores.detach() + bias).unflatten(1, (config.n_group, -1))  # [T, groups, G/groups]
+    kept = biased.topk(2, -1).values.sum(-1).topk(config.topk_group, -1).indices  # [T, topk_group]
+    left_out = torch.ones_like(biased[..., 0], dtype=torch.bool).scatter_(1, kept, False)
+    biased = biased.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)
+    return biased.topk(config.num_experts_per_tok, -1).indices
 
 
 class Deepseek3SparseMLP(nn.Module):
@@ -154,46 +192,51 @@ class Deepseek3SparseMLP(nn.Module):
     def __init__(self, config: Deepseek3Config, mc: TransformerConfig, router: RouterOptions):
         super().__init__()
         self.config, self.mc, self.router = config, mc, router
-        G, D, dtype = config.num_experts, config.hidden_size, mc.params_dtype
+        G, D, dtype = config.n_routed_experts, config.hidden_size, mc.params_dtype
         held, width = G // mc.expert_model_parallel_size, config.moe_intermediate_size // mc.expert_tensor_parallel_size
         self.gate = nn.Linear(D, G, bias=False, dtype=dtype)
+        self.gate.register_buffer("e_score_correction_bias", torch.empty(G, dtype=torch.float32))
         self.gate_up = nn.Parameter(torch.empty(held, D, 2, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(held, width, D, dtype=dtype))
+        self.shared_experts = Deepseek3MLP(D, config.n_shared_experts * config.moe_intermediate_size, mc)
         parallel.mark_expert(self.gate_up, 3, mc)
         parallel.mark_expert(self.down, 1, mc)
         self.split_experts = mc.expert_tensor_parallel_size == mc.tensor_model_parallel_size
         if not self.split_experts:
             parallel.mark_replicated([self.gate.weight], mc)
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # sums since the last `router_metrics`
+        self.seen: torch.Tensor | None = None  # sums since the last `balance_experts`
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T(/tp), 1, D] -> (output [T(/tp), 1, D], the router's logits [T, G] fp32)."""
-        gate = self.gate.weight
+    def forward(self, x: torch.Tensor, rows: tuple[torch.Tensor, int, int] | None) -> torch.Tensor:
+        """[T(/tp), 1, D] -> [T(/tp), 1, D]. rows: see `RouterOptions.add_loss`; None: there is no such loss."""
+        shared, gate = self.shared_experts(x), self.gate.weight
         if self.split_experts:
             x, gate = parallel.enter_tensor_parallel(x, self.mc), parallel.shared_by_tp(gate, self.mc)
         tokens = x.flatten(0, 1)  # [T, D]
-        logits = F.linear(tokens, gate).float()  # [T, G]
-        probs = logits.softmax(-1)
-        chosen, experts = probs.topk(self.config.num_experts_per_tok)  # [T, k] each
-        if self.config.norm_topk_prob:
-            chosen = chosen / chosen.sum(-1, keepdim=True)
-        counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=x.device)
+        scores = F.linear(tokens.float(), gate.float()).sigmoid()  # [T, G]
+        experts = choose_experts(scores, self.gate.e_score_correction_bias, self.config)  # [T, k]
+        weights = scores.gather(1, experts)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.config.routed_scaling_factor
+        counts = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=x.device)
         counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [G]
-        if self.training and torch.is_grad_enabled():
-            chosen = self.router.add_losses(chosen, logits, probs, counts, self.mc)
+        if rows is not None and self.training and torch.is_grad_enabled():
+            copies = self.mc.tensor_model_parallel_size if self.split_experts else 1
+            weights = self.router.add_loss(weights, scores, experts, rows, copies)
         if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
-            out, computed = self.compute_by_allgather(tokens, experts, chosen)
+            out, computed = self.compute_by_allgather(tokens, experts, weights)
         else:
             rows, position = recomputed(ops.token_permute, tokens, experts)  # [T*k, D], sorted by expert
             if self.mc.expert_model_parallel_size > 1:
                 rows, computed = self.compute_by_alltoall(rows, counts)
             else:
                 rows, computed = self.experts(rows, counts), counts.sum()
-            out = ops.token_unpermute(rows, position, chosen.to(x.dtype))
-        if self.training:
-            self.observe(counts, probs, logits, computed)
+            out = ops.token_unpermute(rows, position, weights.to(x.dtype))
+        if self.training:  # recomputation adds a forward twice, which changes no ratio of these sums
+            sums = torch.cat(
+                (counts, computed.view(1))
+            )  # how often each expert was chosen, how many were computed here
+            self.seen = sums if self.seen is None else self.seen + sums
         out = out.view_as(x)
-        return parallel.leave_tensor_parallel(out, self.mc) if self.split_experts else out, logits
+        return shared + (parallel.leave_tensor_parallel(out, self.mc) if self.split_experts else out)
 
     def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Applies this rank's experts: rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
@@ -241,40 +284,52 @@ class Deepseek3SparseMLP(nn.Module):
         out = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, source, rows).to(tokens.dtype)
         return parallel.reduce_scatter_to_sequence_parallel_region(out, group=group), computed
 
-    @torch.no_grad()
-    def observe(self, counts, probs, logits, computed) -> None:
-        """Adds two tensors to `seen`, for `router_metrics`. [G + 1]: how often each expert was chosen, and how many
-        choices were computed here. [G + 3]: sums over tokens of the experts' probabilities, of 1, of entropy and of
-        logsumexp^2. Activation recomputation adds a forward twice, which changes no ratio of these sums."""
-        tokens, entropy = probs.new_full((), len(probs)), -torch.xlogy(probs, probs).sum()
-        token_sums = torch.stack((tokens, entropy, logits.logsumexp(-1).square().sum()))
-        sums = torch.cat((counts, computed.view(1))), torch.cat((probs.sum(0), token_sums))
-        self.seen = sums if self.seen is None else (self.seen[0] + sums[0], self.seen[1] + sums[1])
-
 
 class Deepseek3Block(nn.Module):
-    def __init__(self, config: Deepseek3Config, mc: TransformerConfig, router: RouterOptions):
+    def __init__(self, config: Deepseek3Config, mc: TransformerConfig, router: RouterOptions, layer: int):
         super().__init__()
-        eps, dtype = config.rms_norm_eps, mc.params_dtype
-        self.input_layernorm = Deepseek3RMSNorm(config.hidden_size, eps, dtype)
+        D, eps, dtype = config.hidden_size, config.rms_norm_eps, mc.params_dtype
+        self.input_layernorm = Deepseek3RMSNorm(D, eps, dtype)
         self.self_attn = Deepseek3Attention(config, mc)
-        self.post_attention_layernorm = Deepseek3RMSNorm(config.hidden_size, eps, dtype)
-        self.mlp = Deepseek3SparseMLP(config, mc, router) if config.num_experts else Deepseek3MLP(config, mc)
+        self.post_attention_layernorm = Deepseek3RMSNorm(D, eps, dtype)
+        is_sparse = layer in config.expert_layers
+        self.mlp = (
+            Deepseek3SparseMLP(config, mc, router) if is_sparse else Deepseek3MLP(D, config.intermediate_size, mc)
+        )
         parallel.mark_replicated([self.input_layernorm.weight, self.post_attention_layernorm.weight], mc)
 
-    def forward(self, x, cos, sin, bounds, cache=None):
-        """x [T(/tp), 1, D], cos and sin [T, 1, 1, E] -> (x, the router's logits [T, G] or an empty tensor)."""
-        y = self.self_attn(recomputed(self.input_layernorm, x), (cos, sin), bounds, cache)
+    def forward(self, x, rope, bounds, rows, cache=None):
+        """x [T(/tp), 1, D], rope [T, 1, 1, P/2, 2] -> [T(/tp), 1, D]. rows: see `RouterOptions.add_loss`."""
+        y = self.self_attn(recomputed(self.input_layernorm, x), rope, bounds, cache)
         norm = self.post_attention_layernorm
         y, x = recomputed(ops.add_rms_norm, y, x, norm.weight, norm.eps)
-        y, logits = self.mlp(y) if isinstance(self.mlp, Deepseek3SparseMLP) else (self.mlp(y), x.new_empty(0))
-        return x + y, logits
+        return x + (self.mlp(y, rows) if isinstance(self.mlp, Deepseek3SparseMLP) else self.mlp(y))
+
+
+class Deepseek3MTP(Deepseek3Block):
+    """The multi-token prediction module: a block, with an entrance for two inputs and a last norm of its own."""
+
+    def __init__(self, config: Deepseek3Config, mc: TransformerConfig, router: RouterOptions, layer: int):
+        super().__init__(config, mc, router, layer)
+        D, eps, dtype = config.hidden_size, config.rms_norm_eps, mc.params_dtype
+        self.enorm, self.hnorm = Deepseek3RMSNorm(D, eps, dtype), Deepseek3RMSNorm(D, eps, dtype)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False, dtype=dtype)
+        self.shared_head = nn.ModuleDict({"norm": Deepseek3RMSNorm(D, eps, dtype)})
+        replicated = (self.enorm, self.hnorm, self.eh_proj, self.shared_head["norm"])
+        parallel.mark_replicated([module.weight for module in replicated], mc)
+
+    def forward(self, x, following, rope, bounds, rows, cache=None):
+        """x [T(/tp), 1, D]: the model's final states. following [T(/tp), 1, D]: embeddings of the next tokens. Returns the
+        states [T(/tp), 1, D] that predict the tokens after these."""
+        x = self.eh_proj(torch.cat((self.enorm(following), self.hnorm(x)), -1))
+        return self.shared_head["norm"](super().forward(x, rope, bounds, rows, cache))
 
 
 class Deepseek3(MegatronModule):
     """One model chunk of a pipeline stage. `layers` are the global indices of its blocks.
 
-    A `first` chunk embeds the tokens. A `last` chunk applies the final norm and computes the loss.
+    A `first` chunk embeds the tokens. A `last` chunk applies the final norm and computes the loss, also that of the MTP
+    module, which it holds as its last layer.
     """
 
     model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
@@ -291,39 +346,43 @@ class Deepseek3(MegatronModule):
         router: RouterOptions,
     ):
         super().__init__(mc)
-        self.qwen, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
+        self.deepseek, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
+        self.balance = router.balance
         D, dtype, vocabulary = config.hidden_size, mc.params_dtype, config.vocab_size // mc.tensor_model_parallel_size
-        tied = config.tie_word_embeddings
-        if first or (last and tied):
+        self.predicts = last and config.num_nextn_predict_layers > 0
+        if first or self.predicts:
             self.embed_tokens = nn.Embedding(vocabulary, D, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.embed_tokens.weight, True, 0, 1)
-        if tied and first != last:
+        if config.num_nextn_predict_layers and first != last:
             parallel.mark_tied(self.embed_tokens.weight, copy=last)
-        self.layers = nn.ModuleDict({str(i): Deepseek3Block(config, mc, router) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Deepseek3Block(config, mc, router, i) for i in layers})
+        if self.predicts:
+            i = config.num_hidden_layers
+            self.layers[str(i)] = Deepseek3MTP(config, mc, router, i)
         if last:
             self.norm = Deepseek3RMSNorm(D, config.rms_norm_eps, dtype)
             parallel.mark_replicated([self.norm.weight], mc)
-        if last and not tied:
             self.lm_head = nn.Linear(D, vocabulary, bias=False, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.lm_head.weight, True, 0, 1)
+        self.mtp_loss: torch.Tensor | None = None  # sum since the last `balance_experts`
         self._input: torch.Tensor | None = None
 
     @property
     def hidden_size(self) -> int:
-        return self.qwen.hidden_size
+        return self.deepseek.hidden_size
 
     @property
     def vocab_size(self) -> int:
-        return self.qwen.vocab_size
+        return self.deepseek.vocab_size
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """Weight [V/tp, D] of the vocabulary projection: the embedding's own if they are tied."""
-        return self.embed_tokens.weight if self.qwen.tie_word_embeddings else self.lm_head.weight
+        """Weight [V/tp, D] of the vocabulary projection."""
+        return self.lm_head.weight
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Called by megatron-core, which sums this parameter's gradient over the first and the last pipeline stage."""
-        return self.embed_tokens.weight if self.qwen.tie_word_embeddings else None
+        return self.embed_tokens.weight if self.deepseek.num_nextn_predict_layers else None
 
     def set_input_tensor(self, tensor) -> None:
         """Called by the pipeline schedule with what the previous stage sent, or None."""
@@ -331,112 +390,108 @@ class Deepseek3(MegatronModule):
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
-        labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, cache=None,
+        labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, following=None, cache=None,
     ):  # fmt: skip
         """Takes the whole micro-batch: tokens and positions int64 [T*cp], cu_seqlens (the sequences' bounds), the
-        number of rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp]. The
-        loss is computed in here, together with the vocabulary projection, because FSDP gathers that weight only in
-        here.
+        number of rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp].
+        following: None, or what the MTP module needs: the tokens after those, and the labels and weights of what it
+        predicts. The loss is computed in here, together with the vocabulary projection, because FSDP gathers that weight
+        only in here.
 
         Returns on the last pipeline stage a pair. First: with labels and weight, the sum over this rank's tokens of
-        weight * cross entropy; with labels only, their log-probabilities fp32 [T]; without labels, the states after the
-        last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers [layers, T, G], or None. Other stages
-        return hidden states in the shape that the schedule sends, [T(/tp)/rows, rows, D].
+        weight * cross entropy, the MTP module's included; with labels only, their log-probabilities fp32 [T]; without
+        labels, the states after the last norm [T(/tp), 1, D]. Second: the part of that sum that is not the MTP module's,
+        without gradient, or None. Other stages return hidden states in the shape that the schedule sends,
+        [T(/tp)/rows, rows, D].
         """
-        D, tied = self.qwen.hidden_size, self.qwen.tie_word_embeddings
+        mc, tokens_of_all = self.config, len(tokens)
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
-        if self.first:
-            x = parallel.vocab_parallel_embedding(tokens, self.embed_tokens.weight, self.config, tied).unsqueeze(1)
-        else:
-            x = self._input.reshape(-1, 1, D)
-        cos, sin = rotary_table(positions, self.qwen)
+        x = self.embed(tokens) if self.first else self._input.reshape(-1, 1, self.hidden_size)
+        rope = rotary_table(positions, self.deepseek)
         bounds = ops.pack_bounds(cu_seqlens, x.device) if cache is None else None
-        routing = []
-        for block in self.layers.values():
-            x, logits = parallel.with_recomputation(block, self.recompute, self.offload)(x, cos, sin, bounds, cache)
-            routing.append(logits)
+        row = None
+        if self.balance:
+            row = torch.arange(tokens_of_all, device=x.device) // (tokens_of_all // rows)
+            routes_own = mc.expert_tensor_parallel_size != mc.tensor_model_parallel_size
+            row = parallel.local_tokens(row, mc, True) if routes_own else parallel.context_tokens(row, True)
+            row = row, rows, tokens_of_all // rows
+        blocks = [parallel.with_recomputation(block, self.recompute, self.offload) for block in self.layers.values()]
+        for block in blocks[:-1] if self.predicts else blocks:
+            x = block(x, rope, bounds, row, cache)
         if not self.last:
-            return x.view(-1, rows, D)
-        x, routing = self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
+            return x.view(-1, rows, self.hidden_size)
+        x = self.norm(x)
         if labels is None:
-            return x, routing
+            return x, None
         labels = parallel.context_tokens(labels, causal=True)  # [T]
-        x = parallel.enter_tensor_parallel(x, self.config).flatten(0, 1)  # [T, D]
-        tp = self.config.tensor_model_parallel_size
+        hidden = parallel.enter_tensor_parallel(x, mc).flatten(0, 1)  # [T, D]
+        tp, T = mc.tensor_model_parallel_size, len(labels)
         if weight is None:
-            return ops.linear_log_probs(x, self.output_weight, labels, tp), routing
+            return ops.linear_log_probs(hidden, self.output_weight, labels, tp), None
         weight = parallel.context_tokens(weight, causal=True)
-        return ops.linear_cross_entropy(x, self.output_weight, labels, weight, tp, tied)[0], routing
+        if self.predicts and following is not None:  # the rows of both losses pass the vocabulary projection together
+            next_tokens, *others = (parallel.context_tokens(t, causal=True) for t in following)
+            x = blocks[-1](x, self.embed(next_tokens), rope, bounds, row)
+            hidden = torch.cat((hidden, parallel.enter_tensor_parallel(x, mc).flatten(0, 1)))  # [2T, D]
+            labels, weight = (torch.cat(both) for both in zip((labels, weight), others, strict=True))
+        total, losses = ops.linear_cross_entropy(hidden, self.output_weight, labels, weight, tp)
+        return total, (losses[:T] * weight[:T]).sum()
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T(/tp), 1, D]."""
+        weight = self.embed_tokens.weight
+        return parallel.vocab_parallel_embedding(tokens, weight, self.config, tied=False).unsqueeze(1)
 
 
-def rotary_table(positions: torch.Tensor, config: Deepseek3Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns cos and sin [T, 1, 1, E] fp32 of every token's angles; the two halves of E are equal.
+def rotary_table(positions: torch.Tensor, config: Deepseek3Config) -> torch.Tensor:
+    """Returns (cos, sin) [T, 1, 1, P/2, 2] fp32 of the angle of every token and pair.
 
     If config.rope_factor is not 1, YaRN divides the frequencies of pairs that turn less than once in the original
-    length by the factor, keeps those of pairs that turn more than 32 times, and interpolates in between. It also scales
-    cos and sin up a little.
+    length by the factor, keeps those of pairs that turn more than 32 times, and interpolates in between.
     """
-    E, factor = config.head_dim, config.rope_factor
-    pairs = torch.arange(0, E, 2, dtype=torch.int64, device=positions.device)
-    periods = config.rope_theta ** (pairs.float() / E)  # [E/2], tokens per radian
+    P, factor = config.qk_rope_head_dim, config.rope_factor
+    pairs = torch.arange(0, P, 2, dtype=torch.int64, device=positions.device)
+    periods = config.rope_theta ** (pairs.float() / P)  # [P/2], tokens per radian
     frequencies = 1.0 / periods
     if factor != 1:  # in transformers' order of operations: far positions multiply a rounding difference
         turns = config.original_max_position_embeddings / (2 * math.pi)
-        low, high = (E * math.log(turns / n) / (2 * math.log(config.rope_theta)) for n in (32, 1))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), E - 1)
-        unscaled = 1 - ((pairs / 2 - low) / (high - low or 0.001)).clamp(0, 1)  # [E/2]
+        low, high = (P * math.log(turns / n) / (2 * math.log(config.rope_theta)) for n in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), P - 1)
+        unscaled = 1 - ((pairs / 2 - low) / (high - low or 0.001)).clamp(0, 1)  # [P/2]
         frequencies = 1.0 / (factor * periods) * (1 - unscaled) + frequencies * unscaled
-    angles = positions.float()[:, None] * frequencies  # [T, E/2]
-    angles = torch.cat((angles, angles), -1)[:, None, None]
-    scale = 0.1 * math.log(factor) + 1
-    return angles.cos() * scale, angles.sin() * scale
+    angles = positions.float()[:, None] * frequencies  # [T, P/2]
+    return torch.stack((angles.cos(), angles.sin()), -1)[:, None, None]
 
 
-def load_balancing_loss(routing: torch.Tensor, k: int) -> torch.Tensor:
-    """Computes G * sum over experts of (share of the tokens' k choices) * (mean probability), over all layers and
-    tokens together: the auxiliary loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as transformers'
-    `load_balancing_loss_func` has it. routing: router logits [layers, T, G] of this rank's tokens. The loss of the
-    whole row is the mean of the results over tensor and context parallel ranks."""
-    probs = routing.flatten(0, 1).softmax(-1)  # [layers*T, G]
-    chosen = torch.zeros_like(probs).scatter_(1, probs.topk(k).indices, 1.0)
-    return probs.shape[1] * (_over_ranks(chosen.mean(0)) * probs.mean(0)).sum()
-
-
-def _over_ranks(share: torch.Tensor) -> torch.Tensor:
-    """Averages over the ranks that hold one row's tokens, without gradient."""
-    group = parallel.mpu.get_tensor_and_context_parallel_group()
-    if group.size() > 1:
-        dist.all_reduce(share, group=group)
-    return share / group.size()
-
-
-def router_metrics(chunks: list[nn.Module], config: Deepseek3Config) -> dict:
-    """Returns what the routers did since the last call, over all ranks, for metrics.jsonl: each expert's load (its
-    share of the choices times G; 1: balanced), as the mean over layers and as the largest of any layer; means over
-    layers of entropy in nats, load-balancing loss (k: balanced) and z-loss; choices that no expert computed. Waits for
-    the device once."""
-    G = config.num_experts
-    counts = torch.zeros(config.num_hidden_layers, G + 1, dtype=torch.int64, device=device.current())
-    sums = torch.zeros(config.num_hidden_layers, G + 3, device=device.current())
-    for layers in (parallel.unwrapped(chunk).layers for chunk in chunks):
-        for i, block in layers.items():
-            counts[int(i)], sums[int(i)] = block.mlp.seen
-            block.mlp.seen = None
-    for each in (counts, sums):
+@torch.no_grad()
+def balance_experts(chunks: list[nn.Module], o, config: Deepseek3Config) -> dict:
+    """Moves the routers' biases after a step, over all ranks: up by o.bias_speed for experts with less than the mean load, down
+    for those with more (arXiv:2412.19437, section 2.1.2). Returns what the routers did since the last call, for
+    metrics.jsonl: each expert's load (its share of the choices times G; 1: balanced), as the mean over layers and as the
+    largest of any layer; choices that no expert computed; the MTP module's mean loss. Waits for the
+    device once."""
+    G, layers, where = config.n_routed_experts, config.expert_layers, device.current()
+    counts, biases = torch.zeros(len(layers), G + 1, dtype=torch.int64, device=where), {}
+    mtp_loss = torch.zeros(1, device=where)
+    for chunk in map(parallel.unwrapped, chunks):
+        for i, block in chunk.layers.items():
+            if int(i) in layers:
+                place = int(i) - layers.start
+                counts[place], block.mlp.seen = block.mlp.seen, None
+                biases[place] = block.mlp.gate.e_score_correction_bias
+        if chunk.mtp_loss is not None:
+            mtp_loss, chunk.mtp_loss = mtp_loss + chunk.mtp_loss, None
+    for each in (counts, mtp_loss):
         dist.all_reduce(each)
-    (chosen, computed), (probs, token_sums) = counts.split([G, 1], 1), sums.split([G, 3], 1)
-    tokens, entropy, z = token_sums.unbind(1)  # [layers] each
+    mtp_loss /= o.mtp_weight * o.micro_batches * o.dp * o.tp if o.mtp else 1  # all tp ranks have the same value
+    chosen, computed = counts.split([G, 1], 1)
+    for place, bias in biases.items():
+        bias += o.bias_speed * (chosen[place].sum() - G * chosen[place]).sign()
     load = G * chosen / chosen.sum(1, keepdim=True)  # [layers, G]
-    balance = G * (chosen * probs).sum(1) / tokens.square()
-    means = torch.stack((entropy / tokens, balance, z / tokens)).mean(1)  # [3]
     dropped = (chosen.sum() - computed.sum()).float().view(1)  # exact in fp32: it is small
-    *each, largest, dropped, entropy, balance, z = torch.cat(
-        (load.mean(0), load.max().view(1), dropped, means)
-    ).tolist()
-    return {
-        "router_load": each, "router_load_max": largest, "router_entropy": entropy, "router_balance_loss": balance,
-        "router_z_loss": z, "router_dropped": int(dropped),
-    }  # fmt: skip
+    *each, largest, dropped, mtp_loss = torch.cat((load.mean(0), load.max().view(1), dropped, mtp_loss)).tolist()
+    measured = {"router_load": each, "router_load_max": largest, "router_dropped": int(dropped)}
+    return measured | ({"mtp_loss": mtp_loss} if o.mtp else {})
 
 
 # ---------------------------------------------------------------------------------------------- this rank's part
@@ -449,11 +504,9 @@ def build(o, config: Deepseek3Config, where: torch.device | None = None) -> list
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         layers=config.num_hidden_layers,
-        experts=config.num_experts,
+        experts=config.n_routed_experts,
     )
-    per_layer = 1 / config.num_hidden_layers
-    balance = per_layer * o.aux if o.aux_over == "layer" else 0.0
-    router = RouterOptions(o.dispatch, balance, per_layer * o.z_loss)
+    router = RouterOptions(o.dispatch, o.aux)
     chunks = []
     with where or device.current():
         for i in range(o.vpp):
@@ -468,11 +521,11 @@ def build(o, config: Deepseek3Config, where: torch.device | None = None) -> list
 
 
 def draw(config: Deepseek3Config, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Fills a whole parameter with initial values: 1 for norms, N(0, initializer_range / sqrt(2 layers)) for the
+    """Fills a whole parameter with initial values: 1 for norms, 0 for the routers' biases, N(0, initializer_range / sqrt(2 layers)) for the
     outputs of attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is the rule of GPT-2 and of
     Megatron-LM (`scaled_init_method_normal`)."""
-    if name.endswith("norm.weight"):
-        whole.fill_(1.0)
+    if name.endswith(("norm.weight", "bias")):
+        whole.fill_(float(name.endswith("weight")))
         return
     residual = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down"))
     scale = (2 * config.num_hidden_layers) ** -0.5 if residual else 1.0

@@ -13,9 +13,9 @@ from typing import Literal
 
 from common import cli, jobs, resume
 from common.cli import option
-from common.language import megatron_import, preprocess
+from common.language import preprocess
 from common.language import options as language
-from common.language.options import Demo, EvaluateOptions
+from common.language.options import Demo
 from common.weights import refuse_existing
 
 from . import convert
@@ -23,11 +23,11 @@ from .config import (
     Deepseek3Config,
     adaptable,
     adapted_shapes,
-    describe_vocabulary_change,
     is_sharded,
     memory_estimate,
     model_config,
     size_of,
+    stored_config,
 )
 from .demo import make_data
 
@@ -54,19 +54,30 @@ RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
 
 
 @dataclass(frozen=True, kw_only=True)
-class YarnOptions:
-    yarn: float = option(
-        "lengthen the model's positions by YaRN: factor over the pretrained ones (default: as its config.json says)",
-        group="model", layout=True, within="[1, inf)",
+class RoutingOptions:
+    bias_speed: float = option(
+        "how far the routers' biases move after each step, to balance the experts", 1e-3, group="objective",
+        layout=True, within="[0, inf)",
     )  # fmt: skip
+    aux: float = option(
+        "weight of each layer's sequence-wise balance loss", 0.0, group="objective", layout=True, within="[0, inf)"
+    )
+    dispatch: Literal["alltoall", "allgather"] = option(
+        "how tokens reach experts on other ranks; gathered where ep is smaller than the experts of a token", "alltoall",
+        group="layout", layout=True,
+    )  # fmt: skip
+    mtp: bool = option(
+        "train the multi-token prediction module, too (pretrain and sft of all parameters)", True, group="objective"
+    )
+    mtp_weight: float = option("weight of its loss", 0.3, group="objective", layout=True, within="(0, inf)")
+    experts = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(
     language.PreferenceOptions,
     language.AdapterOptions,
-    language.RoutingOptions,
-    YarnOptions,
+    RoutingOptions,
     language.TrainOptions,
 ):
     data: Path | None = option(
@@ -81,8 +92,20 @@ class TrainOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(YarnOptions, language.InferOptions):
-    pass
+class InferOptions(language.InferOptions):
+    speculative: bool = option(
+        "let the multi-token prediction module guess a token ahead; the answer is the same", False, group="job"
+    )
+    experts = None
+
+    @property
+    def mtp(self) -> bool:
+        return self.speculative
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(language.EvaluateOptions):
+    mtp, experts = False, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +113,13 @@ class ConvertOptions(language.JobOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
     adapter: Path | None = option("PEFT adapter merged into what is written, folder or file", group="job")
+    mtp, experts = True, None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(preprocess.PreprocessOptions):
     end: str = option("token that ends every document", DOCUMENT_END, group="data")
+    mtp, experts = True, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +129,7 @@ class PerfOptions(TrainOptions):
     )
     repeats: int = option("timed training steps", 20, group="job", within="[1, inf)")
     layers: int | None = option("this many layers instead of the size's", group="model", within="[1, inf)")
+    experts: int | None = option("this many experts per layer instead of the size's", group="model", within="[2, inf)")
     vocabulary: int | None = option("this many tokens instead of the size's", group="model", within="[2048, inf)")
     compiled: bool = option("let all also run under torch.compile", True, group="job")
     record: bool = option("add the rows to perf.jsonl", False, group="job")
@@ -137,6 +163,7 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
     o = _with_training_defaults(dataclasses.replace(o, from_scratch=o.from_scratch or drawn), flags)
     o = language.fill_tokenizer(o if o.from_scratch else language.fill_weights(o, DEMO), DEMO)
+    o = _with_module(o, flags)
     config = model_config(o)
     o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
@@ -158,6 +185,8 @@ def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
+    if o.speculative and not config.num_nextn_predict_layers:
+        raise ValueError(f"{o.weights} has no multi-token prediction module; fix: leave --speculative out")
     o = _complete_layout(o, config)
     if o.dp != o.ep:
         raise ValueError(
@@ -165,7 +194,7 @@ def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
         )
     _check_weights(o, config)
     language.check_tokenizer(o, config.vocab_size)
-    language.check_lengths(o, config.positions, "--max-new-tokens, --yarn, or a shorter prompt")
+    language.check_lengths(o, config.positions, "--max-new-tokens, or a shorter prompt")
     if o.adapter:
         _check_adapters(o, config)
     return o
@@ -190,10 +219,7 @@ def _convert(o: ConvertOptions, flags: set[str]) -> ConvertOptions:
     o = language.fill_weights(language.drop_batch(o, flags), DEMO)
     config = model_config(o)
     o = _complete_layout(o, config)
-    if megatron_import.is_checkpoint(o.weights):
-        megatron_import.files(o.weights)
-    else:
-        _check_weights(o, config)
+    _check_weights(o, config)
     if o.to is None:
         raise ValueError("nothing to convert to; fix: --to released or sharded")
     refuse_existing(o.out, "--out")
@@ -217,14 +243,14 @@ def _perf(o: PerfOptions, flags: set[str]) -> PerfOptions:
 
 
 JOBS = {  # a launcher's script -> its options, its description in --help, the function that completes and checks them
-    "train": (TrainOptions, "Train Qwen3.", _train),
-    "infer": (InferOptions, "Generate text with Qwen3.", _infer),
-    "evaluate": (EvaluateOptions, "Evaluate Qwen3 on benchmarks through lm-eval-harness.", _evaluate),
+    "train": (TrainOptions, "Train DeepSeek-V3.", _train),
+    "infer": (InferOptions, "Generate text with DeepSeek-V3.", _infer),
+    "evaluate": (EvaluateOptions, "Evaluate DeepSeek-V3 on benchmarks through lm-eval-harness.", _evaluate),
     "preprocess": (PreprocessOptions, "Tokenize text for pretraining.", _preprocess),
     "perf": (PerfOptions, "Measure this recipe on this machine.", _perf),
     "convert": (
         ConvertOptions,
-        "Convert Qwen3 weights: released or sharded, from either or from Megatron-LM; merge a LoRA.",
+        "Convert DeepSeek-V3 weights: released or sharded, from either; merge a LoRA.",
         _convert,
     ),
 }
@@ -240,36 +266,49 @@ def _complete_layout(o, config: Deepseek3Config, tokens: int | None = None):
         heads=config.num_attention_heads,
         layers=config.num_hidden_layers,
         tokens=tokens,
-        experts=config.num_experts,
+        experts=config.n_routed_experts,
     )
-    kv_heads = config.num_key_value_heads
-    if kv_heads % o.tp and o.tp % kv_heads:
+    if config.n_routed_experts % config.n_group or config.n_routed_experts < 2 * config.n_group:
         raise ValueError(
-            f"tp={o.tp} with {kv_heads} key-value heads (size {o.size}); expected that one divides the other; fix: --tp"
+            f"{config.n_routed_experts} experts in n_group={config.n_group}; expected groups of one size, at least 2; "
+            "fix: config.json"
         )
-    columns = ("tp", config.intermediate_size, "columns of the MLP")
-    if config.num_experts:
-        columns = ("etp", config.moe_intermediate_size, "columns of an expert")
-    for flag, count, noun in (("tp", config.vocab_size, "tokens of the vocabulary"), columns):
+    for flag, count, noun in (
+        ("tp", config.vocab_size, "tokens of the vocabulary"),
+        ("tp", config.intermediate_size, "columns of the MLP"),
+        ("tp", config.n_shared_experts * config.moe_intermediate_size, "columns of the shared expert"),
+        ("etp", config.moe_intermediate_size, "columns of an expert"),
+    ):
         if count % getattr(o, flag):
             raise ValueError(f"{flag}={getattr(o, flag)} does not divide {count} {noun} (size {o.size}); fix: --{flag}")
     if o.fused_comm:
-        rows = [
-            config.num_attention_heads * config.head_dim,
-            *([] if config.num_experts else [config.intermediate_size]),
-        ]
+        rows = (config.num_attention_heads * config.v_head_dim, config.intermediate_size)
         cli.check_fused_comm(o, [config.hidden_size, *(width // o.tp for width in rows)])
     return o
 
 
 def _check_weights(o, config: Deepseek3Config) -> None:
-    """Checks that the tensors of --weights are exactly the model's. Notes a vocabulary other than the published one."""
-    if (note := describe_vocabulary_change(o, config)) is not None:
-        cli.note(note)
-    if o.weights is None or is_sharded(o.weights):
-        return
-    if not o.from_scratch:
+    """Checks that the tensors of --weights are exactly the model's."""
+    if o.weights is not None and not is_sharded(o.weights) and not o.from_scratch:
         convert.table(config).entries(o.weights)
+
+
+def _with_module(o: TrainOptions, flags: set[str]) -> TrainOptions:
+    """Decides whether the multi-token prediction module trains: only where all parameters train on text, and only if the
+    weights have it.
+
+    Raises:
+        ValueError: --mtp is given and it cannot.
+    """
+    fault = None
+    if o.adapts or o.job == "dpo":
+        fault = f"the multi-token prediction module has no loss in {o.job}.sh"
+    elif o.mtp and not stored_config(o).num_nextn_predict_layers:
+        fault = f"{o.weights or o.size} has no multi-token prediction module"
+        cli.note(f"{fault}: it is not trained")
+    if fault and "--mtp" in flags:
+        raise ValueError(f"{fault}; fix: --no-mtp")
+    return dataclasses.replace(o, mtp=o.mtp and not fault)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -297,13 +336,14 @@ def _layout_is_of_job(o: TrainOptions, flags: set[str]) -> bool:
 
 
 def _check_objective(o: TrainOptions, config: Deepseek3Config) -> None:
-    """Checks that rows fit the model and the layout, and that the router's losses fit the model."""
+    """Checks that rows fit the model and the layout."""
     if o.seq_len > config.positions:
-        raise ValueError(
-            f"seq_len={o.seq_len} is more than the model's {config.positions} positions; fix: --seq-len or --yarn"
-        )
+        raise ValueError(f"seq_len={o.seq_len} is more than the model's {config.positions} positions; fix: --seq-len")
     language.check_rows(o)
-    language.check_routing(o, config.num_experts)
+    if o.dispatch == "allgather" and o.ep == 1:
+        raise ValueError("dispatch=allgather: with ep=1 no token travels; fix: --ep, or --dispatch alltoall")
+    if o.aux and o.job == "dpo":
+        raise ValueError("aux is no part of the preference losses; fix: --aux 0")
 
 
 def _check_adapters(o, config: Deepseek3Config) -> None:

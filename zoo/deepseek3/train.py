@@ -29,7 +29,7 @@ from . import convert
 from .config import Deepseek3Config, model_config
 from .data import Batches, rows_of, weighted
 from .demo import judge
-from .model import Deepseek3Block, build, draw, load_balancing_loss, router_metrics
+from .model import Deepseek3Block, balance_experts, build, draw
 from .options import DEMO, HERE, TrainOptions, run_facts, starting_point
 
 # --------------------------------------------------------------------------------------------------------- objective
@@ -38,24 +38,24 @@ from .options import DEMO, HERE, TrainOptions, run_facts, starting_point
 def forward_step(iterator: Iterator[dict], model: torch.nn.Module):
     """Runs one micro-batch through one model chunk. megatron-core's schedules require (output, loss function)."""
     batch = next(iterator)
-    output = model(*(batch[k] for k in ("tokens", "positions", "cu_seqlens", "rows", "labels", "weight")))
-    return output, lambda output: loss(output, batch, model)
+    keys = ("tokens", "positions", "cu_seqlens", "rows", "labels", "weight", "following")
+    output = model(*(batch[key] for key in keys))
+    return output, lambda output: loss(output, model)
 
 
-def loss(output: tuple, batch: dict, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
-    """Returns the cross entropy of this rank's tokens, plus aux * load-balancing loss if the model has experts.
-    `weighted` has chosen the tokens' weights so that the sum over context parallel ranks, averaged over micro-batches
-    and data parallel ranks, is the mean over all labelled tokens of the global batch, wherever packing has put a
-    document."""
-    value, routing = output
+def loss(output: tuple, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
+    """Returns the cross entropy of this rank's tokens, plus that of the multi-token prediction module. `weighted` has
+    chosen the tokens' weights so that the sum over context parallel ranks, averaged over micro-batches and data parallel
+    ranks, is the mean over all labelled tokens of the global batch, wherever packing has put a document. Reported as the
+    loss is the first part alone; the second is `mtp_loss` in metrics.jsonl."""
+    value, main = output
     chunk = parallel.unwrapped(model)
-    tp = chunk.config.tensor_model_parallel_size
+    if chunk.training:
+        mtp_loss = value.detach() - main
+        chunk.mtp_loss = mtp_loss if chunk.mtp_loss is None else chunk.mtp_loss + mtp_loss
     # All tp ranks have computed the same value. global_loss averages over them; under sequence parallelism it sums.
-    reported = value.detach() / (tp if chunk.config.sequence_parallel else 1)
-    if batch["aux"]:  # divided below, because gradients are summed over the tp*cp ranks of a row
-        balance = load_balancing_loss(routing, chunk.qwen.num_experts_per_tok)
-        value = value + batch["aux"] / (tp * chunk.config.context_parallel_size) * balance
-    return value, {"loss": reported.clone()}  # a copy, because the schedule scales `value` in place
+    reported = main / (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
+    return value, {"loss": reported}
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
@@ -193,7 +193,7 @@ def main(o: TrainOptions) -> None:
                 rows.reference = preference.compute_reference(
                     o, rows, reference_facts(o, config), evaluate, batches.on_device
                 )
-    routers = functools.partial(router_metrics, wrapped, config) if config.num_experts else dict
+    balance = dict if o.adapts else functools.partial(balance_experts, wrapped, o, config)
     flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
         o,
@@ -206,7 +206,7 @@ def main(o: TrainOptions) -> None:
         header=runlog.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
         extra_files=[o.tokenizer / name for name in convert.COPIED],
-        measure=lambda: routers() | (margins() if margins else {}),
+        measure=lambda: balance() | (margins() if margins else {}),
     )
     finished = result["reason"] == "finished"
     if finished and held_out is not None:
