@@ -135,11 +135,11 @@ class Deepseek3Config:
             raise ValueError(
                 f"{path} has several prediction modules (num_nextn_predict_layers); expected 0 or 1; fix: --weights"
             )
-        if values["num_nextn_predict_layers"] and not _has_module(folder, values.get("num_hidden_layers")):
-            values["num_nextn_predict_layers"] = 0
         missing = [f.name for f in dataclasses.fields(cls) if values.get(f.name) is None]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; fix: download it again")
+        if values["num_nextn_predict_layers"] and not _has_module(folder, values.get("num_hidden_layers")):
+            values["num_nextn_predict_layers"] = 0
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
 
     def to_released(self) -> dict:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from common import adapters, release
 from common.release import Source, Table
 
-from .config import Deepseek3Config, model_config, shapes, stored_config
+from .config import Deepseek3Config, model_config, shapes
 
 if TYPE_CHECKING:
     from .options import ConvertOptions

@@ -13,8 +13,8 @@ from typing import Literal
 
 from common import cli, jobs, resume
 from common.cli import option
-from common.language import preprocess
 from common.language import options as language
+from common.language import preprocess
 from common.language.options import Demo
 from common.weights import refuse_existing
 
