@@ -278,6 +278,7 @@ def stored_config(o) -> Deepseek3Config:
             known = ", ".join(SIZES)
             raise ValueError(f"size {o.size!r} without weights; expected one of {known}; fix: --size, or --weights DIR")
         changes = {"num_hidden_layers": o.layers, "vocab_size": o.vocabulary, "n_routed_experts": o.experts}
+        changes["first_k_dense_replace"] = 1 if o.layers else None  # a slice has one dense layer
         return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
     if (size := size_of(o.weights)) != o.size:
         raise ValueError(f"{o.weights} is of size {size}, not {o.size}; fix: --size or --weights")

@@ -1,9 +1,9 @@
-"""Evaluate Qwen3 on benchmarks through lm-eval-harness.
+"""Evaluate DeepSeek-V3 on benchmarks through lm-eval-harness.
 
 The mechanics are in common/language/evaluate.py.
 
     bash zoo/deepseek3/evaluate.sh                                                the demo's weights, the demo's tasks
-    NPROC=8 bash zoo/deepseek3/evaluate.sh --weights Qwen3-8B --tasks mmlu,gsm8k --task-folder benchmarks
+    NPROC=8 bash zoo/deepseek3/evaluate.sh --weights DeepSeek-V3 --tasks mmlu,gsm8k --task-folder benchmarks
 """
 
 import torch.distributed as dist
@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from common.jobs import content_name
 from common.language.evaluate import Answers, HarnessModel, answer, broadcast, report, run
-from common.language.options import EvaluateOptions
 
 from .config import model_config
 from .infer import end_tokens, load_model
+from .options import EvaluateOptions
 
 
 def identity(o: EvaluateOptions) -> dict:

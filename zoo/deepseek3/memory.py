@@ -1,10 +1,10 @@
 """Measures the peak memory of a training step on one rank, feature by feature: the second optimizer step, on one row.
 
-    .venv/bin/python -m zoo.deepseek3.memory [--size 8B] [--seq-len 8192] [--record]      --record: into perf.jsonl
+    .venv/bin/python -m zoo.deepseek3.memory [--size tiny] [--seq-len 8192] [--record]      --record: into perf.jsonl
 
 common/memory.py says how it is counted. Fused kernels save less than the reference ops counted here: one output of
-attention and one of the activation less. A model with experts is really computed, because only then it is known how
-many rows each expert gets.
+attention and one of the activation less. The model is really computed, because only then it is known how many rows each
+expert gets.
 """
 
 import functools
@@ -39,15 +39,14 @@ def steps(o: TrainOptions) -> Iterator[list[dict]]:
     tokens = torch.zeros(o.seq_len, dtype=torch.int64, device=device.current())
     batch = {"tokens": tokens, "labels": tokens, "positions": tokens, "cu_seqlens": [0, o.seq_len], "rows": 1}
     while True:
-        yield weighted([batch], o.dp)
+        yield weighted([batch], o.dp, o.mtp_weight)
 
 
 def measure(o: TrainOptions) -> tuple[int, int]:
     """Measures (bytes at the peak of a step, bytes that stay between steps) of rank 0."""
-    config = SIZES[o.size]
     return memory.measure(
-        o, functools.partial(build, o, config), Deepseek3Block, forward_step, functools.partial(steps, o), o.seq_len,
-        fake=not config.num_experts,
+        o, functools.partial(build, o, SIZES[o.size]), Deepseek3Block, forward_step, functools.partial(steps, o),
+        o.seq_len, fake=False,
     )  # fmt: skip
 
 
@@ -66,13 +65,19 @@ def table(size: str, length: int, precision: str) -> Iterator[dict]:
             measured = measure(o)
         estimate = memory_estimate(o, SIZES[size], length, trained_parameters(o, SIZES[size]))
         yield memory.row(
-            o, model="Qwen3", layout=name, shape=length, sample=f"{length} tokens", measured=measured, estimate=estimate
+            o,
+            model="DeepSeek-V3",
+            layout=name,
+            shape=length,
+            sample=f"{length} tokens",
+            measured=measured,
+            estimate=estimate,
         )
 
 
 def main() -> None:
     description = "Peak memory of a training step on one rank, feature by feature."
-    args = memory.parser(SIZES, description, size="0.6B", seq_len=4096, precision="fp32").parse_args()
+    args = memory.parser(SIZES, description, size="tiny", seq_len=1024, precision="fp32").parse_args()
     rows = table(args.size, args.seq_len, args.precision)
     memory.report(rows, "{layout:<30} {raw} GiB", HERE / "perf.jsonl" if args.record else None)
 

@@ -437,6 +437,14 @@ class Deepseek3(MegatronModule):
         total, losses = ops.linear_cross_entropy(hidden, self.output_weight, labels, weight, tp)
         return total, (losses[:T] * weight[:T]).sum()
 
+    def predict_ahead(self, states, following, positions, cache) -> torch.Tensor:
+        """Lets the MTP module read n tokens of one sequence, for generation: the model's final states [n, 1, D], the tokens
+        after them and their own positions, int64 [n] both. Returns states [n, 1, D], of which the last predicts the token
+        after the last of `following`."""
+        module = self.layers[str(self.deepseek.num_hidden_layers)]
+        rope = rotary_table(positions, self.deepseek)
+        return module(states, self.embed(following), rope, None, None, cache)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T(/tp), 1, D]."""
         weight = self.embed_tokens.weight

@@ -181,12 +181,16 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
 def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
     if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
+    if o.weights is None and o.temperature == 0 and "--no-speculative" not in flags:
+        o = dataclasses.replace(o, speculative=True)
     o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, flags), DEMO), DEMO)
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
     if o.speculative and not config.num_nextn_predict_layers:
         raise ValueError(f"{o.weights} has no multi-token prediction module; fix: leave --speculative out")
+    if o.speculative and (o.pp > 1 or o.temperature):
+        raise ValueError("--speculative is greedy and on one pipeline stage; fix: --pp 1 --temperature 0")
     o = _complete_layout(o, config)
     if o.dp != o.ep:
         raise ValueError(
@@ -235,7 +239,9 @@ def _preprocess(o: PreprocessOptions, flags: set[str]) -> PreprocessOptions:
 def _perf(o: PerfOptions, flags: set[str]) -> PerfOptions:
     if o.weights is not None:
         raise ValueError("the benchmarks draw their weights; fix: --size instead of --weights")
-    o = language.fill_tokenizer(dataclasses.replace(o, from_scratch=True), DEMO)
+    if o.mtp and "--mtp" in flags:
+        raise ValueError("transformers' training step has no multi-token prediction module; fix: leave --mtp out")
+    o = language.fill_tokenizer(dataclasses.replace(o, from_scratch=True, mtp=False), DEMO)
     config = model_config(o)
     o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)

@@ -1,16 +1,17 @@
 """Benchmarks of this recipe on the machine it runs on, each against its peer in the same run.
 
     bash zoo/deepseek3/perf.sh                       all of them
-    bash zoo/deepseek3/perf.sh --only step --size 0.6B --layers 2 --vocabulary 32768 --precision fp32 --seq-len 512 \\
-        --global-batch 1                         a published shape on a laptop
+    bash zoo/deepseek3/perf.sh --only step --size 671B --layers 2 --experts 16 --vocabulary 8192 --seq-len 512 \\
+        --global-batch 1 --no-compiled           a slice of the published shape
     bash zoo/deepseek3/perf.sh --record              and add the rows to perf.jsonl; needs a committed tree
 
 step        a training step (forward, backward, clipping, optimizer) of this model through megatron-core, and of
             transformers' model with torch's fused AdamW. Both run plain and under torch.compile (--no-compiled leaves
             that out) on the same device, batch, weights and dtype: by turns on a CPU or on several ranks, one after
             another on one accelerator. Each row has its peak memory, which under torch.compile includes compiling. A
-            contender that has another first loss, or does not fit, is refused. --layers and --vocabulary cut a size
-            down; the row says so
+            contender that has another first loss, or does not fit, is refused. --layers (of which one is dense),
+            --experts and --vocabulary cut a size down; the row says so. Both are without the multi-token prediction
+            module, which transformers does not train
 sft         that step on packed conversations, against pretraining's on documents in rows of the same length: tokens
             per second, without padding
 generate    greedy generation with a cache, against transformers' generate, for one prompt and for eight
@@ -58,9 +59,10 @@ def rows(o: PerfOptions) -> Iterator[dict]:
 
 def facts(o: PerfOptions) -> dict:
     """Returns the fields that all rows of this call share. The size says how it was cut down."""
-    cut = [f"{o.layers} layers"] * bool(o.layers) + [f"vocabulary {o.vocabulary}"] * bool(o.vocabulary)
+    cut = [f"{o.layers} layers"] * bool(o.layers) + [f"{o.experts} experts"] * bool(o.experts)
+    cut += [f"vocabulary {o.vocabulary}"] * bool(o.vocabulary)
     size = ", ".join([o.size, *cut])
-    return bench.facts(o, model="Qwen3", size=size, shape=f"{o.micro_batch} x {o.seq_len}")
+    return bench.facts(o, model="DeepSeek-V3", size=size, shape=f"{o.micro_batch} x {o.seq_len}")
 
 
 # -------------------------------------------------------------------------------------------------------------- step
@@ -90,11 +92,10 @@ def ours(o: PerfOptions, config: Deepseek3Config) -> Callable[[list[dict]], list
 
 def build_peer_model(o: PerfOptions, config: Deepseek3Config, dtype: torch.dtype) -> torch.nn.Module:
     """Builds transformers' model with the weights that are drawn for ours, too."""
-    cls = transformers.Qwen3MoeConfig if config.num_experts else transformers.Qwen3Config
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
     with device.current():
-        model = transformers.AutoModelForCausalLM.from_config(cls(**values), dtype=dtype)
-    parameters = dict(model.named_parameters())
+        model = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**values), dtype=dtype)
+    parameters = dict(model.named_parameters()) | dict(checkpoint.buffers([model]))
     for name, shape in convert.shapes(config).items():
         whole = checkpoint.drawn(name, shape, o.seed, functools.partial(draw, config), device.current())
         key = convert.released(name)
@@ -189,8 +190,9 @@ def tokenize(o: PerfOptions) -> list[dict]:
 
 
 def load(o: PerfOptions) -> list[dict]:
-    """Times loading and converting weights of --size; for a tiny size, those of 0.6B."""
-    size = "0.6B" if o.size.startswith("tiny") else o.size
-    config = dataclasses.replace(SIZES[size], num_hidden_layers=o.layers or SIZES[size].num_hidden_layers)
+    """Times loading and converting weights of --size, cut down to one expert layer of 16 experts for a tiny size."""
+    if o.size == "tiny":
+        o = dataclasses.replace(o, size="671B", layers=2, experts=16)
+    size, config = o.size, model_config(o)
     chunks = build(bench.unsplit(dataclasses.replace(o, precision="bf16")), config, torch.device("cpu"))
     return bench.load(o, size, chunks, convert.table(config))

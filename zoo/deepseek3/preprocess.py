@@ -2,7 +2,7 @@
 
 common/language/preprocess.py has the formats and the mechanics.
 
-    bash zoo/deepseek3/preprocess.sh --data corpus/ --weights Qwen3-8B --out qwen3-corpus --workers 32
+    bash zoo/deepseek3/preprocess.sh --data corpus/ --weights DeepSeek-V3 --out deepseek3-corpus --workers 32
 """
 
 from common.language import preprocess

@@ -1,7 +1,7 @@
-"""Train Qwen3: data, model, objective, loop.
+"""Train DeepSeek-V3: data, model, objective, loop.
 
     bash zoo/deepseek3/pretrain.sh                                                # laptop: tiny model, docstrings of Python
-    NPROC=8 bash zoo/deepseek3/pretrain.sh --size 8B --weights Qwen3-8B-Base --data corpus
+    NPROC=8 NNODES=64 bash zoo/deepseek3/pretrain.sh --layout 671B --weights DeepSeek-V3-Base --data corpus
 
 All ranks of a tensor x context x pipeline group read the same rows. The loss is the mean over the labelled tokens of
 the whole global batch, so neither packing nor the layout changes the loss or its gradients. The losses of dpo.sh are in
