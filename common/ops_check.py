@@ -83,10 +83,10 @@ class Case:
 # ---------------------------------------------------------------------------------------------------- plain references
 
 
-def plain_attention(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0):
+def plain_attention(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0, scale=None):
     (L, _, H, E), S = q.shape, k.shape[0]
     k, v = (t.repeat_interleave(H // t.shape[2], 2) for t in (k, v))
-    scores = torch.einsum("lbhe,sbhe->bhls", q, k) * E**-0.5
+    scores = torch.einsum("lbhe,sbhe->bhls", q, k) * (E**-0.5 if scale is None else scale)
     i, j = torch.arange(L, device=q.device)[:, None] + S - L, torch.arange(S, device=q.device)[None]
     seen = torch.ones(L, S, dtype=torch.bool, device=q.device)
     if causal:
@@ -99,7 +99,7 @@ def plain_attention(q, k, v, causal=False, window=None, bounds=None, blocks=None
     if blocks is not None:
         seen = blocks[:, :, i // block, j // block] if L == S else None
     probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
-    return torch.einsum("bhls,sbhe->lbhe", probabilities, v)
+    return torch.einsum("bhls,sbhv->lbhv", probabilities, v)
 
 
 def plain_rms_norm(x, weight, eps):
@@ -158,6 +158,13 @@ def packed(d: Draw) -> dict:
     return qkv(d, causal=True, bounds=ops.pack_bounds([0, d.L // 3, d.L // 2, d.L], d.where))
 
 
+def narrow(d: Draw, **options) -> dict:
+    """Values of two thirds of the keys' width, as in latent attention (at full size 192 and 128), and a scale."""
+    keys = d.E * 3 // 2
+    drawn = dict(q=d.floats(d.L, d.B, d.H, keys), k=d.floats(d.L, d.B, d.H, keys), v=d.floats(d.L, d.B, d.H, d.E))
+    return drawn | dict(causal=True, scale=1.5 * keys**-0.5) | options
+
+
 def block_sparse(d: Draw) -> dict:
     inputs = qkv(d, block=d.BLOCK)
     return inputs | {"blocks": ops.select_blocks(inputs["q"], inputs["k"], 0.4, d.BLOCK, always_keys=d.BLOCK)}
@@ -212,7 +219,7 @@ def accumulating(op: Callable, switch: bool) -> Callable:
     return run
 
 
-def visible_pairs(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0) -> int:
+def visible_pairs(q, k, v, causal=False, window=None, bounds=None, blocks=None, block=0, scale=None) -> int:
     """Counts the pairs of query and key, in all heads, that attention multiplies."""
     L, S = len(q), len(k)
     if blocks is not None:
@@ -232,8 +239,9 @@ def visible_pairs(q, k, v, causal=False, window=None, bounds=None, blocks=None, 
 
 
 def attention_flops(inputs: dict) -> int:
-    """Two matmuls forward and five backward, as FlashAttention's authors count (arXiv:2307.08691)."""
-    return 7 * 2 * inputs["q"].shape[3] * visible_pairs(**inputs)
+    """Two matmuls forward and five backward, as FlashAttention's authors count (arXiv:2307.08691): four of the width of
+    queries and keys, three of that of values."""
+    return 2 * (4 * inputs["q"].shape[3] + 3 * inputs["v"].shape[3]) * visible_pairs(**inputs)
 
 
 def matmul_flops(x: str, weight: str, outputs: int) -> Callable[[dict], int]:
@@ -249,9 +257,11 @@ def expert_flops(inputs: dict) -> int:
 ATTENTION = {"compiles": False, "flops": attention_flops}
 
 
-def attention_case(make: Callable, cuda: str) -> Case:
+def attention_case(make: Callable, cuda: str, **sizes: int) -> Case:
     backends = {"npu": "npu_fusion_attention", "cuda": cuda, "cpu": "torch SDPA"}
-    return Case(make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends, **ATTENTION)
+    return Case(
+        make, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention, backends, fixed=sizes, **ATTENTION
+    )
 
 
 def on(npu: str, cuda: str, cpu: str = "plain torch") -> dict[str, str]:
@@ -267,9 +277,10 @@ CASES = {
     ),
     "attention, window": attention_case(lambda d: qkv(d, window=(d.L // 4, 3)), VARLEN),
     "attention, causal window": attention_case(lambda d: qkv(d, window=(d.L // 4, -1), causal=True), VARLEN),
-    "attention, packed": Case(
-        packed, lambda q, k, v, **o: ops.attention(q, k, v, **o), plain_attention,
-        on("npu_fusion_attention", VARLEN, SDPA), fixed={"B": 1}, **ATTENTION,
+    "attention, packed": attention_case(packed, VARLEN, B=1),
+    "attention, narrow values": attention_case(narrow, SDPA),
+    "attention, narrow values, packed": attention_case(
+        lambda d: narrow(d, bounds=packed(d)["bounds"]), VARLEN, B=1
     ),
     "attention, block-sparse": Case(
         block_sparse, lambda q, k, v, blocks, block: ops.block_sparse_attention(q, k, v, blocks, block), plain_attention,

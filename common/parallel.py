@@ -3,7 +3,8 @@
 megatron-core does tensor, sequence, pipeline and data parallelism. This module splits the tokens over ranks, computes
 attention over the context-parallel group (its ring is in `common/ring.py`) and sets the order of all wrapping.
 
-Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim, D hidden, cp = ulysses * ring.
+Shape legend: L tokens, B batch, H heads, K heads of keys and values, E head dim of queries and keys, V that of values,
+D hidden, cp = ulysses * ring.
 """
 
 import functools
@@ -281,16 +282,21 @@ def ring_size() -> int:
 
 
 def context_parallel_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, bounds: ops.Bounds | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    bounds: ops.Bounds | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Computes `ops.attention` over all tokens of the context-parallel group.
 
-    q and the result are [L/cp, B, H, E], k and v [L/cp, B, K, E], with tokens split as by `context_tokens`; bounds
-    are of all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
+    q [L/cp, B, H, E], k [L/cp, B, K, E], v [L/cp, B, K, V] -> [L/cp, B, H, V], with tokens split as by
+    `context_tokens`; bounds are of all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
     (arXiv:2310.01889) passes keys and values around the outer group. Each does nothing if its group has one rank.
     """
     if mpu.get_context_parallel_world_size() == 1:
-        return ops.attention(q, k, v, causal=causal, bounds=bounds)
+        return ops.attention(q, k, v, causal=causal, bounds=bounds, scale=scale)
     ulysses, ring = mpu.get_hierarchical_context_parallel_groups()
     if ulysses.size() > 1:
         q, k, v = scatter_heads(q, k, v, ulysses)  # [L/ring, B, H/ulysses, E], k and v likewise
@@ -300,9 +306,9 @@ def context_parallel_attention(
         if documents[-1] != tokens:
             raise ValueError(f"bounds {list(documents)} for {tokens} tokens; expected [0, ..., {tokens}]")
         q, k, v = (recomputed(_heads_first, t) for t in (q, k, v))  # [B, H/ulysses, L/ring, E]
-        out = RingAttention.apply(q, k, v, ring, causal, documents).permute(2, 0, 1, 3)
+        out = RingAttention.apply(q, k, v, ring, causal, documents, scale).permute(2, 0, 1, 3)
     else:
-        out = ops.attention(q, k, v, causal=causal, bounds=bounds)
+        out = ops.attention(q, k, v, causal=causal, bounds=bounds, scale=scale)
     return gather_heads(out, ulysses) if ulysses.size() > 1 else out
 
 
@@ -313,16 +319,17 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 def scatter_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and k and v likewise. Their K
-    heads are first repeated to lcm(K, n) heads, which n divides and the H query heads still share evenly."""
+    """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and likewise k [L/n, B, K, E]
+    and v [L/n, B, K, V]. Their K heads are first repeated to lcm(K, n) heads, which n divides and the H query heads still share evenly."""
     n = group.size()
     copies = n // math.gcd(n, k.shape[2])
     if copies > 1:
         k, v = (t.repeat_interleave(copies, 2) for t in (k, v))
-    parts = [t.unflatten(2, (n, -1)).permute(2, 0, 1, 3, 4) for t in (q, k, v)]  # [n, L/n, B, H/n, E]
+    parts = [t.unflatten(2, (n, -1)).permute(2, 0, 1, 3, 4).flatten(3) for t in (q, k, v)]  # [n, L/n, B, H E/n]
     x = torch.cat(parts, 3).contiguous().flatten(0, 1)
-    x = all_to_all(group, x)  # [L, B, (H + 2 K)/n, E], source ranks in token order
-    return x.split([part.shape[3] for part in parts], 2)
+    x = all_to_all(group, x)  # [L, B, (H E + K E + K V)/n], source ranks in token order
+    parts = x.split([part.shape[3] for part in parts], 2)
+    return tuple(part.unflatten(2, (-1, t.shape[3])) for part, t in zip(parts, (q, k, v), strict=True))
 
 
 def gather_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

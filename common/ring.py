@@ -1,6 +1,7 @@
 """Ring attention: the order of its tokens, the blocks that a rank computes, and the passing of keys and values.
 
-Shape legend: L tokens of the whole ring, n its ranks, B batch, H heads, K heads of keys and values, E head dim.
+Shape legend: L tokens of the whole ring, n its ranks, B batch, H heads, K heads of keys and values, E head dim of queries
+and keys, V that of values.
 """
 
 import functools
@@ -64,7 +65,8 @@ def ring_blocks(
 
 class RingAttention(torch.autograd.Function):
     """Attention in which keys and values travel around the ring while each rank keeps its queries. q [B, H, L/n, E], k
-    and v [B, K, L/n, E], in `zigzag` order if causal. bounds (0, ..., L): of the packed documents, (0, L) for one.
+    [B, K, L/n, E], v [B, K, L/n, V], in `zigzag` order if causal -> [B, H, L/n, V]. bounds (0, ..., L): of the packed
+    documents, (0, L) for one. scale: as of `ops.attention`.
 
     The forward merges blocks by their log-sum-exp. The backward gives every block the lse of the whole row, which makes
     each block's gradient exact. The gradients of keys and values travel with their block, in fp32, back to its owner.
@@ -76,15 +78,16 @@ class RingAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, group, causal, bounds):
+    def forward(ctx, q, k, v, group, causal, bounds, scale):
         n, me = group.size(), group.rank()
-        out = torch.zeros_like(q, dtype=torch.float32)
+        out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float32)
         lse = torch.full_like(q[..., 0], -torch.inf, dtype=torch.float32)
-        block = torch.stack((k, v))
+        block = _join(k, v)
         for step in range(n):
             incoming, wait = _pass_on(block, group) if step < n - 1 else (None, None)
             for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], causal, bounds):
-                part, part_lse = ops.attention_with_lse(*_cut(rows, q), *_cut(columns, *block), masked)
+                k_, v_ = _cut(columns, *_divide(block, k, v))
+                part, part_lse = ops.attention_with_lse(*_cut(rows, q), k_, v_, masked, scale)
                 share = torch.sigmoid(part_lse - lse[:, :, rows]).unsqueeze(-1)  # of the sum of exponentials
                 out[:, :, rows].lerp_(part.float(), share)
                 lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], part_lse)
@@ -93,7 +96,7 @@ class RingAttention(torch.autograd.Function):
                 block = incoming
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.group, ctx.causal, ctx.bounds = group, causal, bounds
+        ctx.group, ctx.causal, ctx.bounds, ctx.scale = group, causal, bounds, scale
         return out
 
     @staticmethod
@@ -101,17 +104,18 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         n, me, dout = ctx.group.size(), ctx.group.rank(), dout.contiguous()
         dq = torch.zeros_like(q, dtype=torch.float32)
-        block = torch.stack((k, v))
+        block = _join(k, v)
         arriving, wait_gradient = None, None
         for step in range(n):
             incoming, wait = _pass_on(block, ctx.group) if step < n - 1 else (None, None)
             added = torch.zeros_like(block, dtype=torch.float32)
+            dk, dv = _divide(added, k, v)
             for rows, columns, masked in ring_blocks(me, (me - step) % n, n, q.shape[2], ctx.causal, ctx.bounds):
-                (dout_, q_, out_, lse_), (k_, v_) = _cut(rows, dout, q, out, lse), _cut(columns, *block)
-                dq_part, dk_part, dv_part = ops.attention_backward(dout_, q_, k_, v_, out_, lse_, masked)
+                (dout_, q_, out_, lse_), (k_, v_) = _cut(rows, dout, q, out, lse), _cut(columns, *_divide(block, k, v))
+                dq_part, dk_part, dv_part = ops.attention_backward(dout_, q_, k_, v_, out_, lse_, masked, ctx.scale)
                 dq[:, :, rows] += dq_part
-                added[0, :, :, columns] += dk_part
-                added[1, :, :, columns] += dv_part
+                dk[:, :, columns] += dk_part
+                dv[:, :, columns] += dv_part
             if step > 0:  # the gradient that earlier ranks summed has travelled while this rank computed
                 wait_gradient()
                 added += arriving
@@ -121,7 +125,19 @@ class RingAttention(torch.autograd.Function):
                 wait()
                 block = incoming
         wait_gradient()  # after n passes the gradient is back at the block's owner
-        return dq.to(q.dtype), arriving[0].to(k.dtype), arriving[1].to(v.dtype), None, None, None
+        dk, dv = _divide(arriving, k, v)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _join(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Returns keys and values, whatever their widths, as one vector: a single message."""
+    return torch.cat((k.flatten(), v.flatten()))
+
+
+def _divide(block: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `_join`, as views in the shapes of k and v."""
+    keys, values = block.split((k.numel(), v.numel()))
+    return keys.view(k.shape), values.view(v.shape)
 
 
 def _cut(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:

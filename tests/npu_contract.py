@@ -132,12 +132,18 @@ def _spans(q, k, ends_q, ends_k) -> list[tuple[int, int, int, int]]:
     return list(zip([0, *ends_q], ends_q, [0, *ends_k], ends_k, strict=False))
 
 
+# The documentation says Dk >= Dv and, two lines before, that key and value have one shape. False reads it strictly.
+NARROW_VALUES = {"allowed": False}
+
+
 def _check_attention(query, key, value, head_num, layout, o) -> None:
     same_floats("npu_fusion_attention", query, key, value)
     dims = {"BSH": 3, "SBH": 3, "BSND": 4, "BNSD": 4, "TND": 3}
     check(layout in dims, f"input_layout {layout!r}; one of {', '.join(dims)}")
     check(query.dim() == key.dim() == dims[layout], f"{layout} has {dims[layout]} dimensions, not {query.dim()}")
-    check(key.shape == value.shape, f"key {tuple(key.shape)} and value {tuple(value.shape)} differ")
+    is_narrow = NARROW_VALUES["allowed"] and value.shape[-1] < key.shape[-1]
+    fits = value.shape == (*key.shape[:-1], value.shape[-1] if is_narrow else key.shape[-1])
+    check(fits, f"key {tuple(key.shape)} and value {tuple(value.shape)} differ")
     for name in ("pse", "padding_mask", "prefix", "sink"):
         check(o.get(name) is None, f"{name} is not stood in for")
     check(o.get("keep_prob", 1.0) == 1.0, "dropout is not stood in for")
@@ -183,7 +189,8 @@ def fusion_attention_grad(
     query, key, value, dy, head_num, input_layout, *, softmax_max, softmax_sum, attention_in, scale_value=1.0, **o
 ):
     _check_attention(query, key, value, head_num, input_layout, o)
-    check(dy.shape == query.shape and dy.dtype == query.dtype, f"dy {tuple(dy.shape)} {dy.dtype}")
+    expected = query.shape if value.shape == key.shape else attention_in.shape
+    check(dy.shape == expected and dy.dtype == query.dtype, f"dy {tuple(dy.shape)} {dy.dtype}")
     rule = (
         o.get("atten_mask"), o.get("sparse_mode", 0), o.get("pre_tockens", UNBOUNDED), o.get("next_tockens", UNBOUNDED)
     )  # fmt: skip

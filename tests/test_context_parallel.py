@@ -1,5 +1,5 @@
 """Attention split over the context-parallel group, and its gradients, equal one process: causal or not, with documents
-packed or not, with fewer key heads than query heads (fp32, gloo). Further tests: which tokens a rank holds, which
+packed or not, with fewer key heads than query heads, with narrower values and a scale (fp32, gloo). Further tests: which tokens a rank holds, which
 blocks it computes, and how many bytes it sends."""
 
 import itertools
@@ -33,16 +33,22 @@ DOCUMENTS = {
     "spanning several chunks": [0, 31, 48],
     "rows": [0, 12, 24, 36, 48],
 }
-HEADS = {"4 on 4": (4, 4), "4 on 2": (4, 2), "4 on 1": (4, 1), "12 on 3": (12, 3)}  # no group size here divides 3
+HEADS = {  # heads, key heads, width of the values, scale; no group size here divides 3
+    "4 on 4": (4, 4, E, None),
+    "4 on 2": (4, 2, E, None),
+    "4 on 1": (4, 1, E, None),
+    "12 on 3": (12, 3, E, None),
+    "4 on 2, narrow": (4, 2, 5, 0.6),
+}
 CASES = list(itertools.product((True, False), HEADS, DOCUMENTS))
 
 
 def draw(heads: str, documents: str) -> list[torch.Tensor]:
     """Draws q, k, v and the gradient of the result, for all tokens. There are two samples where nothing is packed."""
     generator = torch.Generator().manual_seed(0)
-    H, K = HEADS[heads]
+    H, K, V, _ = HEADS[heads]
     B = 2 if DOCUMENTS[documents] is None else 1
-    return [torch.randn(L, B, n, E, generator=generator) for n in (H, K, K, H)]
+    return [torch.randn(L, B, n, width, generator=generator) for n, width in ((H, E), (K, E), (K, V), (H, V))]
 
 
 def start(layout: dict):
@@ -65,7 +71,8 @@ def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
         for causal, heads, documents in cases:
             *leaves, dout = (parallel.local_tokens(t, config, causal).clone() for t in draw(heads, documents))
             leaves = [t.requires_grad_() for t in leaves]
-            out = parallel.context_parallel_attention(*leaves, causal=causal, bounds=packed(documents))
+            options = {"causal": causal, "bounds": packed(documents), "scale": HEADS[heads][3]}
+            out = parallel.context_parallel_attention(*leaves, **options)
             out.backward(dout)
             tensors = (out.detach(), *(t.grad for t in leaves))
             results.append([parallel.gather_tokens(t, config, causal) for t in tensors])
@@ -77,7 +84,7 @@ def attend(layout: dict, cases: list, backend: str = "cpu") -> list:
 def whole(causal: bool, heads: str, documents: str) -> list[torch.Tensor]:
     *leaves, dout = draw(heads, documents)
     leaves = [t.requires_grad_() for t in leaves]
-    out = ops.attention(*leaves, causal=causal, bounds=packed(documents))
+    out = ops.attention(*leaves, causal=causal, bounds=packed(documents), scale=HEADS[heads][3])
     out.backward(dout)
     return [out.detach(), *(t.grad for t in leaves)]
 
@@ -107,8 +114,10 @@ def test_split_attention_equals_single_process(layout, case, split):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])
 def test_npu_branch_equals_single_process(layout):
     """The npu branch runs over the published contract, not on Ascend."""
-    case = (True, "4 on 2", "bounds inside chunks")
-    compare(run_ranks(LAYOUTS[layout]["cp"], attend, LAYOUTS[layout], [case], "npu")[0][0], case, layout)
+    cases = [(True, heads, "bounds inside chunks") for heads in ("4 on 2", "4 on 2, narrow")]
+    results = run_ranks(LAYOUTS[layout]["cp"], attend, LAYOUTS[layout], cases, "npu")[0]
+    for case, got in zip(cases, results, strict=True):
+        compare(got, case, layout)
 
 
 def bounds_of_one_rank_alone() -> str:
@@ -220,21 +229,21 @@ def sent(layout: dict, heads: str) -> dict[str, int]:
     return counted
 
 
-@pytest.mark.parametrize("heads", ["4 on 4", "4 on 2", "4 on 1"])
+@pytest.mark.parametrize("heads", ["4 on 4", "4 on 2", "4 on 1", "4 on 2, narrow"])
 @pytest.mark.parametrize("layout", ["ring 2", "ring 4"])
 def test_keys_and_values_travel_the_ring_with_their_own_heads(layout, heads):
-    n, (_, K) = LAYOUTS[layout]["cp"], HEADS[heads]
-    entries = 2 * (L // n) * 2 * K * E  # keys and values of this rank's tokens, two samples
+    n, (_, K, V, _) = LAYOUTS[layout]["cp"], HEADS[heads]
+    entries = 2 * (L // n) * K * (E + V)  # keys and values of this rank's tokens, two samples
     want = (n - 1) * entries * 2 + (n - 1) * entries * 2 + n * entries * 4  # forward, backward, gradients in fp32
     assert run_ranks(n, sent, LAYOUTS[layout], heads) == [{"ring": want, "ulysses": 0}] * n
 
 
-@pytest.mark.parametrize(("heads", "copied"), [("4 on 4", 4), ("4 on 2", 2), ("4 on 1", 2)])
+@pytest.mark.parametrize(("heads", "copied"), [("4 on 4", 4), ("4 on 2", 2), ("4 on 1", 2), ("4 on 2, narrow", 2)])
 def test_ulysses_sends_no_more_key_heads_than_ranks_need(heads, copied):
-    H, tokens = HEADS[heads][0], 2 * L // 4
+    (H, _, V, _), tokens = HEADS[heads], 2 * L // 4
     (counted, *others) = run_ranks(4, sent, LAYOUTS["ulysses 2 ring 2"], heads)
     # q, k and v go out and the result comes back; the backward of autograd does not pass through the counted call
-    assert counted["ulysses"] == tokens * (2 * H + 2 * copied) * E * 2
+    assert counted["ulysses"] == tokens * (H + copied) * (E + V) * 2
     assert others == [counted] * 3
-    entries = 2 * (2 * tokens) * (copied // 2) * E  # each rank of the ring has half the heads of twice the tokens
+    entries = (2 * tokens) * (copied // 2) * (E + V)  # each rank of the ring has half the heads of twice the tokens
     assert counted["ring"] == entries * 2 + entries * 2 + 2 * entries * 4

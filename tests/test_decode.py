@@ -1,5 +1,5 @@
 """Decode steps that a CUDA graph can repeat: with a stand-in for the graph, answers are transformers' and those of the
-plain steps, on tensors that stay where they are. Which models take graphs.
+plain steps, on tensors that stay where they are. Which models take graphs. Attention over a cache equals the formula.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from test_qwen3 import infer_options, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import lora, ops, parallel, release
+from common import lora, ops, ops_check, parallel, release
 from common.language import decode
 from common.language import generate as generation
 
@@ -225,6 +225,42 @@ def test_steps_on_fixed_tensors_equal_transformers_under_layouts(which, layout, 
     oracle, prompts = case.save_oracle(tmp_path, case.CONFIGS[which]), prompts_of(7, 3, 7, 1)
     want = oracle_answers(oracle, prompts, 12)
     assert run_ranks(2, layouts_answers, tmp_path, layout, prompts) == [want, want]
+
+
+FORMS = {"latent": (1, 576, 512), "narrow values": (2, 12, 8), "shared heads": (2, 8, 8)}  # K, E, V
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["growing", "static", "static, fused"])
+def test_attention_over_a_cache_equals_the_formula_for_prompts_and_for_steps(kind, form, monkeypatch):
+    """A prompt is read in blocks of queries, and then again what a growing cache has not yet seen."""
+    B, H, n, length, (K, E, V) = 2, 4, 9, 16, FORMS[form]
+    monkeypatch.setattr(decode, "FUSED", "fused" in kind)
+    monkeypatch.setattr(decode, "SCORES", 2 * B * H * n)  # two queries at a time
+    generator, layer = torch.Generator().manual_seed(2), torch.nn.Identity()
+    shapes = ((H, E), (K, E), (K, V))
+    q, k, v = (torch.randn(length, B, heads, width, generator=generator) / E**0.25 for heads, width in shapes)
+    v = k[..., :V] if form == "latent" else v
+    scale = None if form == "shared heads" else 2 * E**-0.5
+    want = ops_check.plain_attention(*(t.double() for t in (q, k, v)), causal=True, scale=scale)
+    if kind == "growing":
+        cache = decode.Cache(B, length)
+    else:
+        cache = decode.StaticCache(B, length, q.device, q.dtype)
+        cache.position.fill_(n - 1)
+    ends = [n, 13, *range(14, length + 1)] if kind == "growing" else range(n, length + 1)
+    start = 0
+    for end in ends:
+        if kind != "growing" and start:
+            cache.reach = decode.reach_of(end, length)
+            cache.advance()
+        new = [t[start:end].transpose(0, 1).flatten(0, 1).unsqueeze(1) for t in (q, k, v)]
+        got = cache.attend(layer, *new[:2], V if form == "latent" else new[2], scale)
+        cache.used, expected = end, want[start:end].transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        assert got.shape == expected.shape and (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        start = end
+    numbers = 576 if form == "latent" else K * (E + V)  # a token
+    assert decode.held_bytes(cache) == B * length * numbers * 4
 
 
 @pytest.mark.L0

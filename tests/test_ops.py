@@ -95,7 +95,7 @@ def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version
 
     def as_2_11(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
         bounds = ops.pack_bounds(bounds_q.tolist(), CPU)
-        return ops._attention_by_sequence(*(t.unsqueeze(1) for t in (q, k, v)), (-1, 0), bounds).squeeze(1)
+        return ops._attention_by_sequence(*(t.unsqueeze(1) for t in (q, k, v)), (-1, 0), bounds, None).squeeze(1)
 
     def as_2_13(*inputs, enable_gqa=False, **options):
         assert enable_gqa
@@ -107,7 +107,7 @@ def test_shared_key_heads_are_told_to_the_torch_that_wants_to_know(torch_version
     monkeypatch.setattr(ops, "varlen_attn", {"2.11": as_2_11, "2.13": as_2_13}[torch_version])
     monkeypatch.setattr(ops, "_VARLEN_TAKES_GQA", torch_version == "2.13")
     q, k, v = (inputs[x].squeeze(1) for x in "qkv")
-    got = ops._attention_varlen(q, k, v, (-1, 0), inputs["bounds"], inputs["bounds"])
+    got = ops._attention_varlen(q, k, v, (-1, 0), inputs["bounds"], inputs["bounds"], None)
     torch.testing.assert_close(got.unsqueeze(1), want)
 
 
@@ -153,24 +153,38 @@ def test_packed_bounds_that_do_not_fit_are_refused(backend):
             ops.pack_bounds(bounds, CPU)
 
 
+@pytest.mark.parametrize(("V", "scale"), [(8, None), (5, 0.6)])
 @pytest.mark.parametrize("K", [6, 3, 1])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("where", ["cpu", "npu", "cuda"])  # fp32: the cuda branch runs plain torch
-def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, where, contract, monkeypatch):
+def test_blockwise_attention_has_the_lse_and_gradients_of_the_whole(causal, K, V, scale, where, contract, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", where)
     generator = torch.Generator().manual_seed(K)
-    q, k, v, dout = (torch.randn(2, heads, 10, 8, generator=generator) for heads in (6, K, K, 6))
-    out, lse = ops.attention_with_lse(q, k, v, causal)
-    scores = q @ k.repeat_interleave(6 // K, 1).transpose(2, 3) * 8**-0.5
+    shapes = ((6, 8), (K, 8), (K, V), (6, V))  # heads and widths
+    q, k, v, dout = (torch.randn(2, heads, 10, width, generator=generator) for heads, width in shapes)
+    out, lse = ops.attention_with_lse(q, k, v, causal, scale)
+    scores = q @ k.repeat_interleave(6 // K, 1).transpose(2, 3) * (scale or 8**-0.5)
     if causal:
         scores = scores.masked_fill(torch.ones(10, 10, dtype=torch.bool).triu(1), -torch.inf)
     assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    want = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+    want = F.scaled_dot_product_attention(*leaves, is_causal=causal, scale=scale, enable_gqa=True)
     assert torch.allclose(out, want, atol=1e-5)
     want.backward(dout)
-    for got, leaf in zip(ops.attention_backward(dout, q, k, v, out, lse, causal), leaves, strict=True):
+    for got, leaf in zip(ops.attention_backward(dout, q, k, v, out, lse, causal, scale), leaves, strict=True):
         assert torch.allclose(got, leaf.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "narrow" in name])
+def test_narrow_values_go_to_npu_as_they_are_only_if_a_switch_says_so(name, contract, monkeypatch):
+    """The documentation can be read in two ways. The default reading refuses them."""
+    monkeypatch.setattr(ops, "BACKEND", "npu")
+    monkeypatch.setattr(ops, "NARROW_ON_NPU", True)
+    with pytest.raises(RuntimeError, match="and value .* differ"):
+        ops_check.errors(CASES[name], torch.float32, CPU)
+    monkeypatch.setitem(npu_contract.NARROW_VALUES, "allowed", True)
+    worst = ops_check.errors(CASES[name], torch.float32, CPU)
+    assert max(worst.values()) <= ops_check.TOLERANCE[torch.float32], worst
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.0, 0), (0.2, 1), (0.34, 2), (0.6, 3), (1.0, 5)])

@@ -32,6 +32,7 @@ from common.language.options import InferOptions
 # Not yet chosen by a clock on a GPU.
 GRAPHS = True  # whether decode steps are captured on cuda
 FUSED = True  # attention of a captured step: torch's fused kernel with a mask, or two matmuls and a softmax
+SCORES = 2**26  # scores of latent attention in memory at once, 12 bytes each in bf16; one query may have more
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN makes a plan per shape
 SHORTEST = 256  # the smallest reach
 LOOKS_BEHIND = device.KIND == "cuda"  # whether greedy steps are launched before the tokens of the last one are read
@@ -40,25 +41,44 @@ Generators = list[torch.Generator | None]
 
 
 class Cache:
-    """The keys and values of every layer so far, [S, B, K, E], for B sequences of the same length."""
+    """The keys [S, B, K, E] and values [S, B, K, V] of every layer so far, for B sequences of the same length."""
 
     def __init__(self, batch: int, length: int):
         self.batch, self.length, self.kept, self.used = batch, length, {}, 0
 
-    def attend(self, layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k and v, and returns the attention of the n newest tokens to all tokens, [B*n, 1, H, E].
-        q [B*n, 1, H, E], k and v [B*n, 1, K, E] hold the sequences end to end."""
-        q, k, v = (t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(0, 1) for t in (q, k, v))  # [n, B, H, E]
+    def attend(
+        self,
+        layer: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | int,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Stores k and v, and returns the attention of the n newest tokens to all tokens, [B*n, 1, H, V].
+
+        q [B*n, 1, H, E], k [B*n, 1, K, E] and v [B*n, 1, K, V] hold the sequences end to end. scale: None is
+        1/sqrt(E). If v is a number, the values are the first v numbers of each key, and only keys are kept: the latent
+        cache of multi-head latent attention (arXiv:2405.04434, section 2.1), with K = 1 and the up-projections of keys
+        and values absorbed by those of queries and outputs. See `attend_latent`.
+        """
+        new = [t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(0, 1) for t in (q, k, v) if torch.is_tensor(t)]
+        q, *new = new  # [n, B, H, E], [n, B, K, E], [n, B, K, V]
         if layer not in self.kept:
-            self.kept[layer] = tuple(t.new_empty(self.length, *t.shape[1:]) for t in (k, v))
-        (keys, values), end = self.kept[layer], self.used + len(k)
-        keys[self.used : end], values[self.used : end] = k, v
-        out = ops.attention(q, keys[:end], values[:end], causal=len(q) > 1)  # [n, B, H, E]; a single query sees all
-        return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+            self.kept[layer] = tuple(t.new_empty(self.length, *t.shape[1:]) for t in new)
+        end = self.used + len(q)
+        for all_tokens, newest in zip(self.kept[layer], new, strict=True):
+            all_tokens[self.used : end] = newest
+        kept = [t[:end] for t in self.kept[layer]]
+        if isinstance(v, int):
+            out = attend_latent(q.permute(1, 2, 0, 3), kept[0].permute(1, 2, 0, 3), v, scale).transpose(1, 2)
+        else:
+            out = ops.attention(q, *kept, causal=len(q) > 1, scale=scale)  # [n, B, H, V]; a single query sees all
+            out = out.transpose(0, 1)
+        return out.flatten(0, 1).unsqueeze(1)
 
 
 class StaticCache:
-    """The keys and values of every layer, [B, K, length, E], for B sequences of the same length.
+    """The keys [B, K, length, E] and values [B, K, length, V] of every layer, for B sequences of the same length.
 
     The first call reads the prompts (`reach` is 0). Each later call has one token of each sequence, at the place
     `position` [1] on the device, and attends to the first `reach` places. `mask` [reach] is -inf behind the position.
@@ -76,33 +96,81 @@ class StaticCache:
         self.position += 1
         self.mask = self.zeros[: self.reach].masked_fill(self.places[: self.reach] > self.position, -torch.inf)
 
-    def attend(self, layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | int,
+        scale: float | None = None,
+    ) -> torch.Tensor:
         """As `Cache.attend`."""
-        q, k, v = (t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(1, 2) for t in (q, k, v))  # [B, H, n, E]
+        new = [t.unflatten(0, (self.batch, -1)).squeeze(2).transpose(1, 2) for t in (q, k, v) if torch.is_tensor(t)]
+        q, *new = new  # [B, H, n, E], [B, K, n, E], [B, K, n, V]
         if layer not in self.kept:  # zeros: what a mask hides is still multiplied, by 0, and must be finite
-            shape = (self.batch, k.shape[1], self.length, k.shape[3])
-            self.kept[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        keys, values = self.kept[layer]
+            self.kept[layer] = tuple(t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in new)
         if not self.reach:
-            n = q.shape[2]
-            keys[:, :, :n], values[:, :, :n] = k, v
-            q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # [n, B, H, E]
-            return ops.attention(q, k, v, causal=n > 1).transpose(0, 1).flatten(0, 1).unsqueeze(1)
-        keys.index_copy_(2, self.position, k)
-        values.index_copy_(2, self.position, v)
+            for places, newest in zip(self.kept[layer], new, strict=True):
+                places[:, :, : q.shape[2]] = newest
+            if isinstance(v, int):
+                return attend_latent(q, new[0], v, scale).transpose(1, 2).flatten(0, 1).unsqueeze(1)
+            q, k, v = (t.permute(2, 0, 1, 3) for t in (q, *new))  # [n, B, H, E]
+            out = ops.attention(q, k, v, causal=len(q) > 1, scale=scale)
+            return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        for places, newest in zip(self.kept[layer], new, strict=True):
+            places.index_copy_(2, self.position, newest)
         # The H/K query heads of a key head are H/K queries, so no kernel need know of shared heads.
-        q = q.squeeze(2).unflatten(1, (keys.shape[1], -1))  # [B, K, H/K, E]
-        out = attend_masked(q, keys[:, :, : self.reach], values[:, :, : self.reach], self.mask)
+        q = q.squeeze(2).unflatten(1, (new[0].shape[1], -1))  # [B, K, H/K, E]
+        kept = [t[:, :, : self.reach] for t in self.kept[layer]]
+        if isinstance(v, int):
+            out = attend_by_matmuls(q, kept[0], kept[0][..., :v], self.mask, scale)
+        else:
+            out = attend_masked(q, *kept, self.mask, scale)
         return out.flatten(1, 2).unsqueeze(1)
 
 
-def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns softmax(q k^T / sqrt(E) + mask) v: q [B, K, L, E], k and v [B, K, S, E], mask [S] in q's dtype."""
+def held_bytes(cache: Cache | StaticCache) -> int:
+    """Returns the bytes of all keys and values that a cache has room for, on this rank."""
+    return sum(t.nbytes for kept in cache.kept.values() for t in kept)
+
+
+def attend_masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Returns softmax(scale q k^T + mask) v: q [B, K, L, E], k [B, K, S, E], v [B, K, S, V], mask [S] in q's dtype."""
     if FUSED:
         with sdpa_kernel(KERNELS):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(*q.shape[:3], -1))
-    scores = (q @ k.mT).float() * q.shape[3] ** -0.5 + mask
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(*q.shape[:3], -1), scale=scale)
+    return attend_by_matmuls(q, k, v, mask, scale)
+
+
+def attend_by_matmuls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """As `attend_masked`, by two matmuls and a softmax in fp32."""
+    scores = (q @ k.mT).float() * (q.shape[3] ** -0.5 if scale is None else scale) + mask
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def attend_latent(q: torch.Tensor, k: torch.Tensor, width: int, scale: float | None = None) -> torch.Tensor:
+    """Returns causal attention of the n newest of S tokens whose values are the first `width` numbers of the keys:
+    q [B, H, n, E], k [B, K, S, E] -> [B, H, n, width].
+
+    No fused kernel takes E = 576, so it is two matmuls and a softmax, for as many queries at a time as SCORES allows.
+    With K = 1 the heads of a query are rows of one matmul. Reading n tokens costs E + width = 1088 multiplications a pair
+    and head, 3.4 times those of the keys and values that are not absorbed (192 + 128).
+    """
+    (B, H, n), (K, S) = q.shape[:3], k.shape[1:3]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    parts, end = [], S - n
+    for rows in q.unflatten(1, (K, -1)).split(max(1, SCORES // (B * H * S)), 3):  # [B, K, H/K, r, E]
+        heads, r = rows.shape[2:4]
+        end += r
+        scores = (rows.flatten(2, 3) @ k[:, :, :end].mT).float() * scale  # [B, K, H/K * r, end]
+        scores.unflatten(2, (heads, r)).masked_fill_(~ops.visible(r, end, (-1, 0), q.device), -torch.inf)
+        out = scores.softmax(-1).to(k.dtype) @ k[:, :, :end, :width]
+        parts.append(out.unflatten(2, (heads, r)))
+    return torch.cat(parts, 3).flatten(1, 2)
 
 
 def reach_of(length: int, most: int) -> int:

@@ -8,7 +8,7 @@ cuda calls torch's fused op where there is one, else a Triton kernel of `kernels
 cpu is the readable reference, against which the other two are tested.
 
 Shape legend: L tokens of the queries, S of the keys, B batch, H heads, K heads of keys and values (H a multiple of K),
-E head dim, D hidden, F its expansion, N tokens without a batch, G groups, V vocabulary. Tokens come first, as
+E head dim of queries and keys, V that of values or the vocabulary, D hidden, F its expansion, N tokens without a batch, G groups. Tokens come first, as
 megatron-core's sequence parallel wants them. Statistics, modulations, rotations and losses are computed in fp32
 whatever the input dtype; results come back in the input's dtype.
 """
@@ -98,7 +98,8 @@ def describe_attention() -> str:
         why = ""
     rest = {
         "cuDNN": ", on FlashAttention-2 in a ring and where sequences of unlike lengths share a row",
-        "FlashAttention-4": ", on torch's own kernels for head dims above 128 or no multiple of 8",
+        "FlashAttention-4": ", on torch's own kernels for head dims above 128 (but 192 with values of 128) or no multiple "
+        "of 8",
     }.get(kernel, "")
     return kernel + rest + why
 
@@ -109,69 +110,118 @@ ATTENTION_NAMES = {"flash4": "FlashAttention-4", "cudnn": "cuDNN", "flash2": "Fl
 def attention(
     q_LBHE: torch.Tensor,
     k_SBKE: torch.Tensor,
-    v_SBKE: torch.Tensor,
+    v_SBKV: torch.Tensor,
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
     bounds: Bounds | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Returns softmax(q k^T / sqrt(E)) v over the keys that each query may see, [L, B, H, E] contiguous.
+    """Returns softmax(scale q k^T) v over the keys that each query may see, [L, B, H, V] contiguous.
 
-    q [L, B, H, E], k and v [S, B, K, E], one dtype; H/K query heads share a key head. With a mask, the last query is
-    aligned with the last key:
+    q [L, B, H, E], k [S, B, K, E], v [S, B, K, V], one dtype, V <= E; H/K query heads share a key head. scale: None is
+    1/sqrt(E). With a mask, the last query is aligned with the last key:
       causal   query i sees key j if j <= i + S - L
       window   (left, right): also i + S - L - left <= j <= i + S - L + right; -1 is no bound
       bounds   of sequences packed along L = S with B = 1, none of which sees another
+
+    A kernel that takes only V = E gets v with zeros behind it. `_takes_widths` says which those are, and the cost.
     """
     if causal:
         window = (-1, 0) if window is None else (window[0], 0)
+    (L, B), S = q_LBHE.shape[:2], len(k_SBKE)
+    if bounds is not None and (B != 1 or S != L or bounds.tokens != L):
+        raise ValueError(f"bounds end at {bounds.tokens} for q {tuple(q_LBHE.shape)}; expected its tokens, and B = 1")
+    by_sdpa = (window is None or window == (-1, 0) and S == L) and (bounds is None or bounds.rows > 0)
+    if not _takes_widths(q_LBHE, v_SBKV, by_sdpa):
+        wide = _widened(v_SBKV, q_LBHE)
+        out = attention(q_LBHE, k_SBKE, wide, window=window, bounds=bounds, scale=scale)
+        return out[..., : v_SBKV.shape[-1]].contiguous()
     if bounds is None:
         attend = _attention_npu if BACKEND == "npu" else _attention_dense
-        return attend(q_LBHE, k_SBKE, v_SBKE, window).contiguous()
-    L, B = q_LBHE.shape[:2]
-    if B != 1 or len(k_SBKE) != L or bounds.tokens != L:
-        raise ValueError(f"bounds end at {bounds.tokens} for q {tuple(q_LBHE.shape)}; expected its tokens, and B = 1")
-    return _attention_packed(q_LBHE, k_SBKE, v_SBKE, window, bounds).contiguous()
+        return attend(q_LBHE, k_SBKE, v_SBKV, window, scale).contiguous()
+    return _attention_packed(q_LBHE, k_SBKE, v_SBKV, window, bounds, scale).contiguous()
 
 
-def _attention_dense(q, k, v, window):
-    """Returns [L, B, H, E], in the memory layout of q where the kernel allows."""
+# npu: whether values narrower than the keys go to npu_fusion_attention as they are. Its documentation (torch_npu 2.13)
+# says that the widths may be Dk >= Dv, and also that key and value have one shape. Not yet tried on a device.
+NARROW_ON_NPU = False
+
+
+def _takes_widths(q, v, by_sdpa: bool) -> bool:
+    """Returns whether the kernel that is called here takes values [..., V] narrower than the queries [..., E].
+
+      npu   npu_fusion_attention: no, until NARROW_ON_NPU
+      cuda  FlashAttention-4 and cuDNN: E = 192 with V = 128, the former also all widths to 128, the latter only on Hopper
+            and Blackwell and where the call is SDPA's (`by_sdpa`). FlashAttention-2: no. fp32: yes
+      cpu   torch's fused SDPA: no, and its plain one would write all scores
+
+    Where it does not, v gets E - V zeros. At 192 and 128, this is 1.2 times the forward's FLOPs, and (5E)/(3E + 2V) =
+    1.15 times the backward's. It also copies v and the result, and their gradients.
+    """
+    E, V = q.shape[-1], v.shape[-1]
+    if V == E:
+        return True
+    if BACKEND != "cuda":
+        return BACKEND == "npu" and NARROW_ON_NPU
+    if not _takes_flash(q) or (attention_kernel() == "FlashAttention-4" and flash4.takes(q, v)):
+        return True
+    return by_sdpa and attention_kernel() != "FlashAttention-2" and _cudnn_takes(E, V)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _cudnn_takes(E: int, V: int) -> bool:
+    """Returns whether torch would run cuDNN's attention, and its backward, with these widths on this card."""
+    q, v = (torch.empty(1, 1, 64, width, dtype=torch.bfloat16, device="cuda", requires_grad=True) for width in (E, V))
+    return torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, v, None, 0.0, True, False))
+
+
+def _widened(v, q):
+    """Returns v [..., V] with zeros behind it, as wide as q [..., E]."""
+    added = q.shape[-1] - v.shape[-1]
+    assert added >= 0, f"values of width {v.shape[-1]} for queries of width {q.shape[-1]}"
+    return F.pad(v, (0, added))
+
+
+def _attention_dense(q, k, v, window, scale):
+    """Returns [L, B, H, V], in the memory layout of q where the kernel allows."""
     if not _takes_flash(q):
-        return _attention_plain(q, k, v, window)
+        return _attention_plain(q, k, v, window, scale)
     if attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
-        return flash4.attention(*(t.transpose(0, 1) for t in (q, k, v)), window)[0].transpose(0, 1)
+        return flash4.attention(*(t.transpose(0, 1) for t in (q, k, v)), window, scale=scale)[0].transpose(0, 1)
     if window is not None and (window != (-1, 0) or len(k) != len(q)):  # SDPA would need the mask as a tensor
         (L, B), S = q.shape[:2], len(k)
         bounds = [pack_bounds(list(range(0, B * n + 1, n)), q.device) for n in (L, S)]
         q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # [B*L, H, E]
-        return _attention_varlen(q, k, v, window, *bounds).unflatten(0, (B, L)).transpose(0, 1)
+        return _attention_varlen(q, k, v, window, *bounds, scale).unflatten(0, (B, L)).transpose(0, 1)
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if attention_kernel() != "FlashAttention-2":
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     with sdpa_kernel(order, set_priority=True):
-        return _attention_plain(q, k, v, window)
+        return _attention_plain(q, k, v, window, scale)
 
 
-def _attention_packed(q, k, v, window, bounds: Bounds):
+def _attention_packed(q, k, v, window, bounds: Bounds, scale):
     if not _takes_flash(q):
-        return _attention_by_sequence(q, k, v, window, bounds)
+        return _attention_by_sequence(q, k, v, window, bounds, scale)
     if bounds.rows:  # a batch: the kernels for sequences of any lengths are slower
         rows = (t.view(bounds.rows, -1, *t.shape[2:]).transpose(0, 1) for t in (q, k, v))  # [L/n, n, H, E] views
-        return _attention_dense(*rows, window).transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        return _attention_dense(*rows, window, scale).transpose(0, 1).flatten(0, 1).unsqueeze(1)
     q, k, v = (t.squeeze(1) for t in (q, k, v))  # [L, H, E]
     if attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
-        return flash4.attention(q, k, v, window, bounds.on_device, bounds.longest)[0].unsqueeze(1)
-    return _attention_varlen(q, k, v, window or (-1, -1), bounds, bounds).unsqueeze(1)
+        return flash4.attention(q, k, v, window, bounds.on_device, bounds.longest, scale)[0].unsqueeze(1)
+    return _attention_varlen(q, k, v, window or (-1, -1), bounds, bounds, scale).unsqueeze(1)
 
 
 @torch.compiler.disable  # tracing would compile anew for each micro-batch's bounds
-def _attention_by_sequence(q, k, v, window, bounds: Bounds):
+def _attention_by_sequence(q, k, v, window, bounds: Bounds, scale):
     if BACKEND == "npu":
-        return _attention_npu(q, k, v, window, bounds.on_host)
+        return _attention_npu(q, k, v, window, scale, bounds.on_host)
     lengths = [b - a for a, b in itertools.pairwise(bounds.on_host)]
     # Split, not sliced: the backward of each sequence's slice would fill a gradient of all L tokens.
     sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_attention_plain(*each, window) for each in sequences])
+    return torch.cat([_attention_plain(*each, window, scale) for each in sequences])
 
 
 def _takes_flash(q: torch.Tensor) -> bool:
@@ -179,14 +229,14 @@ def _takes_flash(q: torch.Tensor) -> bool:
     return BACKEND == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
 
 
-def _attention_plain(q, k, v, window):
+def _attention_plain(q, k, v, window, scale):
     L, S, grouped = q.shape[0], k.shape[0], q.shape[2] != k.shape[2]
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, H, L, E] views
     if window == (-1, 0) and L == S:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         seen = None if window is None else visible(L, S, window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 
 
@@ -202,9 +252,9 @@ def visible(L: int, S: int, window: tuple[int, int], where: torch.device) -> tor
     return seen
 
 
-def _attention_npu(q, k, v, window, cu_seqlens=None):
-    H, E = q.shape[2:]
-    options = {"scale": E**-0.5}
+def _attention_npu(q, k, v, window, scale, cu_seqlens=None):
+    H = q.shape[2]
+    options = {"scale": _scale(q, scale)}
     if window is not None:
         left, right = (bound if bound >= 0 else 2**31 - 1 for bound in window)
         options |= {"atten_mask": _compressed_mask(q.device), "sparse_mode": 3 if window == (-1, 0) else 4}
@@ -212,11 +262,15 @@ def _attention_npu(q, k, v, window, cu_seqlens=None):
             options |= {"pre_tockens": left, "next_tockens": right}
     if cu_seqlens is None:
         q, k, v = (t.flatten(2) for t in (q, k, v))  # [L, B, H*E], the layout SBH
-        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "SBH", **options)[0].unflatten(2, (H, E))
+        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "SBH", **options)[0].unflatten(2, (H, -1))
     ends = cu_seqlens[1:]  # cumulative lengths without the leading 0
     options |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
     q, k, v = (t.squeeze(1) for t in (q, k, v))  # [T, H, E], the layout TND
     return torch.ops.npu.npu_fusion_attention(q, k, v, H, "TND", **options)[0].unsqueeze(1)
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 _MASKS: dict[torch.device, torch.Tensor] = {}
@@ -234,37 +288,48 @@ def _compressed_mask(where: torch.device) -> torch.Tensor:
 _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _attention_varlen(q, k, v, window, bounds_q: Bounds, bounds_k: Bounds):
+def _attention_varlen(q, k, v, window, bounds_q: Bounds, bounds_k: Bounds, scale):
     """Calls torch's attention for packed sequences, FlashAttention-2: q [T, H, E] -> [T, H, E]."""
-    gqa = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_TAKES_GQA else {}
+    options = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_TAKES_GQA else {}
+    if scale is not None:
+        options["scale"] = scale
     sizes = bounds_q.on_device, bounds_k.on_device, bounds_q.longest, bounds_k.longest
-    return varlen_attn(q, k, v, *sizes, window_size=window, **gqa)
+    return varlen_attn(q, k, v, *sizes, window_size=window, **options)
 
 
 def attention_with_lse(
-    q_BHLE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, causal: bool = False
+    q_BHLE: torch.Tensor,
+    k_BKSE: torch.Tensor,
+    v_BKSV: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes attention over one block of keys, and the lse by which it is merged with other blocks.
 
-    q [B, H, L, E], k and v [B, K, S, E]; causal needs L = S -> out [B, H, L, E], lse = log sum_s exp(q k_s / sqrt(E))
-    [B, H, L] fp32. Not differentiable by itself: `ring.RingAttention` pairs it with `attention_backward`.
+    q [B, H, L, E], k [B, K, S, E], v [B, K, S, V], V <= E; causal needs L = S; scale: None is 1/sqrt(E) -> out
+    [B, H, L, V], lse = log sum_s exp(scale q k_s) [B, H, L] fp32. Not differentiable by itself: `ring.RingAttention`
+    pairs it with `attention_backward`.
     """
-    H, E = q_BHLE.shape[1], q_BHLE.shape[3]
+    H, V = q_BHLE.shape[1], v_BKSV.shape[3]
+    if not _takes_widths(q_BHLE, v_BKSV, by_sdpa=False):
+        out, lse = attention_with_lse(q_BHLE, k_BKSE, _widened(v_BKSV, q_BHLE), causal, scale)
+        return out[..., :V], lse
     if BACKEND == "npu":
-        options = {"scale": E**-0.5} | _causal_options(q_BHLE, causal)
-        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSE, H, "BNSD", **options)
+        options = {"scale": _scale(q_BHLE, scale)} | _causal_options(q_BHLE, causal)
+        out, peak, total, *_ = torch.ops.npu.npu_fusion_attention(q_BHLE, k_BKSE, v_BKSV, H, "BNSD", **options)
         return out, (peak + total.log())[..., 0]  # both are [B, H, L, 8], eight equal columns
     if BACKEND == "cuda" and not _takes_flash(q_BHLE):
-        scores, _ = _plain_scores(q_BHLE, k_BKSE, causal)
+        scores, _ = _plain_scores(q_BHLE, k_BKSE, causal, scale)
         lse = scores.logsumexp(-1)
-        return (scores - lse.unsqueeze(-1)).exp() @ _repeated(v_BKSE, H), lse
-    if BACKEND == "cuda" and attention_kernel() == "FlashAttention-4" and flash4.takes(q_BHLE, v_BKSE):
-        q, k, v = (t.transpose(1, 2) for t in (q_BHLE, k_BKSE, v_BKSE))
-        out, lse = flash4.attention(q, k, v, (-1, 0) if causal else None)
+        return (scores - lse.unsqueeze(-1)).exp() @ _repeated(v_BKSV, H), lse
+    if BACKEND == "cuda" and attention_kernel() == "FlashAttention-4" and flash4.takes(q_BHLE, v_BKSV):
+        q, k, v = (t.transpose(1, 2) for t in (q_BHLE, k_BKSE, v_BKSV))
+        out, lse = flash4.attention(q, k, v, (-1, 0) if causal else None, scale=scale)
         return out.transpose(1, 2), lse
+    aten = torch.ops.aten
     if BACKEND == "cuda":
-        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BKSE, v_BKSE, 0.0, causal)
+        return aten._scaled_dot_product_flash_attention(q_BHLE, k_BKSE, v_BKSV, 0.0, causal, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention_for_cpu(q_BHLE, k_BKSE, v_BKSV, 0.0, causal, scale=scale)
 
 
 def attention_backward(
@@ -275,8 +340,13 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     causal: bool = False,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns gradients (dq, dk, dv) of one key block, given out and lse of *all*. Shapes: see `attention_with_lse`."""
+    if not _takes_widths(q, v, by_sdpa=False):
+        wide_dout, wide_v, wide_out = (_widened(t, q) for t in (dout, v, out))
+        dq, dk, dv = attention_backward(wide_dout, q, k, wide_v, wide_out, lse, causal, scale)
+        return dq, dk, dv[..., : v.shape[3]]
     if BACKEND == "npu":
         peak = lse.unsqueeze(-1).expand(*lse.shape, 8).contiguous()
         return torch.ops.npu.npu_fusion_attention_grad(
@@ -289,32 +359,33 @@ def attention_backward(
             softmax_max=peak,
             softmax_sum=torch.ones_like(peak),
             attention_in=out,
-            scale_value=q.shape[3] ** -0.5,
+            scale_value=_scale(q, scale),
             **_causal_options(q, causal),
         )[:3]
     if BACKEND == "cuda" and not _takes_flash(q):
-        scores, keys = _plain_scores(q, k, causal)
+        scores, keys = _plain_scores(q, k, causal, scale)
         probabilities = (scores - lse.unsqueeze(-1)).exp()  # [B, H, L, S], of the softmax over all blocks
         rest = (dout * out).sum(-1, keepdim=True)  # [B, H, L, 1]
-        dscores = probabilities * (dout @ _repeated(v, q.shape[1]).mT - rest) * q.shape[3] ** -0.5
+        dscores = probabilities * (dout @ _repeated(v, q.shape[1]).mT - rest) * _scale(q, scale)
         dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) for g in (dscores.mT @ q, probabilities.mT @ dout))
         return dscores @ keys, dk, dv
     if BACKEND == "cuda" and attention_kernel() == "FlashAttention-4" and flash4.takes(q, v):
         tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-        gradients = flash4.backward(*tensors, lse, (-1, 0) if causal else None)
+        gradients = flash4.backward(*tensors, lse, (-1, 0) if causal else None, scale)
         return tuple(g.transpose(1, 2) for g in gradients)
+    aten = torch.ops.aten
     if BACKEND == "cuda":
         none = torch.empty(0, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
         )
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
-def _plain_scores(q: torch.Tensor, k: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns q k^T / sqrt(E) [B, H, L, S], -inf where causal hides a key, and k for each query head [B, H, S, E]."""
+def _plain_scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None) -> tuple[torch.Tensor, ...]:
+    """Returns scale q k^T [B, H, L, S], -inf where causal hides a key, and k for each query head [B, H, S, E]."""
     keys = _repeated(k, q.shape[1])
-    scores = q @ keys.mT * q.shape[3] ** -0.5
+    scores = q @ keys.mT * _scale(q, scale)
     if causal:
         scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], (-1, 0), q.device), -torch.inf)
     return scores, keys

@@ -33,33 +33,37 @@ def refusal() -> str | None:
 
 def takes(q: torch.Tensor, v: torch.Tensor) -> bool:
     """Returns whether the library has kernels for these head dims on every card that it runs on."""
-    return all(8 <= t.shape[-1] <= 128 and t.shape[-1] % 8 == 0 for t in (q, v))
+    widths = q.shape[-1], v.shape[-1]
+    return widths == (192, 128) or all(8 <= width <= 128 and width % 8 == 0 for width in widths)
 
 
 def _library():
     return importlib.import_module("flash_attn.cute.interface")
 
 
-def attention(q, k, v, window: tuple[int, int] | None, bounds: torch.Tensor | None = None, longest: int = 0):
-    """Returns (softmax(q k^T / sqrt(E)) v, lse fp32). Differentiable, except for lse.
+def attention(
+    q, k, v, window: tuple[int, int] | None, bounds: torch.Tensor | None = None, longest: int = 0,
+    scale: float | None = None,
+):  # fmt: skip
+    """Returns (softmax(scale q k^T) v, lse fp32). Differentiable, except for lse. scale: None is 1/sqrt(E).
 
     q [B, L, H, E], k [B, S, K, E], v [B, S, K, V] -> [B, L, H, V] in the memory layout of q, and lse [B, H, L]. With
     bounds, int32 [n + 1] on the device, of sequences of at most `longest` tokens: q [T, H, E], k and v likewise ->
     [T, H, V] and [H, T]. window: (left, right) as in `ops.attention`; None is no mask.
     """
     left, right = (-1, -1) if window is None else window
-    return torch.ops.zoo.flash4(q, k, v, bounds, longest, left, right)
+    return torch.ops.zoo.flash4(q, k, v, bounds, longest, left, right, scale)
 
 
-def backward(dout, q, k, v, out, lse, window: tuple[int, int] | None):
+def backward(dout, q, k, v, out, lse, window: tuple[int, int] | None, scale: float | None = None):
     """Returns (dq, dk, dv) of `attention` without bounds, given out and the lse of all keys that the queries see."""
     left, right = (-1, -1) if window is None else window
-    return torch.ops.zoo.flash4_backward(dout, q, k, v, out, lse, None, 0, left, right)
+    return torch.ops.zoo.flash4_backward(dout, q, k, v, out, lse, None, 0, left, right, scale)
 
 
-def _options(bounds, longest: int, left: int, right: int) -> dict:
+def _options(bounds, longest: int, left: int, right: int, scale: float | None) -> dict:
     """Returns the arguments that the library's forward and backward share. It takes None where there is no bound."""
-    options = {"causal": (left, right) == (-1, 0)}
+    options = {"softmax_scale": scale, "causal": (left, right) == (-1, 0)}
     if not options["causal"]:
         options |= {"window_size_left": left if left >= 0 else None, "window_size_right": right if right >= 0 else None}
     if bounds is not None:
@@ -69,9 +73,10 @@ def _options(bounds, longest: int, left: int, right: int) -> dict:
 
 @torch.library.custom_op("zoo::flash4", mutates_args=())
 def _flash4(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, longest: int, left: int, right: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, options = _output(q, v), _options(bounds, longest, left, right)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, longest: int, left: int, right: int,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    out, options = _output(q, v), _options(bounds, longest, left, right, scale)
     lse = _library()._flash_attn_fwd(q, k, v, out=out, return_lse=True, **options)[1]
     return out, lse.contiguous()
 
@@ -81,7 +86,7 @@ def _output(q, v):
 
 
 @_flash4.register_fake
-def _(q, k, v, bounds, longest, left, right):
+def _(q, k, v, bounds, longest, left, right, scale):
     lse = q.shape[:2][::-1] if bounds is not None else (q.shape[0], q.shape[2], q.shape[1])
     return _output(q, v), q.new_empty(lse, dtype=torch.float32)
 
@@ -89,16 +94,16 @@ def _(q, k, v, bounds, longest, left, right):
 @torch.library.custom_op("zoo::flash4_backward", mutates_args=())
 def _flash4_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    bounds: torch.Tensor | None, longest: int, left: int, right: int,
+    bounds: torch.Tensor | None, longest: int, left: int, right: int, scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    options = _options(bounds, longest, left, right)
+    options = _options(bounds, longest, left, right, scale)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv, *_ = _library()._flash_attn_bwd(q, k, v, out, dout, lse, **options)
     return dq, dk, dv
 
 
 @_flash4_backward.register_fake
-def _(dout, q, k, v, out, lse, bounds, longest, left, right):
+def _(dout, q, k, v, out, lse, bounds, longest, left, right, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -111,7 +116,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     q, k, v, out, lse, bounds = ctx.saved_tensors
-    return *torch.ops.zoo.flash4_backward(dout, q, k, v, out, lse, bounds, *ctx.rest), None, None, None, None
+    return *torch.ops.zoo.flash4_backward(dout, q, k, v, out, lse, bounds, *ctx.rest), None, None, None, None, None
 
 
 _flash4.register_autograd(_backward, setup_context=_setup_context)
