@@ -7,6 +7,7 @@ is in common/language/options.py. No torch here: `--help` and every error come b
 
 import dataclasses
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,8 @@ from .config import (
     memory_estimate,
     model_config,
     size_of,
+    stage_memory,
+    stage_shapes,
     stored_config,
 )
 from .demo import make_data
@@ -70,6 +73,9 @@ class RoutingOptions:
         "train the multi-token prediction module, too (pretrain and sft of all parameters)", True, group="objective"
     )
     mtp_weight: float = option("weight of its loss", 0.3, group="objective", layout=True, within="(0, inf)")
+    device_memory: float | None = option(
+        "refuse a run whose estimated memory per device is more than this (GiB)", group="layout", within="(0, inf)"
+    )
     experts = None
 
 
@@ -167,6 +173,7 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
     config = model_config(o)
     o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
+    _check_memory(o, config)
     _check_weights(o, config)
     cli.check_run(o)
     language.check_tokenizer(o, config.vocab_size)
@@ -408,4 +415,59 @@ def dry_run(o) -> str:
         return f"{cli.to_toml(o)}\nfor a model of parameters: {model_config(o).parameters:,}"
     config = model_config(o)
     trained = trained_parameters(o, config)
-    return language.describe(o, config, trained, memory_estimate(o, config, o.seq_len, trained))
+    text = language.describe(o, config, trained, memory_estimate(o, config, o.seq_len, trained))
+    return f"{text}\n{describe_stages(o, config, trained)}" if isinstance(o, TrainOptions) else text
+
+
+def describe_stages(o: TrainOptions, config: Deepseek3Config, trained: int) -> str:
+    """Describes what a rank of every pipeline stage holds, and what a rank sends in a step."""
+    blocks, rows = o.stage_layers(config.num_hidden_layers), []
+    blocks[-1] += config.num_nextn_predict_layers
+    for stage, held in enumerate(stage_shapes(o, config)):
+        memory = stage_memory(o, config, o.seq_len, trained, stage)
+        kinds = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in memory.items())
+        count, total = sum(map(math.prod, held.values())), sum(memory.values()) / 2**30
+        rows.append(f"stage {stage}: {blocks[stage]} layers, {count:,} parameters; GiB of a rank: {kinds}; {total:.2f}")
+    tokens = o.seq_len * o.micro_batch // (o.cp * (o.tp if o.etp < o.tp else 1))  # that a rank routes
+    choices, bytes_per_number = tokens * config.num_experts_per_tok, 4 if o.precision == "fp32" else 2
+    sent = choices * config.hidden_size * bytes_per_number / 2**20
+    layers = max(blocks)
+    exchanges = o.micro_batches * layers * (4 + 2 * (o.recompute == "full")) if o.ep > 1 else 0
+    state = o.seq_len * o.micro_batch * config.hidden_size * bytes_per_number / (o.cp * (o.tp if o.sp else 1)) / 2**20
+    return "\n".join([
+        *rows,
+        f"a micro-batch gives an expert {choices * o.ep / config.n_routed_experts:,.1f} tokens, if they spread evenly",
+        f"a step of a rank: {exchanges:,} all-to-alls of {sent:,.1f} MiB, {2 * o.micro_batches * (o.pp > 1) * o.vpp:,} "
+        f"messages of {state:,.1f} MiB between stages",
+    ])  # fmt: skip
+
+
+REMEDIES = {  # what makes a run smaller, the cheapest first
+    "--recompute selective": {"recompute": "selective"}, "--moments bf16": {"moments": "bf16"},
+    "--master-remainders": {"master_remainders": True}, "--recompute full": {"recompute": "full"},
+    "--offload-activations": {"offload_activations": True}, "--offload-optimizer": {"offload_optimizer": True},
+}  # fmt: skip
+
+
+def _check_memory(o: TrainOptions, config: Deepseek3Config) -> None:
+    """Checks that the estimated memory fits --device-memory.
+
+    Raises:
+        ValueError: it does not; names the smallest change that does, one option or else several of them.
+    """
+    if o.device_memory is None:
+        return
+
+    def gib(changes: dict) -> float:
+        changed = dataclasses.replace(o, **changes)
+        return memory_estimate(changed, config, o.seq_len, trained_parameters(o, config)) / 2**30
+
+    if gib({}) <= o.device_memory:
+        return
+    candidates, flags, changes = [([flag], change) for flag, change in REMEDIES.items()], [], {}
+    for flag, change in REMEDIES.items():
+        flags, changes = [*flags, flag], changes | change
+        candidates.append((flags, changes))
+    fits = next((flags for flags, changes in candidates if gib(changes) <= o.device_memory), None)
+    fix = " ".join(fits) if fits else "more devices (--pp, --ep or --tp)"
+    raise ValueError(f"a rank needs about {gib({}):.1f} GiB, the device has {o.device_memory:g}; fix: {fix}")
