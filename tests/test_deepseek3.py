@@ -4,6 +4,9 @@ a sequence, what its releases may look like. The proofs that all recipes share a
 import dataclasses
 import functools
 import json
+import math
+import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_models import differences, random_state, trained
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import checkpoint, parallel, release
-from zoo.deepseek3 import case, config, convert, model, train
+from zoo.deepseek3 import case, config, convert, model, options, train
 
 GOLDEN = Path(__file__).parent / "goldens" / "deepseek_v3_yarn_bias"
 PARTS = {  # the authors' names of what the release calls otherwise (their convert.py)
@@ -98,6 +102,61 @@ def beside_the_authors(folder: Path) -> dict:
             gradients |= {key: p.grad[index].t() for key, index in pieces.items()} or {convert.released(ours): p.grad}
         out[name] = {"logits": logits.detach(), "routing": routing, "gradients": gradients}
     return out
+
+
+@pytest.mark.L1
+def test_stages_of_the_named_layouts_hold_what_the_dry_run_says():
+    """On rank 0 of the first, the second and the last pipeline stage, built at full size without memory."""
+    layouts = tomllib.loads((Path(config.__file__).parent / "parallel.toml").read_text())
+    published = [name for name, values in layouts.items() if values["size"] == "671B"]
+    assert len(published) == 8
+    for name, wrong, whole in run_ranks(1, stages_of, {name: layouts[name] for name in published})[0]:
+        assert not wrong, name
+        assert whole == 682_636_487_424, name
+
+
+WORLDS = {"671B": 512, "671B-A3": 512, "671B-sft": 512, "671B-sft-A3": 256, "671B-lora": 64, "671B-lora-16K": 128,
+          "671B-qlora": 32, "671B-generate": 32}  # fmt: skip
+
+
+def stages_of(layouts: dict) -> list[tuple[str, dict, int]]:
+    """Returns (layout, stages whose parameters differ from the dry run's, parameters of all stages)."""
+    found, mine = [], config.SIZES["671B"]
+    for name, values in layouts.items():
+        os.environ["WORLD_SIZE"] = str(WORLDS[name])
+        o = case.options(
+            mine, **{"global_batch": None, "precision": "bf16"} | {k: v for k, v in values.items() if k != "source"}
+        )
+        stages, wrong = config.stage_shapes(o, mine), {}
+        for stage in sorted({0, 1, o.pp - 1}):
+            rank = stage * o.world // o.pp
+            torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=o.world)
+            parallel.initialize(o)
+            chunks = model.build(o, mine, torch.device("meta"))
+            built = {n: math.prod(p.shape) for n, p in checkpoint.parameters(chunks) if not getattr(p, "shared", False)}
+            said = {n: math.prod(shape) // config.cut(o, n)[0] for n, shape in stages[stage].items()}
+            if built != said:
+                wrong[stage] = built.items() ^ said.items()
+            parallel.shutdown()
+        found.append((name, wrong, sum(math.prod(shape) for held in stages for shape in held.values())))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gib", "fix"),
+    [(40, None), (36, "--moments bf16"), (30, "--offload-optimizer"), (5, "more devices")],
+)
+def test_a_run_that_does_not_fit_is_refused_with_the_smallest_change_that_does(gib, fix, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "512")
+    mine = config.SIZES["671B"]
+    layout = tomllib.loads((Path(config.__file__).parent / "parallel.toml").read_text())["671B"]
+    values = {k: v for k, v in layout.items() if k != "source"}
+    o = case.options(mine, **values | {"precision": "bf16", "device_memory": gib})
+    if fix is None:
+        options.check_memory(o, mine)
+        return
+    with pytest.raises(ValueError, match=f"needs about .* the device has {gib}; fix: {fix}"):
+        options.check_memory(o, mine)
 
 
 # ------------------------------------------------------------------------------------------------------------- balance

@@ -321,7 +321,7 @@ def stage_shapes(o, config: Deepseek3Config) -> list[dict[str, tuple[int, ...]]]
     return stages
 
 
-def _cut(o, name: str) -> tuple[int, int]:
+def cut(o, name: str) -> tuple[int, int]:
     """Returns (how many ranks share a parameter of one stage, how many hold the same part of it)."""
     ranks = o.world // o.pp
     if name.endswith(("mlp.gate_up", "mlp.down")):
@@ -345,7 +345,7 @@ def stage_memory(o, config: Deepseek3Config, length: int, trained: int, stage: i
     held, adapted = stage_shapes(o, config)[stage], tuple(f"{t}.weight" for t in o.targets(config)) if o.adapts else ()
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "peak"), 0.0)
     for name, shape in held.items():
-        parts, copies = _cut(o, name)
+        parts, copies = cut(o, name)
         count = math.prod(shape) / parts
         packed = o.quantize == "nf4" and name.endswith(adapted)
         memory["weights"] += count * (4.13 / 8 if packed else dtype) / (o.world if o.fsdp else 1)

@@ -173,7 +173,7 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
     config = model_config(o)
     o = _complete_layout(o, config, o.seq_len * o.micro_batch)
     _check_objective(o, config)
-    _check_memory(o, config)
+    check_memory(o, config)
     _check_weights(o, config)
     cli.check_run(o)
     language.check_tokenizer(o, config.vocab_size)
@@ -449,7 +449,7 @@ REMEDIES = {  # what makes a run smaller, the cheapest first
 }  # fmt: skip
 
 
-def _check_memory(o: TrainOptions, config: Deepseek3Config) -> None:
+def check_memory(o: TrainOptions, config: Deepseek3Config) -> None:
     """Checks that the estimated memory fits --device-memory.
 
     Raises:
