@@ -13,11 +13,13 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_models import differences, random_state, trained
+from test_models import differences, filled, random_state, trained
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import checkpoint, parallel, release
-from zoo.deepseek3 import case, config, convert, model, options, train
+from common.language import decode
+from common.language import generate as generation
+from zoo.deepseek3 import case, config, convert, infer, model, options, train
 
 GOLDEN = Path(__file__).parent / "goldens" / "deepseek_v3_yarn_bias"
 PARTS = {  # the authors' names of what the release calls otherwise (their convert.py)
@@ -261,6 +263,58 @@ def with_one_sided_biases(values: dict) -> dict:
     test_models.random_state = lambda shapes: drawn | biases
     out = trained("deepseek3", "plain", values, 1)
     return {k: v for k, v in out.get("gradients", {}).items() if v.abs().max() > 0}
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"ep": 2}], ids=str)
+def test_latent_and_plain_cache_and_guesses_give_the_tokens_of_transformers(layout):
+    plain, latent, speculative, sizes = run_ranks(max([1, *layout.values()]), generated, layout)[0]
+    assert plain == latent == [answer for answer, _, _ in speculative] == transformers_greedy()
+    assert all(0 <= right <= guesses < 12 for _, guesses, right in speculative)
+    mine, heads = case.CONFIGS["grouped"], 4 // layout.get("tp", 1)
+    assert sizes[1] / sizes[0] == heads * (mine.head_dim + mine.v_head_dim) / (
+        mine.kv_lora_rank + mine.qk_rope_head_dim
+    )
+
+
+PROMPTS = [[5, 3, 80, 41], [7], list(range(20, 31))]
+
+
+def generated(layout: dict) -> tuple:
+    """Returns the answers to PROMPTS with a cache of keys and values, with latents, and with guesses; and the bytes of both
+    caches for two tokens."""
+    mine = case.CONFIGS["grouped"]
+    train_options, (chunk,) = filled("deepseek3", mine, **layout)
+    infer_options = options.InferOptions(size="custom", layout="custom", max_new_tokens=12, **layout)
+    model.ABSORBS = False
+    plain = generation.generate(chunk.eval(), PROMPTS, infer_options, set())
+    model.ABSORBS = True
+    latent = generation.generate(chunk, PROMPTS, infer_options, set())
+    speculative = [infer.speculate(chunk, prompt, infer_options, set(), None) for prompt in PROMPTS]
+    sizes = []
+    for model.ABSORBS in (True, False):
+        cache = decode.Cache(1, 2)
+        with torch.no_grad():
+            chunk(torch.tensor([1, 2]), torch.arange(2), [], cache=cache)
+        sizes.append(decode.held_bytes(cache))
+    return plain, latent, speculative, sizes
+
+
+@functools.cache
+def transformers_greedy() -> list[list[int]]:
+    """Returns the likeliest tokens by transformers, which reads the whole text for each."""
+    oracle, answers = case.oracle(case.CONFIGS["grouped"]), []
+    state = random_state(convert.table(case.CONFIGS["grouped"]).shapes)
+    oracle.load_state_dict(dict(case.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(12):
+                tokens.append(int(oracle.main(torch.tensor([tokens])).logits[0, -1].argmax()))
+        answers.append(tokens[len(prompt) :])
+    return answers
 
 
 # ------------------------------------------------------------------------------------------------------------ releases
