@@ -73,6 +73,16 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One linear of every expert. The matrices lie in a stack: `stack`[g, :, part], or `stack`[g] if it has no parts, is
+    the transpose of that of expert g, whose name in the release is `experts`[g]."""
+
+    stack: str
+    part: int
+    experts: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
     """How one kind of file names the linears and parameters that it changes."""
 
@@ -82,12 +92,13 @@ class Format:
     settings: bool = False  # whether a file must come with settings (adapter_config.json), which alone give the scale
 
 
-def matches(name: str, targets: list[str] | str) -> bool:
+def matches(name: str, targets: list[str] | set[str] | str) -> bool:
     """Tell whether `targets` choose `name`, by PEFT's rule: a list holds whole names or their last parts, a string is a
     regular expression for the whole name."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in targets for i in range(len(parts)))
 
 
 def read(
@@ -142,6 +153,35 @@ def read(
     if problems:
         raise ValueError(f"{path}, read as {kind}, does not fit: {'; '.join(problems)}; fix: --adapter, or --weights")
     return pairs, differences
+
+
+def families(pieces: dict[str, dict[str, tuple]]) -> dict[str, Family]:
+    """Return the linears of stacked experts: layers.2.mlp.experts.up_proj -> its family. pieces: see `release.Table`."""
+    found: dict[str, Family] = {}
+    for stack, keys in pieces.items():
+        for key, (_, *where) in keys.items():
+            expert = key.removesuffix(".weight")
+            name = f"{stack.rpartition('.')[0]}.experts.{expert.rpartition('.')[2]}"
+            family = found.setdefault(name, Family(stack=stack, part=where[-1] if where else 0, experts=[]))
+            family.experts.append(expert)
+    return found
+
+
+def of_experts(pairs: dict[str, Pair], linears: dict[str, Family]) -> dict[str, list[Pair]]:
+    """Return {linear: the adapter of every expert} of those linears that have adapters.
+
+    Raises:
+        ValueError: only some experts of a layer have one, or their settings differ.
+    """
+    found = {name: [pairs[e] for e in family.experts if e in pairs] for name, family in linears.items()}
+    found = {name: of_linear for name, of_linear in found.items() if of_linear}
+    for name, of_linear in found.items():
+        if len(of_linear) < len(linears[name].experts) or len({pair.settings for pair in of_linear}) > 1:
+            raise ValueError(
+                f"{len(of_linear)} of the {len(linears[name].experts)} experts of {name} have adapters, with "
+                f"{len({pair.settings for pair in of_linear})} different settings; expected all, with the same; fix: --adapter"
+            )
+    return found
 
 
 def shared_or_all(values) -> object:
@@ -241,7 +281,8 @@ def _read_settings(path: Path, file: Path, form: Format) -> dict | None:
             re.compile(pattern if isinstance(pattern, str) else "")
         except re.error as error:
             raise ValueError(f"{path} says {pattern!r}, no regular expression ({error}); fix: --adapter") from None
-    return facts
+    targets = facts["target_modules"]
+    return facts | {"target_modules": targets if isinstance(targets, str) else set(targets)}  # may name every expert
 
 
 def _chosen(name: str, facts: dict) -> bool:

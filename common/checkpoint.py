@@ -68,20 +68,14 @@ def trained(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Param
 
 def cuts(parameter: torch.nn.Parameter) -> list[tuple[int, int, int]]:
     """List the cuts of a parameter by tensor and expert parallelism: (dimension, this rank's part, number of parts)."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return []
-    splits = [
-        (parameter.partition_dim, mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
-    ]
-    if not getattr(parameter, "allreduce", True):  # experts, see parallel.mark_expert
-        splits = [
-            (0, mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()),
-            (
-                parameter.partition_dim,
-                mpu.get_expert_tensor_parallel_rank(),
-                mpu.get_expert_tensor_parallel_world_size(),
-            ),
-        ]
+    splits, is_expert = [], not getattr(parameter, "allreduce", True)  # see parallel.mark_expert
+    if is_expert:
+        splits.append((0, mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()))
+    if getattr(parameter, "tensor_model_parallel", False):
+        rank, size = mpu.get_tensor_model_parallel_rank, mpu.get_tensor_model_parallel_world_size
+        if is_expert:
+            rank, size = mpu.get_expert_tensor_parallel_rank, mpu.get_expert_tensor_parallel_world_size
+        splits.append((parameter.partition_dim, rank(), size()))
     return [cut for cut in splits if cut[2] > 1]
 
 
@@ -95,10 +89,11 @@ def sharded(name: str, owner: torch.nn.Parameter, data: torch.Tensor) -> Sharded
         # The shards of the ranks do not overlap, so the replica id is always 0. Callers leave out empty shards.
         return ShardedTensor(name, local, local.dtype, tuple(local.shape), tuple(owner.shape), offset, None, 0)
     copy = int(getattr(owner, "shared", False))  # 1: a copy of the first pipeline stage's, see parallel.mark_tied
+    split = getattr(owner, "tensor_model_parallel", False)
     if not getattr(owner, "allreduce", True):
-        replica = (copy, 0, mpu.get_expert_data_parallel_rank())
+        tp = 0 if split else mpu.get_expert_tensor_parallel_rank()
+        replica = (copy, tp, mpu.get_expert_data_parallel_rank())
     else:
-        split = getattr(owner, "tensor_model_parallel", False)
         tp = 0 if split else mpu.get_tensor_model_parallel_rank()
         replica = (copy, tp, mpu.get_data_parallel_rank(with_context_parallel=True))
     return ShardedTensor.from_rank_offsets(name, data, *cuts(owner), replica_id=replica)

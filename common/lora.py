@@ -5,28 +5,35 @@ alpha / sqrt(r)); only A and B train. They are parameters `lora_A` and `lora_B` 
 in the model changes, and code that reads weights and checkpoints by name still works. The order is: load the released
 weights, add the adapters, wrap the model.
 
-A linear can be adapted if the model calls it and if it is one matrix of the release, so that names map one to one.
-Matrices that are fused or stacked here (experts) are not linears and are left out. A vocabulary projection split over
-tp is left out too, because the loss reads its weight directly. A recipe must not offer a target that its model does not
-call, such as a router whose weight alone is read. The base stays in the run's precision, after `quantize_` in 4 bits.
+A linear can be adapted if the model calls it and if it is one matrix of the release, so that names map one to one. A
+vocabulary projection split over tp is left out, because the loss reads its weight directly. A recipe must not offer a
+target that its model does not call, such as a router whose weight alone is read.
+
+Experts are matrices of the release that are stacked here. Their adapters are stacked too (`LoraExperts`), and the model
+multiplies by both through `expert_matmul`. In files each expert has its own pair.
+
+The frozen base is in the run's precision or, packed while it was loaded, in 4 bits (`common/quantize.py`).
 """
 
 import collections
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer import TransformerConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from common import checkpoint, parallel, weights
-from common.adapters import Pair, Settings, matches
+from common import checkpoint, ops, parallel, weights
+from common.adapters import Family, Pair, Settings, families, matches, of_experts
+from common.ops import nf4
+from common.quantize import PackedLinear
 
 # ---------------------------------------------------------------------------------------------------- adapted linears
 
@@ -38,7 +45,7 @@ def _narrow(module: nn.Module, x: torch.Tensor, lora_A: torch.Tensor) -> torch.T
 
 class LoraLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
+        return ops.linear(x, self.weight, self.bias) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
 
 
 class LoraColumnLinear(parallel.ColumnLinear):
@@ -69,56 +76,58 @@ class LoraRowLinear(parallel.RowLinear):
         return super().forward(x) + F.linear(narrow, self.lora_B)
 
 
-ADAPTED = {nn.Linear: LoraLinear, parallel.ColumnLinear: LoraColumnLinear, parallel.RowLinear: LoraRowLinear}
+ADAPTED = {PackedLinear: LoraLinear, nn.Linear: LoraLinear, parallel.ColumnLinear: LoraColumnLinear,
+           parallel.RowLinear: LoraRowLinear}  # fmt: skip
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
-class LoraQuantized(nn.Module):
-    """Any of the adapted linears, at tp = 1, with its frozen weight in NF4 (QLoRA, arXiv:2305.14314)."""
+class LoraExperts(nn.Module):
+    """The adapters of one linear of this rank's experts: A [G/ep, in, r] and B [G/ep, r, out], transposed and stacked
+    like the experts. The factor whose outer dimension is the expert's split one is split too. The other is whole on
+    every expert-tensor-parallel rank, and each rank computes its columns' part of that factor's gradient."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _FrozenLinear.apply(x, self) + F.linear(_narrow(self, x, self.lora_A), self.lora_B)
+    def __init__(self, weight: torch.Tensor, family: Family, lora: Settings, config: TransformerConfig):
+        super().__init__()
+        self.family, self.lora, self.config, self.splits_inputs = family, lora, config, weight.partition_dim == 1
+        self.lora_dropout = nn.Dropout(lora.lora_dropout) if lora.lora_dropout else nn.Identity()
+        self.lora_A = nn.Parameter(weight.new_empty(len(weight), weight.shape[1], lora.r))
+        self.lora_B = nn.Parameter(weight.new_empty(len(weight), lora.r, weight.shape[-1]))
+        parallel.mark_expert(self.lora_A, 1 if self.splits_inputs else None, config)
+        parallel.mark_expert(self.lora_B, None if self.splits_inputs else 2, config)
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """x [N, in], sorted by expert, ends [G/ep] -> s B A x of each row's expert [N, out]."""
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if self.splits_inputs:
+            lora_B = parallel.shared_by_etp(lora_B, self.config)
+        else:
+            lora_A = parallel.shared_by_etp(lora_A, self.config)
+        narrow = ops.grouped_matmul(self.lora_dropout(x), lora_A, ends) * self.lora.scale
+        return ops.grouped_matmul(narrow, lora_B, ends)
 
 
-def unpacked(module: LoraQuantized) -> torch.Tensor:
-    """Return the weight [out, in], dequantised."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(*module.nf4).view(len(module.lora_B), -1)
+def expert_matmul(owner: nn.Module, stack: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Returns `ops.grouped_matmul` by a stack of experts, `owner.<stack>` [G/ep, in, ..., out], plus what the experts'
+    adapters add. x [N, in] sorted by expert, ends [G/ep] -> [N, ... * out]."""
+    weight = getattr(owner, stack)
+    y = ops.grouped_matmul(x, weight, ends)
+    parts = y.unflatten(1, (-1, weight.shape[-1]))
+    for adapter in getattr(owner, "experts", {}).values():
+        if adapter.family.stack.endswith(f".{stack}"):
+            parts[:, adapter.family.part] += adapter(x, ends)
+    return y
 
 
 def effective_weight(linear: nn.Module) -> torch.Tensor:
     """Return the weight [out, in] that a linear multiplies by, its adapter included, for code that multiplies itself."""
-    weight = unpacked(linear) if isinstance(linear, LoraQuantized) else linear.weight
+    weight = linear.weight.unpack() if isinstance(linear.weight, nf4.Packed) else linear.weight
     if not hasattr(linear, "lora"):
         return weight
     return weight + (linear.lora_B @ linear.lora_A) * linear.lora.scale
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """Computes x W^T + b. W is unpacked once in the forward and once in the backward, and never kept."""
-
-    @staticmethod
-    def forward(ctx, x, module):
-        ctx.module = module
-        return F.linear(x, unpacked(module), module.bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy @ unpacked(ctx.module), None
-
-
-def quantize_(chunks: list[nn.Module]) -> None:
-    """Convert the frozen weights of the adapted linears to NF4 in blocks of 64 with 8-bit scales: 4.13 bits a weight.
-    Call it before wrapping, at tp = 1 and without FSDP."""
-    from bitsandbytes.functional import quantize_4bit
-
-    for _, module in list(_modules(chunks, PLAIN)):
-        # Flat, because bitsandbytes 0.50.2 on CPU unpacks a matrix wrongly if a row is not a multiple of a block.
-        weight = module.weight.data.flatten()
-        packed = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-        del module.weight
-        module.__class__, module.nf4 = LoraQuantized, packed
+ADAPTERS = (*PLAIN, LoraExperts)
+Pieces = dict[str, dict[str, tuple]]  # what the stacks of experts hold, see `release.Table`
 
 
 def _modules(chunks: list[nn.Module], types) -> Iterator[tuple[str, nn.Module]]:
@@ -138,10 +147,17 @@ def _union(mine: dict) -> dict:
     return {key: value for stage in stages for key, value in stage.items()}
 
 
-def _attach(chunks: list[nn.Module], settings: dict[str, Settings]) -> None:
+def _attach(chunks: list[nn.Module], settings: dict[str, Settings], stacked: dict[str, Family]) -> None:
     """Freeze the model and add an adapter to each linear named in `settings`. Its memory is allocated, not filled."""
     for chunk in chunks:
         chunk.requires_grad_(False)
+        owners = {name.removeprefix("module."): module for name, module in chunk.named_modules()}
+        for name, family in stacked.items():
+            path, _, stack = family.stack.rpartition(".")
+            if name in settings and (owner := owners.get(path)) is not None:
+                owner.experts = getattr(owner, "experts", nn.ModuleDict())
+                adapter = LoraExperts(getattr(owner, stack), family, settings[name], chunk.config)
+                owner.experts[name.rpartition(".")[2]] = adapter
     for module, lora in [(module, settings[name]) for name, module in _modules(chunks, ADAPTED) if name in settings]:
         weight = module.weight
         split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
@@ -167,27 +183,33 @@ def add(
     dropout: float = 0.0,
     rslora: bool = False,
     seed: int,
+    pieces: Pieces | None = None,
 ) -> None:
     """Freeze the model and give each linear whose name ends in one of `targets` ("q_proj", "self_attn.o", "ffn.0") an
     adapter that trains. A is drawn as in PEFT, the same in every layout; B is zero. With dropout, see `seed_dropout`.
 
+    pieces: what the model's stacks hold (`release.Table`). The linears of experts have names like layers.2.mlp.experts.
+    up_proj.
+
     Raises:
         ValueError: no linear of the model has the name of a target; lists the linears that can be adapted.
     """
-    names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
+    stacked = families(pieces or {})
+    names = _union({name: None for name, _ in _modules(chunks, ADAPTED)}) | dict.fromkeys(stacked)
     unknown = [target for target in targets if not any(matches(name, [target]) for name in names)]
     if unknown:
         kinds = sorted({re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names})
         raise ValueError(f"no linear is called {', '.join(unknown)}; expected the end of one of: {', '.join(kinds)}")
     settings = Settings(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
-    _attach(chunks, {name: settings for name in names if matches(name, targets)})
+    _attach(chunks, {name: settings for name in names if matches(name, targets)}, stacked)
     checkpoint.initialize(chunks, seed, _draw, lambda name: name.endswith((".lora_A", ".lora_B")))
 
 
 def _draw(name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
     whole.zero_()
     if name.endswith(".lora_A"):
-        nn.init.kaiming_uniform_(whole, a=5**0.5, generator=generator)  # U(-1, 1) / sqrt(in)
+        for lora_A in [whole] if whole.ndim == 2 else whole.mT:  # experts' are [G, in, r]
+            nn.init.kaiming_uniform_(lora_A, a=5**0.5, generator=generator)  # U(-1, 1) / sqrt(in)
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -230,60 +252,115 @@ def _released(linear: str, rename: Callable[[str], str]) -> str:
     return rename(f"{linear}.weight").removesuffix(".weight")
 
 
-def _adapters(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, tuple[str, nn.Parameter]]:
-    """Return {our name: (PEFT's key, parameter)}."""
-    return {
-        f"{name}.{part}": (f"base_model.model.{_released(name, rename)}.{part}.weight", getattr(module, part))
-        for name, module in _modules(chunks, (*PLAIN, LoraQuantized))
-        for part in ("lora_A", "lora_B")
-    }
+def _tensors(chunks: list[nn.Module], rename: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of this rank's pipeline stage on the CPU, by PEFT's keys."""
+    tensors = {}
+    for name, module in _modules(chunks, ADAPTERS):
+        for part in ("lora_A", "lora_B"):
+            whole = _whole(getattr(module, part))
+            matrices = {_released(name, rename): whole}
+            if isinstance(module, LoraExperts):  # copies, because a view would be sent with the whole stack
+                matrices = {
+                    e: m.clone(memory_format=torch.contiguous_format)
+                    for e, m in zip(module.family.experts, whole.mT, strict=True)
+                }
+            tensors |= {f"base_model.model.{linear}.{part}.weight": matrix for linear, matrix in matrices.items()}
+    return tensors
 
 
 def save_adapter(
-    folder: Path, chunks: list[nn.Module], rename: Callable[[str], str], *, base: str = "", task: str | None = None
+    folder: Path,
+    chunks: list[nn.Module],
+    rename: Callable[[str], str],
+    *,
+    pieces: Pieces | None = None,
+    base: str = "",
+    task: str | None = None,
 ) -> None:
     """Write a new adapter folder in PEFT's format. Every rank must call it; rank 0 writes.
 
-    rename: our parameter name -> released key; base: name or path of the released weights; task: PEFT's task type, for
-    example "CAUSAL_LM".
+    rename: our parameter name -> released key; pieces: see `add`; base: name or path of the released weights; task:
+    PEFT's task type, for example "CAUSAL_LM".
     """
-    linears = {_released(name, rename): module.lora for name, module in _modules(chunks, (*PLAIN, LoraQuantized))}
-    linears, tensors = _union(linears), _union({key: _whole(p) for key, p in _adapters(chunks, rename).values()})
+    mine = {}
+    for name, module in _modules(chunks, ADAPTERS):
+        names = module.family.experts if isinstance(module, LoraExperts) else [_released(name, rename)]
+        mine |= dict.fromkeys(names, module.lora)
+    linears, tensors = _union(mine), _union(_tensors(chunks, rename))
+    others = _union({_released(name, rename): None for name, _ in _modules(chunks, ADAPTED)}).keys()
     if dist.get_rank() != 0:
         return
     weights.save(folder, {key: tensor.nbytes for key, tensor in tensors.items()}, tensors.__getitem__, "adapter_model")
     usual, _ = collections.Counter(linears.values()).most_common(1)[0]
     facts = dataclasses.asdict(usual) | {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "target_modules": sorted(linears),
+        "target_modules": _short_names(linears.keys(), others, pieces or {}),
         "rank_pattern": {name: s.r for name, s in sorted(linears.items()) if s.r != usual.r},
         "alpha_pattern": {n: s.lora_alpha for n, s in sorted(linears.items()) if s.lora_alpha != usual.lora_alpha},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2))
 
 
+def _short_names(adapted: Set[str], others: Set[str], pieces: Pieces) -> list[str]:
+    """Return the names of adapted linears. The many names of experts' linears become one, their last part, if all
+    linears of the model with this last part are adapted."""
+    experts = [name for family in families(pieces).values() for name in family.experts]
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    short = set(map(last, adapted & set(experts))) - set(map(last, {*others, *experts} - adapted))
+    return sorted({last(name) if last(name) in short else name for name in adapted})
+
+
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    """Return the whole parameter on the CPU, gathered over FSDP or tensor parallel ranks."""
+    """Return the whole parameter on the CPU, gathered over FSDP, tensor or expert parallel ranks."""
     value = parameter.detach()
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
-    group = mpu.get_tensor_model_parallel_group()
-    if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
-        parts = [torch.empty_like(value) for _ in range(group.size())]
+    is_expert = not getattr(parameter, "allreduce", True)
+    for dim, _, size in checkpoint.cuts(parameter):
+        group = mpu.get_tensor_model_parallel_group()
+        if is_expert:
+            group = mpu.get_expert_tensor_parallel_group() if dim else mpu.get_expert_model_parallel_group()
+        parts = [torch.empty_like(value) for _ in range(size)]
         dist.all_gather(parts, value.contiguous(), group=group)
-        value = torch.cat(parts, parameter.partition_dim)
+        value = torch.cat(parts, dim)
     return value.cpu()
 
 
-def load_adapter(pairs: dict[str, Pair], chunks: list[nn.Module]) -> None:
-    """Freeze the model and add trainable adapters from files (`adapters.read`). Each rank reads only its slices.
+def load_adapter(pairs: dict[str, Pair], chunks: list[nn.Module], pieces: Pieces | None = None) -> None:
+    """Freeze the model and add trainable adapters from files (`adapters.read`). Each rank reads only its slices. pieces:
+    see `add`; pairs of experts have their names in the release.
 
     Raises:
-        ValueError: an adapter is for a linear that the model does not have or does not call.
+        ValueError: an adapter is for a linear that the model does not have or does not call; see `of_experts`.
     """
+    stacked = families(pieces or {})
+    experts = of_experts(pairs, stacked)
+    in_stacks = {expert for name in experts for expert in stacked[name].experts}
+    of_linears = {name: pair for name, pair in pairs.items() if name not in in_stacks}
     names = _union({name: None for name, _ in _modules(chunks, ADAPTED)})
-    if extra := sorted(pairs.keys() - names.keys()):
+    if extra := sorted(of_linears.keys() - names.keys()):
         raise ValueError(f"adapters of {len(extra)} linears that the model does not call: {extra[:5]}; fix: --adapter")
-    _attach(chunks, {name: pair.settings for name, pair in pairs.items()})
-    entries = {f"{name}.lora_{part}": getattr(pair, part) for name, pair in pairs.items() for part in "AB"}
+    settings = {name: pair.settings for name, pair in of_linears.items()}
+    _attach(chunks, settings | {name: of_linear[0].settings for name, of_linear in experts.items()}, stacked)
+    entries = {f"{name}.lora_{part}": getattr(pair, part) for name, pair in of_linears.items() for part in "AB"}
     checkpoint.load_released(chunks, entries, lambda name: name if name in entries else None)
+    reader = weights.Reader()
+    for name, module in _modules(chunks, [LoraExperts]):
+        for part in "AB":
+            _read_stack(getattr(module, f"lora_{part}"), [getattr(pair, part) for pair in experts[name]], reader)
+
+
+@torch.no_grad()
+def _read_stack(parameter: nn.Parameter, entries: list[weights.Entry], reader: weights.Reader) -> None:
+    """Fill this rank's part of a factor [G/ep, in, out] from the matrices [out, in] of all G experts."""
+    first, cut = 0, (None, 0, 1)
+    for dim, rank, size in checkpoint.cuts(parameter):
+        if dim:
+            cut = (2 - dim, rank, size)
+        else:
+            first = rank * len(parameter)
+    for matrix, entry in zip(parameter, entries[first : first + len(parameter)], strict=True):
+        matrix.copy_(reader.read(entry, *cut).t())

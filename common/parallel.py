@@ -228,12 +228,21 @@ def mark_replicated(parameters, config: TransformerConfig) -> None:
         parameter.sequence_parallel = config.sequence_parallel
 
 
-def mark_expert(parameter: torch.nn.Parameter, columns: int, config: TransformerConfig) -> None:
+def mark_expert(parameter: torch.nn.Parameter, columns: int | None, config: TransformerConfig) -> None:
     """Marks an expert stack [G/ep, ...], which is split over experts and, at dimension `columns`, over expert tensor
-    parallel. megatron-core reduces its gradient, and shards its optimizer, over the ranks that hold the same part."""
-    set_tensor_model_parallel_attributes(parameter, True, columns, 1)
+    parallel. None: each of those ranks holds all columns (`shared_by_etp`). megatron-core reduces the gradient, and
+    shards the optimizer, over the ranks that hold the same part."""
+    # Of parameters that are not marked as split, megatron-core counts in the gradient's norm those of tp rank 0 alone.
+    is_split = columns is not None or config.expert_tensor_parallel_size == 1
+    set_tensor_model_parallel_attributes(parameter, is_split, 1 if columns is None else columns, 1)
     cut = (config.expert_model_parallel_size, config.expert_tensor_parallel_size)
     parameter.allreduce = cut == (1, config.tensor_model_parallel_size)  # True: reduced like a dense parameter
+
+
+def shared_by_etp(weight: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Returns a weight that all expert-tensor-parallel ranks hold and apply to their own columns. Backward sums its
+    gradient. More than one such rank are the tp ranks."""
+    return weight if config.expert_tensor_parallel_size == 1 else shared_by_tp(weight, config)
 
 
 def mark_tied(parameter: torch.nn.Parameter, copy: bool) -> None:

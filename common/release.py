@@ -149,17 +149,22 @@ def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
     return Source(lambda name: first(name).bytes // math.prod(first(name).shape), read)
 
 
-def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None) -> None:
+def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None, packed: list[str] | None = None) -> None:
     """Fills a model's parameters from a released folder or a checkpoint, each rank with its slices; with --from-scratch
-    draws them. draw(name, whole tensor, generator) fills one. folder: the release's folder (default: --weights)."""
-    from common import checkpoint
+    draws them. draw(name, whole tensor, generator) fills one. folder: the release's folder (default: --weights).
+    packed: names of the weights that become 4 bits, part by part, of a model on the meta device (`quantize.blocks`). All
+    ranks read a checkpoint together, so it is one part."""
+    from common import checkpoint, quantize
 
-    if o.from_scratch:
-        checkpoint.initialize(chunks, o.seed, draw)
-    elif is_sharded(o.weights):
-        checkpoint.load(o.weights, chunks)
-    else:
-        load(chunks, table.entries(folder or o.weights), table)
+    from_checkpoint = not o.from_scratch and is_sharded(o.weights)
+    entries = {} if o.from_scratch or from_checkpoint else table.entries(folder or o.weights)
+    for part in quantize.blocks(chunks, packed, whole=from_checkpoint) if packed else [chunks]:
+        if o.from_scratch:
+            checkpoint.initialize(part, o.seed, draw)
+        elif from_checkpoint:
+            checkpoint.load(o.weights, part)
+        else:
+            load(part, entries, table)
 
 
 def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
@@ -172,9 +177,9 @@ def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
 
     from common import checkpoint
 
-    reader = weights.Reader()
+    reader, keys = weights.Reader(), {table.rename(name) for name, _ in checkpoint.parameters(chunks)}
     for copy, key in table.copies.items():
-        if copy in entries and not torch.equal(reader.read(entries[key]), reader.read(entries[copy])):
+        if copy in entries and key in keys and not torch.equal(reader.read(entries[key]), reader.read(entries[copy])):
             raise ValueError(
                 f"{entries[copy].file}: {copy} differs from {key}, to which it is tied; fix: --weights, or what its "
                 "config.json says of it"
@@ -244,16 +249,28 @@ def write_sharded(out: Path, table: Table, source: Source, state: dict, extra_fi
 
 
 def merge_adapter(
-    source: Source, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry] | None = None
+    source: Source,
+    pairs: dict[str, adapters.Pair],
+    differences: dict[str, weights.Entry] | None = None,
+    pieces: dict[str, dict[str, tuple]] | None = None,
 ) -> Source:
     """Returns `source` with an adapter (`adapters.read`) merged into each tensor when it is read: s B A and full-weight
-    differences are added to W in fp32, and the sum is rounded once to the dtype of W."""
+    differences are added to W in fp32, and the sum is rounded once to the dtype of W. pieces: the table's, if pairs may
+    be of the matrices in a stack; they have the names of the release."""
     from common import lora
 
     reader, full = weights.Reader(), differences or {}
 
     def read(name: str) -> "torch.Tensor":
-        return lora.merge_from_files(source.read(name), pairs.get(name.removesuffix(".weight")), full.get(name), reader)
+        whole = lora.merge_from_files(
+            source.read(name), pairs.get(name.removesuffix(".weight")), full.get(name), reader
+        )
+        indices = {key.removesuffix(".weight"): index for key, index in (pieces or {}).get(name, {}).items()}
+        whole = whole.clone() if indices.keys() & pairs.keys() else whole
+        for matrix in indices.keys() & pairs.keys():
+            index = indices[matrix]
+            whole[index] = lora.merge_from_files(whole[index].t(), pairs[matrix], None, reader).t()
+        return whole
 
     return Source(source.element, read)
 

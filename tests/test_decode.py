@@ -13,9 +13,10 @@ from test_qwen3 import infer_options, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import lora, ops, ops_check, parallel, release
+from common import ops, ops_check, parallel, release
 from common.language import decode
 from common.language import generate as generation
+from common.ops import nf4
 
 pytestmark = [pytest.mark.L2, pytest.mark.usefixtures("one_rank")]
 
@@ -287,7 +288,8 @@ def test_which_models_take_graphs_is_decided_and_said(message, monkeypatch, caps
     monkeypatch.setattr(decode.device, "KIND", values["kind"])
     monkeypatch.setattr(decode, "GRAPHS", values["on"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: values["capability"])
-    modules = [lora.LoraQuantized()] if values["quantized"] else []
+    modules = [torch.nn.Module()]
+    modules[0].weight = nf4.Packed.__new__(nf4.Packed) if values["quantized"] else None
     obstacle = decode.graph_obstacle(SimpleNamespace(config=SimpleNamespace(**values), modules=lambda: modules))
     assert (message in obstacle) if message else obstacle == ""
     decode.announce.cache_clear()

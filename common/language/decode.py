@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import cli, device, lora, ops
+from common import cli, device, ops, quantize
 from common.language.options import InferOptions
 
 # Not yet chosen by a clock on a GPU.
@@ -191,7 +191,7 @@ def graph_obstacle(model) -> str:
         return f"the host reads how many tokens go to each rank's experts (ep={c.expert_model_parallel_size})"
     if c.num_moe_experts and torch.cuda.get_device_capability()[0] not in (9, 10):
         return "torch's grouped matmul reads the groups on the host, except on Hopper and Blackwell (sm_90, sm_100)"
-    if any(isinstance(module, lora.LoraQuantized) for module in model.modules()):
+    if quantize.is_packed(model):
         return "unpacking 4-bit weights was never captured"
     return "" if GRAPHS else "GRAPHS is off"
 

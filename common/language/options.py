@@ -82,9 +82,11 @@ class AdapterOptions(jobs.AdapterOptions):
         f"rank of the adapters (lora: {LORA_RANK} if not given; dpo: all parameters train if not given)",
         group="adapters", within="[1, inf)",
     )  # fmt: skip
-    lora_targets: str = option("linears to adapt, q_proj,v_proj,… (default: all but experts)", "", group="adapters")
+    lora_targets: str = option(
+        "linears to adapt, q_proj,v_proj,…, also of experts (default: all but experts)", "", group="adapters"
+    )
     quantize: Literal["none", "nf4"] = option(
-        "how the frozen weights below adapters are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
+        "how the frozen weights of the blocks are kept (nf4: QLoRA, needs bitsandbytes)", "none", group="adapters"
     )
 
     @property
@@ -294,9 +296,11 @@ def check_rows(o: TrainOptions) -> None:
         raise ValueError(
             f"{o.seq_len * o.micro_batch} tokens do not split into zig-zag halves over cp={o.cp}; fix: --seq-len or --cp"
         )
-    if o.quantize != "none" and (o.tp > 1 or o.fsdp or o.compile):
+    refused = [flag for flag in ("fsdp", "compile", "fused_comm") if getattr(o, flag)]
+    if o.quantize != "none" and refused:
         raise ValueError(
-            f"quantize={o.quantize} keeps whole weights; fix: --tp 1 --no-fsdp --no-compile, or --quantize none"
+            f"quantize={o.quantize} with {', '.join(refused)}; expected neither FSDP, a compiler nor a fused kernel, which "
+            f"take no 4-bit weights; fix: {' '.join(jobs.flag_of(f'no_{flag}') for flag in refused)}, or --quantize none"
         )
     if o.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError(f"quantize={o.quantize} needs bitsandbytes; fix: pip install bitsandbytes, or --quantize none")

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.optim.adamw import adamw
 
-from common.ops import flash4
+from common.ops import flash4, nf4
 
 BACKEND = device.KIND  # tests set it to "npu" to run over the op contract
 
@@ -717,13 +717,15 @@ def token_unpermute(rows: torch.Tensor, position: torch.Tensor, probs: torch.Ten
     return (copies.float() * probs.float().unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(x: torch.Tensor, weight: torch.Tensor | nf4.Packed, ends: torch.Tensor) -> torch.Tensor:
     """Multiplies each group's rows by its own matrix: y[ends[g-1]:ends[g]] = x[ends[g-1]:ends[g]] @ weight[g].
 
     x [N, D], weight [G, D, ...] of F columns, ends [G] int64 on the device, cumulative, ends[-1] = N; groups may be
     empty -> [N, F]. On npu and cuda the ends stay on the device. Give the parameter itself, not a view of it: its
-    gradient may then be accumulated as in `linear`.
+    gradient may then be accumulated as in `linear`. A frozen weight may be packed (`nf4.Packed`).
     """
+    if isinstance(weight, nf4.Packed):
+        return _GroupedMatmulPacked.apply(x, weight, ends)
     if can_accumulate(x, weight) and (BACKEND != "cuda" or ACCUMULATE_EXPERTS):
         return _GroupedMatmulAccumulate.apply(x, weight, ends)
     return _grouped_matmul(x, weight.flatten(2), ends)
@@ -760,6 +762,22 @@ class _GroupedMatmulAccumulate(torch.autograd.Function):
         return dx, mark_accumulated(weight), None
 
 
+class _GroupedMatmulPacked(torch.autograd.Function):
+    """`grouped_matmul` with a packed weight, which is unpacked once in the forward and once in the backward. All groups
+    are: which of them have rows is known on the device alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(ends)
+        ctx.weight = weight
+        return _grouped_matmul(x, weight.unpack().flatten(2), ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (ends,) = ctx.saved_tensors
+        return _grouped_matmul(dy.contiguous(), ctx.weight.unpack().flatten(2).transpose(1, 2), ends), None, None
+
+
 class _GroupedMatmulNpu(torch.autograd.Function):
     """Adds the backward that npu_grouped_matmul lacks: dx = dy weight^T by group, dweight[g] = x_g^T dy_g.
 
@@ -791,13 +809,17 @@ ACCUMULATE, ACCUMULATE_EXPERTS = BACKEND != "cpu", False
 NPU_COLUMNS = 2**15  # columns of a that npu's kernel gets at a time: it takes fewer than 65,536, a vocabulary has more
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor | nf4.Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns x weight^T + bias: x [..., inputs], weight [outputs, inputs] -> [..., outputs].
 
     If megatron-core's DDP has given the weight an fp32 `main_grad`, the backward adds the weight's gradient to it inside
     the matmul. Otherwise a gradient is written in the weight's dtype, rounded, read again and added. This is Megatron-LM's
     gradient accumulation fusion, with its protocol: `grad_added_to_main_grad` tells DDP that it is done.
+
+    A frozen weight may be packed (`nf4.Packed`); then the bias is frozen, too.
     """
+    if isinstance(weight, nf4.Packed):
+        return _LinearPacked.apply(x, weight, bias)
     return _Linear.apply(x, weight, bias) if can_accumulate(x, weight) else F.linear(x, weight, bias)
 
 
@@ -827,6 +849,19 @@ class _Linear(torch.autograd.Function):
         dy = dy.flatten(0, -2)
         add_products_(weight.main_grad.unsqueeze(0), dy, x.flatten(0, -2), None)
         return dx, mark_accumulated(weight), dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class _LinearPacked(torch.autograd.Function):
+    """`linear` with a packed weight, which is unpacked once in the forward and once in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, weight.unpack(), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.weight.unpack(), None, None
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor, tied: bool = False) -> torch.Tensor:

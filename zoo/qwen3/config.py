@@ -215,11 +215,23 @@ def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
 # ----------------------------------------------------------------------------------------------------------- options
 
 
-def adaptable(config: Qwen3Config) -> list[str]:
-    """Returns the linears that can have adapters. Experts cannot: they are stacked. The router and the vocabulary
-    projection cannot: the model reads their weights and does not call the modules."""
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return attention if config.num_experts else [*attention, "gate_proj", "up_proj", "down_proj"]
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+
+def adaptable() -> list[str]:
+    """Returns the linears that can have adapters. The router and the vocabulary projection cannot: the model reads their
+    weights and does not call the modules."""
+    return ATTENTION + MLP
+
+
+def adapted(config: Qwen3Config) -> list[str]:
+    """Returns the linears that get adapters unless --lora-targets says otherwise: all but the experts'."""
+    return ATTENTION if config.num_experts else ATTENTION + MLP
+
+
+def quantized(config: Qwen3Config) -> list[str]:
+    """Returns the weights that --quantize packs: all matrices of the blocks except the router."""
+    return ATTENTION + (["gate_up", "down"] if config.num_experts else MLP)
 
 
 # ------------------------------------------------------------------------------------------------------------ a folder
@@ -289,11 +301,17 @@ def _own_config(o) -> Qwen3Config:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
+PACKED_BYTES = 4.127 / 8  # of a weight in NF4, see common/ops/nf4.py
+
 
 def adapted_shapes(o, config: Qwen3Config) -> list[tuple[int, int]]:
-    """Returns the shapes [out, in] of the linears with adapters. With --adapter it assumes all that can have one."""
-    ends = tuple(f"{target}.weight" for target in o.targets(config))
-    return [shape for name, shape in shapes(config).items() if name.endswith(ends)]
+    """Returns the shapes [out, in] of the linears that get new adapters, of each expert's too."""
+    D, F, targets = config.hidden_size, config.moe_intermediate_size, o.targets(config)
+    ends = tuple(f"{target}.weight" for target in targets)
+    dense = [shape for name, shape in shapes(config).items() if name.endswith(ends)]
+    experts = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    of_expert = [shape for name, shape in experts.items() if name in targets]
+    return dense + of_expert * (config.num_experts * config.num_hidden_layers)
 
 
 def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
@@ -310,10 +328,15 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers
     share_trained = trained / config.parameters
     weight_bytes = gradients = master = 0.0
-    if o.quantize == "nf4":
-        weight_bytes -= sum(map(math.prod, adapted_shapes(o, config))) * max(stages) / sum(stages) * (dtype - 4.13 / 8)
-    for parameters, cut in ((config.parameters - experts, o.tp), (experts, o.etp * o.ep)):
+    ends = tuple(f"{name}.weight" for name in quantized(config))
+    linears = sum(math.prod(shape) for name, shape in shapes(config).items() if name.endswith(ends))
+    for parameters, packed, cut in (
+        (config.parameters - experts, linears, o.tp),
+        (experts, experts, o.etp * o.ep),
+    ):
         share, shards = parameters / cut * max(stages) / sum(stages), o.world / (cut * o.pp)
+        if o.quantize == "nf4":
+            weight_bytes -= packed / cut * max(stages) / sum(stages) * (dtype - PACKED_BYTES)
         weight_bytes += share * dtype / (shards if o.fsdp else 1)
         gradients += share_trained * share * (dtype if o.fsdp else 4) / (shards if o.fsdp else 1)
         master += share_trained * share * o.optimizer_bytes / shards

@@ -22,6 +22,7 @@ from . import convert
 from .config import (
     Qwen3Config,
     adaptable,
+    adapted,
     adapted_shapes,
     describe_vocabulary_change,
     is_sharded,
@@ -77,7 +78,7 @@ class TrainOptions(
 
     def targets(self, config: Qwen3Config) -> list[str]:
         """Returns the name endings of the linears that get adapters."""
-        return self.lora_targets.split(",") if self.lora_targets else adaptable(config)
+        return self.lora_targets.split(",") if self.lora_targets else adapted(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +313,12 @@ def _check_adapters(o, config: Qwen3Config) -> None:
         linears = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
     else:
         linears = set(o.targets(config))
-    language.check_adapters(o, linears, adaptable(config))
+    language.check_adapters(o, linears, adaptable())
+    if config.num_key_value_heads % o.tp and linears & {"k_proj", "v_proj"}:
+        raise ValueError(
+            f"adapters on k_proj, v_proj with tp={o.tp}, where every rank holds all {config.num_key_value_heads} "
+            f"key-value heads; expected a tp that divides them; fix: --tp, or --lora-targets without the two"
+        )
 
 
 def starting_point(o: TrainOptions) -> dict:
