@@ -31,7 +31,7 @@ def quantize_4bit(
     values = blocks(A.float(), blocksize)
     scales = values.abs().amax(1)
     codes = torch.bucketize(values / scales.clamp(min=1e-30)[:, None], (LEVELS[1:] + LEVELS[:-1]) / 2).flatten()
-    codes = torch.nn.functional.pad(codes[: len(A)], (0, len(A) % 2)).to(torch.uint8)
+    codes = codes[: len(A) + len(A) % 2].to(torch.uint8)
     offset = scales.mean()
     scales = blocks(scales - offset, 256)
     coarse = scales.abs().amax(1)
