@@ -4,6 +4,7 @@ A weight is unpacked where it is used, in the forward and in the backward, and n
 while they are loaded, one block of the model after the other: a rank never holds its whole part in the run's precision.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -42,8 +43,8 @@ def blocks(chunks: list[nn.Module], names: list[str], whole: bool = False) -> It
     next one is asked for. whole: everything is one part. What is yielded has the parameters' names in the model."""
     for chunk in chunks:
         assert not [*chunk.buffers(recurse=False), *chunk.parameters(recurse=False)], "only children are filled"
-    parts = [[(name, module) for chunk in chunks for name, module in _children(chunk)]]
-    for part in parts if whole else [[each] for each in parts[0]]:
+    parts = [[child] for chunk in chunks for child in _children(chunk)]
+    for part in [list(itertools.chain(*parts))] if whole else parts:
         for _, module in part:
             _allocate(module)
         yield [_named(name, module) for name, module in part]

@@ -18,6 +18,7 @@ from torch import nn
 
 from common import adapters, checkpoint, lora, parallel, quantize, release
 from common import train as loop
+from common.language.options import PACKED_BYTES
 from common.ops import nf4
 
 PACKED = case.config.quantized(case.CONFIGS["moe"])
@@ -86,7 +87,65 @@ def test_a_model_is_packed_while_it_is_loaded_and_takes_the_bytes_that_are_said(
     assert sum(counts) == sum(map(math.prod, (case.convert.shapes(config)[name] for name in names)))
     assert max(unpacked) == sum(counts) // config.num_hidden_layers  # one block at a time
     # Each weight also has the tables of its 16 and 256 levels, up to 1.2 KiB.
-    assert nf4.BYTES <= size / sum(counts) < nf4.BYTES + 1200 * len(counts) / sum(counts) + 0.001
+    assert PACKED_BYTES <= size / sum(counts) < PACKED_BYTES + 1200 * len(counts) / sum(counts) + 0.001
+
+
+def filled(folder, in_parts: bool) -> dict[str, torch.Tensor]:
+    """Fills a model on two uneven pipeline stages, in NF4 at once or after it was filled. Returns what this rank has."""
+    nf4_contract.install()
+    o, config = case.options(pp=2, stages="3,1", weights=folder), case.CONFIGS["moe"]
+    parallel.initialize(o)
+    chunks = case.model.build(o, config, torch.device("meta") if in_parts else None)
+    release.fill(chunks, o, case.convert.table(config), None, packed=PACKED if in_parts else None)
+    if not in_parts:
+        quantize.pack("", chunks[0], PACKED)
+    held = {f"{name}.{key}": value for name, module in chunks[0].named_modules() for key, value in vars(module).items()}
+    held = {name: value.unpack() for name, value in held.items() if isinstance(value, nf4.Packed)}
+    return held | {name: parameter.detach() for name, parameter in chunks[0].named_parameters()}
+
+
+def sharded(folder, out) -> None:
+    config = case.CONFIGS["moe"]
+    parallel.initialize(case.options())
+    release.write_sharded(out, case.convert.table(config), case.convert.open_source(folder, config), {})
+
+
+@pytest.mark.L2
+def test_a_release_and_a_checkpoint_are_packed_to_the_same_weights_in_parts_as_after_loading(tmp_path):
+    case.save_oracle(tmp_path / "released", case.CONFIGS["moe"])
+    run_ranks(1, sharded, tmp_path / "released", tmp_path / "sharded")
+    want = run_ranks(2, filled, tmp_path / "released", False)
+    for kind in ("released", "sharded"):
+        for rank, whole in zip(run_ranks(2, filled, tmp_path / kind, True), want, strict=True):
+            assert rank.keys() == whole.keys() and all(torch.equal(rank[name], whole[name]) for name in whole)
+
+
+def plain_linear() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns (over a packed nn.Linear, by the weight that it stands for) of outputs and input gradients, before and
+    after it gets an adapter."""
+    nf4_contract.install()
+    parallel.initialize(case.options())
+    model, pairs = nn.ModuleDict({"a": nn.Linear(40, 24)}).requires_grad_(False), []
+    quantize.pack("", model, ["a"])
+    for is_adapted in (False, True):
+        weight = model["a"].weight.unpack()
+        if is_adapted:
+            lora.add([model], ["a"], rank=3, alpha=6, seed=1)
+            nn.init.normal_(model["a"].lora_B)
+            weight = weight + 2 * model["a"].lora_B.detach() @ model["a"].lora_A.detach()
+        x = torch.randn(5, 40, requires_grad=True)
+        y = model["a"](x)
+        y.sum().backward()
+        pairs += [
+            (y.detach(), nn.functional.linear(x, weight, model["a"].bias).detach()),
+            (x.grad, weight.sum(0).expand(5, 40)),
+        ]
+    return pairs
+
+
+@pytest.mark.L2
+def test_a_plain_linear_is_packed_with_and_without_an_adapter():
+    assert max(relative(*pair) for pair in run_ranks(1, plain_linear)[0]) <= TOLERANCE
 
 
 # ----------------------------------------------------------------------------------------------------------- layouts

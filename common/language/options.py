@@ -27,6 +27,7 @@ ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options
 ONE_DEVICE = {
     "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
 }  # fmt: skip
+PACKED_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of a weight under --quantize nf4, see common/ops/nf4.py
 RUNS_CODE = ("humaneval", "mbpp")  # names of benchmarks that run programs of the model begin with these
 
 

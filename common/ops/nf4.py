@@ -1,12 +1,12 @@
 """Frozen weights in four bits: NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3), by bitsandbytes.
 
-A block of 64 weights has one scale; 256 scales are kept in 8 bits each, with one fp32 scale of their own.
+A block of 64 weights has one scale; 256 scales are kept in 8 bits each, with one fp32 scale of their own. So a weight
+takes 1/2 + 1/64 + 4/(64 * 256) bytes (`PACKED_BYTES` of common/language/options.py).
 """
 
 import torch
 
 BLOCK = 64
-BYTES = 1 / 2 + 1 / BLOCK + 4 / (BLOCK * 256)  # of a weight: 4.127 bits
 
 
 class Packed:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import release, weights
 from common.language import megatron_import
+from common.language.options import PACKED_BYTES
 from common.release import is_sharded
 
 # The only values that this model implements. A released config.json may omit any of these keys.
@@ -301,8 +302,6 @@ def _own_config(o) -> Qwen3Config:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
-PACKED_BYTES = 4.127 / 8  # of a weight in NF4, see common/ops/nf4.py
-
 
 def adapted_shapes(o, config: Qwen3Config) -> list[tuple[int, int]]:
     """Returns the shapes [out, in] of the linears that get new adapters, of each expert's too."""
@@ -319,7 +318,7 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     them. Kernels' workspace is not counted. trained: number of parameters that train.
 
     Weights and gradients count in their dtypes. The fp32 master weights and the two moments are sharded over dp*cp.
-    Activations are what the backward reads of each block (recompute none: everything; full: only the block's input),
+    A packed weight is unpacked while it is used. Activations are what the backward reads of each block (recompute none: everything; full: only the block's input),
     for as many micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts. Tokens are assumed to spread
     evenly over experts. At the peak, either the loss holds the gradient of the vocabulary projection and a chunk of
     logits, or one block is recomputed and holds all its activations.
@@ -363,8 +362,10 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     # The gradient overwrites the logits. In bf16 it overwrites an fp32 copy of them, beside two bf16 tensors.
     loss = vocabulary * D * (4 + dtype % 4) + min(2**26, tokens * vocabulary) * (4 + 2 * (dtype % 4))
     gathered = vocabulary * D * dtype if o.fsdp else 0  # FSDP keeps the root module gathered
+    unpacked = dtype * max(2 * experts / 3 / sum(stages) / (o.etp * o.ep), D * config.intermediate_size / o.tp)
+    unpacked = unpacked if o.quantize == "nf4" else 0.0  # the largest weight, while it is used
     recomputed = {"none": 0.0, "full": everything, "selective": everything - saved["selective"]}[o.recompute]
     if recomputed:
         recomputed += 2 * tokens * dtype * mlp  # the gradients of gate and up
-    peak = max(loss, recomputed, everything if offload else 0) + gathered
+    peak = max(loss, recomputed + unpacked, everything if offload else 0) + gathered
     return weight_bytes + gradients + master + saved[o.recompute] * blocks + peak
