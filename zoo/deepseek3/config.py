@@ -292,20 +292,44 @@ def model_config(o) -> Deepseek3Config:
     return config if o.mtp else dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
+MLP = ["gate_proj", "up_proj", "down_proj"]  # of dense layers, shared experts and experts
+
+
+def attention_linears(config: Deepseek3Config) -> list[str]:
+    """Returns the linears of attention."""
+    queries = ["q_a_proj", "q_b_proj"] if config.q_lora_rank else ["q_proj"]
+    return [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+
+
 def adaptable(config: Deepseek3Config) -> list[str]:
     """Returns the linears that can have adapters, by the ends of their names. The router and the vocabulary projection
     cannot: the model reads their weights and does not call the modules."""
-    queries = ["q_a_proj", "q_b_proj"] if config.q_lora_rank else ["q_proj"]
-    return [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return attention_linears(config) + MLP
+
+
+def adapted(config: Deepseek3Config) -> list[str]:
+    """Returns the linears that get adapters unless --lora-targets says otherwise: all but the experts'."""
+    return attention_linears(config) + [f"mlp.{part}" for part in MLP] + [f"shared_experts.{part}" for part in MLP]
+
+
+def quantized(config: Deepseek3Config) -> list[str]:
+    """Returns the weights that --quantize packs: all matrices of the blocks except the router."""
+    return [*attention_linears(config), *MLP, "mlp.gate_up", "mlp.down"]
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
+PACKED_BYTES = 4.127 / 8  # of a weight in NF4, see common/ops/nf4.py
+
 
 def adapted_shapes(o, config: Deepseek3Config) -> list[tuple[int, int]]:
-    """Returns the shapes [out, in] of the linears with adapters. With --adapter it assumes all that can have one."""
-    ends = tuple(f"{target}.weight" for target in o.targets(config))
-    return [shape for name, shape in shapes(config).items() if name.endswith(ends)]
+    """Returns the shapes [out, in] of the linears that get new adapters, of each expert's too."""
+    D, F, targets = config.hidden_size, config.moe_intermediate_size, o.targets(config)
+    ends = tuple(f"{target}.weight" for target in targets)
+    dense = [shape for name, shape in shapes(config).items() if name.endswith(ends)]
+    experts = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    of_expert = [shape for name, shape in experts.items() if name in targets]
+    return dense + of_expert * (config.n_routed_experts * len(config.expert_layers))
 
 
 def stage_shapes(o, config: Deepseek3Config) -> list[dict[str, tuple[int, ...]]]:
@@ -342,13 +366,13 @@ def stage_memory(o, config: Deepseek3Config, length: int, trained: int, stage: i
     and a chunk of logits, or one block is recomputed and holds all its activations.
     """
     dtype, last, share_trained = 4 if o.precision == "fp32" else 2, stage == o.pp - 1, trained / config.parameters
-    held, adapted = stage_shapes(o, config)[stage], tuple(f"{t}.weight" for t in o.targets(config)) if o.adapts else ()
+    held, ends = stage_shapes(o, config)[stage], tuple(quantized(config))
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "peak"), 0.0)
     for name, shape in held.items():
         parts, copies = cut(o, name)
         count = math.prod(shape) / parts
-        packed = o.quantize == "nf4" and name.endswith(adapted)
-        memory["weights"] += count * (4.13 / 8 if packed else dtype) / (o.world if o.fsdp else 1)
+        packed = o.quantize == "nf4" and name.removesuffix(".weight").endswith(ends)
+        memory["weights"] += count * (PACKED_BYTES if packed else dtype) / (o.world if o.fsdp else 1)
         memory["gradients"] += share_trained * count * (dtype / o.world if o.fsdp else 4)
         memory["optimizer"] += share_trained * count * o.optimizer_bytes / copies
     if last and config.num_nextn_predict_layers and o.pp > 1:  # the second embedding
@@ -382,6 +406,8 @@ def stage_memory(o, config: Deepseek3Config, length: int, trained: int, stage: i
     recomputed = {"none": 0.0, "full": everything, "selective": everything - saved["selective"]}[o.recompute]
     if recomputed:
         recomputed += 2 * tokens * dtype * inner  # the gradients of gate and up
+    if o.quantize == "nf4":  # a layer's gate_up is unpacked at once
+        recomputed += 2 * D * width * config.n_routed_experts / (o.ep * o.etp) * dtype
     memory["peak"] = max(loss if last else 0, recomputed, everything if o.offload_activations else 0)
     memory["peak"] += vocabulary * D * dtype if o.fsdp else 0  # FSDP keeps the root module gathered
     return memory

@@ -73,16 +73,22 @@ def write_released(out: Path, config: Deepseek3Config, source: Source, copy_from
 
 
 def adapter(path: Path, config: Deepseek3Config) -> dict[str, adapters.Pair]:
-    """Reads an adapter's folder or file for this model. Every matrix of the release except the experts' can have one.
+    """Reads an adapter's folder or file for this model. Every matrix of the release can have one. Those of experts have
+    their names in the release, the others ours.
 
     Raises:
-        ValueError: see `adapters.read`.
+        ValueError: see `adapters.read` and `adapters.of_experts`.
     """
-    ours = shapes(config)
-    linears = [name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2]
-    released_names = {linear: released(linear) for linear in linears}
-    file_format = adapters.Format(prefix="base_model.model.", linears=released_names, settings=True)
-    return adapters.read(path, {"PEFT's": file_format}, ours)[0]
+    ours, pieces = shapes(config), expert_pieces(config)
+    linears = {name.removesuffix(".weight"): released(name) for name, shape in ours.items() if len(shape) == 2}
+    experts = [key for keys in pieces.values() for key in keys]
+    linears |= {key.removesuffix(".weight"): key for key in experts}
+    linears = {linear: key.removesuffix(".weight") for linear, key in linears.items()}
+    file_format = adapters.Format(prefix="base_model.model.", linears=linears, settings=True)
+    released_shapes = table(config).released_shapes()
+    found, _ = adapters.read(path, {"PEFT's": file_format}, ours | {key: released_shapes[key] for key in experts})
+    adapters.of_experts(found, adapters.families(pieces))
+    return found
 
 
 def main(o: "ConvertOptions") -> None:
@@ -91,7 +97,7 @@ def main(o: "ConvertOptions") -> None:
     config = model_config(o)
     source = open_source(o.weights, config)
     if o.adapter:
-        source = release.merge_adapter(source, adapter(o.adapter, config))
+        source = release.merge_adapter(source, adapter(o.adapter, config), pieces=expert_pieces(config))
     if o.to == "sharded":
         state = {"model": dataclasses.asdict(config)}
         release.write_sharded(o.out, table(config), source, state, [o.weights / name for name in COPIED])

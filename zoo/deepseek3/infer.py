@@ -32,7 +32,7 @@ def load_model(o, config: Deepseek3Config) -> Deepseek3:
     chunks = build(o, config)
     release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
     if o.adapter:
-        lora.load_adapter(convert.adapter(o.adapter, config), chunks)
+        lora.load_adapter(convert.adapter(o.adapter, config), chunks, convert.expert_pieces(config))
     return chunks[0].eval()
 
 

@@ -228,7 +228,7 @@ class Deepseek3SparseMLP(nn.Module):
             if self.mc.expert_model_parallel_size > 1:
                 rows, computed = self.compute_by_alltoall(rows, counts)
             else:
-                rows, computed = self.experts(rows, counts), counts.sum()
+                rows, computed = self.compute(rows, counts), counts.sum()
             out = ops.token_unpermute(rows, position, weights.to(x.dtype))
         if self.training:  # recomputation adds a forward twice, which changes no ratio of these sums
             sums = torch.cat(
@@ -238,11 +238,11 @@ class Deepseek3SparseMLP(nn.Module):
         out = out.view_as(x)
         return shared + (parallel.leave_tensor_parallel(out, self.mc) if self.split_experts else out)
 
-    def experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Applies this rank's experts: rows [N, D] sorted by expert, counts [G/ep] of each -> [N, D]."""
         ends = counts.cumsum(0)
-        inner = recomputed(ops.swiglu, ops.grouped_matmul(rows, self.gate_up, ends))  # [N, F/etp]
-        return ops.grouped_matmul(inner, self.down, ends)
+        inner = recomputed(ops.swiglu, lora.expert_matmul(self, "gate_up", rows, ends))  # [N, F/etp]
+        return lora.expert_matmul(self, "down", inner, ends)
 
     def compute_by_alltoall(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends rows [T*k, D] (sorted by expert, counts [G] of each) to the ranks of their experts and gets the outputs
@@ -258,7 +258,7 @@ class Deepseek3SparseMLP(nn.Module):
         expert = torch.arange(local_counts.shape[1], device=rows.device).repeat(ep)
         expert = expert.repeat_interleave(local_counts.flatten(), output_size=sum(received))  # [N]
         by_expert, position = ops.token_permute(received_rows, expert.unsqueeze(1))
-        out = self.experts(by_expert, local_counts.sum(0))
+        out = self.compute(by_expert, local_counts.sum(0))
         out = ops.token_unpermute(out, position, torch.ones_like(expert, dtype=out.dtype).unsqueeze(1))
         return parallel.all_to_all(group, out, sent, received), local_counts.sum()
 
@@ -280,7 +280,7 @@ class Deepseek3SparseMLP(nn.Module):
         computed = counts[:held].sum()
         order = local.argsort(stable=True)[: int(computed)]  # choices of this rank's experts, sorted
         source = order // experts.shape[1]
-        rows = self.experts(tokens[source], counts[:held]).float() * chosen.flatten()[order].unsqueeze(1)
+        rows = self.compute(tokens[source], counts[:held]).float() * chosen.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, source, rows).to(tokens.dtype)
         return parallel.reduce_scatter_to_sequence_parallel_region(out, group=group), computed
 

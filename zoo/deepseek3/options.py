@@ -23,6 +23,7 @@ from . import convert
 from .config import (
     Deepseek3Config,
     adaptable,
+    adapted,
     adapted_shapes,
     is_sharded,
     memory_estimate,
@@ -94,7 +95,7 @@ class TrainOptions(
 
     def targets(self, config: Deepseek3Config) -> list[str]:
         """Returns the name endings of the linears that get adapters."""
-        return self.lora_targets.split(",") if self.lora_targets else adaptable(config)
+        return self.lora_targets.split(",") if self.lora_targets else adapted(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +366,7 @@ def _check_adapters(o, config: Deepseek3Config) -> None:
         linears = {linear.rpartition(".")[2] for linear in convert.adapter(o.adapter, config)}
     else:
         linears = set(o.targets(config))
-    language.check_adapters(o, linears, adaptable(config))
+    language.check_adapters(o, linears, list(dict.fromkeys(adaptable(config) + adapted(config))))
 
 
 def starting_point(o: TrainOptions) -> dict:

@@ -26,7 +26,7 @@ from common.language.options import starts_from
 from common.margins import Margins
 
 from . import convert
-from .config import Deepseek3Config, model_config
+from .config import Deepseek3Config, model_config, quantized
 from .data import Batches, rows_of, weighted
 from .demo import judge
 from .model import Deepseek3Block, balance_experts, build, draw
@@ -64,12 +64,10 @@ def loss(output: tuple, model: torch.nn.Module) -> tuple[torch.Tensor, dict]:
 def adapt(chunks: list[torch.nn.Module], o: TrainOptions, config: Deepseek3Config) -> None:
     """Adds low-rank adapters to the model and freezes all other parameters."""
     if o.adapter:
-        lora.load_adapter(convert.adapter(o.adapter, config), chunks)
+        lora.load_adapter(convert.adapter(o.adapter, config), chunks, convert.expert_pieces(config))
     else:
         kind = {"rank": o.lora_rank, "alpha": o.lora_alpha, "dropout": o.lora_dropout, "rslora": o.rslora}
-        lora.add(chunks, o.targets(config), **kind, seed=o.seed)
-    if o.quantize == "nf4":
-        lora.quantize_(chunks)
+        lora.add(chunks, o.targets(config), **kind, seed=o.seed, pieces=convert.expert_pieces(config))
 
 
 def write_adapter(o: TrainOptions, config: Deepseek3Config, wrapped: list[torch.nn.Module]) -> None:
@@ -77,14 +75,15 @@ def write_adapter(o: TrainOptions, config: Deepseek3Config, wrapped: list[torch.
     folder = o.export or o.out / "adapter"
     if dist.get_rank() == 0 and not o.export:
         shutil.rmtree(folder, ignore_errors=True)  # left by this run with fewer --steps
-    lora.save_adapter(folder, wrapped, convert.released, base=str(o.weights or ""), task="CAUSAL_LM")
+    base, pieces = str(o.weights or ""), convert.expert_pieces(config)
+    lora.save_adapter(folder, wrapped, convert.released, pieces=pieces, base=base, task="CAUSAL_LM")
     if dist.get_rank() == 0:
         print(f"adapter     {folder}", flush=True)
     if dist.get_rank() == 0 and o.merge:
-        base = convert.open_source(o.weights, config)
+        source = convert.open_source(o.weights, config)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
-        rounded = release.Source(lambda name: dtype.itemsize, lambda name: base.read(name).to(dtype))
-        merged = release.merge_adapter(rounded, convert.adapter(folder, config))
+        rounded = release.Source(lambda name: dtype.itemsize, lambda name: source.read(name).to(dtype))
+        merged = release.merge_adapter(rounded, convert.adapter(folder, config), pieces=pieces)
         convert.write_released(o.merge, config, merged, o.tokenizer)
         print(f"merged      {o.merge}", flush=True)
 
@@ -176,8 +175,9 @@ def command_that_generates(o: TrainOptions, checkpoint) -> str:
 def main(o: TrainOptions) -> None:
     config = model_config(o)
     o = loop.count_epochs(o, len(rows_of(o.data, o)))
-    chunks = build(o, config)
-    release.fill(chunks, o, convert.table(config), functools.partial(draw, config))
+    packed = None if o.quantize == "none" else quantized(config)
+    chunks = build(o, config, torch.device("meta") if packed else None)
+    release.fill(chunks, o, convert.table(config), functools.partial(draw, config), packed=packed)
     if o.adapts:
         adapt(chunks, o, config)
     before = None if o.from_scratch else judge.answer(o, chunks[0])
