@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import whole_gradients
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_models import differences, filled, random_state, trained
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import checkpoint, parallel, release
+from common import train as loop
 from common.language import decode
 from common.language import generate as generation
 from zoo.deepseek3 import case, config, convert, infer, model, options, train
@@ -263,6 +265,43 @@ def with_one_sided_biases(values: dict) -> dict:
     test_models.random_state = lambda shapes: drawn | biases
     out = trained("deepseek3", "plain", values, 1)
     return {k: v for k, v in out.get("gradients", {}).items() if v.abs().max() > 0}
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.L3
+@pytest.mark.parametrize("layout", ["tp2 sp etp1 ep2", "tp2", "pp2"])
+def test_adapters_of_latents_and_experts_have_the_gradients_of_one_process(layout):
+    processes, values, _ = case.LAYOUTS[layout]
+    got, want = run_ranks(processes, adapter_gradients, values)[0], adapters_alone()
+    assert len(want) == 2 * (4 * 5 + 3 + 3 * (3 + 3)) and not differences(got, want)
+
+
+@functools.cache
+def adapters_alone() -> dict:
+    return run_ranks(1, adapter_gradients, {})[0]
+
+
+def adapter_gradients(values: dict) -> dict:
+    """Returns the gradients of adapters on every linear, those of experts included, after one step of two micro-batches."""
+    mine = dataclasses.replace(case.CONFIGS["grouped"], num_nextn_predict_layers=0)
+    o, chunks = filled("deepseek3", mine, mtp=False, job="lora", lora_rank=4, lora_targets=ALL, **values)
+    train.adapt(chunks, o, mine)
+    checkpoint.initialize(chunks, 1, lambda name, whole, g: whole.normal_(std=0.02, generator=g), lambda n: n.endswith("lora_B"))
+    wrapped = parallel.wrap(chunks, o, case.BLOCK)
+    optimizer = loop.build_optimizer(o, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    rank = parallel.mpu.get_data_parallel_rank()
+    places = [micro * o.dp + rank for micro in range(o.micro_batches)]
+    batches = case.prepare(o, [case.collate([case.sample(mine, place, 0)]) for place in places])
+    loop.zero_gradients(wrapped, optimizer)
+    loop.forward(wrapped, train.forward_step, batches, micro_batch=1, sequence_length=case.LENGTH)
+    gradients = whole_gradients(o, wrapped)
+    return gradients if torch.distributed.get_rank() == 0 else {}
+
+
+ALL = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
