@@ -215,6 +215,27 @@ def test_why_flash_attention_4_cannot_run_is_said(library, monkeypatch):
     assert refusal() == "flash-attn-4 is not installed"
 
 
+def test_what_cudnn_takes_is_asked_of_torch_and_not_traced(monkeypatch):
+    asked = []
+
+    def can_use(params):
+        asked.append((params.query.shape[-1], params.value.shape[-1]))
+        return True
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", can_use)
+    monkeypatch.setattr(ops, "BACKEND", "cuda")
+    monkeypatch.setattr(ops, "attention_kernel", lambda: "cuDNN")
+    q, k, v = (torch.randn(16, 1, 2, width, dtype=torch.bfloat16) for width in (24, 24, 16))
+    ops._cudnn_takes.cache_clear()
+    torch._dynamo.reset()
+    try:
+        want = ops.attention(q, k, v, scale=0.2)
+        compiled = torch.compile(ops.attention, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(q, k, v, scale=0.2), want) and set(asked) == {(24, 16)}
+    finally:
+        ops._cudnn_takes.cache_clear()
+
+
 def permute(tokens, experts):
     order = experts.flatten().argsort(stable=True)
     return tokens[order // experts.shape[1]], order.argsort().int()

@@ -229,7 +229,7 @@ def sent(layout: dict, heads: str) -> dict[str, int]:
     return counted
 
 
-@pytest.mark.parametrize("heads", ["4 on 4", "4 on 2", "4 on 1", "4 on 2, narrow"])
+@pytest.mark.parametrize("heads", ["4 on 4", "4 on 2", "4 on 1"])
 @pytest.mark.parametrize("layout", ["ring 2", "ring 4"])
 def test_keys_and_values_travel_the_ring_with_their_own_heads(layout, heads):
     n, (_, K, V, _) = LAYOUTS[layout]["cp"], HEADS[heads]

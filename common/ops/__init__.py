@@ -143,8 +143,8 @@ def attention(
     return _attention_packed(q_LBHE, k_SBKE, v_SBKV, window, bounds, scale).contiguous()
 
 
-# npu: whether values narrower than the keys go to npu_fusion_attention as they are. Its documentation (torch_npu 2.13)
-# says that the widths may be Dk >= Dv, and also that key and value have one shape. Not yet tried on a device.
+# Whether values narrower than the keys go to npu_fusion_attention as they are. Not yet tried on a device: torch_npu 2.13
+# infers the result's shape for them, but its documentation says both Dk >= Dv and that key and value have one shape.
 NARROW_ON_NPU = False
 
 
@@ -156,7 +156,7 @@ def _takes_widths(q, v, by_sdpa: bool) -> bool:
             and Blackwell and where the call is SDPA's (`by_sdpa`). FlashAttention-2: no. fp32: yes
       cpu   torch's fused SDPA: no, and its plain one would write all scores
 
-    Where it does not, v gets E - V zeros. At 192 and 128, this is 1.2 times the forward's FLOPs, and (5E)/(3E + 2V) =
+    Where it does not, v gets E - V zeros. At 192 and 128, this is 1.2 times the forward's FLOPs, and 5E / (3E + 2V) =
     1.15 times the backward's. It also copies v and the result, and their gradients.
     """
     E, V = q.shape[-1], v.shape[-1]
@@ -169,11 +169,12 @@ def _takes_widths(q, v, by_sdpa: bool) -> bool:
     return by_sdpa and attention_kernel() != "FlashAttention-2" and _cudnn_takes(E, V)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+@torch.compiler.assume_constant_result  # below the cache, through which torch.compile looks
 def _cudnn_takes(E: int, V: int) -> bool:
     """Returns whether torch would run cuDNN's attention, and its backward, with these widths on this card."""
-    q, v = (torch.empty(1, 1, 64, width, dtype=torch.bfloat16, device="cuda", requires_grad=True) for width in (E, V))
+    of = {"dtype": torch.bfloat16, "device": device.current(), "requires_grad": True}
+    q, v = (torch.empty(1, 1, 64, width, **of) for width in (E, V))
     return torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, v, None, 0.0, True, False))
 
 
