@@ -298,7 +298,7 @@ def load_found(
     vanished = None
     while candidate := _on_rank_0(find, folder, resume):
         # The ranks agree first, because a rank that fails alone in `load` leaves the others waiting.
-        problem = _gathered(_unreadable(candidate))
+        problem = first_problem(_unreadable(candidate))
         if not problem:
             try:
                 return candidate, load(candidate, chunks, optimizer, ema=ema, fsdp=fsdp)
@@ -330,7 +330,7 @@ def _on_rank_0(function: Callable, *args):
     return outcome[0]
 
 
-def _gathered(problem: str | None) -> str | None:
+def first_problem(problem: str | None) -> str | None:
     """Return, on every rank, the problem of the first rank that has one, or None."""
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

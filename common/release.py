@@ -9,6 +9,7 @@ The launcher reads tables and headers too, so functions import torch only where 
 import dataclasses
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+SCALES = "scales.safetensors"  # in a checkpoint: the scales of the fp8 release that its weights come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,10 @@ class Table:
     rename: our name -> key, for a tensor that the release stores as it is
     pieces: our name -> {key: index}, for a tensor that is stacked here: tensor[index] is the transpose of the key's
     copies: key -> the key whose tensor it must equal, for tensors that some releases store twice
+    writes_copies: whether a folder that is written here stores them twice, too
     ignored: prefixes or suffixes of keys that some releases hold and no version of the model reads
+    fp8: suffixes of the keys, all of matrices, that a release may store as float8_e4m3fn with scales (common/fp8.py)
+    block: rows and columns of an fp8 tensor that share a scale
     stem: prefix of the names of the release's files
     """
 
@@ -39,28 +44,40 @@ class Table:
     stem: str
     pieces: dict[str, dict[str, tuple]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    writes_copies: bool = False
     ignored: tuple[str, ...] = ()
+    fp8: tuple[str, ...] = ()
+    block: tuple[int, int] = (128, 128)
 
     def released_shapes(self) -> dict[str, Shape]:
-        """Returns the shape of every tensor of the release, by its key."""
+        """Returns the shape of every tensor of the release, by its key. Scales of fp8 tensors are in `scale_shapes`."""
         shapes = {}
         for name, shape in self.shapes.items():
             stacked = {key: _transposed(shape, index) for key, index in self.pieces.get(name, {}).items()}
             shapes |= stacked or {self.rename(name): shape}
-        return shapes
+        return shapes | {copy: shapes[key] for copy, key in self.copies.items() if self.writes_copies}
+
+    def scale_shapes(self) -> dict[str, Shape]:
+        """Returns the shape of the scales of every tensor that a release may store in fp8, by the tensor's key."""
+        fp8 = {key: shape for key, shape in self.released_shapes().items() if key.endswith(self.fp8)}
+        return {key: (-(-m // self.block[0]), -(-n // self.block[1])) for key, (m, n) in fp8.items()}
 
     def entries(self, folder: Path) -> dict[str, weights.Entry]:
-        """Returns the tensors of a released folder, by key.
+        """Returns the tensors of a released folder, by key. The entry of an fp8 tensor holds that of its scales.
 
         Raises:
-            ValueError: tensors are missing, extra, misshaped or quantised, or files are pickled or cut short.
+            ValueError: tensors are missing, extra, misshaped or quantised, scales do not fit, or files are pickled or
+                cut short.
         """
         entries = weights.index(folder)
         if self.ignored:
-            left_out = [key for key in entries if key.startswith(self.ignored) or key.endswith(self.ignored)]
-            entries = {key: entry for key, entry in entries.items() if key not in set(left_out)}
+            left_out = {key for key in entries if key.startswith(self.ignored) or key.endswith(self.ignored)}
+            entries = {key: entry for key, entry in entries.items() if key not in left_out}
+        if self.fp8:
+            entries = weights.join_scales(entries, self.scale_shapes().keys(), self.block, folder)
         expected = self.released_shapes()
-        expected |= {copy: expected[key] for copy, key in self.copies.items() if copy in entries}
+        copies = {copy: expected[key] for copy, key in self.copies.items() if copy in entries}
+        expected = {key: shape for key, shape in expected.items() if key not in self.copies} | copies
         weights.check(entries, expected, folder)
         return entries
 
@@ -101,6 +118,31 @@ def name_size(folder: Path, differs: dict[str, list[str]]) -> str:
     return nearest
 
 
+def fp8_config(table: Table) -> dict:
+    """Returns the `quantization_config` that the config.json of a release in fp8 holds."""
+    return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [*table.block]}
+
+
+def is_fp8(folder: Path, table: Table, entries: dict[str, weights.Entry]) -> bool:
+    """Returns whether a released folder is in fp8, of which its config.json and its tensors, `table.entries(folder)`,
+    must say the same.
+
+    Raises:
+        ValueError: they say different things, or config.json names another format of numbers or size of blocks.
+    """
+    stated = weights.read_json(folder / "config.json").get("quantization_config")
+    count = sum(entry.scale is not None for entry in entries.values())
+    names = ("fmt", "quant_method", "weight_block_size")  # how activations are quantised is up to who runs the model
+    expected = {name: fp8_config(table)[name] for name in names} if count else None
+    actual = stated and {name: ({"fmt": "e4m3"} | stated).get(name) for name in names}  # transformers writes no fmt
+    if actual != expected:
+        raise ValueError(
+            f"{folder / 'config.json'} states quantization_config {stated}, but {count or 'no'} tensors are fp8 with "
+            f"scales; expected {expected}; fix: --weights with the config.json and the tensors of one release"
+        )
+    return bool(count)
+
+
 def copy_files(names: Iterable[str], source: Path | None, out: Path) -> None:
     """Copies the files and folders of these names that `source` has."""
     for path in (source / name for name in names if source):
@@ -115,10 +157,16 @@ def copy_files(names: Iterable[str], source: Path | None, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """The parameters of a model in a folder, by our names. element: bytes of one element; read: the whole tensor."""
+    """The parameters of a model in a folder, by our names.
+
+    element: bytes of one element
+    read: the whole tensor; one that is stored in fp8 comes as bf16
+    scales: key of an fp8 tensor of the release that the folder is, or comes from -> its scales
+    """
 
     element: Callable[[str], int]
     read: Callable[[str], "torch.Tensor"]
+    scales: dict[str, weights.Entry] = field(default_factory=dict)
 
 
 def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
@@ -126,10 +174,13 @@ def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
     if is_sharded(folder):
         from common import checkpoint
 
-        sizes, prefix = checkpoint.tensor_sizes(folder), "ema." if ema else ""
+        sizes, prefix, scales = checkpoint.tensor_sizes(folder), "ema." if ema else "", {}
+        if (folder / SCALES).is_file():
+            scales = {key.removesuffix(weights.SCALE): e for key, e in weights.index_file(folder / SCALES).items()}
         return Source(
             lambda name: sizes[prefix + name] // math.prod(table.shapes[name]),
             lambda name: checkpoint.read_tensor(folder, prefix + name),
+            scales,
         )
     entries, reader = table.entries(folder), weights.Reader()
 
@@ -140,13 +191,16 @@ def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
         import torch
 
         if name not in table.pieces:
-            return reader.read(first(name))
-        whole = torch.empty(table.shapes[name], dtype=reader.read(first(name)).dtype)
+            return reader.read(first(name), dtype=torch.bfloat16)
+        whole = torch.empty(table.shapes[name], dtype=reader.read(first(name), dtype=torch.bfloat16).dtype)
         for key, index in table.pieces[name].items():
-            whole[index] = reader.read(entries[key]).t()
+            reader.read_into(whole[index].t(), entries[key])
         return whole
 
-    return Source(lambda name: first(name).bytes // math.prod(first(name).shape), read)
+    def element(name: str) -> int:
+        return 2 if first(name).scale else first(name).bytes // math.prod(first(name).shape)
+
+    return Source(element, read, {key: entry.scale for key, entry in entries.items() if entry.scale})
 
 
 def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None, packed: list[str] | None = None) -> None:
@@ -158,75 +212,129 @@ def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None, pa
 
     from_checkpoint = not o.from_scratch and is_sharded(o.weights)
     entries = {} if o.from_scratch or from_checkpoint else table.entries(folder or o.weights)
+    if entries:
+        _check_copies(entries, table)
     for part in quantize.blocks(chunks, packed, whole=from_checkpoint) if packed else [chunks]:
         if o.from_scratch:
             checkpoint.initialize(part, o.seed, draw)
         elif from_checkpoint:
             checkpoint.load(o.weights, part)
         else:
-            load(part, entries, table)
+            _fill_parameters(part, entries, table)
 
 
 def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
-    """Copies released tensors into this rank's parameters. Each rank reads only its slices.
+    """Copies released tensors into this rank's parameters. Each rank reads only its slices. Collective.
 
     Raises:
         ValueError: a tensor that is stored twice differs from its copy.
     """
+
+
+    _check_copies(entries, table)
+    _fill_parameters(chunks, entries, table)
+
+
+def _fill_parameters(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
     import torch
 
     from common import checkpoint
 
-    reader, keys = weights.Reader(), {table.rename(name) for name, _ in checkpoint.parameters(chunks)}
+    reader = weights.Reader()
+    checkpoint.load_released(chunks, entries, lambda name: None if name in table.pieces else table.rename(name))
+    pieces = []  # (entry, its place) of those that this rank holds
+    with torch.no_grad():
+        for name, parameter in checkpoint.parameters(chunks):
+            cuts = checkpoint.cuts(parameter)
+            places = ((entries[key], _place(parameter, i, cuts)) for key, i in table.pieces.get(name, {}).items())
+            pieces += [(entry, *place) for entry, place in places if place]
+        for i, (entry, target, cut) in enumerate(pieces):
+            for ahead, *_ in pieces[i + checkpoint.READ_AHEAD : i + checkpoint.READ_AHEAD + 1]:
+                reader.prefetch(ahead)
+            reader.read_into(target, entry, *cut)
+
+
+def _check_copies(entries: dict[str, weights.Entry], table: Table) -> None:
+    """Compares tensors with their copies, each rank a slice, or as many ranks as divide the first dimension.
+    Collective."""
+    import torch
+    import torch.distributed as dist
+
+    from common import checkpoint
+
+    reader = weights.Reader()
     for copy, key in table.copies.items():
-        if copy in entries and key in keys and not torch.equal(reader.read(entries[key]), reader.read(entries[copy])):
+        if copy not in entries:
+            continue
+        parts = math.gcd(entries[key].shape[0], dist.get_world_size())
+        cut = (0, dist.get_rank() % parts, parts)
+        equal = torch.equal(reader.read(entries[key], *cut), reader.read(entries[copy], *cut))
+        if checkpoint.first_problem(None if equal else copy):
             raise ValueError(
                 f"{entries[copy].file}: {copy} differs from {key}, to which it is tied; fix: --weights, or what its "
                 "config.json says of it"
             )
-    checkpoint.load_released(chunks, entries, lambda name: None if name in table.pieces else table.rename(name))
-    with torch.no_grad():
-        for name, parameter in checkpoint.parameters(chunks):
-            for key, index in table.pieces.get(name, {}).items():
-                _load_piece(parameter, index, entries[key], checkpoint.cuts(parameter), reader)
 
 
-def _load_piece(parameter, index: tuple, entry: weights.Entry, cuts: list, reader: weights.Reader) -> None:
-    """Copies one piece into this rank's part of a stacked tensor, if this rank holds it. A cut of the first dimension
-    (experts) keeps pieces whole; a cut of another dimension cuts every piece alike."""
-    first, (g, *where) = 0, index
-    dim, part, parts = None, 0, 1
-    for cut, rank, size in cuts:
-        if cut == 0:
-            first = rank * len(parameter)
+def _place(parameter, index: tuple, cuts: list) -> tuple["torch.Tensor", tuple] | None:
+    """Returns where a piece goes in this rank's part of a stacked tensor, and the piece's cut (dimension, part, parts).
+    Returns None if this rank does not hold it. A cut of the first dimension (experts) keeps pieces whole; a cut of
+    another dimension cuts every piece alike."""
+    (g, *where), cut = index, (None, 0, 1)
+    for dim, part, parts in cuts:
+        if dim == 0:
+            g -= part * len(parameter)
             continue
-        piece_dims = [i for i, at in enumerate((*index, *[slice(None)] * parameter.ndim)) if at == slice(None)]
-        piece_dims = piece_dims[: len(entry.shape)]  # the piece has these dimensions, in reverse
-        dim, part, parts = len(piece_dims) - 1 - piece_dims.index(cut), rank, size
-    if first <= g < first + len(parameter):
-        parameter[g - first, *where].copy_(reader.read(entry, dim, part, parts).t())
+        kept = [i for i in range(parameter.ndim) if i >= len(index) or index[i] == slice(None)]
+        cut = (len(kept) - 1 - kept.index(dim), part, parts)  # the piece has these dimensions, in reverse
+    return (parameter[g, *where].t(), cut) if 0 <= g < len(parameter) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write(out: Path, table: Table, source: Source) -> None:
+def write(out: Path, table: Table, source: Source, fp8: bool = False) -> None:
     """Writes the tensors of a new folder. It holds one file's tensors at a time, and a stacked tensor while it writes
-    its pieces."""
+    its pieces.
+
+    fp8: whether the table's fp8 tensors are stored so. A block whose weights are those of the release that the source
+    comes from keeps every byte of weights and scale, see `fp8.quantise`.
+
+    Raises:
+        ValueError: a weight to be stored in fp8 is not finite.
+    """
     pieces: dict[str, tuple[str, tuple | None]] = {}  # key -> (our name, index)
     for name in table.shapes:
         stacked = {key: (name, index) for key, index in table.pieces.get(name, {}).items()}
         pieces |= stacked or {table.rename(name): (name, None)}
     element = {name: source.element(name) for name in table.shapes}
-    sizes = {key: element[pieces[key][0]] * math.prod(shape) for key, shape in table.released_shapes().items()}
+    blocks, sizes = table.scale_shapes() if fp8 else {}, {}
+    for key, shape in table.released_shapes().items():
+        pieces[key] = pieces[table.copies.get(key, key)]
+        sizes[key] = math.prod(shape) * (1 if key in blocks else element[pieces[key][0]])
+        if key in blocks:
+            sizes[key + weights.SCALE] = math.prod(blocks[key]) * 4
     held: dict[str, torch.Tensor] = {}  # a stacked tensor serves many keys in a row
+    made: dict[str, torch.Tensor] = {}  # the scales of the tensor before
+    reader = weights.Reader()
 
     def tensor(key: str) -> "torch.Tensor":
+        from common.fp8 import quantise
+
+        if key in made:
+            return made.pop(key)
         name, index = pieces[key]
         if name not in held:
             held.clear()
             held[name] = source.read(name)
-        return held[name] if index is None else held[name][index].t()
+        weight = held[name] if index is None else held[name][index].t()
+        if key not in blocks:
+            return weight
+        scale = reader.read(source.scales[key]) if key in source.scales else None
+        weight, made[key + weights.SCALE] = quantise(weight, scale, table.block)
+        if not made[key + weights.SCALE].isfinite().all():
+            raise ValueError(f"{key} holds weights that are not finite, which fp8 cannot; fix: other weights, or bf16")
+        return weight
 
     weights.save(out, sizes, tensor, table.stem)
 
@@ -235,14 +343,40 @@ def write_sharded(out: Path, table: Table, source: Source, state: dict, extra_fi
     """Writes a sharded checkpoint at step 0, which any layout can read. Collective: every rank reads and writes its
     share of the tensors.
 
-    state: facts about the model that the checkpoint stores; extra_files: small files that are copied into it.
+    state: facts about the model that the checkpoint stores; extra_files: small files that are copied into it. The
+    scales of an fp8 release go with it, too.
     """
     import torch.distributed as dist
 
     from common import checkpoint
 
     mine = list(table.shapes)[dist.get_rank() :: dist.get_world_size()]
-    checkpoint.save_tensors(out, {name: source.read(name) for name in mine}, {"step": 0} | state, extra_files)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [*extra_files, *(save_scales(source, Path(folder)) if dist.get_rank() == 0 else ())]
+        checkpoint.save_tensors(out, {name: source.read(name) for name in mine}, {"step": 0} | state, files)
+
+
+def save_scales(source: Source, folder: Path) -> list[Path]:
+    """Writes the scales of the fp8 release that a source comes from to one file. Returns [its path], or [] if there are
+    none. With it in a checkpoint's `extra_files`, `write` stores what was not trained as the release did."""
+    from safetensors.torch import save_file
+
+    if not source.scales:
+        return []
+    reader = weights.Reader()
+    save_file({entry.key: reader.read(entry) for entry in source.scales.values()}, folder / SCALES)
+    return [folder / SCALES]
+
+
+def keep_scales(o, table: Table) -> list[Path]:
+    """Returns the `extra_files` with which a run's checkpoints keep the scales of --weights, see `save_scales`. Rank 0
+    writes the file to the run folder, and it is the rank that copies it."""
+    import torch.distributed as dist
+
+    if o.from_scratch or dist.get_rank():
+        return []
+    o.out.mkdir(parents=True, exist_ok=True)
+    return save_scales(open_source(o.weights, table), o.out)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -272,7 +406,7 @@ def merge_adapter(
             whole[index] = lora.merge_from_files(whole[index].t(), pairs[matrix], None, reader).t()
         return whole
 
-    return Source(source.element, read)
+    return dataclasses.replace(source, read=read)
 
 
 def merge_into(chunks, pairs: dict[str, adapters.Pair], differences: dict[str, weights.Entry]) -> None:

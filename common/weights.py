@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ PEFT_FILES = "adapter_model*.safetensors"  # in an adapter's folder, where other
 SHARD_BYTES = 5 * 2**30  # released checkpoints are cut into files of about this size
 NUMBERS = ("F64", "F32", "F16", "BF16")  # dtypes whose values are the weights themselves
 BUFFERS = ("I64", "BOOL")  # positions and masks, which some releases hold beside their weights
+FP8, SCALE = "F8_E4M3", "_scale_inv"  # float8_e4m3fn; what the key of its scales adds to the weight's
+ON_DEVICE = False  # whether fp8 weights travel to the model's device as stored, to be multiplied there. Not yet timed.
 SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q"}  # dtype -> format for struct.unpack
 
 
@@ -35,6 +37,8 @@ class Entry:
     shape: tuple[int, ...]
     bytes: int
     offset: int  # of its first byte in the file
+    scale: "Entry | None" = None  # of an fp8 weight: its blocks' scales, see `join_scales`
+    block: tuple[int, int] = (0, 0)  # of an fp8 weight: rows and columns that share a scale
 
 
 def index(folder: Path, names: str = "*.safetensors") -> dict[str, Entry]:
@@ -120,7 +124,7 @@ def refuse_quantised(entries: dict[str, Entry], where: Path, fix: str = "--weigh
     odd = {
         key: entry.dtype
         for key, entry in sorted(entries.items())
-        if entry.dtype not in NUMBERS and (key in expected or entry.dtype not in BUFFERS)
+        if entry.dtype not in NUMBERS and not entry.scale and (key in expected or entry.dtype not in BUFFERS)
     }
     if odd:
         key = next(iter(odd))
@@ -129,6 +133,43 @@ def refuse_quantised(entries: dict[str, Entry], where: Path, fix: str = "--weigh
             f"expected {', '.join(NUMBERS)}: quantised releases (fp8, int8, 4 bits), with scales or without, are not read "
             f"here; fix: {fix} with the release in bf16"
         )
+
+
+def join_scales(
+    entries: dict[str, Entry], fp8: Collection[str], block: tuple[int, int], where: Path
+) -> dict[str, Entry]:
+    """Returns the tensors of a folder with each fp8 weight's scales in its entry, and no more under their own keys.
+
+    fp8: keys that the folder may hold as float8_e4m3fn [m, n], all of them or none, each with scales under its key +
+    SCALE, fp32 [ceil(m / rows), ceil(n / columns)] for the rows and columns of a block.
+
+    Raises:
+        ValueError: scales are missing, misshaped or of another dtype, or have no fp8 weight; a weight is fp8 that must
+            not be, or is not fp8 though others are. It names file and key of the first.
+    """
+    quantised = {key for key, entry in entries.items() if entry.dtype == FP8}
+    scaled = {key.removesuffix(SCALE) for key in entries if key.endswith(SCALE)}
+    for key in sorted(quantised | scaled | (entries.keys() & fp8 if quantised else set())):
+        entry, scale, problem = entries.get(key), entries.get(key + SCALE), None
+        shape = tuple(-(-n // size) for n, size in zip(entry.shape if entry else (), block, strict=False))
+        if key not in quantised and scale:
+            there = f"{key} is {entry.dtype}" if entry else f"there is no {key}"
+            problem = f"{scale.file} holds {scale.key}, but {there}; expected {FP8}"
+        elif key not in quantised:
+            problem = f"{entry.file}: {key} is {entry.dtype}, but {len(quantised)} others are {FP8}; expected {FP8}"
+        elif key not in fp8:
+            problem = f"{entry.file}: {key} is {FP8}; expected {', '.join(NUMBERS)} for this tensor of the model"
+        elif not scale:
+            problem = f"{entry.file}: {key} is {FP8}, but there is no {key + SCALE}; expected it as F32 {list(shape)}"
+        elif (scale.dtype, scale.shape) != ("F32", shape):
+            problem = f"{scale.file}: {scale.key} is {scale.dtype} {list(scale.shape)}; expected F32 {list(shape)}"
+        if problem:
+            raise ValueError(f"{problem}; fix: --weights, or download {where} again")
+    return {
+        key: replace(entry, scale=entries[key + SCALE], block=block) if key in quantised else entry
+        for key, entry in entries.items()
+        if not key.endswith(SCALE)
+    }
 
 
 def check(entries: dict[str, Entry], expected: dict[str, tuple[int, ...]], where: Path) -> None:
@@ -187,8 +228,30 @@ class Reader:
     def __init__(self):
         self._open: dict[Path, object] = {}
 
-    def read(self, entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1) -> "torch.Tensor":
-        """Returns a tensor, or its `rank`-th of `size` equal slices along `dim`, as stored. Copies only that slice."""
+    def read(self, entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1, dtype=None) -> "torch.Tensor":
+        """Returns a tensor, or its `rank`-th of `size` equal slices along `dim`, as stored. Copies only that slice.
+        An fp8 weight is returned as `dtype` (default: fp32), in which its products with its scales are rounded once."""
+        import torch
+
+        if entry.scale is None:
+            return self._stored(entry, dim, rank, size)
+        shape = [n // size if i == dim else n for i, n in enumerate(entry.shape)]
+        return self.read_into(torch.empty(shape, dtype=dtype or torch.float32), entry, dim, rank, size)
+
+    def read_into(
+        self, out: "torch.Tensor", entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1
+    ) -> "torch.Tensor":
+        """Copies what `read` would return into `out`, which may have any dtype, strides and device. Returns `out`."""
+        if entry.scale is None or out.device.type != "cpu" and not ON_DEVICE:
+            return out.copy_(self.read(entry, dim, rank, size, out.dtype))
+        from common import fp8
+
+        start = tuple(rank * (n // size) if i == dim else 0 for i, n in enumerate(entry.shape))
+        stored, scale = self._stored(entry, dim, rank, size), self._stored(entry.scale)
+        fp8.dequantise(stored.to(out.device), scale.to(out.device), entry.block, start, out)
+        return out
+
+    def _stored(self, entry: Entry, dim: int | None = None, rank: int = 0, size: int = 1) -> "torch.Tensor":
         from safetensors import safe_open
 
         if entry.file not in self._open:

@@ -288,7 +288,9 @@ def adapter_gradients(values: dict) -> dict:
     mine = dataclasses.replace(case.CONFIGS["grouped"], num_nextn_predict_layers=0)
     o, chunks = filled("deepseek3", mine, mtp=False, job="lora", lora_rank=4, lora_targets=ALL, **values)
     train.adapt(chunks, o, mine)
-    checkpoint.initialize(chunks, 1, lambda name, whole, g: whole.normal_(std=0.02, generator=g), lambda n: n.endswith("lora_B"))
+    checkpoint.initialize(
+        chunks, 1, lambda name, whole, g: whole.normal_(std=0.02, generator=g), lambda n: n.endswith("lora_B")
+    )
     wrapped = parallel.wrap(chunks, o, case.BLOCK)
     optimizer = loop.build_optimizer(o, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
