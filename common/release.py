@@ -316,7 +316,6 @@ def write(out: Path, table: Table, source: Source, fp8: bool = False) -> None:
             sizes[key + weights.SCALE] = math.prod(blocks[key]) * 4
     held: dict[str, torch.Tensor] = {}  # a stacked tensor serves many keys in a row
     made: dict[str, torch.Tensor] = {}  # the scales of the tensor before
-    reader = weights.Reader()
 
     def tensor(key: str) -> "torch.Tensor":
         from common.fp8 import quantise
@@ -330,7 +329,7 @@ def write(out: Path, table: Table, source: Source, fp8: bool = False) -> None:
         weight = held[name] if index is None else held[name][index].t()
         if key not in blocks:
             return weight
-        scale = reader.read(source.scales[key]) if key in source.scales else None
+        scale = weights.read_scales(source.scales[key]) if key in source.scales else None
         weight, made[key + weights.SCALE] = quantise(weight, scale, table.block)
         if not made[key + weights.SCALE].isfinite().all():
             raise ValueError(f"{key} holds weights that are not finite, which fp8 cannot; fix: other weights, or bf16")
@@ -363,8 +362,7 @@ def save_scales(source: Source, folder: Path) -> list[Path]:
 
     if not source.scales:
         return []
-    reader = weights.Reader()
-    save_file({entry.key: reader.read(entry) for entry in source.scales.values()}, folder / SCALES)
+    save_file({entry.key: weights.read_scales(entry) for entry in source.scales.values()}, folder / SCALES)
     return [folder / SCALES]
 
 
