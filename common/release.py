@@ -230,7 +230,6 @@ def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
         ValueError: a tensor that is stored twice differs from its copy.
     """
 
-
     _check_copies(entries, table)
     _fill_parameters(chunks, entries, table)
 
@@ -327,8 +326,8 @@ def write(out: Path, table: Table, source: Source, fp8: bool = False) -> None:
             held.clear()
             held[name] = source.read(name)
         weight = held[name] if index is None else held[name][index].t()
-        if key not in blocks:
-            return weight
+        if key not in blocks:  # safetensors refuses two tensors in the same memory
+            return weight.clone() if key in table.copies else weight
         scale = weights.read_scales(source.scales[key]) if key in source.scales else None
         weight, made[key + weights.SCALE] = quantise(weight, scale, table.block)
         if not made[key + weights.SCALE].isfinite().all():

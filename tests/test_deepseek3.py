@@ -109,6 +109,15 @@ def beside_the_authors(folder: Path) -> dict:
 
 
 @pytest.mark.L1
+def test_the_release_in_fp8_has_its_tensors_and_elements():
+    table = convert.table(config.SIZES["671B"])
+    tensors, scales = table.released_shapes(), table.scale_shapes()
+    elements = sum(map(math.prod, [*tensors.values(), *scales.values()]))
+    assert (len(tensors) + len(scales), elements) == (91_991, 684_531_386_000)
+    assert sum(map(math.prod, scales.values())) == 41_540_496
+
+
+@pytest.mark.L1
 def test_stages_of_the_named_layouts_hold_what_the_dry_run_says():
     """On rank 0 of the first, the second and the last pipeline stage, built at full size without memory."""
     layouts = tomllib.loads((Path(config.__file__).parent / "parallel.toml").read_text())

@@ -21,13 +21,20 @@ from typing import TYPE_CHECKING
 from common import adapters, release
 from common.release import Source, Table
 
-from .config import Deepseek3Config, model_config, shapes
+from .config import Deepseek3Config, model_config, shapes, stored_config
 
 if TYPE_CHECKING:
     from .options import ConvertOptions
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+
+
+FP8 = tuple(
+    f"{linear}.weight"
+    for linear in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj",
+                   "down_proj")
+)  # fmt: skip
 
 
 def released(name: str) -> str:
@@ -55,7 +62,9 @@ def table(config: Deepseek3Config) -> Table:
         rename=released,
         pieces=expert_pieces(config),
         copies={module + name: key for name, key in shared.items()} if config.num_nextn_predict_layers else {},
+        writes_copies=True,
         ignored=() if config.num_nextn_predict_layers else (module,),
+        fp8=FP8,
         stem="model",
     )
 
@@ -65,11 +74,29 @@ def open_source(folder: Path, config: Deepseek3Config) -> Source:
     return release.open_source(folder, table(config))
 
 
-def write_released(out: Path, config: Deepseek3Config, source: Source, copy_from: Path | None) -> None:
-    """Writes the released layout, and copies the tokenizer's files from the folder `copy_from`."""
-    release.write(out, table(config), source)
-    (out / "config.json").write_text(json.dumps(config.to_released(), indent=2))
+def write_released(
+    out: Path, config: Deepseek3Config, source: Source, copy_from: Path | None, fp8: bool = False
+) -> None:
+    """Writes the released layout, with fp8 in the release's own dtypes, and copies the tokenizer's files from the folder
+    `copy_from`."""
+    release.write(out, table(config), source, fp8)
+    values = config.to_released() | ({"quantization_config": release.fp8_config(table(config))} if fp8 else {})
+    (out / "config.json").write_text(json.dumps(values, indent=2))
     release.copy_files(COPIED, copy_from, out)
+
+
+def with_module(o, config: Deepseek3Config, source: Source) -> tuple[Deepseek3Config, Source]:
+    """Adds to what a run of lora.sh or dpo.sh writes the multi-token prediction module of --weights, which such a run
+    leaves alone. Returns the architecture and the parameters to write."""
+    full = stored_config(o)
+    if o.from_scratch or not full.num_nextn_predict_layers or not (o.adapts or o.job == "dpo"):
+        return config, source
+    base, own = open_source(o.weights, full), shapes(config)
+    return full, Source(
+        lambda name: (source if name in own else base).element(name),
+        lambda name: (source if name in own else base).read(name),
+        base.scales,
+    )
 
 
 def adapter(path: Path, config: Deepseek3Config) -> dict[str, adapters.Pair]:
@@ -102,7 +129,7 @@ def main(o: "ConvertOptions") -> None:
         state = {"model": dataclasses.asdict(config)}
         release.write_sharded(o.out, table(config), source, state, [o.weights / name for name in COPIED])
     elif dist.get_rank() == 0:
-        write_released(o.out, config, source, o.weights)
+        write_released(o.out, config, source, o.weights, o.fp8)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{o.out}: {config.parameters:,} parameters, {len(shapes(config))} tensors", flush=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, jobs, resume
+from common import cli, jobs, release, resume
 from common.cli import option
 from common.language import options as language
 from common.language import preprocess
@@ -120,6 +120,9 @@ class ConvertOptions(language.JobOptions):
     to: Literal["released", "sharded"] = option("what to write; the kind of --weights is recognised", group="job")
     out: Path = option("folder to write", group="job")
     adapter: Path | None = option("PEFT adapter merged into what is written, folder or file", group="job")
+    fp8: bool = option(
+        "write matrices in fp8 with scales of 128 x 128 blocks, as the release has them", False, group="job"
+    )
     mtp, experts = True, None
 
 
@@ -234,6 +237,8 @@ def _convert(o: ConvertOptions, flags: set[str]) -> ConvertOptions:
     _check_weights(o, config)
     if o.to is None:
         raise ValueError("nothing to convert to; fix: --to released or sharded")
+    if o.fp8 and o.to != "released":
+        raise ValueError("a sharded checkpoint is not in fp8; expected --to released; fix: leave --fp8 out")
     refuse_existing(o.out, "--out")
     if o.adapter:
         convert.adapter(o.adapter, config)
@@ -302,9 +307,10 @@ def _complete_layout(o, config: Deepseek3Config, tokens: int | None = None):
 
 
 def _check_weights(o, config: Deepseek3Config) -> None:
-    """Checks that the tensors of --weights are exactly the model's."""
+    """Checks that the tensors of --weights are exactly the model's, and in fp8 if its config.json says so."""
     if o.weights is not None and not is_sharded(o.weights) and not o.from_scratch:
-        convert.table(config).entries(o.weights)
+        table = convert.table(config)
+        release.is_fp8(o.weights, table, table.entries(o.weights))
 
 
 def _with_module(o: TrainOptions, flags: set[str]) -> TrainOptions:

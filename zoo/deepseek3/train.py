@@ -84,7 +84,7 @@ def write_adapter(o: TrainOptions, config: Deepseek3Config, wrapped: list[torch.
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
         rounded = release.Source(lambda name: dtype.itemsize, lambda name: source.read(name).to(dtype))
         merged = release.merge_adapter(rounded, convert.adapter(folder, config), pieces=pieces)
-        convert.write_released(o.merge, config, merged, o.tokenizer)
+        convert.write_released(o.merge, *convert.with_module(o, config, merged), o.tokenizer)
         print(f"merged      {o.merge}", flush=True)
 
 
@@ -193,6 +193,9 @@ def main(o: TrainOptions) -> None:
                 rows.reference = preference.compute_reference(
                     o, rows, reference_facts(o, config), evaluate, batches.on_device
                 )
+    scales = (
+        [] if o.adapts else release.keep_scales(o, convert.table(config))
+    )  # checkpoints of adapters have no use of it
     balance = dict if o.adapts else functools.partial(balance_experts, wrapped, o, config)
     flops = config.flops(o.seq_len, frozen=o.adapts)
     result = loop.train(
@@ -205,7 +208,7 @@ def main(o: TrainOptions) -> None:
         samples=lambda batch: (o.seq_len, flops),
         header=runlog.run_header(o, HERE.name, o.job, config.parameters, flops, starts_from(o, DEMO)),
         state={"model": dataclasses.asdict(config), "start": run_facts(o)},
-        extra_files=[o.tokenizer / name for name in convert.COPIED],
+        extra_files=[*(o.tokenizer / name for name in convert.COPIED), *scales],
         measure=lambda: balance() | (margins() if margins else {}),
     )
     finished = result["reason"] == "finished"
@@ -218,7 +221,8 @@ def main(o: TrainOptions) -> None:
     if finished and o.adapts:
         write_adapter(o, config, wrapped)
     elif finished and o.export and (saved := loop.last_checkpoint(o, result)) and dist.get_rank() == 0:
-        convert.write_released(o.export, config, convert.open_source(saved, config), o.tokenizer)
+        source = convert.open_source(saved, config)
+        convert.write_released(o.export, *convert.with_module(o, config, source), o.tokenizer)
         print(f"exported {o.export}", flush=True)
     usable = not o.from_scratch if o.adapts else o.export or result["checkpoint"]  # initial weights are not stored
     if finished and usable and dist.get_rank() == 0:
