@@ -348,9 +348,12 @@ def _unreadable(checkpoint: Path) -> str | None:
         return str(error)
 
 
-def load(checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = False) -> dict:
-    """Read the model, and the optimizer unless it is None, into this layout. Return the saved state.json."""
-    model = _model_state(chunks, ema)
+def load(
+    checkpoint: Path, chunks, optimizer=None, *, ema=None, fsdp: bool = False, without: Iterable[str] = ()
+) -> dict:
+    """Read the model, except the parameters `without`, and the optimizer unless it is None, into this layout. Return
+    the saved state.json."""
+    model = {name: shard for name, shard in _model_state(chunks, ema).items() if name not in without}
     request = {"model": model}
     if optimizer is not None:
         _allocate_moments(optimizer)

@@ -213,12 +213,26 @@ def vocab_parallel_embedding(
     """Looks up an embedding whose vocabulary is split over tp (arXiv:1909.08053, section 3): sums over tp the rows that
     each rank holds, with zeros for the others. tokens int64 [L, ...], weight [V/tp, D] -> [L(/tp), ..., D]. tied: see
     `ops.embedding`."""
+    return leave_tensor_parallel(_held_rows(tokens, weight, config, tied), config)
+
+
+def vocab_parallel_logits(
+    x: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, tied: bool
+) -> torch.Tensor:
+    """Returns the logits fp32 [L, N] of N tokens int64 alone, whole on every tp rank, by a projection whose vocabulary
+    is split over tp. x [L, D] has come through `enter_tensor_parallel`. weight [V/tp, D]. tied: see `ops.embedding`."""
+    logits = torch.nn.functional.linear(x.float(), _held_rows(tokens, weight, config, tied).float())
+    return logits if config.tensor_model_parallel_size == 1 else reduce_from_tensor_model_parallel_region(logits)
+
+
+def _held_rows(tokens: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, tied: bool) -> torch.Tensor:
+    """Returns the rows [..., D] of a weight [V/tp, D] at tokens of the whole vocabulary, zeros for what this tp rank
+    does not hold."""
     if config.tensor_model_parallel_size == 1:
         return ops.embedding(tokens, weight, tied)
     local = tokens - mpu.get_tensor_model_parallel_rank() * weight.shape[0]
     is_held = (local >= 0) & (local < weight.shape[0])
-    rows = ops.embedding(local.clamp(0, weight.shape[0] - 1), weight, tied) * is_held.unsqueeze(-1)
-    return leave_tensor_parallel(rows, config)
+    return ops.embedding(local.clamp(0, weight.shape[0] - 1), weight, tied) * is_held.unsqueeze(-1)
 
 
 def mark_replicated(parameters, config: TransformerConfig) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class Table:
     ignored: prefixes or suffixes of keys that some releases hold and no version of the model reads
     fp8: suffixes of the keys, all of matrices, that a release may store as float8_e4m3fn with scales (common/fp8.py)
     block: rows and columns of an fp8 tensor that share a scale
+    optional: our names of parameters that weights may lack; training then draws them
     stem: prefix of the names of the release's files
     """
 
@@ -48,6 +49,7 @@ class Table:
     ignored: tuple[str, ...] = ()
     fp8: tuple[str, ...] = ()
     block: tuple[int, int] = (128, 128)
+    optional: tuple[str, ...] = ()
 
     def released_shapes(self) -> dict[str, Shape]:
         """Returns the shape of every tensor of the release, by its key. Scales of fp8 tensors are in `scale_shapes`."""
@@ -75,9 +77,9 @@ class Table:
             entries = {key: entry for key, entry in entries.items() if key not in left_out}
         if self.fp8:
             entries = weights.join_scales(entries, self.scale_shapes().keys(), self.block, folder)
-        expected = self.released_shapes()
+        expected, absent = self.released_shapes(), {self.rename(name) for name in self.optional} - entries.keys()
         copies = {copy: expected[key] for copy, key in self.copies.items() if copy in entries}
-        expected = {key: shape for key, shape in expected.items() if key not in self.copies} | copies
+        expected = {k: shape for k, shape in expected.items() if k not in self.copies and k not in absent} | copies
         weights.check(entries, expected, folder)
         return entries
 
@@ -205,22 +207,25 @@ def open_source(folder: Path, table: Table, ema: bool = False) -> Source:
 
 def fill(chunks, o, table: Table, draw: Callable, folder: Path | None = None, packed: list[str] | None = None) -> None:
     """Fills a model's parameters from a released folder or a checkpoint, each rank with its slices; with --from-scratch
-    draws them. draw(name, whole tensor, generator) fills one. folder: the release's folder (default: --weights).
-    packed: names of the weights that become 4 bits, part by part, of a model on the meta device (`quantize.blocks`). All
-    ranks read a checkpoint together, so it is one part."""
+    draws them. Those that the table calls optional and the weights lack are drawn, too. draw(name, whole tensor,
+    generator) fills one. folder: the release's folder (default: --weights). packed: names of the weights that become
+    4 bits, part by part, of a model on the meta device (`quantize.blocks`). All ranks read a checkpoint together, so it is
+    one part."""
     from common import checkpoint, quantize
 
     from_checkpoint = not o.from_scratch and is_sharded(o.weights)
-    entries = {} if o.from_scratch or from_checkpoint else table.entries(folder or o.weights)
+    entries, absent = {} if o.from_scratch or from_checkpoint else table.entries(folder or o.weights), set()
     if entries:
         _check_copies(entries, table)
+        absent = {name for name in table.optional if table.rename(name) not in entries}
+    elif from_checkpoint and table.optional:
+        absent = set(table.optional) - checkpoint.tensor_sizes(o.weights).keys()
     for part in quantize.blocks(chunks, packed, whole=from_checkpoint) if packed else [chunks]:
-        if o.from_scratch:
-            checkpoint.initialize(part, o.seed, draw)
-        elif from_checkpoint:
-            checkpoint.load(o.weights, part)
-        else:
-            _fill_parameters(part, entries, table)
+        if from_checkpoint:
+            checkpoint.load(o.weights, part, without=absent)
+        elif entries:
+            _fill_parameters(part, entries, table, absent)
+        checkpoint.initialize(part, o.seed, draw, bool if o.from_scratch else absent.__contains__)
 
 
 def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
@@ -234,13 +239,16 @@ def load(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
     _fill_parameters(chunks, entries, table)
 
 
-def _fill_parameters(chunks, entries: dict[str, weights.Entry], table: Table) -> None:
+def _fill_parameters(chunks, entries: dict[str, weights.Entry], table: Table, absent: Container[str] = ()) -> None:
+    """Fills this rank's parameters, except those that the folder lacks (`absent`)."""
     import torch
 
     from common import checkpoint
 
     reader = weights.Reader()
-    checkpoint.load_released(chunks, entries, lambda name: None if name in table.pieces else table.rename(name))
+    checkpoint.load_released(
+        chunks, entries, lambda name: None if name in table.pieces or name in absent else table.rename(name)
+    )
     pieces = []  # (entry, its place) of those that this rank holds
     with torch.no_grad():
         for name, parameter in checkpoint.parameters(chunks):
