@@ -22,7 +22,9 @@ from common.language.files import CHATS, largest_token, list_files, read_rows, t
 from common.records import BadRow, read_prompts
 from common.release import is_sharded
 
-ONLY = {"adapters": ("lora", "dpo"), "preference": ("dpo",)}  # group of options: the jobs that read it
+ONLY = {  # group of options: the jobs that read it
+    "adapters": ("lora", "dpo"), "preference": ("dpo",), "steps": ("prm",), "reward": ("orm", "prm"),
+}  # fmt: skip
 # Named layouts are for training. Generation and conversion use these values unless --layout or the option is given.
 ONE_DEVICE = {
     "tp": 1, "sp": False, "pp": 1, "vpp": 1, "stages": "", "cp": 1, "ulysses": None, "ep": 1, "etp": None, "fsdp": False,
@@ -41,7 +43,7 @@ class JobOptions(cli.LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(JobOptions, cli.TrainOptions):
-    job: str = option("which launcher this is: pretrain, sft, lora or dpo", "pretrain", group="job")
+    job: str = option("which launcher this is: pretrain, sft, lora, dpo, orm or prm", "pretrain", group="job")
     from_scratch: bool = option("draw the weights instead of loading them", False, group="model")
     tokenizer: Path | None = option("tokenizer's folder (default: --weights)", group="data")
     validation: Path | None = option("held-out data of the same kind, evaluated at the end", group="data")
@@ -110,6 +112,17 @@ class PreferenceOptions:
     gamma: float = option("margin that simpo asks for", 0.5, group="preference", within="[0, inf)")
     sft_weight: float = option(
         "weight of the chosen answers' own loss per token", 0.0, group="preference", within="[0, inf)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    placeholder_token: str = option(
+        "text that ends every step of a solution; its last token is judged", "ки", group="steps"
+    )
+    reward_tokens: str = option("two tokens, of a right and of a wrong step", "+,-", group="steps")
+    score: Path | None = option(
+        "train nothing; score these rows with --weights into scores.jsonl (labels not needed)", group="reward"
     )
 
 
@@ -227,6 +240,8 @@ def run_facts(o: TrainOptions, start: dict) -> dict:
     else:
         files = list_files(o.data, CHATS) if o.data.exists() else [o.data]
         facts |= {"too_long": o.too_long, "train_on": o.train_on}
+    if o.job == "prm":
+        facts |= {"placeholder_token": o.placeholder_token, "reward_tokens": o.reward_tokens}
     exist = all(file.is_file() for file in files)  # the demo's files are made after the first call
     return start | facts | {
         "data": {"path": str(o.data), "content": resume.content_hash(files) if exist else None},
@@ -274,7 +289,7 @@ def check_job(o: TrainOptions, flags: set[str]) -> None:
     def refuse(flag: str, where: str) -> None:
         raise ValueError(f"{flag} is of {where}, not of {o.job}.sh as it is called here; fix: leave {flag} out")
 
-    if "--train-on" in flags and o.job in ("pretrain", "dpo"):
+    if "--train-on" in flags and o.job not in ("sft", "lora"):
         refuse("--train-on", "sft.sh and lora.sh")
     for f in dataclasses.fields(o):
         flag, jobs = "--" + f.name.replace("_", "-"), ONLY.get(f.metadata["group"], (o.job,))
@@ -311,8 +326,9 @@ def check_routing(o, experts: int) -> None:
     """Checks that the routers' options go with the layout, the job and the model's number of experts."""
     if (o.aux or o.z_loss) and not experts:
         raise ValueError(f"aux={o.aux}, z_loss={o.z_loss}: size {o.size} has no experts; fix: --aux 0 --z-loss 0")
-    if (o.aux or o.z_loss) and o.job == "dpo":
-        raise ValueError("aux and z_loss are no part of the preference losses; fix: --aux 0 --z-loss 0")
+    if (o.aux or o.z_loss) and o.job in ("dpo", "orm", "prm"):
+        losses = "preference losses" if o.job == "dpo" else "reward models' losses"
+        raise ValueError(f"aux and z_loss are no part of the {losses}; fix: --aux 0 --z-loss 0")
     if o.dispatch == "allgather" and o.ep == 1:
         raise ValueError("dispatch=allgather: with ep=1 no token travels; fix: --ep, or --dispatch alltoall")
     if o.aux and o.aux_over == "model" and o.pp > 1:
@@ -346,10 +362,28 @@ def check_data(o: TrainOptions, demo: Demo) -> None:
                         f"{path}{suffix} does not exist; expected an indexed data set; fix: {flag}, or preprocess.sh"
                     )
         elif not path.exists():
-            kind = "preference pairs" if o.job == "dpo" else "conversations"
+            kinds = {"dpo": "preference pairs", "orm": "preference pairs", "prm": "solutions in steps"}
+            kind = kinds.get(o.job, "conversations")
             raise ValueError(f"{path} does not exist; expected .jsonl or .json {kind}; fix: {flag}")
         else:
             next(read_rows(path))  # raises for a file that is empty or of another kind
+
+
+def reward_token_ids(o: RewardOptions) -> list[int]:
+    """Returns the ids of the tokens of a right and of a wrong step. Raises ValueError if they are no two tokens, or if
+    nothing ends a step."""
+    from tokenizers import Tokenizer
+
+    if not o.placeholder_token.strip():
+        raise ValueError(f"placeholder_token={o.placeholder_token!r}; expected a text; fix: --placeholder-token")
+    tokenizer = Tokenizer.from_file(str(o.tokenizer / "tokenizer.json"))
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in o.reward_tokens.split(",")]
+    if [len(each) for each in ids] != [1, 1] or ids[0] == ids[1]:
+        raise ValueError(
+            f"reward_tokens={o.reward_tokens!r} are {ids} in {o.tokenizer}; expected two different single tokens, "
+            "RIGHT,WRONG; fix: --reward-tokens"
+        )
+    return [ids[0][0], ids[1][0]]
 
 
 def check_adapters(o, linears: set[str], adaptable: list[str]) -> None:

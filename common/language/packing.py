@@ -1,4 +1,4 @@
-"""Packs conversations or preference pairs into rows of equal length, once, and reads micro-batches of these rows.
+"""Packs conversations, pairs or solutions in steps into rows of equal length, once, and reads micro-batches of these.
 
     rows = PackedRows(prepare_chats("chats.jsonl", "released-folder", seq_len=4096, cache="data/cache"))
     for step in prefetch(rows, rows.sampler(8, 1, dp_rank, dp_size, seed=0), start_step, end_step):
@@ -32,6 +32,7 @@ from common.drops import DropReport
 from common.language.chat import Chat, say_error, to_chat, to_pair, to_tools
 from common.language.files import CHATS, list_files, read_rows, tokenizer_hash
 from common.language.pool import in_order
+from common.language.steps import RIGHT, encode_steps, to_steps
 from common.records import BadRow
 
 IGNORE = -100  # label of a token that predicts nothing
@@ -88,9 +89,10 @@ def prepare_chats(
     seq_len: int,
     cache: str | Path,
     *,
-    kind: Literal["sft", "dpo"] = "sft",
+    kind: Literal["sft", "dpo", "prm"] = "sft",
     too_long: Literal["drop", "cut"] = "drop",
     train_on: Literal["all", "last", "complete"] = "all",
+    placeholder: str = "",
     max_drop: float = 0.05,
     workers: int = 0,
 ) -> Path:
@@ -101,9 +103,11 @@ def prepare_chats(
 
     Args:
         tokenizer: folder of a released tokenizer with its chat template.
+        kind: conversations, pairs, or solutions in steps (steps.py), which need no chat template.
         too_long: what becomes of a conversation, or pair, of more than seq_len tokens.
         train_on: the answers of a conversation that are learnt. A template may leave out the thoughts of earlier
             answers. The model would never generate such answers, and "complete" does not learn them.
+        placeholder: what ends a step of a solution.
         workers: number of processes; 0 does the work in this process.
 
     Raises:
@@ -111,14 +115,14 @@ def prepare_chats(
             no chat template.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in list_files(data, CHATS)]
-    settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, train_on]
+    settings = [files, tokenizer_hash(tokenizer), seq_len, kind, too_long, placeholder if kind == "prm" else train_on]
     folder = Path(cache) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     if folder.is_dir():
         return folder
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    chat, report = Chat(loaded), DropReport()
+    chat, report = None if kind == "prm" else Chat(loaded), DropReport()
 
     def encode(rows: list[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
         """Returns of each row (where, [(tokens, learnt), …] or (reason, detail), number of answers whose thoughts the
@@ -129,9 +133,12 @@ def prepare_chats(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                unit, tools = [to_chat(row)] if kind == "sft" else to_pair(row), to_tools(row)
-                sequences = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
-                bare_count = len(chat.find_bare_answers(unit[0], tools)) if kind == "sft" else 0
+                if kind == "prm":
+                    sequences = [encode_steps(loaded, *to_steps(row, placeholder), placeholder)]
+                else:
+                    unit, tools = [to_chat(row)] if kind == "sft" else to_pair(row), to_tools(row)
+                    sequences = [chat.encode(m, tools, train_on if kind == "sft" else "last") for m in unit]
+                    bare_count = len(chat.find_bare_answers(unit[0], tools)) if kind == "sft" else 0
                 result = _fit(sequences, seq_len, too_long)
             except BadRow as error:
                 result = error.args
@@ -148,12 +155,13 @@ def prepare_chats(
         report.save(building)
         report.check(unit_count + len(report.drops), max_drop)
         bounds = np.load(building / "bounds.npy")
-        per_unit = 1 if kind == "sft" else 2
+        per_unit = 2 if kind == "dpo" else 1
         rows = pack(np.diff(bounds[::per_unit]).tolist(), seq_len)
         np.save(building / "units.npy", np.array(list(itertools.chain(*rows)), np.int64))
         np.save(building / "row_bounds.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
         pad = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id
-        (building / "meta.json").write_text(json.dumps({"seq_len": seq_len, "per_unit": per_unit, "pad": pad}))
+        meta = {"seq_len": seq_len, "per_unit": per_unit, "pad": pad} | ({"steps": True} if kind == "prm" else {})
+        (building / "meta.json").write_text(json.dumps(meta))
         left_out = "learnt without them" if train_on == "all" else f"train on: {train_on}"
         left_out = f"; the template leaves out the thoughts of {bare_count} answers ({left_out})" if bare_count else ""
         print(f"{data}: {unit_count} rows of {bounds[-1]} tokens in {len(rows)} rows of {seq_len}; {report}{left_out}")
@@ -214,8 +222,11 @@ class PackedRows:
     """Rows of whole conversations or pairs; see the head of this file. The tokens stay on disk, memory-mapped.
 
     A micro-batch of pairs also has `pairs` [P], the indices of the chosen sequences in cu_seqlens (the rejected one
-    follows each); `units` [P], the indices of the pairs in the data; `sequence` [T], the index of each token's
-    sequence; and, if `reference` is set, the rows [P, 2] of `reference` for these pairs.
+    follows each); `last` [P, 2], the indices of the last tokens of both; `units` [P], the indices of the pairs in the
+    data; `sequence` [T], the index of each token's sequence; and, if `reference` is set, the rows [P, 2] of `reference` for these pairs.
+
+    A micro-batch of solutions has as labels 1 at the last token of a right step, 0 at that of a wrong one, and as
+    `steps` int64 [S] the indices of these tokens.
     """
 
     reference: np.ndarray | None = None  # fp32 [units, 2], see preference.py
@@ -225,10 +236,11 @@ class PackedRows:
         self.folder = Path(folder)
         meta = json.loads((self.folder / "meta.json").read_text())
         self.seq_len, self.per_unit, self.pad = meta["seq_len"], meta["per_unit"], meta["pad"]
+        self.has_steps = meta.get("steps", False)
         arrays = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("bounds", "units", "row_bounds"))
         self._bounds, self._units, self._row_bounds = arrays
         self._tokens = np.memmap(self.folder / "tokens.bin", np.int32, "r")
-        self._generated = np.memmap(self.folder / "generated.bin", bool, "r")
+        self._generated = np.memmap(self.folder / "generated.bin", np.uint8 if self.has_steps else bool, "r")
 
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
@@ -256,6 +268,9 @@ class PackedRows:
 
     def _sequence(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.array(self._tokens[start:end])
+        if self.has_steps:
+            flags = self._generated[start:end]
+            return tokens, np.where(flags > 0, flags == RIGHT, IGNORE)
         labels = np.where(self._generated[start + 1 : end], tokens[1:], IGNORE)
         return tokens, np.append(labels, IGNORE)
 
@@ -271,13 +286,16 @@ class PackedRows:
             if rest:
                 sequences.append((np.full(rest, self.pad), np.full(rest, IGNORE)))
         batch = micro_batch(sequences)
+        if self.has_steps:
+            return batch | {"steps": (batch["labels"] >= 0).nonzero().flatten()}
         if self.per_unit == 1:
             return batch
         from torch import from_numpy
 
         units = np.concatenate([self._units[self._row_bounds[row] : self._row_bounds[row + 1]] for row in rows])
         sequence = np.repeat(np.arange(len(sequences)), np.diff(batch["cu_seqlens"]))
-        pair_arrays = {"pairs": np.array(pairs), "units": units, "sequence": sequence}
+        last = np.array(batch["cu_seqlens"])[np.add.outer(pairs, [1, 2])] - 1
+        pair_arrays = {"pairs": np.array(pairs), "last": last, "units": units, "sequence": sequence}
         if self.reference is not None:
             pair_arrays["reference"] = self.reference[units]
         return batch | {name: from_numpy(array) for name, array in pair_arrays.items()}

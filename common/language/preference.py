@@ -65,15 +65,27 @@ def sum_answers(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, tor
     answers' lengths in tokens, fp32 [P, 2] each."""
     sequence, count = batch["sequence"], len(batch["cu_seqlens"]) - 1
     sums = log_probs.new_zeros(count).index_add(0, parallel.context_tokens(sequence, causal=True), log_probs)
-    if mpu.get_context_parallel_world_size() > 1:
-        # An answer's tokens lie on all context parallel ranks, and each rank continues with the whole sum. The backward
-        # gives each rank the gradient of its own tokens only, because the gradients of these ranks are summed later.
-        whole = sums.detach().clone()
-        dist.all_reduce(whole, group=mpu.get_context_parallel_group())
-        sums = sums + (whole - sums.detach())
+    sums = add_over_context(sums)
     tokens = log_probs.new_zeros(count).index_add(0, sequence, (batch["labels"] >= 0).float())
     pairs = torch.stack((batch["pairs"], batch["pairs"] + 1), 1)
     return sums[pairs], tokens[pairs]
+
+
+def add_over_context(x: torch.Tensor) -> torch.Tensor:
+    """Sums x over the context parallel ranks, on each of which a part of the answer's tokens lies. The backward gives
+    each rank the gradient of its own tokens only, because the gradients of these ranks are summed later."""
+    if mpu.get_context_parallel_world_size() == 1:
+        return x
+    whole = x.detach().clone()
+    dist.all_reduce(whole, group=mpu.get_context_parallel_group())
+    return x + (whole - x.detach())
+
+
+def share_of(value: torch.Tensor, chunk: torch.nn.Module) -> torch.Tensor:
+    """Returns this rank's share of a loss that every context and tensor parallel rank has whole, as `global_loss` adds
+    them: over cp and, if they hold different tokens (sp), over tp; otherwise it takes the mean over tp."""
+    share = value.detach() / mpu.get_context_parallel_world_size()
+    return share / (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
 
 
 def forward_step(o: PreferenceOptions, margins: Margins, iterator: Iterator[dict], model: torch.nn.Module):
@@ -90,12 +102,7 @@ def loss(o: PreferenceOptions, margins: Margins, batch: dict, chunk: torch.nn.Mo
     losses, margin = pair_losses(o, policy, batch.get("reference"), tokens)
     margins.seen.append(margin)
     value = losses @ batch["weight"]
-    # Every context and tensor parallel rank has the whole value. global_loss adds over cp and, if they hold different
-    # tokens (sp), over tp; otherwise it takes the mean over tp.
-    reported = value.detach() / mpu.get_context_parallel_world_size()
-    return value, {
-        "loss": reported / (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
-    }
+    return value, {"loss": share_of(value, chunk)}
 
 
 # --------------------------------------------------------------------------------------------------------- reference

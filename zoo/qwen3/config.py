@@ -51,6 +51,12 @@ class Qwen3Config:
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
+    num_labels: int = 0  # 1: a reward model, with a scalar score in place of the vocabulary projection
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the vocabulary projection, too."""
+        return self.tie_word_embeddings and not self.num_labels
 
     @property
     def positions(self) -> int:
@@ -73,8 +79,8 @@ class Qwen3Config:
         mlp = 3 * D * self.intermediate_size
         if self.num_experts:
             mlp = 3 * D * self.moe_intermediate_size * experts + D * self.num_experts
-        embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * (attention + mlp + 2 * D) + embeddings + D
+        outputs = self.num_labels or (0 if self.is_tied else self.vocab_size)
+        return self.num_hidden_layers * (attention + mlp + 2 * D) + (self.vocab_size + outputs) * D + D
 
     def flops(self, length: int, frozen: bool = False) -> int:
         """Counts the model FLOPs of one sequence's forward. A multiply-add counts as two. The vocabulary projection is
@@ -85,7 +91,7 @@ class Qwen3Config:
         mlp = 3 * D * self.intermediate_size
         if self.num_experts:
             mlp = 3 * D * self.moe_intermediate_size * self.num_experts_per_tok + D * self.num_experts
-        linear = 2 * length * (layers * (attention + mlp) + self.vocab_size * D)
+        linear = 2 * length * (layers * (attention + mlp) + (self.num_labels or self.vocab_size) * D)
         linear = linear * 2 // 3 if frozen else linear
         return linear + layers * 2 * length**2 * self.num_attention_heads * E
 
@@ -109,6 +115,7 @@ class Qwen3Config:
         values |= _rotary(values, path)
         values.setdefault("initializer_range", 0.02)  # transformers' default
         values.setdefault("num_experts", values.get("num_local_experts"))  # transformers 5 writes this key
+        values["num_labels"] = _count_labels(values, path)
         if kind == "qwen3":
             values |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False}
         missing = [f.name for f in dataclasses.fields(cls) if values.get(f.name) is None]
@@ -120,6 +127,7 @@ class Qwen3Config:
         """Returns the content of the released config.json."""
         values = dataclasses.asdict(self)
         factor, original = values.pop("rope_factor"), values.pop("original_max_position_embeddings")
+        labels = values.pop("num_labels")
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         kind, name = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.num_experts else ("qwen3", "Qwen3ForCausalLM")
         if self.num_experts:
@@ -127,11 +135,24 @@ class Qwen3Config:
         else:
             for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
                 del values[key]
+        if labels:
+            name = name.replace("CausalLM", "SequenceClassification")
+            values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # transformers counts these
         return values | {
             "architectures": [name], "model_type": kind, "hidden_act": "silu", "attention_bias": False,
             "attention_dropout": 0.0, "use_sliding_window": False,
             "rope_scaling": None if factor == 1 else yarn,
         }  # fmt: skip
+
+
+def _count_labels(values: dict, path: Path) -> int:
+    """Returns 1 for the config.json of a reward model, 0 for that of a language model. ValueError: a classifier."""
+    if "SequenceClassification" not in str(values.get("architectures")):
+        return 0
+    labels = len(values.get("id2label") or "01")  # transformers leaves out two labels
+    if labels != 1:
+        raise ValueError(f"{path} is of a classifier with {labels} labels; expected one, a score; fix: --weights")
+    return labels
 
 
 def _rotary(values: dict, path: Path) -> dict:
@@ -210,7 +231,9 @@ def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
             layer |= {"mlp.down_proj.weight": (D, width)}
         out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     out["norm.weight"] = (D,)
-    return out if config.tie_word_embeddings else out | {"lm_head.weight": (V, D)}
+    if config.num_labels:
+        return out | {"score.weight": (config.num_labels, D)}
+    return out if config.is_tied else out | {"lm_head.weight": (V, D)}
 
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -252,7 +275,7 @@ def _differs(actual: Qwen3Config, expected: Qwen3Config) -> list[str]:
     2507, Coder, ...) differ in positions, and in the width of dense layers where no layer is dense; users resize the
     vocabulary."""
     free = {"rope_theta", "rope_factor", "max_position_embeddings", "original_max_position_embeddings"}
-    free |= {"vocab_size", "initializer_range"}
+    free |= {"vocab_size", "initializer_range", "num_labels"}
     free |= {"intermediate_size"} if actual.num_experts and expected.num_experts else set()
     return release.differences(actual, expected, free)
 
@@ -281,8 +304,11 @@ def _sharded_config(folder: Path) -> Qwen3Config:
 
 
 def model_config(o) -> Qwen3Config:
-    """Returns the architecture of --weights, or else of --size. --yarn lengthens its positions."""
+    """Returns the architecture of --weights, or else of --size. --yarn lengthens its positions. orm.sh gives it a
+    score."""
     config, factor = _own_config(o), o.yarn
+    if o.job == "orm":
+        config = dataclasses.replace(config, num_labels=1)
     return config if factor is None else dataclasses.replace(config, rope_factor=factor)
 
 
@@ -361,6 +387,7 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     blocks = 0 if offload else max(n * min(o.pp - stage, o.micro_batches) for stage, n in enumerate(stages))
     # The gradient overwrites the logits. In bf16 it overwrites an fp32 copy of them, beside two bf16 tensors.
     loss = vocabulary * D * (4 + dtype % 4) + min(2**26, tokens * vocabulary) * (4 + 2 * (dtype % 4))
+    loss = 0 if config.num_labels else loss
     gathered = vocabulary * D * dtype if o.fsdp else 0  # FSDP keeps the root module gathered
     unpacked = dtype * max(2 * experts / 3 / sum(stages) / (o.etp * o.ep), D * config.intermediate_size / o.tp)
     unpacked = unpacked if o.quantize == "nf4" else 0.0  # the largest weight, while it is used

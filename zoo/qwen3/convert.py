@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, release
+from common import adapters, release, weights
 from common.language.megatron_import import is_checkpoint
 from common.release import Source, Table
 
@@ -35,7 +35,7 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
 
 def released(name: str) -> str:
     """'layers.3.self_attn.q_proj.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head", "score")) else f"model.{name}"
 
 
 def expert_pieces(config: Qwen3Config) -> dict[str, dict[str, tuple]]:
@@ -54,9 +54,18 @@ def table(config: Qwen3Config) -> Table:
         shapes=shapes(config),
         rename=released,
         pieces=expert_pieces(config),
-        copies={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
+        copies={"lm_head.weight": "model.embed_tokens.weight"} if config.is_tied else {},
+        ignored=("lm_head.weight",) if config.num_labels else (),  # a reward model may start from a language model
+        optional=("score.weight",) if config.num_labels else (),
         stem="model",
     )
+
+
+def has_score(folder: Path) -> bool:
+    """Returns whether a released folder or a sharded checkpoint is a reward model."""
+    if release.is_sharded(folder):
+        return bool(json.loads((folder / "state.json").read_text())["model"].get("num_labels"))
+    return "score.weight" in weights.index(folder)
 
 
 def open_source(folder: Path, config: Qwen3Config) -> Source:

@@ -12,6 +12,7 @@ ignored. `tools` and `tool_calls` may be JSON texts:
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}         OpenAI
     {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}      a pair; text or messages, or any of the above as the
     prompt
+    {"prompt": "1 + 1?", "steps": ["1 + 1 = 3", "So 3."], "labels": [false, false]}      prm.sh; others: steps.py
 
 `chosen` and `rejected` may be answers or whole conversations. If they are conversations, a prompt must agree with both,
 and the beginning that they share is used once.
@@ -48,15 +49,15 @@ from .options import DOCUMENT_END, TrainOptions
 
 
 def rows_of(path, o: TrainOptions, shuffle: bool = True):
-    """Opens the rows of a data set: an indexed data set for pretrain, packed pairs for dpo, else packed
-    conversations."""
+    """Opens the rows of a data set: an indexed data set for pretrain, packed pairs for dpo and orm, packed solutions in
+    steps for prm, else packed conversations."""
     if o.job == "pretrain":
         end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(DOCUMENT_END)
         return TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
-    kind = "dpo" if o.job == "dpo" else "sft"
+    kind = {"dpo": "dpo", "orm": "dpo", "prm": "prm"}.get(o.job, "sft")
     prepare = functools.partial(
         prepare_chats, path, o.tokenizer, o.seq_len, o.cache,
-        kind=kind, too_long=o.too_long, train_on=o.train_on, max_drop=o.max_drop,
+        kind=kind, too_long=o.too_long, train_on=o.train_on, placeholder=o.placeholder_token, max_drop=o.max_drop,
     )  # fmt: skip
     if dist.get_rank() == 0:
         prepare()
@@ -65,10 +66,11 @@ def rows_of(path, o: TrainOptions, shuffle: bool = True):
 
 
 def weighted(micro_batches: list[dict], dp: int, aux: float = 0.0) -> list[dict]:
-    """Adds `aux` and `weight` to each micro-batch: the weight of its tokens fp32 [T], or of its pairs [P]. A weight is
-    micro-batches * dp / (labelled tokens, or pairs, of the whole global batch). The count stays on the device, so that
-    the host does not wait for it."""
-    counted = [torch.ones_like(b["pairs"]) if "pairs" in b else b["labels"] >= 0 for b in micro_batches]
+    """Adds `aux` and `weight` to each micro-batch: the weight of its tokens fp32 [T], of its pairs [P] or of its steps
+    [S]. A weight is micro-batches * dp / (labelled tokens, pairs or steps of the whole global batch). The count stays
+    on the device, so that the host does not wait for it."""
+    units = [b.get("pairs", b.get("steps")) for b in micro_batches]
+    counted = [b["labels"] >= 0 if u is None else torch.ones_like(u) for b, u in zip(micro_batches, units, strict=True)]
     count = torch.stack([w.sum() for w in counted]).sum(0, keepdim=True).float().clamp(min=1)
     if dp > 1:
         dist.all_reduce(count, group=mpu.get_data_parallel_group())

@@ -293,7 +293,7 @@ class Qwen3(MegatronModule):
         super().__init__(mc)
         self.qwen, self.first, self.last, self.recompute, self.offload = config, first, last, recompute, offload
         D, dtype, vocabulary = config.hidden_size, mc.params_dtype, config.vocab_size // mc.tensor_model_parallel_size
-        tied = config.tie_word_embeddings
+        tied = config.is_tied
         if first or (last and tied):
             self.embed_tokens = nn.Embedding(vocabulary, D, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.embed_tokens.weight, True, 0, 1)
@@ -303,7 +303,10 @@ class Qwen3(MegatronModule):
         if last:
             self.norm = Qwen3RMSNorm(D, config.rms_norm_eps, dtype)
             parallel.mark_replicated([self.norm.weight], mc)
-        if last and not tied:
+        if last and config.num_labels:
+            self.score = nn.Linear(D, config.num_labels, bias=False, dtype=dtype)
+            parallel.mark_replicated([self.score.weight], mc)
+        elif last and not tied:
             self.lm_head = nn.Linear(D, vocabulary, bias=False, dtype=dtype)
             parallel.set_tensor_model_parallel_attributes(self.lm_head.weight, True, 0, 1)
         self._input: torch.Tensor | None = None
@@ -319,11 +322,11 @@ class Qwen3(MegatronModule):
     @property
     def output_weight(self) -> torch.Tensor:
         """Weight [V/tp, D] of the vocabulary projection: the embedding's own if they are tied."""
-        return self.embed_tokens.weight if self.qwen.tie_word_embeddings else self.lm_head.weight
+        return self.embed_tokens.weight if self.qwen.is_tied else self.lm_head.weight
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Called by megatron-core, which sums this parameter's gradient over the first and the last pipeline stage."""
-        return self.embed_tokens.weight if self.qwen.tie_word_embeddings else None
+        return self.embed_tokens.weight if self.qwen.is_tied else None
 
     def set_input_tensor(self, tensor) -> None:
         """Called by the pipeline schedule with what the previous stage sent, or None."""
@@ -332,18 +335,20 @@ class Qwen3(MegatronModule):
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: list[int], rows: int = 1,
         labels: torch.Tensor | None = None, weight: torch.Tensor | None = None, cache=None,
+        reward_tokens: torch.Tensor | None = None,
     ):  # fmt: skip
         """Takes the whole micro-batch: tokens and positions int64 [T*cp], cu_seqlens (the sequences' bounds), the
         number of rows of equal length, and labels int64 (negative: no loss) with their weight fp32, both [T*cp]. The
         loss is computed in here, together with the vocabulary projection, because FSDP gathers that weight only in
         here.
 
-        Returns on the last pipeline stage a pair. First: with labels and weight, the sum over this rank's tokens of
+        Returns on the last pipeline stage a pair. First: of a reward model, the scores fp32 [T]; with reward_tokens
+        (the ids of right and wrong int64 [2]), the first one's logit less the second's fp32 [T]; with labels and weight, the sum over this rank's tokens of
         weight * cross entropy; with labels only, their log-probabilities fp32 [T]; without labels, the states after the
         last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers [layers, T, G], or None. Other stages
         return hidden states in the shape that the schedule sends, [T(/tp)/rows, rows, D].
         """
-        D, tied = self.qwen.hidden_size, self.qwen.tie_word_embeddings
+        D, tied = self.qwen.hidden_size, self.qwen.is_tied
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
         if self.first:
             x = parallel.vocab_parallel_embedding(tokens, self.embed_tokens.weight, self.config, tied).unsqueeze(1)
@@ -358,6 +363,15 @@ class Qwen3(MegatronModule):
         if not self.last:
             return x.view(-1, rows, D)
         x, routing = self.norm(x), torch.stack(routing) if self.qwen.num_experts else None
+        if self.qwen.num_labels:
+            scores = F.linear(x.float(), self.score.weight.float()).flatten()  # [T(/tp)]
+            if self.config.sequence_parallel:  # the loss on every rank then reads all scores; each has one gradient
+                scores = parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
+            return scores, routing
+        if reward_tokens is not None:
+            x = parallel.enter_tensor_parallel(x, self.config).flatten(0, 1)  # [T, D]
+            logits = parallel.vocab_parallel_logits(x, reward_tokens, self.output_weight, self.config, tied)  # [T, 2]
+            return logits[:, 0] - logits[:, 1], routing
         if labels is None:
             return x, routing
         labels = parallel.context_tokens(labels, causal=True)  # [T]

@@ -15,6 +15,7 @@ from common import cli, jobs, resume
 from common.cli import option
 from common.language import megatron_import, preprocess
 from common.language import options as language
+from common.language.files import read_rows
 from common.language.options import Demo, EvaluateOptions
 from common.weights import refuse_existing
 
@@ -41,9 +42,11 @@ DEMO_RUN = {  # these tasks take fewer steps than the docstrings; 15 conversatio
     "sft": {"steps": 600, "lr": 3e-3, "save_every": 300, "seq_len": 512},
     "lora": {"steps": 200, "lr": 3e-3, "save_every": 200, "seq_len": 512},
     "dpo": {"steps": 200, "lr": 3e-4, "save_every": 200, "seq_len": 512, "sft_weight": 1.0},  # see demo/README.md
+    "orm": {"steps": 200, "lr": 1e-3, "save_every": 200, "seq_len": 512},
+    "prm": {"steps": 800, "lr": 3e-3, "save_every": 400, "seq_len": 512},
 }
 DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
-    job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo")
+    job: (f"{job}/train.jsonl", f"{job}/test.jsonl") for job in ("sft", "lora", "dpo", "orm", "prm")
 }
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_TASKS = HERE / "demo" / "tasks"
@@ -51,7 +54,7 @@ DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
 DOCUMENT_END = "<|endoftext|>"
 # Learning rates of jobs on published sizes, whose layouts hold pretraining's. dpo: all parameters; adapters: 10 times
 # it.
-RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
+RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7, "orm": 1e-5, "prm": 1e-6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class YarnOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(
     language.PreferenceOptions,
+    language.RewardOptions,
     language.AdapterOptions,
     language.RoutingOptions,
     YarnOptions,
@@ -72,7 +76,8 @@ class TrainOptions(
 ):
     data: Path | None = option(
         "pretrain: prefix of an indexed data set; sft, lora: .jsonl or .json of messages, conversations, or instruction, "
-        "input, output, history, system; dpo: of these or prompt, with chosen, rejected; all: tools (default: the demo's)",
+        "input, output, history, system; dpo, orm: of these or prompt, with chosen, rejected; all these: tools; prm: "
+        "prompt, steps, labels, or input, value (default: the demo's)",
         group="data",
     )
 
@@ -133,6 +138,8 @@ def _default_size(folder: Path | None) -> str:
 
 def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
     language.check_job(o, flags)
+    if o.score:
+        return _score(o, flags)
     drawn = o.weights is None and o.job in ("pretrain", "sft")
     if drawn and not o.size.startswith("tiny") and o.data is not None and not o.from_scratch:
         raise ValueError(f"size {o.size} has no weights; fix: --weights DIR, or --from-scratch")
@@ -145,10 +152,33 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
     cli.check_run(o)
     language.check_tokenizer(o, config.vocab_size)
     language.check_data(o, DEMO)
+    if o.job == "prm":
+        language.reward_token_ids(o)
     if o.adapts:
         _check_adapters(o, config)
     resume.check(o, run_facts(o))
     jobs.check_written(o)
+    return o
+
+
+def _score(o: TrainOptions, flags: set[str]) -> TrainOptions:
+    """Completes and checks a call of orm.sh or prm.sh that scores rows and trains nothing."""
+    if "--data" in flags or "--validation" in flags:
+        raise ValueError(f"--score {o.score} trains nothing; fix: leave --data and --validation out")
+    o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, flags), DEMO), DEMO)
+    config = model_config(o)
+    o = _complete_layout(o, config)
+    if (o.dp, o.pp, o.vpp, o.cp, o.sp, o.fsdp) != (o.ep, 1, 1, 1, False, False):
+        raise ValueError("rows are scored with --tp and --ep alone; fix: --pp 1 --cp 1 --no-sp --no-fsdp, or NPROC")
+    _check_weights(o, config)
+    if o.job == "orm" and not convert.has_score(o.weights):
+        raise ValueError(f"{o.weights} is no reward model, it has no score.weight; fix: --weights")
+    language.check_tokenizer(o, config.vocab_size)
+    if o.job == "prm":
+        language.reward_token_ids(o)
+    if not o.score.exists():
+        raise ValueError(f"{o.score} does not exist; expected .jsonl or .json rows; fix: --score")
+    next(read_rows(o.score))
     return o
 
 
@@ -265,6 +295,10 @@ def _complete_layout(o, config: Qwen3Config, tokens: int | None = None):
 
 def _check_weights(o, config: Qwen3Config) -> None:
     """Checks that the tensors of --weights are exactly the model's. Notes a vocabulary other than the published one."""
+    if config.num_labels and o.job != "orm" and not isinstance(o, ConvertOptions):
+        raise ValueError(
+            f"{o.weights} is a reward model, which has no vocabulary projection; fix: --weights, or orm.sh"
+        )
     if (note := describe_vocabulary_change(o, config)) is not None:
         cli.note(note)
     if o.weights is None or is_sharded(o.weights):
@@ -343,7 +377,8 @@ def prepare(o) -> None:
             make_data.make(DEMO.text)
             return
         if o.job != "pretrain":
-            make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs}
+            make = {"sft": make_data.make_sft, "lora": make_data.make_descending, "dpo": make_data.make_pairs,
+                    "orm": make_data.make_ranked, "prm": make_data.make_steps}  # fmt: skip
             make[o.job](DEMO_DATA / o.job)
             return
         make_data.make(DEMO.text)

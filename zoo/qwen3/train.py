@@ -5,7 +5,7 @@
 
 All ranks of a tensor x context x pipeline group read the same rows. The loss is the mean over the labelled tokens of
 the whole global batch, so neither packing nor the layout changes the loss or its gradients. The losses of dpo.sh are in
-common/language/preference.py.
+common/language/preference.py, those of orm.sh and prm.sh in common/language/reward.py.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from megatron.core import parallel_state as mpu
 
 from common import lora, parallel, release, runlog
 from common import train as loop
-from common.language import preference
+from common.language import preference, reward
 from common.language.options import starts_from
 from common.margins import Margins
 
-from . import convert
+from . import convert, score
 from .config import Qwen3Config, model_config, quantized
 from .data import Batches, rows_of, weighted
 from .demo import judge
@@ -127,7 +127,7 @@ def evaluate_micro_batches(
 
 
 def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tuple[float, int]:
-    """Returns (mean loss, count) over the labelled tokens, or pairs, of the held-out rows. Rows that do not fill a
+    """Returns (mean loss, count) over the labelled tokens, pairs or steps of the held-out rows. Rows that do not fill a
     global batch are left out."""
     rank, loss_sum, total_count = mpu.get_data_parallel_rank(), 0.0, 0
     for number in range(len(rows) // o.global_batch):
@@ -144,9 +144,14 @@ def held_out_loss(o: TrainOptions, wrapped, step, batches: Batches, rows) -> tup
 
 
 def finish(o: TrainOptions, steps: int, loss: float, count: int, pairs: dict, compared: str) -> None:
-    """Prints the run's result and writes result.json. loss: the mean over count held-out tokens or pairs. pairs: what
-    `Margins` says of the pairs. compared: the demo's addition to the text."""
-    if o.job == "dpo":
+    """Prints the run's result and writes result.json. loss: the mean over count held-out tokens, pairs or steps. pairs:
+    what `Margins` says of the pairs or steps. compared: the demo's addition to the text."""
+    if o.job in ("orm", "prm"):
+        right, units = ("preferred answers ahead", "pairs") if o.job == "orm" else ("verdicts right", "steps")
+        text = (
+            f"result: step {steps}, loss {loss:.4f} on {count:,} held-out {units}, {right} in {pairs['accuracy']:.1%}"
+        )
+    elif o.job == "dpo":
         text = (
             f"result: step {steps}, loss {loss:.4f} on {count:,} held-out pairs\n"
             f"        preferred answers gained on the others in {pairs['accuracy']:.0%}, mean margin {pairs['margin']:.2f}"
@@ -160,8 +165,10 @@ def finish(o: TrainOptions, steps: int, loss: float, count: int, pairs: dict, co
 
 
 def command_that_generates(o: TrainOptions, checkpoint) -> str:
-    """Returns the shell command that generates text with the weights or adapters of this run."""
+    """Returns the shell command that generates text, or scores rows, with the weights or adapters of this run."""
     args = f"--weights {o.export or checkpoint}"
+    if o.job in ("orm", "prm"):
+        return f"bash zoo/{HERE.name}/{o.job}.sh {args} --score ROWS.jsonl"
     if o.adapts:
         args = f"--weights {o.merge}" if o.merge else f"--weights {o.weights} --adapter {o.export or o.out / 'adapter'}"
     if o.adapts and o.tokenizer != o.weights:
@@ -173,6 +180,8 @@ def command_that_generates(o: TrainOptions, checkpoint) -> str:
 
 
 def main(o: TrainOptions) -> None:
+    if o.score:
+        return score.write_scores(o)
     config = model_config(o)
     o = loop.count_epochs(o, len(rows_of(o.data, o)))
     packed = None if o.quantize == "none" else quantized(config)
@@ -183,9 +192,10 @@ def main(o: TrainOptions) -> None:
     before = None if o.from_scratch else judge.answer(o, chunks[0])
     wrapped = parallel.wrap(chunks, o, Qwen3Block)
     batches, held_out = Batches(o), held_out_rows(o)
-    step, margins = forward_step, None
-    if o.job == "dpo":
-        margins = Margins()
+    step, margins = forward_step, Margins() if o.job in ("dpo", "orm", "prm") else None
+    if o.job in ("orm", "prm"):
+        step = functools.partial(reward.forward_step, margins, score.reward_tokens(o))
+    elif o.job == "dpo":
         step = functools.partial(preference.forward_step, o, margins)
         for rows in (batches.rows, held_out) if o.preference != "simpo" else ():
             if rows is not None:
