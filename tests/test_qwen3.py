@@ -324,7 +324,7 @@ def test_trigram_baseline_is_a_distribution(tmp_path):
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from zoo.qwen3.demo import trigram
+    from common.language.demo import trigram
 
     def write(prefix, documents):
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)

@@ -26,6 +26,7 @@ from common.data import prefetch
 from common.drops import DropReport
 from common.language import generate, packing, preprocess
 from common.language.chat import Chat, to_chat, to_pair, to_question, to_tools
+from common.language.demo import make_data
 from common.language.files import read_rows
 from common.language.options import read_questions
 from common.language.packing import IGNORE, PackedRows, pack, prepare_chats
@@ -33,7 +34,6 @@ from common.language.text import TextRows
 from common.records import BadRow
 from zoo.qwen3 import data
 from zoo.qwen3 import options as jobs
-from zoo.qwen3.demo import make_data
 from zoo.qwen3.options import DEMO, DEMO_TOKENIZER, PreprocessOptions
 
 pytestmark = pytest.mark.L2

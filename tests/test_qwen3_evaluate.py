@@ -86,7 +86,7 @@ def test_an_answer_ends_where_asked(tmp_path):
 
 @pytest.mark.L0
 def test_shipped_questions_are_what_the_script_makes_and_were_never_trained_on(tmp_path):
-    make_data = importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data")
+    make_data = importlib.import_module("common.language.demo.make_data")
     made = make_data.make_tasks(tmp_path / "tasks") / "sort_digits.jsonl"
     text = (case.jobs.DEMO_TASKS / "sort_digits.jsonl").read_text()
     assert made.read_text() == text

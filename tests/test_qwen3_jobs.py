@@ -138,6 +138,6 @@ def test_an_exported_run_is_what_transformers_loads(tmp_path):
 
 def test_preprocessing_without_options_makes_the_demos_text_first(monkeypatch):
     made = []
-    monkeypatch.setattr(importlib.import_module(f"zoo.{case.RECIPE}.demo.make_data"), "make", made.append)
+    monkeypatch.setattr(importlib.import_module("common.language.demo.make_data"), "make", made.append)
     case.jobs.prepare(case.jobs.parse("preprocess", []))
     assert made == [case.jobs.DEMO_DATA / "text"]

@@ -16,6 +16,7 @@ from common import cli, jobs, release, resume
 from common.cli import option
 from common.language import options as language
 from common.language import preprocess
+from common.language.demo import make_data
 from common.language.options import Demo
 from common.weights import refuse_existing
 
@@ -33,7 +34,6 @@ from .config import (
     stage_shapes,
     stored_config,
 )
-from .demo import make_data
 
 HERE = Path(__file__).parent
 

@@ -15,6 +15,7 @@ from common import cli, jobs, resume
 from common.cli import option
 from common.language import megatron_import, preprocess
 from common.language import options as language
+from common.language.demo import make_data
 from common.language.files import read_rows
 from common.language.options import Demo, EvaluateOptions
 from common.weights import refuse_existing
@@ -31,7 +32,6 @@ from .config import (
     model_config,
     size_of,
 )
-from .demo import make_data
 
 HERE = Path(__file__).parent
 

@@ -34,10 +34,10 @@ import transformers
 from common import bench, checkpoint, device, perf
 from common.bench import OURS, rounded, timed
 from common.language import benchmarks
+from common.language.demo import make_data
 
 from . import convert
 from .config import SIZES, Qwen3Config, model_config
-from .demo import make_data
 from .model import Qwen3Block, build, draw
 from .options import DEMO, DEMO_DATA, HERE, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted

@@ -3,13 +3,13 @@
 from transformers import AutoTokenizer
 
 from common.language.chat import to_chat, to_pair
+from common.language.demo import trigram
 from common.language.files import read_rows
 from common.language.generate import generate
 
 from ..infer import end_tokens
 from ..options import DEMO, InferOptions, TrainOptions
 from ..score import encoder, score_units
-from . import trigram
 
 
 def answer(o: TrainOptions, model) -> tuple[int, int] | None:

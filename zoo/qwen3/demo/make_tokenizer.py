@@ -1,7 +1,7 @@
 """Demo tokenizer: a byte-level BPE of 2,048 tokens with Qwen3's special tokens and conversation format.
 
-    python -m zoo.qwen3.demo.make_data --out data/qwen3-demo
-    python -m zoo.qwen3.demo.make_tokenizer data/qwen3-demo/text/train.jsonl
+    python -m common.language.demo.make_data --out data/demo
+    python -m zoo.qwen3.demo.make_tokenizer data/demo/text/train.jsonl
 
 writes `tokenizer/`, a folder that transformers' AutoTokenizer loads. The one in the repository was trained on the texts
 of Python 3.11.7. This script does not touch `chat_template.jinja` in that folder, which is written by hand.
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-HERE = Path(__file__).parent
 VOCABULARY = 2048
 # token -> whether it is special, so that decoding may skip it. Thoughts are text, so their marks are not special.
 SPECIAL = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
@@ -42,7 +41,7 @@ def train(texts: list[str]) -> Tokenizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="train.jsonl of make_data")
-    parser.add_argument("--out", type=Path, default=HERE / "tokenizer")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tokenizer")
     args = parser.parse_args()
     texts = [json.loads(line)["text"] for line in args.data.read_text(encoding="utf-8").splitlines()]
     tokenizer = train(texts)

@@ -1,6 +1,6 @@
 """Demo data: English that every Python carries, and a task whose answers can be checked.
 
-    python -m zoo.deepseek3.demo.make_data --out data/deepseek3-demo
+    python -m common.language.demo.make_data --out data/demo
 
 writes these files:
 
@@ -8,6 +8,8 @@ writes these files:
     sft/{train,test}.jsonl           conversations that ask for five digits in ascending order
     lora/{train,test}.jsonl          the same in descending order
     dpo/{train,test}.jsonl           the questions of sft; chosen: digits with spaces between them, rejected: without
+    orm/{train,test}.jsonl           the questions of sft; chosen: the answer, rejected: another order of its digits
+    prm/{train,test}.jsonl           its answers digit by digit, each step with a label; five of six go wrong
     tasks/sort_digits.jsonl          test questions with four answers to choose from; this file is in the repository
 
 The texts are the docstrings of at least 100 characters of the running Python's own standard library (PSF licence). In
@@ -107,6 +109,34 @@ def write_pairs(folder: Path, train: int, test: int, seed: int) -> None:
         _write(folder / f"{split}.jsonl", rows)
 
 
+def write_ranked(folder: Path, train: int, test: int, seed: int) -> None:
+    """Writes pairs of which the chosen answer is right, and the rejected one has the same digits in another order."""
+    draw = random.Random(f"{seed} orders")
+    for split, count in (("train", train), ("test", test)):
+        rows = []
+        for digits, answer in questions(split, 2 * count, seed):
+            wrong = "".join(draw.sample(answer, DIGITS))
+            if wrong != answer and len(rows) < count:
+                rows.append({"prompt": PROMPT.format(digits), "chosen": answer, "rejected": wrong})
+        _write(folder / f"{split}.jsonl", rows)
+
+
+def write_steps(folder: Path, train: int, test: int, seed: int) -> None:
+    """Writes solutions in five steps, each of which gives the next digit of the answer. At one step, or at none with
+    the same chance, another digit is given. That step is wrong, and so are those after it."""
+    draw = random.Random(f"{seed} steps")
+    for split, count in (("train", train), ("test", test)):
+        rows = []
+        for digits, answer in questions(split, count, seed):
+            wrong = draw.randrange(DIGITS + 1)
+            if wrong < DIGITS:
+                other = draw.choice([digit for digit in "0123456789" if digit != answer[wrong]])
+                answer = answer[:wrong] + other + answer[wrong + 1 :]
+            labels = [i < wrong for i in range(DIGITS)]
+            rows.append({"prompt": PROMPT.format(digits), "steps": list(answer), "labels": labels})
+        _write(folder / f"{split}.jsonl", rows)
+
+
 def write_tasks(folder: Path, count: int, seed: int) -> None:
     """Writes questions with four choices: the right answer and three other orders of its digits."""
     draw, rows = random.Random(seed), []
@@ -175,6 +205,18 @@ def make_pairs(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> 
     return _make(out, settings, lambda folder: write_pairs(folder, train, test, seed))
 
 
+def make_ranked(out: Path, train: int = 4000, test: int = 400, seed: int = 0) -> Path:
+    """Writes train.jsonl and test.jsonl to `out`: pairs of a right and a wrong answer."""
+    settings = {"ranked": PROMPT, "train": train, "test": test, "seed": seed}
+    return _make(out, settings, lambda folder: write_ranked(folder, train, test, seed))
+
+
+def make_steps(out: Path, train: int = 8000, test: int = 400, seed: int = 0) -> Path:
+    """Writes train.jsonl and test.jsonl to `out`: solutions in steps with labels."""
+    settings = {"steps": PROMPT, "each": "a digit", "train": train, "test": test, "seed": seed}
+    return _make(out, settings, lambda folder: write_steps(folder, train, test, seed))
+
+
 def make_tasks(out: Path, count: int = 100, seed: int = 0) -> Path:
     """Writes sort_digits.jsonl to `out`: the questions of the tasks in `tasks/`."""
     settings = {"tasks": PROMPT, "count": count, "seed": seed}
@@ -185,7 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; complete parts are reused")
     out = parser.parse_args().out
-    kinds = {"text": make, "sft": make_sft, "lora": make_descending, "dpo": make_pairs, "tasks": make_tasks}
+    kinds = {"text": make, "sft": make_sft, "lora": make_descending, "dpo": make_pairs, "orm": make_ranked,
+             "prm": make_steps, "tasks": make_tasks}  # fmt: skip
     print(*(function(out / name) for name, function in kinds.items()), sep="\n")
 
 
