@@ -2,17 +2,18 @@
 
     results = run_ranks(4, some_module_level_function, arg, ...)   # [rank 0's return value, rank 1's, ...]
 
-Importing torch, megatron-core and transformers takes ten seconds. So one process imports them once, and every rank is
-forked from it. Ranks end with their call: gloo's threads outlive their groups and wake a hundred times a second, which
-would slow down the calls that follow.
+Importing torch, megatron-core and transformers takes ten seconds, and compiling a module of tests with its recipe half
+a second. So one process, the server, does both once, and every rank is forked from it. Ranks end with their call: gloo's
+threads outlive their groups and wake a hundred times a second, which would slow down the calls that follow.
 """
 
+import atexit
 import contextlib
 import gc
 import os
 import traceback
-from multiprocessing import get_context, set_start_method
-from multiprocessing.connection import wait
+from multiprocessing import get_context, reduction, set_start_method
+from multiprocessing.connection import Connection, wait
 
 import torch.distributed as dist
 
@@ -33,11 +34,31 @@ IMPORTS = [  # before the fork; the device adapter before anything imports megat
 ]  # fmt: skip
 forkserver = get_context("forkserver")
 forkserver.set_forkserver_preload(IMPORTS)
+_server = None  # (process, pipe, {name of a module that it has imported: that module's variables here})
 
 
-def _run(pipe, env: dict[str, str], function, args) -> None:
+def _serve(pipe: Connection) -> None:
     set_start_method("fork", force=True)  # as under torchrun: else a data loader's processes are started like this one
-    gc.freeze()  # each save of a checkpoint collects garbage; what was imported is none
+    with contextlib.suppress(EOFError):  # at the end of the tests
+        while True:
+            ranks, (function, args, envs) = [], pipe.recv()  # imports the function's module
+            gc.freeze()  # each save of a checkpoint collects garbage; what was imported is none
+            try:
+                for env in envs:
+                    theirs = Connection(reduction.recv_handle(pipe))
+                    # No daemon: dist_checkpointing starts writers.
+                    ranks.append(get_context("fork").Process(target=_run, args=(theirs, env, function, args)))
+                    ranks[-1].start()
+                    theirs.close()
+                pipe.recv()  # the results are there, or a rank has failed
+            finally:
+                for rank in ranks:
+                    rank.kill()
+                    rank.join()
+            pipe.send("the ranks have ended")
+
+
+def _run(pipe: Connection, env: dict[str, str], function, args) -> None:
     os.environ.clear()  # the variables of the server are those of the first call
     os.environ.update(env)
     try:
@@ -51,27 +72,51 @@ def _run(pipe, env: dict[str, str], function, args) -> None:
         pipe.recv()
 
 
+@atexit.register
+def _end_server() -> None:
+    """Ends the server, else Python would wait for it."""
+    global _server
+    if _server:
+        _server[0].kill()
+        _server[0].join()
+        _server = None
+
+
+def _server_of(function) -> Connection:
+    """Returns the pipe to the server. It is another server if a test has imported the function's module anew."""
+    global _server
+    function = getattr(function, "func", function)  # of a functools.partial
+    name, variables = function.__module__, function.__globals__
+    if _server and _server[2].setdefault(name, variables) is not variables:
+        _end_server()
+    if not _server:
+        pipe, theirs = forkserver.Pipe()
+        process = forkserver.Process(target=_serve, args=(theirs,))
+        process.start()
+        theirs.close()
+        _server = process, pipe, {name: variables}
+    return _server[1]
+
+
 def run_ranks(world: int, function, *args) -> list:
     """Calls `function(*args)` on `world` ranks with torchrun's environment set. Returns the list of their results."""
     # The store is here, as torchrun's is with its agent: a port that rank 0 was told to listen on may be taken by then.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    processes, pending = [], {}
+    envs = [os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    server, pending = _server_of(function), {}
+    server.send((function, args, envs))
     try:
         for rank in range(world):
             ours, theirs = forkserver.Pipe()
-            of_rank = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # No daemon: dist_checkpointing starts writers.
-            processes.append(forkserver.Process(target=_run, args=(theirs, of_rank, function, args)))
-            processes[-1].start()
+            reduction.send_handle(server, theirs.fileno(), None)
             theirs.close()
             pending[ours] = rank
         return _collect(world, pending)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        server.send("kill the ranks")
+        server.recv()
 
 
 def _collect(world: int, pending: dict) -> list:

@@ -8,6 +8,8 @@ set -euo pipefail
 export ZOO_DEVICE=cpu
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 cd "$ZOO_ROOT"
+# Bytecode of what stands here, once: where an image forbids Python to write it, each process would compile us anew.
+"$ZOO_PYTHON" -m compileall -q common kernels zoo tests
 # A CPU build of torch brings no triton; the tests interpret the kernels.
 "$ZOO_PYTHON" -c 'import triton' 2>/dev/null ||
     "$ZOO_PYTHON" -m pip install --quiet --no-compile --no-deps triton==3.7.1 ||
