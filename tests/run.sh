@@ -5,11 +5,10 @@
 #   bash tests/run.sh tests/test_cli.py -x  whatever pytest understands
 #   bash tests/run.sh --changed [COMMIT]    those that a change touches, since COMMIT or not committed yet
 set -euo pipefail
-export ZOO_DEVICE=cpu
+export ZOO_DEVICE=cpu OMP_NUM_THREADS=1 # two files run at a time; idle threads of OpenMP would spin
+unset PYTHONDONTWRITEBYTECODE # else each process that a test starts compiles anew what it imports of this tree
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 cd "$ZOO_ROOT"
-# Bytecode of what stands here, once: where an image forbids Python to write it, each process would compile us anew.
-"$ZOO_PYTHON" -m compileall -q common kernels zoo tests
 # A CPU build of torch brings no triton; the tests interpret the kernels.
 "$ZOO_PYTHON" -c 'import triton' 2>/dev/null ||
     "$ZOO_PYTHON" -m pip install --quiet --no-compile --no-deps triton==3.7.1 ||
