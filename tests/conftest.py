@@ -1,7 +1,10 @@
+import gc
 import importlib.util
 import os
 import sys
 from pathlib import Path
+
+gc.disable()  # what is imported until the tests begin is no garbage, and a collection looks at a million objects
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -19,6 +22,11 @@ if importlib.util.find_spec("triton"):
 
 import common.device  # noqa: E402, F401  isort: skip  (before the first import of megatron)
 import pytest  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
