@@ -189,6 +189,19 @@ def _install_cpu() -> None:
         lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs)
     )
 
+    # megatron-core compiles functions of its own models when it is imported. That loads inductor, in one to two
+    # seconds, so here each is compiled at its first call.
+    compile_now = torch.compile
+
+    def compile_later(function):
+        compiled = functools.cache(lambda: compile_now(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later
+    import megatron.core  # noqa: F401
+
+    torch.compile = compile_now
+
 
 if not getattr(torch.cuda, "_zoo_adapter", False):
     if KIND == "npu":
