@@ -5,7 +5,9 @@
 #   bash tests/run.sh tests/test_cli.py -x  whatever pytest understands
 #   bash tests/run.sh --changed [COMMIT]    those that a change touches, since COMMIT or not committed yet
 set -euo pipefail
-export ZOO_DEVICE=cpu OMP_NUM_THREADS=1 # two files run at a time; idle threads of OpenMP would spin
+export ZOO_DEVICE=cpu
+# Two files run at a time: idle threads of OpenMP would spin. A process that compiles starts no others for it.
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 unset PYTHONDONTWRITEBYTECODE # else each process that a test starts compiles anew what it imports of this tree
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 cd "$ZOO_ROOT"
