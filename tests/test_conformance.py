@@ -154,10 +154,11 @@ MODULES = {
 }
 
 
-def runtime_imports(name: str) -> Iterator[tuple[str, bool]]:
-    """Yields (module, whether at the top of the file) for every import of a module except those for type checkers
+@functools.cache
+def runtime_imports(name: str) -> list[tuple[str, bool]]:
+    """Returns (module, whether at the top of the file) of every import of a module except those for type checkers
     alone."""
-    path = MODULES[name]
+    path, names = MODULES[name], []
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     type_checking = {
         id(node)
@@ -169,13 +170,14 @@ def runtime_imports(name: str) -> Iterator[tuple[str, bool]]:
         if id(node) in type_checking:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.col_offset == 0) for alias in node.names)
+            names += [(alias.name, node.col_offset == 0) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 member = f"{module}.{alias.name}"
-                yield (member if member in MODULES else module), node.col_offset == 0
+                names.append((member if member in MODULES else module, node.col_offset == 0))
+    return names
 
 
 @functools.cache
