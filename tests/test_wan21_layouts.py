@@ -21,6 +21,11 @@ TOLERANCE = 1e-5  # relative to the largest entry of the tensor
 # under 2e-7 for most.
 TRAJECTORY, WEIGHTS = 1e-6, 1e-4
 
+# For image-to-video, and for video from a first and a last frame: layouts that together split every dimension.
+IMAGE_LAYOUTS = {
+    "i2v": ["tp2 sp cp2 ulysses", "pp2 vpp2 tp2 sp", "fsdp4 as dp2 cp2"],
+    "flf2v": ["tp2 cp2 ring", "pp2 cp2", "tp2 recompute full"],
+}
 LONG = ("dp2", "fsdp2")  # these layouts take twenty steps
 LAYOUTS = {
     "dp2": (2, {}),
@@ -92,11 +97,13 @@ def single() -> dict:
     return {steps: run_ranks(1, run_layout, {}, steps, True)[0] for steps in (2, 20)}
 
 
-# tests/test_models.py runs two steps of these layouts. Two of them stay here because they run twenty steps.
-GENERIC = {name for name, (_, _, which) in recipe_case.LAYOUTS.items() if "t2v" in which} - set(LONG)
+# tests/test_models.py runs two steps of these layouts. Two of them stay here because they run twenty steps. Those of
+# IMAGE_LAYOUTS run below, in models that have all modules of text-to-video.
+ELSEWHERE = {name for name, (_, _, which) in recipe_case.LAYOUTS.items() if "t2v" in which} - set(LONG)
+ELSEWHERE |= {name for names in IMAGE_LAYOUTS.values() for name in names}
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in GENERIC])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ELSEWHERE])
 def test_layout_equals_single_process(name, single):
     world, layout = LAYOUTS[name]
     steps = 20 if name in LONG else 2
@@ -107,13 +114,6 @@ def test_layout_equals_single_process(name, single):
 def test_npu_branch_equals_single_process(name, single):
     world, layout = LAYOUTS.get(name, (1, {}))
     compare(run_ranks(world, through_npu, layout, 2)[0], single[2], layout)
-
-
-# For image-to-video, and for video from a first and a last frame: layouts that together split every dimension.
-IMAGE_LAYOUTS = {
-    "i2v": ["tp2 sp cp2 ulysses", "pp2 vpp2 tp2 sp", "fsdp4 as dp2 cp2"],
-    "flf2v": ["tp2 cp2 ring", "pp2 cp2", "tp2 recompute full"],
-}
 
 
 @pytest.mark.parametrize("task", IMAGE_LAYOUTS)
