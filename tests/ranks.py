@@ -83,11 +83,12 @@ def _end_server() -> None:
 
 
 def _server_of(function) -> Connection:
-    """Returns the pipe to the server. It is another server if a test has imported the function's module anew."""
+    """Returns the pipe to the server. It is another server if the last one died, or if a test has imported the function's
+    module anew."""
     global _server
     function = getattr(function, "func", function)  # of a functools.partial
     name, variables = function.__module__, function.__globals__
-    if _server and _server[2].setdefault(name, variables) is not variables:
+    if _server and not (_server[0].is_alive() and _server[2].setdefault(name, variables) is variables):
         _end_server()
     if not _server:
         pipe, theirs = forkserver.Pipe()
