@@ -49,6 +49,7 @@ LAYOUTS = {  # processes, options, architectures
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["plain"]),
     "tp2 sp pp2": (4, {"tp": 2, "sp": True, "pp": 2}, ["grouped"]),
     "ep2": (2, {"ep": 2}, ["grouped"]),
+    "ep2 gathered": (2, {"ep": 2, "dispatch": "allgather"}, ["grouped"]),
     "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, ["grouped"]),
 }
 QUICK: list[str] = []  # options that shorten the steps and the work after training
