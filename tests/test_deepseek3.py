@@ -108,6 +108,24 @@ def beside_the_authors(folder: Path) -> dict:
     return out
 
 
+@pytest.mark.L2
+def test_twenty_steps_with_the_prediction_module_equal_transformers_and_torch_adamw():
+    losses = run_ranks(1, trained, "deepseek3", "grouped", {"weight_decay": 0.1, "beta2": 0.95}, 20)[0]["losses"]
+    mine, expected = case.CONFIGS["grouped"], []
+    oracle, state = case.oracle(mine), random_state(convert.table(mine).shapes)
+    oracle.load_state_dict(dict(case.to_oracle(name, tensor) for name, tensor in state.items()), strict=False)
+    # All parameters are decayed: it is the schedule, absent here, that spares norms.
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(20):
+        samples = [case.sample(mine, place, step) for place in range(case.GLOBAL_BATCH)]
+        optimizer.zero_grad()
+        main, ahead = case.oracle_losses(oracle, samples)
+        (main + case.MTP_WEIGHT * ahead).backward()
+        optimizer.step()
+        expected.append(main.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.L1
 def test_the_release_in_fp8_has_its_tensors_and_elements():
     table = convert.table(config.SIZES["671B"])

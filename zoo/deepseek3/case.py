@@ -141,7 +141,13 @@ def to_oracle(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 
 def oracle_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
-    """Computes the oracle's loss on the samples of a step. It reads every document by itself."""
+    """Computes the oracle's loss on the samples of a step."""
+    main, ahead = oracle_losses(model, samples)
+    return main if ahead is None else main + MTP_WEIGHT * ahead
+
+
+def oracle_losses(model: torch.nn.Module, samples: list[dict]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes the losses of the oracle and of its prediction module, which read every document by itself."""
     main, ahead = [], []
 
     def add(losses: list, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -156,5 +162,4 @@ def oracle_loss(model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
                 positions = torch.arange(end - start - 1)[None]
                 states = model.mtp.forward_layer(0, states[:, :-1], positions, None, input_ids=tokens[:, 1:])
                 add(ahead, model.main.lm_head(states)[0], labels[1:])
-    loss = torch.cat(main).mean()
-    return loss + MTP_WEIGHT * torch.cat(ahead).mean() if ahead else loss
+    return torch.cat(main).mean(), torch.cat(ahead).mean() if ahead else None
