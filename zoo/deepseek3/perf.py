@@ -14,7 +14,8 @@ step        a training step (forward, backward, clipping, optimizer) of this mod
             module, which transformers does not train
 sft         that step on packed conversations, against pretraining's on documents in rows of the same length: tokens
             per second, without padding
-generate    greedy generation with a cache, against transformers' generate, for one prompt and for eight
+generate    greedy generation with a cache, against transformers' generate, for one prompt and for eight; and with the
+            cache of latents against one of keys and values
 preprocess  text to an indexed data set, against the tokenizer library's encode_batch_fast alone, in as many processes
 load        a released folder of constant weights, loaded from disk into a model and converted to another folder: rates
             against reading and copying the same files, and memory beyond the model
@@ -34,13 +35,14 @@ import transformers
 
 from common import bench, checkpoint, device, perf
 from common.bench import OURS, rounded, timed
-from common.language import benchmarks
+from common.language import benchmarks, decode
 from common.language.demo import make_data
+from common.language.generate import generate as generate_answers
 
-from . import convert
+from . import convert, model
 from .config import SIZES, Deepseek3Config, model_config
 from .model import Deepseek3Block, build, draw
-from .options import DEMO, DEMO_DATA, HERE, PerfOptions, parse, prepare
+from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
 
@@ -94,8 +96,8 @@ def build_peer_model(o: PerfOptions, config: Deepseek3Config, dtype: torch.dtype
     """Builds transformers' model with the weights that are drawn for ours, too."""
     values = {k: v for k, v in config.to_released().items() if k not in ("architectures", "model_type")}
     with device.current():
-        model = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**values), dtype=dtype)
-    parameters = dict(model.named_parameters()) | dict(checkpoint.buffers([model]))
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**values), dtype=dtype)
+    parameters = dict(theirs.named_parameters()) | dict(checkpoint.buffers([theirs]))
     for name, shape in convert.shapes(config).items():
         whole = checkpoint.drawn(name, shape, o.seed, functools.partial(draw, config), device.current())
         key = convert.released(name)
@@ -105,14 +107,14 @@ def build_peer_model(o: PerfOptions, config: Deepseek3Config, dtype: torch.dtype
             key, whole = key.replace("mlp.down", "mlp.experts.down_proj"), whole.transpose(1, 2)
         parameters.pop(key).data.copy_(whole)
     assert not parameters, f"not drawn: {', '.join(parameters)}"
-    return model
+    return theirs
 
 
 def peer(o: PerfOptions, config: Deepseek3Config, compiled: bool) -> Callable[[], torch.Tensor]:
     """Builds transformers' training step, with our weights."""
-    model = build_peer_model(o, config, torch.float32).train()
+    theirs = build_peer_model(o, config, torch.float32).train()
     if o.recompute == "full":
-        model.gradient_checkpointing_enable()
+        theirs.gradient_checkpointing_enable()
 
     batch = batch_of(o, config)
     tokens, labels = (batch[key].unflatten(0, (o.micro_batch, -1)) for key in ("tokens", "labels"))  # [B, L]
@@ -120,7 +122,7 @@ def peer(o: PerfOptions, config: Deepseek3Config, compiled: bool) -> Callable[[]
     def loss(forward: Callable) -> torch.Tensor:
         return forward(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
-    return bench.peer_step(o, model, loss, compiled)
+    return bench.peer_step(o, theirs, loss, compiled)
 
 
 def workload(o: PerfOptions, config: Deepseek3Config) -> bench.Workload:
@@ -178,7 +180,32 @@ def generate(o: PerfOptions) -> Iterator[dict]:
     config, dtype = model_config(o), {"fp32": torch.float32, "bf16": torch.bfloat16}[o.precision]
     chunks = build(o, config)
     checkpoint.initialize(chunks, o.seed, functools.partial(draw, config), drawn_on=device.current())
-    yield from benchmarks.generate(o, chunks[0].eval(), build_peer_model(o, config, dtype).eval(), config.vocab_size)
+    mine = chunks[0].eval()
+    yield from benchmarks.generate(o, mine, build_peer_model(o, config, dtype).eval(), config.vocab_size)
+    yield from compare_caches(o, mine)
+
+
+def compare_caches(o: PerfOptions, mine: torch.nn.Module) -> Iterator[dict]:
+    """Times generation that keeps latents against generation that keeps keys and values, in turns."""
+    batch, prompt, answer = 8, 256, 64
+    tokens = torch.randint(mine.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    options, seconds, size = InferOptions(prompt="", max_new_tokens=answer, batch=batch), {}, {}
+    for _ in range(1 + max(bench.FEWEST, o.repeats // 4)):
+        for model.ABSORBS in (False, True):
+            elapsed, _ = timed(functools.partial(generate_answers, mine, tokens, options, set()))
+            seconds.setdefault(model.ABSORBS, []).append(elapsed)
+            cache = decode.Cache(1, 1)
+            token = torch.zeros(1, dtype=torch.int64, device=next(mine.parameters()).device)
+            with torch.no_grad():
+                mine(token, token, [], cache=cache)
+            size[model.ABSORBS] = decode.held_bytes(cache)
+    rates = {key: [batch * answer / s for s in values[1:]] for key, values in seconds.items()}
+    raw = {f"{name} tokens/s": rounded(perf.spread(rates[key])) for name, key in (("latents", True), ("plain", False))}
+    raw |= {"latents' bytes a token": size[True], "plain bytes a token": size[False]}
+    yield {
+        "task": "generate with latents, ratio to keys and values", "shape": f"{batch} x ({prompt} + {answer})", "unit": "x",
+        "value": bench.median_ratio(rates[True], rates[False]), "raw": raw,
+    }  # fmt: skip
 
 
 def tokenize(o: PerfOptions) -> list[dict]:
