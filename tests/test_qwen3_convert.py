@@ -492,7 +492,7 @@ def test_a_width_that_no_layer_uses_does_not_make_another_size(tmp_path):
     assert case.config.size_of(tmp_path) == "30B-A3B"
     config = case.config.Qwen3Config.from_folder(tmp_path)
     o = argparse.Namespace(
-        size="30B-A3B", weights=tmp_path, yarn=None, layers=None, vocabulary=None, from_scratch=False
+        size="30B-A3B", weights=tmp_path, yarn=None, layers=None, vocabulary=None, from_scratch=False, job="sft"
     )
     assert case.config.model_config(o) == config and config.parameters == case.config.SIZES["30B-A3B"].parameters
     written = config.to_released()
