@@ -2,6 +2,7 @@
 and which checkpoints are kept. test_resume.py and the tests of each recipe run whole jobs."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -210,3 +211,28 @@ def test_runs_that_are_laid_out_otherwise_say_so_in_their_headers(changed, monke
     o = case.options()
     layouts = [runlog.run_header(run, "mine", "pretrain", 1, 1, "")["layout"] for run in (o, replace(o, **changed))]
     assert {name for name in layouts[0] if layouts[0][name] != layouts[1][name]} >= {next(iter(changed))}
+
+
+# ------------------------------------------------------------------------------------------------- collectives of one rank
+
+
+def test_a_collective_of_one_rank_copies_and_starts_no_threads():
+    run_ranks(1, copied_alone)
+
+
+def copied_alone() -> None:
+    """Checks results and the process's threads. A copy of this size uses several OpenMP threads."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(2)
+    sent, objects = torch.randn(10**6), [None]
+    torch.randn(10**6).sum()  # starts this thread's own
+    before = len(os.listdir("/proc/self/task"))
+    for collective, result in ((dist.gather, [torch.zeros(10**6)]), (dist.all_gather, [torch.zeros(10**6)])):
+        collective(*((sent, result) if collective is dist.gather else (result, sent)))
+        assert torch.equal(result[0], sent)
+    received = torch.zeros(10**6)
+    dist.scatter(received, [sent], src=0)
+    assert torch.equal(received, sent)
+    dist.gather_object({"bytes": b"x" * 10**6}, objects)
+    assert objects == [{"bytes": b"x" * 10**6}]
+    assert len(os.listdir("/proc/self/task")) == before
