@@ -315,8 +315,9 @@ def context_parallel_attention(
     """Computes `ops.attention` over all tokens of the context-parallel group.
 
     q [L/cp, B, H, E], k [L/cp, B, K, E], v [L/cp, B, K, V] -> [L/cp, B, H, V], with tokens split as by
-    `context_tokens`; bounds are of all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner group. Ring attention
-    (arXiv:2310.01889) passes keys and values around the outer group. Each does nothing if its group has one rank.
+    `context_tokens`; bounds are of all L tokens. Ulysses (arXiv:2309.14509) exchanges tokens for heads inside the inner
+    group. Ring attention (arXiv:2310.01889) passes keys and values around the outer group. Each does nothing if its
+    group has one rank.
     """
     if mpu.get_context_parallel_world_size() == 1:
         return ops.attention(q, k, v, causal=causal, bounds=bounds, scale=scale)
@@ -343,7 +344,8 @@ def scatter_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All-to-all, tokens for heads: q [L/n, B, H, E] -> [L, B, H/n, E] over a group of n, and likewise k [L/n, B, K, E]
-    and v [L/n, B, K, V]. Their K heads are first repeated to lcm(K, n) heads, which n divides and the H query heads still share evenly."""
+    and v [L/n, B, K, V]. Their K heads are first repeated to lcm(K, n) heads, which n divides and the H query heads
+    still share evenly."""
     n = group.size()
     copies = n // math.gcd(n, k.shape[2])
     if copies > 1:

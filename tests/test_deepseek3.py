@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from layouts import whole_gradients
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_models import differences, filled, random_state, trained
+from test_models import differences, filled, random_state, run, trained
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import checkpoint, parallel, release
@@ -421,3 +422,60 @@ def test_an_architecture_survives_its_config_json(which, tmp_path):
 def release_of(mine: config.Deepseek3Config) -> release.Source:
     state = random_state(convert.table(mine).shapes)
     return release.Source(lambda name: state[name].element_size(), state.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        ("train", ["--job", "dpo", "--mtp"], "module has no loss in dpo.sh.*--no-mtp"),
+        ("train", ["--job", "lora", "--mtp"], "module has no loss in lora.sh.*--no-mtp"),
+        ("train", ["--dispatch", "allgather"], "with ep=1 no token travels.*--ep"),
+        ("train", ["--job", "dpo", "--aux", "0.1"], "aux is no part of the preference losses.*--aux 0"),
+        ("infer", ["--speculative", "--temperature", "1"], "greedy and on one pipeline stage.*--temperature 0"),
+        ("convert", ["--to", "sharded", "--fp8"], "a sharded checkpoint is not in fp8.*--fp8"),
+        ("perf", ["--mtp"], "has no multi-token prediction module.*--mtp"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(script, argv, message, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    out = [] if script == "infer" else ["--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=f"{message}"):
+        options.parse(script, [*argv, *out])
+
+
+def test_weights_without_the_prediction_module_train_without_it_and_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    weights = demo_weights(tmp_path / "weights")
+    module = f"model.layers.{config.SIZES['tiny'].num_hidden_layers}."
+    tensors = load_file(weights / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if not k.startswith(module)}, weights / "model.safetensors")
+    argv = ["--job", "sft", "--weights", str(weights), "--out", str(tmp_path / "run")]
+    assert options.parse("train", argv).mtp is False
+    assert "has no multi-token prediction module: it is not trained" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has no multi-token prediction module; fix: --no-mtp"):
+        options.parse("train", [*argv, "--mtp"])
+    with pytest.raises(ValueError, match="fix: leave --speculative out"):
+        options.parse("infer", ["--weights", str(weights), "--prompt", "a", "--speculative"])
+    monkeypatch.setenv("NPROC", "2")
+    assert options.parse("infer", ["--pp", "2"]).speculative is False  # the demo's default gives way to the layout
+
+
+@pytest.mark.L4
+def test_what_dpo_exports_holds_the_prediction_module_that_it_left_alone(tmp_path):
+    argv = ["--job", "dpo", "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "run")]
+    options.prepare(options.parse("train", argv))
+    run_ranks(1, run, "deepseek3", [*argv, "--export", str(tmp_path / "new")])
+    got, want = (load_file(folder / "model.safetensors") for folder in (tmp_path / "new", options.DEMO_WEIGHTS))
+    module = f"model.layers.{config.SIZES['tiny'].num_hidden_layers}."
+    copies = {module + name for name in ("embed_tokens.weight", "shared_head.head.weight")}  # the demo's lack these
+    assert got.keys() == want.keys() | copies
+    own = [key for key in want if key.startswith(module)]
+    assert len(own) > 30 and all(torch.equal(got[key].float(), want[key].float()) for key in own)
+    assert any(not torch.equal(got[key].float(), want[key].float()) for key in want if key not in own)
+    assert config.Deepseek3Config.from_folder(tmp_path / "new").num_nextn_predict_layers == 1
+
+
+def demo_weights(folder: Path) -> Path:
+    """Copies the demo's weights with their tokenizer."""
+    shutil.copytree(options.DEMO_WEIGHTS, folder)
+    return Path(shutil.copytree(options.DEMO_TOKENIZER, folder, dirs_exist_ok=True))

@@ -223,7 +223,8 @@ class PackedRows:
 
     A micro-batch of pairs also has `pairs` [P], the indices of the chosen sequences in cu_seqlens (the rejected one
     follows each); `last` [P, 2], the indices of the last tokens of both; `units` [P], the indices of the pairs in the
-    data; `sequence` [T], the index of each token's sequence; and, if `reference` is set, the rows [P, 2] of `reference` for these pairs.
+    data; `sequence` [T], the index of each token's sequence; and, if `reference` is set, the rows [P, 2] of `reference`
+    for these pairs.
 
     A micro-batch of solutions has as labels 1 at the last token of a right step, 0 at that of a wrong one, and as
     `steps` int64 [S] the indices of these tokens.

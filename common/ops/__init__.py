@@ -8,9 +8,9 @@ cuda calls torch's fused op where there is one, else a Triton kernel of `kernels
 cpu is the readable reference, against which the other two are tested.
 
 Shape legend: L tokens of the queries, S of the keys, B batch, H heads, K heads of keys and values (H a multiple of K),
-E head dim of queries and keys, V that of values or the vocabulary, D hidden, F its expansion, N tokens without a batch, G groups. Tokens come first, as
-megatron-core's sequence parallel wants them. Statistics, modulations, rotations and losses are computed in fp32
-whatever the input dtype; results come back in the input's dtype.
+E head dim of queries and keys, V that of values or the vocabulary, D hidden, F its expansion, N tokens without a batch,
+G groups. Tokens come first, as megatron-core's sequence parallel wants them. Statistics, modulations, rotations and
+losses are computed in fp32 whatever the input dtype; results come back in the input's dtype.
 """
 
 import functools

@@ -23,7 +23,7 @@ _SHAPE = dict(
     vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
     kv_lora_rank=14, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, first_k_dense_replace=1,
     n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, routed_scaling_factor=2.5, rms_norm_eps=1e-6,
-    rope_theta=1e4, max_position_embeddings=64,  initializer_range=0.02,
+    rope_theta=1e4, max_position_embeddings=64, initializer_range=0.02,
 )  # fmt: skip
 CONFIGS = {
     "grouped": Deepseek3Config(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import release, weights
+from common.language.options import PACKED_BYTES
 from common.release import is_sharded
 
 # The only values that this model implements. A released config.json may omit any of these keys.
@@ -160,8 +161,11 @@ class Deepseek3Config:
 
 
 def _has_module(folder: Path, layer: int) -> bool:
-    """Whether the files of a released folder hold the multi-token prediction module, layer `layer`."""
-    return any(key.startswith(f"model.layers.{layer}.") for key in weights.index(folder))
+    """Whether a released folder holds the multi-token prediction module, layer `layer`. The index of a large release says
+    so in one file; otherwise the headers of all files do."""
+    listing = folder / "model.safetensors.index.json"
+    keys = weights.read_json(listing).get("weight_map", {}) if listing.is_file() else weights.index(folder)
+    return any(key.startswith(f"model.layers.{layer}.") for key in keys)
 
 
 def _rotary(values: dict, path: Path) -> dict:
@@ -247,7 +251,10 @@ def shapes(config: Deepseek3Config) -> dict[str, tuple[int, ...]]:
 def size_of(folder: Path) -> str:
     """Returns the published size that has the architecture of a weights folder, or `custom`: this recipe reads every
     model of the architecture."""
-    config = _folder_config(folder)
+    return _size_name(_folder_config(folder))
+
+
+def _size_name(config: Deepseek3Config) -> str:
     # Not decisive: positions (they differ between releases), the vocabulary (users resize it), a module left out.
     free = {"rope_theta", "rope_factor", "rope_mscale", "max_position_embeddings", "original_max_position_embeddings"}
     free |= {"vocab_size", "initializer_range", "num_nextn_predict_layers"}
@@ -280,9 +287,10 @@ def stored_config(o) -> Deepseek3Config:
         changes = {"num_hidden_layers": o.layers, "vocab_size": o.vocabulary, "n_routed_experts": o.experts}
         changes["first_k_dense_replace"] = 1 if o.layers else None  # a slice has one dense layer
         return dataclasses.replace(SIZES[o.size], **{k: v for k, v in changes.items() if v})
-    if (size := size_of(o.weights)) != o.size:
+    config = _folder_config(o.weights)
+    if (size := _size_name(config)) != o.size:
         raise ValueError(f"{o.weights} is of size {size}, not {o.size}; fix: --size or --weights")
-    return _folder_config(o.weights)
+    return config
 
 
 def model_config(o) -> Deepseek3Config:
@@ -318,8 +326,6 @@ def quantized(config: Deepseek3Config) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-
-PACKED_BYTES = 4.127 / 8  # of a weight in NF4, see common/ops/nf4.py
 
 
 def adapted_shapes(o, config: Deepseek3Config) -> list[tuple[int, int]]:

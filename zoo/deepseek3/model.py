@@ -140,6 +140,11 @@ class Deepseek3MLP(nn.Module):
         return self.down_proj(recomputed(ops.swiglu, gate, self.up_proj(x)))
 
 
+# What the balance loss needs to know of a micro-batch's rows, each of which is one sequence of that loss: the index of
+# the row of each token int64 [T], how many rows there are, and how many tokens each has.
+Sequences = tuple[torch.Tensor, int, int]
+
+
 @dataclass(frozen=True)
 class RouterOptions:
     """How tokens reach their experts under expert parallelism, and the weight of the sequence-wise balance loss of every
@@ -149,22 +154,23 @@ class RouterOptions:
     dispatch: str  # alltoall or allgather
     balance: float
 
-    def add_loss(self, weights, scores, experts, rows: tuple[torch.Tensor, int, int], copies: int) -> torch.Tensor:
-        """Returns weights [T, k] with the gradient of the balance loss attached: the mean over rows of balance * sum over
-        experts of (share of the row's choices times G) * (mean over its tokens of the normalised score).
+    def add_loss(self, weights, scores, experts, sequences: Sequences, copies: int) -> torch.Tensor:
+        """Returns weights [T, k] with the gradient of the balance loss attached: the mean over sequences of balance *
+        sum over experts of (share of the sequence's choices times G) * (mean over its tokens of the normalised score).
 
-        scores [T, G], experts [T, k]. rows: the row of each token int64 [T], the number of rows in the micro-batch and of
-        tokens in a row. copies: how many tensor-parallel ranks hold the same tokens."""
-        row, number, length = rows
+        scores [T, G], experts [T, k]. copies: how many tensor-parallel ranks hold the same tokens."""
+        sequence, number, length = sequences
         chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
         normalised = scores / scores.sum(-1, keepdim=True)
         choices, probabilities = (
-            scores.new_zeros(number, scores.shape[1]).index_add(0, row, t) for t in (chosen, normalised)
+            scores.new_zeros(number, scores.shape[1]).index_add(0, sequence, t) for t in (chosen, normalised)
         )
-        group = parallel.mpu.get_tensor_and_context_parallel_group()  # the ranks that hold the tokens of these rows
+        group = (
+            parallel.mpu.get_tensor_and_context_parallel_group()
+        )  # the ranks that hold the tokens of these sequences
         if group.size() > 1:
             dist.all_reduce(choices, group=group)
-        shares = choices * scores.shape[1] / (experts.shape[1] * length * copies)  # [rows, G]
+        shares = choices * scores.shape[1] / (experts.shape[1] * length * copies)  # [sequences, G]
         # Each rank adds the part of the loss that its own tokens have in the means.
         return MoEAuxLossAutoScaler.apply(
             weights, self.balance / (number * length * copies) * (shares * probabilities).sum()
@@ -206,8 +212,8 @@ class Deepseek3SparseMLP(nn.Module):
             parallel.mark_replicated([self.gate.weight], mc)
         self.seen: torch.Tensor | None = None  # sums since the last `balance_experts`
 
-    def forward(self, x: torch.Tensor, rows: tuple[torch.Tensor, int, int] | None) -> torch.Tensor:
-        """[T(/tp), 1, D] -> [T(/tp), 1, D]. rows: see `RouterOptions.add_loss`; None: there is no such loss."""
+    def forward(self, x: torch.Tensor, sequences: Sequences | None) -> torch.Tensor:
+        """[T(/tp), 1, D] -> [T(/tp), 1, D]. sequences: None where there is no balance loss."""
         shared, gate = self.shared_experts(x), self.gate.weight
         if self.split_experts:
             x, gate = parallel.enter_tensor_parallel(x, self.mc), parallel.shared_by_tp(gate, self.mc)
@@ -218,9 +224,9 @@ class Deepseek3SparseMLP(nn.Module):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.config.routed_scaling_factor
         counts = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=x.device)
         counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [G]
-        if rows is not None and self.training and torch.is_grad_enabled():
+        if sequences is not None and self.training and torch.is_grad_enabled():
             copies = self.mc.tensor_model_parallel_size if self.split_experts else 1
-            weights = self.router.add_loss(weights, scores, experts, rows, copies)
+            weights = self.router.add_loss(weights, scores, experts, sequences, copies)
         if self.mc.expert_model_parallel_size > 1 and self.router.dispatch == "allgather":
             out, computed = self.compute_by_allgather(tokens, experts, weights)
         else:
@@ -298,12 +304,12 @@ class Deepseek3Block(nn.Module):
         )
         parallel.mark_replicated([self.input_layernorm.weight, self.post_attention_layernorm.weight], mc)
 
-    def forward(self, x, rope, bounds, rows, cache=None):
-        """x [T(/tp), 1, D], rope [T, 1, 1, P/2, 2] -> [T(/tp), 1, D]. rows: see `RouterOptions.add_loss`."""
+    def forward(self, x, rope, bounds, sequences, cache=None):
+        """x [T(/tp), 1, D], rope [T, 1, 1, P/2, 2] -> [T(/tp), 1, D]. sequences: see `Sequences`."""
         y = self.self_attn(recomputed(self.input_layernorm, x), rope, bounds, cache)
         norm = self.post_attention_layernorm
         y, x = recomputed(ops.add_rms_norm, y, x, norm.weight, norm.eps)
-        return x + (self.mlp(y, rows) if isinstance(self.mlp, Deepseek3SparseMLP) else self.mlp(y))
+        return x + (self.mlp(y, sequences) if isinstance(self.mlp, Deepseek3SparseMLP) else self.mlp(y))
 
 
 class Deepseek3MTP(Deepseek3Block):
@@ -318,11 +324,11 @@ class Deepseek3MTP(Deepseek3Block):
         replicated = (self.enorm, self.hnorm, self.eh_proj, self.shared_head["norm"])
         parallel.mark_replicated([module.weight for module in replicated], mc)
 
-    def forward(self, x, following, rope, bounds, rows, cache=None):
+    def forward(self, x, following, rope, bounds, sequences, cache=None):
         """x [T(/tp), 1, D]: the model's final states. following [T(/tp), 1, D]: embeddings of the next tokens. Returns the
         states [T(/tp), 1, D] that predict the tokens after these."""
         x = self.eh_proj(torch.cat((self.enorm(following), self.hnorm(x)), -1))
-        return self.shared_head["norm"](super().forward(x, rope, bounds, rows, cache))
+        return self.shared_head["norm"](super().forward(x, rope, bounds, sequences, cache))
 
 
 class Deepseek3(MegatronModule):
@@ -404,20 +410,15 @@ class Deepseek3(MegatronModule):
         without gradient, or None. Other stages return hidden states in the shape that the schedule sends,
         [T(/tp)/rows, rows, D].
         """
-        mc, tokens_of_all = self.config, len(tokens)
+        mc = self.config
+        sequences = self.locate_sequences(len(tokens), rows) if self.balance else None
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]
         x = self.embed(tokens) if self.first else self._input.reshape(-1, 1, self.hidden_size)
         rope = rotary_table(positions, self.deepseek)
         bounds = ops.pack_bounds(cu_seqlens, x.device) if cache is None else None
-        row = None
-        if self.balance:
-            row = torch.arange(tokens_of_all, device=x.device) // (tokens_of_all // rows)
-            routes_own = mc.expert_tensor_parallel_size != mc.tensor_model_parallel_size
-            row = parallel.local_tokens(row, mc, True) if routes_own else parallel.context_tokens(row, True)
-            row = row, rows, tokens_of_all // rows
         blocks = [parallel.with_recomputation(block, self.recompute, self.offload) for block in self.layers.values()]
         for block in blocks[:-1] if self.predicts else blocks:
-            x = block(x, rope, bounds, row, cache)
+            x = block(x, rope, bounds, sequences, cache)
         if not self.last:
             return x.view(-1, rows, self.hidden_size)
         x = self.norm(x)
@@ -431,11 +432,19 @@ class Deepseek3(MegatronModule):
         weight = parallel.context_tokens(weight, causal=True)
         if self.predicts and following is not None:  # the rows of both losses pass the vocabulary projection together
             next_tokens, *others = (parallel.context_tokens(t, causal=True) for t in following)
-            x = blocks[-1](x, self.embed(next_tokens), rope, bounds, row)
+            x = blocks[-1](x, self.embed(next_tokens), rope, bounds, sequences)
             hidden = torch.cat((hidden, parallel.enter_tensor_parallel(x, mc).flatten(0, 1)))  # [2T, D]
             labels, weight = (torch.cat(both) for both in zip((labels, weight), others, strict=True))
         total, losses = ops.linear_cross_entropy(hidden, self.output_weight, labels, weight, tp)
         return total, (losses[:T] * weight[:T]).sum()
+
+    def locate_sequences(self, tokens: int, rows: int) -> Sequences:
+        """Returns where the tokens that this rank routes lie, of a micro-batch of that many tokens and rows."""
+        mc, length = self.config, tokens // rows
+        sequence = torch.arange(tokens, device=device.current()) // length
+        routes_own = mc.expert_tensor_parallel_size != mc.tensor_model_parallel_size
+        sequence = parallel.local_tokens(sequence, mc, True) if routes_own else parallel.context_tokens(sequence, True)
+        return sequence, rows, length
 
     def predict_ahead(self, states, following, positions, cache) -> torch.Tensor:
         """Lets the MTP module read n tokens of one sequence, for generation: the model's final states [n, 1, D], the tokens

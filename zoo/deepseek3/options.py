@@ -58,7 +58,9 @@ RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingOptions:
+class ModelOptions:
+    """Options of the experts and of the multi-token prediction module."""
+
     bias_speed: float = option(
         "how far the routers' biases move after each step, to balance the experts", 1e-3, group="objective",
         layout=True, within="[0, inf)",
@@ -84,7 +86,7 @@ class RoutingOptions:
 class TrainOptions(
     language.PreferenceOptions,
     language.AdapterOptions,
-    RoutingOptions,
+    ModelOptions,
     language.TrainOptions,
 ):
     data: Path | None = option(
@@ -192,9 +194,10 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
 def _infer(o: InferOptions, flags: set[str]) -> InferOptions:
     if o.weights is None and o.prompt is None and o.prompts is None:
         o = dataclasses.replace(o, prompt=DEMO_PROMPT)
-    if o.weights is None and o.temperature == 0 and "--no-speculative" not in flags:
-        o = dataclasses.replace(o, speculative=True)
+    is_demo = o.weights is None
     o = language.fill_tokenizer(language.fill_weights(language.drop_batch(o, flags), DEMO), DEMO)
+    if is_demo and o.temperature == 0 and o.pp == 1 and "--no-speculative" not in flags:
+        o = dataclasses.replace(o, speculative=True)
     if (o.vpp, o.cp, o.sp, o.fsdp) != (1, 1, False, False):
         raise ValueError("generation runs with --tp, --pp and --ep alone; fix: --vpp 1 --cp 1 --no-sp --no-fsdp")
     config = model_config(o)
@@ -438,8 +441,9 @@ def describe_stages(o: TrainOptions, config: Deepseek3Config, trained: int) -> s
     tokens = o.seq_len * o.micro_batch // (o.cp * (o.tp if o.etp < o.tp else 1))  # that a rank routes
     choices, bytes_per_number = tokens * config.num_experts_per_tok, 4 if o.precision == "fp32" else 2
     sent = choices * config.hidden_size * bytes_per_number / 2**20
-    layers = max(blocks)
-    exchanges = o.micro_batches * layers * (4 + 2 * (o.recompute == "full")) if o.ep > 1 else 0
+    layers = max(sum(name.endswith("mlp.gate_up") for name in held) for held in stage_shapes(o, config))
+    travels = o.ep > 1 and o.dispatch == "alltoall"
+    exchanges = o.micro_batches * layers * (4 + 2 * (o.recompute == "full")) if travels else 0
     state = o.seq_len * o.micro_batch * config.hidden_size * bytes_per_number / (o.cp * (o.tp if o.sp else 1)) / 2**20
     return "\n".join([
         *rows,
