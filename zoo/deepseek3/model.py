@@ -482,8 +482,8 @@ def rotary_table(positions: torch.Tensor, config: Deepseek3Config) -> torch.Tens
 
 @torch.no_grad()
 def balance_experts(chunks: list[nn.Module], o, config: Deepseek3Config) -> dict:
-    """Moves the routers' biases after a step, over all ranks: up by o.bias_speed for experts with less than the mean load, down
-    for those with more (arXiv:2412.19437, section 2.1.2). Returns what the routers did since the last call, for
+    """Moves the routers' biases after a step, over all ranks: up by o.bias_speed for experts with less than the mean
+    load, down for those with more (arXiv:2412.19437, section 2.1.2). Returns what the routers did since the last call, for
     metrics.jsonl: each expert's load (its share of the choices times G; 1: balanced), as the mean over layers and as the
     largest of any layer; choices that no expert computed; the MTP module's mean loss. Waits for the
     device once."""
@@ -538,9 +538,9 @@ def build(o, config: Deepseek3Config, where: torch.device | None = None) -> list
 
 
 def draw(config: Deepseek3Config, name: str, whole: torch.Tensor, generator: torch.Generator) -> None:
-    """Fills a whole parameter with initial values: 1 for norms, 0 for the routers' biases, N(0, initializer_range / sqrt(2 layers)) for the
-    outputs of attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is the rule of GPT-2 and of
-    Megatron-LM (`scaled_init_method_normal`)."""
+    """Fills a whole parameter with initial values: 1 for norms, 0 for the routers' biases, N(0, initializer_range /
+    sqrt(2 layers)) for the outputs of attention and MLP (o_proj, down), N(0, initializer_range) for the rest. This is
+    the rule of GPT-2 and of Megatron-LM (`scaled_init_method_normal`)."""
     if name.endswith(("norm.weight", "bias")):
         whole.fill_(float(name.endswith("weight")))
         return

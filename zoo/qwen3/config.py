@@ -344,10 +344,10 @@ def memory_estimate(o, config: Qwen3Config, length: int, trained: int) -> float:
     them. Kernels' workspace is not counted. trained: number of parameters that train.
 
     Weights and gradients count in their dtypes. The fp32 master weights and the two moments are sharded over dp*cp.
-    A packed weight is unpacked while it is used. Activations are what the backward reads of each block (recompute none: everything; full: only the block's input),
-    for as many micro-batches as 1F1B holds (stage s: pp - s). The fullest stage counts. Tokens are assumed to spread
-    evenly over experts. At the peak, either the loss holds the gradient of the vocabulary projection and a chunk of
-    logits, or one block is recomputed and holds all its activations.
+    A packed weight is unpacked while it is used. Activations are what the backward reads of each block (recompute none:
+    everything; full: only the block's input), for as many micro-batches as 1F1B holds (stage s: pp - s). The fullest
+    stage counts. Tokens are assumed to spread evenly over experts. At the peak, either the loss holds the gradient of
+    the vocabulary projection and a chunk of logits, or one block is recomputed and holds all its activations.
     """
     dtype, stages = 4 if o.precision == "fp32" else 2, o.stage_layers(config.num_hidden_layers)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * config.num_hidden_layers

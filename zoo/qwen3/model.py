@@ -343,10 +343,11 @@ class Qwen3(MegatronModule):
         here.
 
         Returns on the last pipeline stage a pair. First: of a reward model, the scores fp32 [T]; with reward_tokens
-        (the ids of right and wrong int64 [2]), the first one's logit less the second's fp32 [T]; with labels and weight, the sum over this rank's tokens of
-        weight * cross entropy; with labels only, their log-probabilities fp32 [T]; without labels, the states after the
-        last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers [layers, T, G], or None. Other stages
-        return hidden states in the shape that the schedule sends, [T(/tp)/rows, rows, D].
+        (the ids of right and wrong int64 [2]), the first one's logit less the second's fp32 [T]; with labels and
+        weight, the sum over this rank's tokens of weight * cross entropy; with labels only, their log-probabilities fp32
+        [T]; without labels, the states after the last norm [T(/tp), 1, D]. Second: router logits of this chunk's layers
+        [layers, T, G], or None. Other stages return hidden states in the shape that the schedule sends,
+        [T(/tp)/rows, rows, D].
         """
         D, tied = self.qwen.hidden_size, self.qwen.is_tied
         tokens, positions = (parallel.context_tokens(t, causal=True) for t in (tokens, positions))  # [T]

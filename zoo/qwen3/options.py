@@ -301,9 +301,11 @@ def _check_weights(o, config: Qwen3Config) -> None:
         )
     if (note := describe_vocabulary_change(o, config)) is not None:
         cli.note(note)
-    if o.weights is None or is_sharded(o.weights):
+    if o.weights is None or o.from_scratch:
         return
-    if not o.from_scratch:
+    if config.num_labels and not convert.has_score(o.weights):
+        cli.note(f"{o.weights} is a language model: its vocabulary projection is left out, and a score is drawn")
+    if not is_sharded(o.weights):
         convert.table(config).entries(o.weights)
 
 
