@@ -460,6 +460,27 @@ def test_weights_without_the_prediction_module_train_without_it_and_say_so(tmp_p
     assert options.parse("infer", ["--pp", "2"]).speculative is False  # the demo's default gives way to the layout
 
 
+@pytest.mark.parametrize("eos", ["<end>", {"content": "<end>"}, None], ids=str)
+def test_a_release_ends_documents_with_its_own_token(eos, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tokenizer = Path(shutil.copytree(options.DEMO_TOKENIZER, tmp_path / "tokenizer"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tokenizer / name).write_text((tokenizer / name).read_text().replace("<|endoftext|>", "<end>"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": eos}))
+    (tmp_path / "text.txt").write_text("a text")
+    argv = ["--data", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer)]
+    if eos is None:
+        with pytest.raises(ValueError, match="names no eos_token, which ends a document; fix: --end"):
+            options.parse("preprocess", argv)
+        with pytest.raises(ValueError, match="names no eos_token"):
+            options.parse("train", ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "run")])
+        assert options.parse("preprocess", [*argv, "--end", "<end>"]).end == "<end>"
+        return
+    assert options.parse("preprocess", argv).end == options.document_end(tokenizer) == "<end>"
+    assert options.document_end(options.DEMO_TOKENIZER) == "<|endoftext|>"
+
+
 @pytest.mark.L4
 def test_what_dpo_exports_holds_the_prediction_module_that_it_left_alone(tmp_path):
     argv = ["--job", "dpo", "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "run")]

@@ -44,14 +44,14 @@ from common.data import Step, prefetch
 from common.language.packing import PackedRows, prepare_chats
 from common.language.text import TextRows
 
-from .options import DOCUMENT_END, TrainOptions
+from .options import TrainOptions, document_end
 
 
 def rows_of(path, o: TrainOptions, shuffle: bool = True):
     """Opens the rows of a data set: an indexed data set for pretrain, packed pairs for dpo, else packed
     conversations."""
     if o.job == "pretrain":
-        end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(DOCUMENT_END)
+        end = AutoTokenizer.from_pretrained(o.tokenizer).convert_tokens_to_ids(document_end(o.tokenizer))
         return TextRows(path, o.seq_len, end, o.seed, o.separate_documents, shuffle)
     kind = "dpo" if o.job == "dpo" else "sft"
     prepare = functools.partial(

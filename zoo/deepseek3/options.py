@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, jobs, release, resume
+from common import cli, jobs, release, resume, weights
 from common.cli import option
 from common.language import options as language
 from common.language import preprocess
@@ -51,7 +51,7 @@ DEMO_FILES = {"pretrain": ("text/train", "text/validation")} | {
 DEMO_DATA = HERE.parents[1] / "data" / f"{HERE.name}-demo"
 DEMO_TASKS = HERE / "demo" / "tasks"
 DEMO = Demo(DEMO_WEIGHTS, DEMO_TOKENIZER, DEMO_DATA)
-DOCUMENT_END = "<|endoftext|>"
+DEMO_END = "<|endoftext|>"  # the token that ends a document of the demo's
 # Learning rates of jobs on published sizes, whose layouts hold pretraining's. dpo: all parameters; adapters: 10 times
 # it.
 RATES = {"sft": 1e-5, "lora": 1e-4, "dpo": 5e-7}
@@ -130,7 +130,7 @@ class ConvertOptions(language.JobOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(preprocess.PreprocessOptions):
-    end: str = option("token that ends every document", DOCUMENT_END, group="data")
+    end: str = option("token that ends every document (default: the tokenizer's own)", "", group="data")
     mtp, experts = True, None
 
 
@@ -183,6 +183,8 @@ def _train(o: TrainOptions, flags: set[str]) -> TrainOptions:
     _check_weights(o, config)
     cli.check_run(o)
     language.check_tokenizer(o, config.vocab_size)
+    if o.job == "pretrain":
+        document_end(o.tokenizer)
     language.check_data(o, DEMO)
     if o.adapts:
         _check_adapters(o, config)
@@ -249,7 +251,26 @@ def _convert(o: ConvertOptions, flags: set[str]) -> ConvertOptions:
 
 
 def _preprocess(o: PreprocessOptions, flags: set[str]) -> PreprocessOptions:
+    tokenizer = o.tokenizer or o.weights or DEMO_TOKENIZER
+    o = dataclasses.replace(o, end=o.end or document_end(tokenizer))
     return preprocess.check(o, model_config(o).vocab_size, DEMO)
+
+
+def document_end(tokenizer: Path) -> str:
+    """Returns the token that ends a document of text: the demo's if a tokenizer has it, else its end of sequence.
+
+    Raises:
+        ValueError: the tokenizer's files do not say what it is.
+    """
+    added = weights.read_json(tokenizer / "tokenizer.json").get("added_tokens", [])
+    if DEMO_END in [token["content"] for token in added]:
+        return DEMO_END
+    settings = tokenizer / "tokenizer_config.json"
+    end = weights.read_json(settings).get("eos_token") if settings.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    if not end:
+        raise ValueError(f"{settings} names no eos_token, which ends a document; fix: --end, or --tokenizer")
+    return end
 
 
 def _perf(o: PerfOptions, flags: set[str]) -> PerfOptions:
@@ -405,7 +426,7 @@ def prepare(o) -> None:
             return
         make_data.make(DEMO.text)
         for split in (o.data, o.validation):
-            split_options = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split)
+            split_options = PreprocessOptions(data=split.with_suffix(".jsonl"), workers=0, out=split, end=DEMO_END)
             vocabulary = model_config(o).vocab_size
             preprocess.run(preprocess.check(split_options, vocabulary, DEMO), vocabulary)
 
