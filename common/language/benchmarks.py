@@ -71,11 +71,12 @@ def generate(o, model: torch.nn.Module, peer: torch.nn.Module, vocabulary: int) 
         yield shape | {"task": f"{task}, ratio to transformers", "unit": "x", "value": ratio, "raw": {}}
 
 
-def tokenize(o, text: Path, vocabulary: int, demo: Demo) -> list[dict]:
+def tokenize(o, text: Path, vocabulary: int, demo: Demo, end: str) -> list[dict]:
     """Measures the preprocessing of a file of documents, repeated to at least TEXT characters, against the tokenizer
     library's encode_batch_fast alone in as many processes; returns the result row.
 
-    text: a .jsonl of {"text": document}. vocabulary: the size of the vocabulary of the demo's tokenizer.
+    text: a .jsonl of {"text": document}. vocabulary: the size of the vocabulary of the demo's tokenizer. end: its token
+    that ends a document.
     """
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     copies = -(-TEXT // sum(map(len, documents)))
@@ -84,7 +85,7 @@ def tokenize(o, text: Path, vocabulary: int, demo: Demo) -> list[dict]:
         file = Path(folder) / "text.jsonl"
         file.write_text(text.read_text() * copies)
         size = copies * sum(len(document.encode()) for document in documents) / 1e6  # MB
-        options = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out")
+        options = preprocess.PreprocessOptions(data=file, workers=workers, out=Path(folder) / "out", end=end)
         options = preprocess.check(options, vocabulary, demo)
         tokenizer, _ = preprocess.load_tokenizer(options, vocabulary)
 

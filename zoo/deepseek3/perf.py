@@ -42,7 +42,7 @@ from common.language.generate import generate as generate_answers
 from . import convert, model
 from .config import SIZES, Deepseek3Config, model_config
 from .model import Deepseek3Block, build, draw
-from .options import DEMO, DEMO_DATA, HERE, InferOptions, PerfOptions, parse, prepare
+from .options import DEMO, DEMO_DATA, DEMO_END, HERE, InferOptions, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
 
@@ -210,16 +210,18 @@ def compare_caches(o: PerfOptions, mine: torch.nn.Module) -> Iterator[dict]:
 
 def tokenize(o: PerfOptions) -> list[dict]:
     """Times preprocessing of several copies of the demo's text."""
-    return benchmarks.tokenize(o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO)
+    return benchmarks.tokenize(
+        o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO, DEMO_END
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- load
 
 
 def load(o: PerfOptions) -> list[dict]:
-    """Times loading and converting weights of --size, cut down to one expert layer of 16 experts for a tiny size."""
+    """Times loading and converting weights of --size, cut down for the tiny size to two layers, 16 experts and 8,192 tokens."""
     if o.size == "tiny":
-        o = dataclasses.replace(o, size="671B", layers=2, experts=16)
+        o = dataclasses.replace(o, size="671B", layers=2, experts=16, vocabulary=8192)
     size, config = o.size, model_config(o)
     chunks = build(bench.unsplit(dataclasses.replace(o, precision="bf16")), config, torch.device("cpu"))
     return bench.load(o, size, chunks, convert.table(config))

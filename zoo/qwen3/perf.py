@@ -39,7 +39,7 @@ from common.language.demo import make_data
 from . import convert
 from .config import SIZES, Qwen3Config, model_config
 from .model import Qwen3Block, build, draw
-from .options import DEMO, DEMO_DATA, HERE, PerfOptions, parse, prepare
+from .options import DEMO, DEMO_DATA, DOCUMENT_END, HERE, PerfOptions, parse, prepare
 from .train import Batches, forward_step, weighted
 
 
@@ -182,7 +182,9 @@ def generate(o: PerfOptions) -> Iterator[dict]:
 
 def tokenize(o: PerfOptions) -> list[dict]:
     """Times preprocessing of several copies of the demo's text."""
-    return benchmarks.tokenize(o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO)
+    return benchmarks.tokenize(
+        o, make_data.make(DEMO_DATA / "text") / "train.jsonl", SIZES["tiny"].vocab_size, DEMO, DOCUMENT_END
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- load
